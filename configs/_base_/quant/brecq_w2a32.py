@@ -1,0 +1,3 @@
+_base_ = './brecq_default.py'
+# None leaves activations in float
+quantizer = dict(weight=dict(bits=2), activation=None)

@@ -1,0 +1,2 @@
+_base_ = './brecq_default.py'
+quantizer = dict(weight=dict(bits=4), activation=dict(bits=4))

@@ -1,0 +1,7 @@
+_base_ = [
+    '../../_base_/models/mobilenetv2_cifar10.py',
+    '../../_base_/datasets/cifar10_folders.py',
+    '../../_base_/quant/brecq_w2a32.py',
+]
+calibration = dict(selection='first')
+reconstructor = dict(weights=dict(iterations=2000, round_weight=0.1), activations=dict(iterations=500))

@@ -1,0 +1,4 @@
+_base_ = ['mmpretrain::vgg/vgg11bn_8xb32_in1k.py', '../../_base_/quant/brecq_w2a4.py']
+float_checkpoint = (
+    'https://download.openmmlab.com/mmclassification/v0/vgg/vgg11_bn_batch256_imagenet_20210207-f244902c.pth'
+)

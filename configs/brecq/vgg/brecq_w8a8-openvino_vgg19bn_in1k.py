@@ -1,0 +1,4 @@
+_base_ = ['mmpretrain::vgg/vgg19bn_8xb32_in1k.py', '../../_base_/quant/brecq_w8a8_openvino.py']
+float_checkpoint = (
+    'https://download.openmmlab.com/mmclassification/v0/vgg/vgg19_bn_batch256_imagenet_20210208-da620c4f.pth'
+)

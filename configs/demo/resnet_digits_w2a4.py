@@ -1,0 +1,19 @@
+"""The demo: ResNet-18 on handwritten digits to 2-bit weights and 4-bit activations."""
+
+_base_ = ['./resnet_digits.py']
+float_checkpoint = 'resnet_digits.pth'
+seed = 0
+quantizer = dict(
+    type='BRECQQuantizer',
+    preset='academic',
+    weight=dict(bits=2),
+    activation=dict(bits=4),
+    first_last_8bit=True,
+)
+calibration = dict(num_samples=512, batch_size=64)
+reconstructor = dict(
+    type='BRECQReconstructor',
+    weights=dict(iterations=600),
+    activations=dict(iterations=150),
+)
+exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]

@@ -1,0 +1,132 @@
+"""What every runtime offers: tensors in, tensors out, and a count of the layers that run in integers."""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import BackendError
+
+
+@dataclass(frozen=True)
+class KernelCount:
+    """How many quantized layers a runtime executes with integer arithmetic.
+
+    Args:
+        quantized: Convolutions and linears of the file whose weight is stored as integers, or passes a FakeQuantize.
+        integer: Those among them that the runtime's own execution graph runs in 8-bit integers.
+        float_layers: Names of the others, in the order of the file.
+    """
+
+    quantized: int
+    integer: int
+    float_layers: list[str] = field(default_factory=list)
+
+
+class BaseBackend(metaclass=ABCMeta):
+    """Opens an exported file in a runtime; the call runs the graph.
+
+    Args:
+        path: The exported file.
+        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
+
+    Raises:
+        BackendError: When the file is missing, has another suffix or is refused by the runtime, when the runtime is
+            not installed, or when ``num_threads`` is below 1.
+    """
+
+    name: ClassVar[str]
+    """The runtime's name as it stands in reports."""
+    suffix: ClassVar[str]
+    """File name suffix that this runtime reads, with its dot."""
+    package: ClassVar[str]
+    """Name of the runtime's package, for ``pip install``."""
+
+    def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
+        self.path = Path(path)
+        self.num_threads = num_threads
+        if self.path.suffix != self.suffix:
+            raise BackendError(f'{self.name} expected a file ending in {self.suffix}, but got {self.path}')
+        if not self.path.is_file():
+            raise BackendError(f'{self.name} cannot open {self.path}: no such file')
+        if num_threads is not None and num_threads < 1:
+            raise BackendError(f'{self.name} expected num_threads of at least 1 or None, but got {num_threads}')
+        try:
+            self._load()
+        except ImportError as error:
+            raise BackendError(
+                f'{self.name} is needed for {self.path} but cannot be imported ({first_line(error)}); '
+                f'install it with `pip install {self.package}`'
+            ) from error
+        except BackendError:
+            raise
+        except Exception as error:  # the runtimes share no exception type
+            raise BackendError(f'{self.name} refuses {self.path}: {first_line(error)}') from error
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Runs the graph once.
+
+        Args:
+            *inputs (Tensor): One tensor per name in ``input_names``, in that order, any float dtype and device;
+                the first axis is the batch and may have any length if the file leaves it dynamic.
+
+        Returns:
+            Float32 CPU tensors, one per name in ``output_names``; each owns its memory.
+
+        Raises:
+            BackendError: When the number of inputs is wrong, or the runtime refuses their shapes.
+        """
+        if len(inputs) != len(self.input_names):
+            raise BackendError(
+                f'{self.path} expected {len(self.input_names)} inputs ({", ".join(self.input_names)}), '
+                f'but got {len(inputs)}'
+            )
+        arrays = [x.detach().to('cpu', torch.float32).contiguous().numpy() for x in inputs]
+        try:
+            outputs = self._run(arrays)
+        except Exception as error:  # the runtimes share no exception type
+            shapes = ', '.join(f'{name} {list(a.shape)}' for name, a in zip(self.input_names, arrays, strict=True))
+            raise BackendError(f'{self.name} cannot run {self.path} on {shapes}: {first_line(error)}') from error
+        return [torch.from_numpy(np.array(out, dtype=np.float32)) for out in outputs]
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Version of the runtime."""
+
+    @property
+    @abstractmethod
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in the order of the call."""
+
+    @property
+    @abstractmethod
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in the order of the result."""
+
+    @abstractmethod
+    def integer_kernels(self) -> KernelCount:
+        """Counts the quantized layers that run in integers, read from the runtime's own execution graph."""
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Imports the runtime and compiles the file once."""
+
+    @abstractmethod
+    def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
+        """Runs float32 C-contiguous arrays, ordered as ``input_names``; returns arrays ordered as ``output_names``."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text that says something, without a final full stop."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    # OpenVINO opens each message with the C++ source line that raised it
+    telling = [line for line in lines if line and not line.startswith(('Exception from', 'Check '))]
+    return (telling or [line for line in lines if line] or [type(error).__name__])[0].rstrip('.')

@@ -1,0 +1,87 @@
+"""The packages that mmbrecq stands on, and the versions that it accepts.
+
+The mm* packages are no hard requirement of the distribution, as in all of OpenMMLab: ``mmcv`` comes as ``mmcv``, as
+``mmcv-lite`` or from a drop-in fork of the same import name. So the imported module is asked for its version, never the
+metadata of a distribution.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from mmbrecq.errors import DependencyError
+
+
+class Dependency(NamedTuple):
+    """Versions accepted of one import name, and the command that installs them."""
+
+    versions: str
+    install: str
+
+
+_MIM = 'pip install "mmbrecq[mim]"'
+
+# Without these nothing of mmbrecq works: checked when it is imported
+NEEDED = {
+    'torch': Dependency('>=2.1', 'pip install "torch>=2.1"'),
+    'mmengine': Dependency('>=0.10,<1', _MIM),
+    'mmcv': Dependency('>=2.0,<2.2', _MIM),
+}
+# Each serves a part of mmbrecq: checked by `require` where that part begins
+OPTIONAL = {
+    'mmpretrain': Dependency('>=1.0,<2', _MIM),
+    'mmdet': Dependency('>=3.0,<4', _MIM),
+    'sklearn': Dependency('>=1.0', 'pip install "mmbrecq[demo]"'),
+}
+
+
+def require(name: str) -> ModuleType:
+    """Imports a package that mmbrecq knows and checks its version.
+
+    Args:
+        name: Import name, a key of ``NEEDED`` or ``OPTIONAL``.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        DependencyError: The package is missing, broken, or of a version that mmbrecq does not accept.
+    """
+    dependency = (NEEDED | OPTIONAL)[name]
+    expected = f'expected {name}{dependency.versions}'
+    advice = f'install it with: {dependency.install}'
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
+        raise DependencyError(f'{expected}, but {name} is not installed; {advice}') from error
+    except ImportError as error:
+        raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
+    version = getattr(module, '__version__', None)
+    if not _accepts(dependency.versions, version):
+        found = 'a module without a version' if version is None else version
+        raise DependencyError(f'{expected}, but got {found}; {advice}')
+    return module
+
+
+def check_dependencies() -> None:
+    """Imports and checks all of ``NEEDED``; raises DependencyError as ``require`` does."""
+    for name in NEEDED:
+        require(name)
+
+
+def _accepts(versions: str, version: str | None) -> bool:
+    """Whether ``version`` lies in the range ``versions``; builds such as ``2.11.0+cu130`` and pre-releases count."""
+    if version is None:
+        return False
+    try:
+        # str: torch.__version__ is a subclass of str with a comparison of its own
+        return SpecifierSet(versions).contains(Version(str(version)), prereleases=True)
+    except InvalidVersion:
+        return False

@@ -1,0 +1,38 @@
+"""Evaluation with the config's own data loader and evaluator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmbrecq.calibration.data_errors import explain_data_error
+from mmbrecq.engine.progress import track
+from mmbrecq.graph.arithmetic import evaluation_mode
+
+
+def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
+    """Metrics of ``model`` over all images, named as the evaluator names them.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    with evaluation_mode(model):
+        try:
+            for batch in track(dataloader, title):
+                outputs = model.test_step(batch)
+                evaluator.process(data_samples=outputs, data_batch=batch)
+        except Exception as error:
+            explained = explain_data_error(error)
+            if explained is None:
+                raise
+            raise explained from error
+        metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
+    return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)

@@ -1,0 +1,112 @@
+"""Hooks around every reconstructed unit, of mmengine's kind.
+
+A hook in the config's ``custom_hooks`` may define any of :class:`ReconstructionHook`'s points beside mmengine's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmengine.hooks import Hook
+
+from mmbrecq.engine.progress import ProgressBar
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.registry import HOOKS
+from mmbrecq.storage import save_atomic
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+
+class ReconstructionHook(Hook):
+    """Base of the hooks around a reconstruction; every point does nothing."""
+
+    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        """Before a pass over all units."""
+
+    def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
+        """Before a unit is optimised."""
+
+    def after_reconstruct_step(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
+    ) -> None:
+        """After every hundredth step; ``loss`` is the mean reconstruction loss since the last call."""
+
+    def after_reconstruct_unit(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+    ) -> None:
+        """After a unit is done and its outputs are handed on."""
+
+    def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
+        """After a pass over all units."""
+
+
+@HOOKS.register_module()
+class ReconstructionLoggerHook(ReconstructionHook):
+    """Writes one log line per unit and puts it into the summary."""
+
+    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self._count, self._done = sum(bool(u.layers or u.quantizers) for u in units), 0
+        options = stage.options
+        runner.logger.info(
+            f'reconstruction of {stage.name}: {self._count} units, {options.iterations} iterations of '
+            f'{options.batch_size} images each'
+        )
+
+    def after_reconstruct_unit(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+    ) -> None:
+        self._done += 1
+        kept = ', worse than before: kept as it was' if result.kept_nearest else ''
+        runner.logger.info(
+            f'{stage.name} {self._done}/{self._count} {unit.name}: loss {result.loss_before:.4g} -> '
+            f'{result.loss_after:.4g}, {result.iterations} iterations, {result.seconds:.1f} s{kept}'
+        )
+        runner.test_loop.record(result)
+
+
+@HOOKS.register_module()
+class ReconstructionCheckpointHook(ReconstructionHook):
+    """Saves the whole state after every unit, written beside the last one and renamed.
+
+    Args:
+        filename: Name of the file in the work dir.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, filename: str = 'reconstruction.pth') -> None:
+        self.filename = filename
+        self._done: list[tuple[str, str]] = []
+
+    def after_reconstruct_unit(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+    ) -> None:
+        self._done.append((stage.name, unit.name))
+        state = {
+            'state_dict': runner.model.state_dict(),
+            'meta': {'config': runner.cfg.pretty_text, 'seed': runner.seed, 'units_done': list(self._done)},
+        }
+        save_atomic(state, f'{runner.work_dir}/{self.filename}')
+
+
+@HOOKS.register_module()
+class ReconstructionProgressHook(ReconstructionHook):
+    """Shows a bar per unit with its loss and the time left."""
+
+    def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
+        self._bar = ProgressBar(f'{stage.name} {unit.name}', stage.options.iterations)
+        self._bar.__enter__()
+
+    def after_reconstruct_step(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
+    ) -> None:
+        self._bar.update(step, f'loss {loss:.4g}')
+
+    def after_reconstruct_unit(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+    ) -> None:
+        self._bar.__exit__()

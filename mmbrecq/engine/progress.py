@@ -1,0 +1,53 @@
+"""Progress bars: on a terminal a bar with a message and the time left, elsewhere nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar('T')
+
+
+class ProgressBar:
+    """One bar; a context manager.
+
+    Args:
+        title: What is being done.
+        total: Number of steps.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn('left'), TimeRemainingColumn(), TextColumn('{task.fields[message]}'),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task(title, total=total, message='')
+
+    def __enter__(self) -> ProgressBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def update(self, completed: int, message: str = '') -> None:
+        """Moves the bar to ``completed`` steps and shows ``message`` beside it."""
+        self._progress.update(self._task, completed=completed, message=message)
+
+
+def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Yields ``items`` under a bar."""
+    if total is None:
+        assert isinstance(items, Sized)
+        total = len(items)
+    sys.stdout.flush()
+    with ProgressBar(title, total) as bar:
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(done)

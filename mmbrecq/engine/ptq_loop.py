@@ -1,0 +1,264 @@
+"""The whole job: float evaluation, preparation, calibration, reconstruction, export, deployed evaluation, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmbrecq.backends import open_backend
+from mmbrecq.building import build
+from mmbrecq.calibration import build_calibration_set
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
+from mmbrecq.calibration.images import collect_images
+from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.engine.evaluation import evaluate
+from mmbrecq.engine.hooks import ReconstructionCheckpointHook, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.engine.measure import model_size, peak_memory, versions
+from mmbrecq.engine.progress import track
+from mmbrecq.errors import ConfigError
+from mmbrecq.graph.arithmetic import plug
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.reconstructor import Task
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.registry import EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.report import Summary, print_table, write_report
+from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
+from mmbrecq.storage import save_atomic, write_text_atomic
+
+EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
+"""What a run may measure, in this order."""
+
+DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionCheckpointHook, ReconstructionProgressHook)
+
+
+@LOOPS.register_module()
+class PTQLoop(BaseLoop):
+    """Quantizes the runner's model.
+
+    Args:
+        runner: mmengine's runner.
+        dataloader: The test data.
+        evaluator: The test evaluator.
+        float_checkpoint: Path or URL of the float weights.
+        quantizer: Config of the quantizer.
+        reconstructor: Config of the reconstructor.
+        calibration: Options of :class:`~mmbrecq.calibration.sampling.CalibrationOptions`.
+        exporters: Configs of the exporters.
+        evaluations: What is measured, among :data:`EVALUATIONS`.
+        config_name: For the report.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: DataLoader[Any] | dict[str, Any],
+        evaluator: Evaluator | dict[str, Any] | list[Any],
+        float_checkpoint: str,
+        quantizer: Mapping[str, Any],
+        reconstructor: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+        exporters: Sequence[Mapping[str, Any]] = (),
+        evaluations: Sequence[str] = EVALUATIONS,
+        config_name: str = '',
+    ) -> None:
+        super().__init__(runner, dataloader)
+        self.evaluator = runner.build_evaluator(evaluator)
+        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        unknown = sorted(set(evaluations) - set(EVALUATIONS))
+        if unknown:
+            raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')
+        self.float_checkpoint, self.evaluations = float_checkpoint, tuple(evaluations)
+        self.quantizer = build(QUANTIZERS, dict(quantizer))
+        self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
+        self.exporters = [build(EXPORTERS, dict(exporter)) for exporter in exporters]
+        self.calibration = dict(calibration)
+        self.folder = Path(runner.work_dir)
+        self.summary = Summary(
+            config=config_name, model=type(runner.model).__name__, preset=self.quantizer.preset.name,
+            seed=runner.seed, versions=versions(),
+        )  # fmt: skip
+        known = {type(hook).__name__ for hook in runner.hooks}
+        for hook in DEFAULT_HOOKS:
+            if hook.__name__ not in known:
+                runner.register_hook(hook())
+
+    def run(self) -> dict[str, float]:
+        """Does the whole job; returns the metrics of the quantized model."""
+        start = time.perf_counter()
+        self.runner.call_hook('before_test')
+        load_float_checkpoint(self.runner.model, self.float_checkpoint)
+        calibration = build_calibration_set(self.runner.cfg, self.calibration)
+        self._save_ids(calibration.ids)
+        self._evaluate('float')
+        images = collect_images(self.runner.model, calibration)
+        model = self._prepare(images)
+        self._calibrate(model, images)
+        self._reconstruct(model, images, calibration)
+        example = images[:2].clone()
+        del images
+        self._finish(model, example)
+        self._deploy(model, example)
+        self.summary.peak_memory_bytes = peak_memory()
+        self.summary.seconds.total = time.perf_counter() - start
+        self._write_summary()
+        print_table(self.summary)
+        self.runner.logger.info(f'report: {self.folder / "report.html"}')
+        self.runner.call_hook('after_test')
+        return self.summary.metrics.quantized
+
+    def record(self, result: UnitResult) -> None:
+        """Takes a finished unit into the summary, and writes it: the report can be read half-way through a run."""
+        self.summary.units.append(
+            UnitRecord(
+                result.name, list(result.layers), result.loss_before, result.loss_after, result.iterations,
+                result.seconds, result.stage, result.kept_nearest,
+            )  # fmt: skip
+        )
+        self._write_summary()
+
+    def _prepare(self, images: Tensor) -> QuantizedModel:
+        with self._timed('prepare'):
+            model: QuantizedModel = self.quantizer.prepare(self.runner.model, images[:2])
+            self.summary.bits = {
+                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers
+            }
+            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.layers if la.float_reason]
+            self.summary.model_size_bytes = model_size(model)
+            opaque = [f'{path} stays one call: {why}' for path, why in model.arithmetic.opaque.items()]
+            self.summary.warnings += opaque
+        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
+        for line in self.summary.float_layers + opaque:
+            self.runner.logger.warning(line)
+        return model
+
+    def _calibrate(self, model: QuantizedModel, images: Tensor) -> None:
+        with self._timed('calibrate'):
+            calibrate_weights(model)
+            calibrate_activations(model, list(track(images.split(64), 'calibration')))
+        with model.quantization(weights=True, activations=True):
+            self._evaluate('nearest')
+
+    def _reconstruct(self, model: QuantizedModel, images: Tensor, calibration: Any) -> None:
+        task = Task(
+            model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder
+        )  # fmt: skip
+        plan = self.reconstructor.plan(task)
+        self.runner.logger.info(
+            f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
+        )
+        with self._timed('reconstruct'):
+            self.reconstructor.run(task, plan, _HookCaller(self.runner))
+        kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
+        if kept:
+            self.summary.warnings.append(f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}')
+        if model.quantizers:
+            with model.quantization(weights=True, activations=False):
+                self._evaluate('weights')
+
+    def _finish(self, model: QuantizedModel, example: Tensor) -> None:
+        model.pack()
+        meta = {
+            'config': self.runner.cfg.pretty_text,
+            'seed': self.runner.seed,
+            'versions': self.summary.versions,
+            'bits': {name: [bits.weight, bits.activation] for name, bits in self.summary.bits.items()},
+            'calibration_ids_file': self.summary.calibration.ids_file,
+            'example_shape': list(example.shape),
+        }
+        save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, self.folder / 'quantized.pth')
+        self._evaluate('quantized')
+        if not model.quantizers:
+            self.summary.metrics.weights = dict(self.summary.metrics.quantized)
+
+    def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
+        with self._timed('export'):
+            paths = [exporter.export(model, example, self.folder / 'deploy') for exporter in self.exporters]
+        for path in paths:
+            self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
+            backend = open_backend(path)
+            count = backend.integer_kernels()
+            self.summary.integer_kernels[backend.name] = KernelCount(count.quantized, count.integer)
+            if 'deployed' in self.evaluations:
+                plug(model.model, lambda images, backend=backend: backend(images)[0])
+                metrics = self._measure(f'deployed in {backend.name}')
+                self.summary.metrics.deployed[backend.name] = metrics
+                plug(model.model, model.compiled)
+
+    def _evaluate(self, name: str) -> None:
+        if name in self.evaluations:
+            setattr(self.summary.metrics, name, self._measure(name))
+            self._write_summary()
+
+    def _measure(self, title: str) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, f'evaluation: {title}')
+        spent = time.perf_counter() - start
+        self.summary.seconds.evaluate = (self.summary.seconds.evaluate or 0.0) + spent
+        shown = ', '.join(f'{key} {value:.4g}' for key, value in metrics.items())
+        self.runner.logger.info(f'{title}: {shown} ({spent:.1f} s)')
+        return metrics
+
+    def _task_loss(self, batch: Any, images: Tensor) -> Tensor:
+        samples = self.runner.model.data_preprocessor(batch, False)['data_samples']
+        total, _ = self.runner.model.parse_losses(self.runner.model.loss(images, samples))
+        return total
+
+    def _save_ids(self, ids: Sequence[str]) -> None:
+        write_text_atomic('\n'.join(ids) + '\n', self.folder / 'calibration_ids.txt')
+        self.summary.calibration.num_samples = len(ids)
+        self.summary.calibration.ids_file = 'calibration_ids.txt'
+
+    def _write_summary(self) -> None:
+        self.summary.save(self.folder / 'summary.json')
+        write_report(self.summary, self.folder / 'report.html', time.strftime('%Y-%m-%d'))
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        setattr(self.summary.seconds, step, time.perf_counter() - start)
+
+
+class _HookCaller:
+    """Passes what a reconstruction tells on to the hooks of the runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units)
+
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
+        self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
+
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
+        self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
+        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result)
+
+    def after_stage(self, stage: Stage) -> None:
+        self.runner.call_hook('after_reconstruct_stage', stage=stage)
+
+
+def _layer_list(model: QuantizedModel) -> str:
+    """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
+    width = max(len(layer.name) for layer in model.layers)
+    lines = []
+    for layer in model.layers:
+        bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
+        tail = layer.float_reason and f'float: {layer.float_reason}' or f'unit {layer.unit}'
+        lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')
+    return '\n'.join(lines) + '\n'

@@ -1,0 +1,80 @@
+"""Evaluation of a quantized checkpoint or of an exported file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.evaluator import Evaluator
+from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mmbrecq.backends import open_backend
+from mmbrecq.building import build
+from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
+from mmbrecq.engine.evaluation import evaluate
+from mmbrecq.errors import CheckpointError
+from mmbrecq.graph.arithmetic import plug
+from mmbrecq.registry import LOOPS, QUANTIZERS
+
+DEPLOYED_SUFFIXES = ('.onnx', '.xml')
+
+
+@LOOPS.register_module()
+class QuantizedTestLoop(BaseLoop):
+    """Measures what a run has left; no calibration data is read.
+
+    Args:
+        runner: mmengine's runner.
+        dataloader: The test data.
+        evaluator: The test evaluator.
+        checkpoint: ``quantized.pth``, or an exported ``.onnx`` or ``.xml``.
+        quantizer: Config of the quantizer that made it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: DataLoader[Any] | dict[str, Any],
+        evaluator: Evaluator | dict[str, Any] | list[Any],
+        checkpoint: str,
+        quantizer: Mapping[str, Any],
+    ) -> None:
+        super().__init__(runner, dataloader)
+        self.evaluator = runner.build_evaluator(evaluator)
+        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        self.checkpoint, self.quantizer = checkpoint, dict(quantizer)
+
+    def run(self) -> dict[str, float]:
+        """Returns the metrics."""
+        self.runner.call_hook('before_test')
+        if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
+            backend = open_backend(self.checkpoint)
+            plug(self.runner.model, lambda images: backend(images)[0])
+        else:
+            load_quantized(self.runner.model, self.quantizer, self.checkpoint)
+        metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, 'evaluation')
+        for name, value in metrics.items():
+            self.runner.logger.info(f'{name}: {value!r}')
+        self.runner.call_hook('after_test')
+        return metrics
+
+
+def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str) -> None:
+    """Turns a float ``model`` into the quantized one that ``path`` holds.
+
+    Raises:
+        CheckpointError: The file is no checkpoint of ``tools/ptq.py``, or of another model or quantizer.
+    """
+    meta = read_checkpoint(path).get('meta', {})
+    shape = meta.get('example_shape')
+    if shape is None:
+        raise CheckpointError(f'{path}: expected a checkpoint that tools/ptq.py has written, but it names no input shape')
+    example: Tensor = torch.zeros(shape, device=next(model.parameters()).device)
+    prepared = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    prepared.pack()
+    load_quantized_checkpoint(model, path)

@@ -1,0 +1,47 @@
+"""Errors that a user can cause and mend; each message is one sentence that names the file, key or layer."""
+
+from __future__ import annotations
+
+
+class MMBrecqError(Exception):
+    """Base of all errors raised on purpose; ``tools/`` prints its message and exits with status 2."""
+
+
+class ConfigError(MMBrecqError, ValueError):
+    """Raised when a config does not exist, does not parse, or holds an unknown or invalid option."""
+
+
+class PatternError(ConfigError):
+    """Raised when a layer pattern of the config matches no layer of the model."""
+
+
+class CheckpointError(MMBrecqError):
+    """Raised when a checkpoint is missing, truncated, unsafe to load, or belongs to another model."""
+
+
+class DataError(MMBrecqError):
+    """Raised when images are missing, unreadable or fewer than asked for, or hold non-finite values."""
+
+
+class NonFiniteError(MMBrecqError):
+    """Raised when a weight, an activation or a loss stops being finite."""
+
+
+class GraphError(MMBrecqError):
+    """Raised when a model cannot be traced or prepared."""
+
+
+class ExportError(MMBrecqError):
+    """Raised when a graph cannot be exported, or the exported file breaks a rule of its backend."""
+
+
+class BackendError(MMBrecqError):
+    """Raised when a runtime is not installed, or refuses a file."""
+
+
+class DependencyError(MMBrecqError, ImportError):
+    """Raised when a package that the work needs is missing or of another version."""
+
+
+class StorageError(MMBrecqError):
+    """Raised when a file or a cache cannot be written: no space left, or no permission."""

@@ -1,0 +1,49 @@
+"""Export to OpenVINO's intermediate representation."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.exporters.base import BaseExporter
+from mmbrecq.exporters.onnx import onnx_model
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.registry import EXPORTERS
+from mmbrecq.storage import replacing
+
+
+@EXPORTERS.register_module()
+class OpenVINOExporter(BaseExporter):
+    """Writes an IR, ``.xml`` and ``.bin``, converted from the ONNX graph; weights stay 8-bit integers.
+
+    Args:
+        filename: Name of the ``.xml``.
+        opset: ONNX operator set of the graph that is converted.
+    """
+
+    suffix = '.xml'
+
+    def __init__(self, filename: str | None = None, opset: int = 17) -> None:
+        super().__init__(filename)
+        self.opset = opset
+
+    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise BackendError("expected OpenVINO to be installed, but it is not: pip install openvino") from error
+        with tempfile.TemporaryDirectory(prefix='.export-', dir=path.parent) as folder:
+            source = Path(folder) / 'model.onnx'
+            source.write_bytes(onnx_model(model, example, self.opset).SerializeToString())
+            target = Path(folder) / 'model.xml'
+            try:
+                openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
+            except RuntimeError as error:
+                raise ExportError(f'OpenVINO cannot convert the graph: {str(error).splitlines()[0]}') from error
+            # the weights first: an .xml never points at the .bin of another export for longer than one rename
+            for suffix in ('.bin', '.xml'):
+                with replacing(path.with_suffix(suffix)) as beside:
+                    beside.write_bytes(target.with_suffix(suffix).read_bytes())

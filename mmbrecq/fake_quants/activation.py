@@ -1,0 +1,94 @@
+"""Fake quantization of activations: modules that are called by nodes of the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.errors import ExportError
+from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
+from mmbrecq.observers.base import BaseObserver
+from mmbrecq.qtype import QType
+from mmbrecq.registry import FAKE_QUANTS
+
+
+@FAKE_QUANTS.register_module()
+class FakeQuantize(nn.Module):
+    """Fake quantization with a fixed, observed scale.
+
+    Args:
+        qtype: The grid.
+        channels: Number of channels, where the grid has one scale per channel.
+        integer_clip: Where an exported grid is cut that is smaller than its container: at the integers between Q and
+            DQ, else at the real values before Q.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qtype: QType, channels: int = 1, integer_clip: bool = True) -> None:
+        super().__init__()
+        self.qtype, self.integer_clip = qtype, integer_clip
+        self.enabled = False
+        self.observer: BaseObserver | None = None
+        # probability of passing the float value on, drawn per element while it is > 0
+        self.drop_prob = 0.0
+        self.generator: torch.Generator | None = None
+        shape = () if qtype.ch_axis is None else (channels,)
+        self._register_scale(torch.ones(shape))
+        self.register_buffer('zero_point', torch.zeros(shape, dtype=qtype.container))
+
+    def _register_scale(self, scale: Tensor) -> None:
+        self.register_buffer('scale', scale)
+
+    def start(self) -> list[nn.Parameter]:
+        """Begins the optimisation; returns what there is to optimise."""
+        return []
+
+    def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Sets scale and zero-point, both ``()`` or ``(C,)``."""
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x.detach())
+        if not self.enabled:
+            return x
+        clip = self._clip() if torch.onnx.is_in_onnx_export() else None
+        quantized = FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip)
+        if self.drop_prob > 0 and torch.is_grad_enabled():
+            keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.drop_prob
+            quantized = torch.where(keep, quantized, x)
+        return quantized
+
+    def _clip(self) -> Clip | None:
+        """The cut that an export needs, None where the bounds of the container are the grid's."""
+        qtype, info = self.qtype, torch.iinfo(self.qtype.container)
+        if (qtype.quant_min, qtype.quant_max) == (info.min, info.max):
+            return None
+        bounds = torch.tensor([qtype.quant_min, qtype.quant_max])
+        if self.integer_clip:
+            low, high = bounds.to(qtype.container).unbind()
+        else:
+            if qtype.ch_axis is not None:
+                raise ExportError('expected a grid per tensor below 8 bits to export, but got one per channel')
+            low, high = ((bounds - int(self.zero_point)) * self.scale.detach().cpu()).unbind()
+        return Clip((low.clone(), high.clone()), self.integer_clip)
+
+
+@FAKE_QUANTS.register_module()
+class LSQ(FakeQuantize):
+    """Learned step size (Esser et al., ICLR 2020): the scale is a parameter, trained by the reconstruction.
+
+    Adam, which trains it, is invariant to the gradient scale of the paper, so none is applied.
+    """
+
+    def _register_scale(self, scale: Tensor) -> None:
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def start(self) -> list[nn.Parameter]:
+        assert isinstance(self.scale, nn.Parameter)
+        self.scale.requires_grad_(True)
+        return [self.scale]

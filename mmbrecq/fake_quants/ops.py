@@ -1,0 +1,141 @@
+"""Autograd functions of fake quantization: gradients in closed form, and their ONNX operators.
+
+A chain of elementary autograd operations would read and write every tensor five to ten times and keep as many copies
+for the backward pass; a function here keeps what its gradient needs and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmbrecq.functional import dequantize, expand
+from mmbrecq.qtype import QType
+
+
+@dataclass(frozen=True)
+class Clip:
+    """How an exported grid is cut that is smaller than its container.
+
+    Args:
+        bounds: Smallest and largest value, scalars: integers in the container's dtype, or real values.
+        on_integers: Which of the two.
+    """
+
+    bounds: tuple[Tensor, Tensor]
+    on_integers: bool
+
+
+class FakeQuantizeFunction(torch.autograd.Function):
+    """Fake quantization of activations: straight-through gradient for ``x``, LSQ's gradient for ``scale``.
+
+    With ``r = round(x / scale)``, inside the range d/dx = 1 and d/dscale = r - x / scale; outside d/dx = 0 and
+    d/dscale is the bound, ``quant_min - zero_point`` or ``quant_max - zero_point`` (Esser et al., ICLR 2020, eq. 3).
+
+    In ONNX it is ``QuantizeLinear -> DequantizeLinear``; where the grid is smaller than its 8-bit container a Clip cuts
+    the integers between the two, or the real values before them. Both give the same numbers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None
+    ) -> Tensor:
+        offset = expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
+        low, high = qtype.quant_min - offset, qtype.quant_max - offset
+        ctx.save_for_backward(x, scale, low, high)
+        ctx.ch_axis = qtype.ch_axis
+        step = expand(scale, x.dim(), qtype.ch_axis)
+        return (x / step).round_().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, scale, low, high = ctx.saved_tensors
+        ratio = x / expand(scale, x.dim(), ctx.ch_axis)
+        rounded = ratio.round()
+        inside = (rounded >= low) & (rounded <= high)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            step = torch.where(inside, rounded - ratio, rounded.clamp_(low, high))
+            others = [axis for axis in range(x.dim()) if axis != ctx.ch_axis]
+            grad_scale = (grad * step).sum(others)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        return grad_x, grad_scale, None, None, None
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None) -> Any:
+        axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
+        bounds = None if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
+        if clip is not None and not clip.on_integers:
+            x = g.op('Clip', x, *bounds)
+        codes = g.op('QuantizeLinear', x, scale, zero_point, **axis)
+        if clip is not None and clip.on_integers:
+            codes = g.op('Clip', codes, *bounds)
+        return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
+
+
+class DequantizeFunction(torch.autograd.Function):
+    """Integers to real values; in ONNX one ``DequantizeLinear`` over an integer initializer."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None) -> Tensor:
+        return dequantize(codes, scale, zero_point.to(scale.dtype), ch_axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None, None, None
+
+    @staticmethod
+    def symbolic(g: Any, codes: Any, scale: Any, zero_point: Any, ch_axis: int | None) -> Any:
+        axis = {} if ch_axis is None else {'axis_i': ch_axis}
+        return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
+
+
+class SoftRoundFunction(torch.autograd.Function):
+    """AdaRound's soft-quantized weight and its rounding regulariser (Nagel et al., ICML 2020, eq. 23 and 24).
+
+    With ``h = clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``, where ``low`` is
+    the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser is
+    ``sum(1 - |2 h - 1| ** beta)``. Both gradients need ``h`` alone, since
+    ``dh/dalpha = (h - gamma) (zeta - h) / (zeta - gamma)`` strictly inside (0, 1), and 0 at the bounds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, zeta: float, gamma: float, beta: float | None
+    ) -> tuple[Tensor, Tensor]:
+        h = soft_rounding(alpha, zeta, gamma)
+        ctx.zeta, ctx.gamma, ctx.beta = zeta, gamma, beta
+        if beta is None:
+            ctx.save_for_backward(h, step)
+            return torch.addcmul(low, step, h), alpha.new_zeros(())
+        centred = h.mul(2).sub_(1)
+        power = centred.abs().pow_(beta - 1).copysign_(centred)
+        ctx.save_for_backward(h, step, power)
+        round_loss = centred.numel() - torch.dot(power.flatten(), centred.flatten())
+        return torch.addcmul(low, step, h), round_loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_weight, grad_loss = grads
+        h, step = ctx.saved_tensors[:2]
+        zeta, gamma = ctx.zeta, ctx.gamma
+        grad = grad_weight * step
+        if ctx.beta is not None:
+            grad.addcmul_(ctx.saved_tensors[2], grad_loss, value=-2 * ctx.beta)
+        slope = (h - gamma).mul_(zeta - h).mul_(1 / (zeta - gamma))
+        slope.masked_fill_((h <= 0) | (h >= 1), 0)
+        return grad.mul_(slope), None, None, None, None, None
+
+
+def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
+    """Rectified sigmoid ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``; same shape as ``alpha``."""
+    return torch.sigmoid(alpha).mul_(zeta - gamma).add_(gamma).clamp_(0, 1)
+
+
+def initial_alpha(fraction: Tensor, zeta: float, gamma: float) -> Tensor:
+    """The ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
+    return -torch.log((zeta - gamma) / (fraction - gamma) - 1)

@@ -1,0 +1,164 @@
+"""Fake quantization of weights, as parametrizations of ``module.weight``.
+
+Two phases. While a model is being quantized its weight keeps the float values and a :class:`WeightFakeQuantize` maps
+them to the grid; the quantization can be switched off, since the float stream needs the float model. A finished model
+holds :class:`PackedWeight`: integers, scale and zero-point alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mmbrecq.fake_quants.ops import DequantizeFunction, SoftRoundFunction, initial_alpha
+from mmbrecq.functional import dequantize, expand, quantize
+from mmbrecq.qtype import QType
+from mmbrecq.registry import FAKE_QUANTS
+
+
+class WeightFakeQuantize(nn.Module):
+    """Maps a float weight to its quantized values.
+
+    ``codes`` are the integers in force: nearest rounding after :meth:`calibrate`, whatever a subclass has learned
+    after :meth:`finish`.
+
+    Args:
+        qtype: The grid.
+        shape: Shape of the weight, ``(C_out, C_in, kH, kW)`` of a convolution or ``(C_out, C_in)`` of a linear layer.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    codes: Tensor
+
+    def __init__(self, qtype: QType, shape: torch.Size) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self.enabled = False
+        channels = qtype.scale_shape(shape)
+        self.register_buffer('scale', torch.ones(channels))
+        self.register_buffer('zero_point', torch.zeros(channels, dtype=qtype.container))
+        self.register_buffer('codes', torch.zeros(shape, dtype=qtype.container))
+
+    def calibrate(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Sets the grid and rounds ``weight`` to nearest on it."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.codes.copy_(quantize(weight, self.scale, self.zero_point.to(weight.dtype), self.qtype))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.quantized(weight) if self.enabled else weight
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Real values of the codes; same shape as ``weight``."""
+        return dequantize(self.codes, self.scale, self.zero_point.to(self.scale.dtype), self.qtype.ch_axis)
+
+    def start(self, weight: Tensor) -> list[nn.Parameter]:
+        """Begins the optimisation of the rounding; returns what there is to optimise."""
+        return []
+
+    def round_loss(self) -> Tensor | None:
+        """The regulariser of the last forward pass, None where there is none."""
+        return None
+
+    def finish(self) -> None:
+        """Ends the optimisation: fixes ``codes``."""
+
+
+@FAKE_QUANTS.register_module()
+class NearestRounding(WeightFakeQuantize):
+    """Rounding to nearest; nothing is learned."""
+
+
+@FAKE_QUANTS.register_module()
+class AdaRound(WeightFakeQuantize):
+    """Learned rounding up or down (Nagel et al., ICML 2020).
+
+    Args:
+        qtype: The grid.
+        shape: Shape of the weight.
+        zeta: Upper stretch of the rectified sigmoid, > 1.
+        gamma: Lower stretch, < 0.
+    """
+
+    def __init__(self, qtype: QType, shape: torch.Size, zeta: float = 1.1, gamma: float = -0.1) -> None:
+        super().__init__(qtype, shape)
+        self.zeta, self.gamma = zeta, gamma
+        self.beta: float | None = None
+        self.alpha: nn.Parameter | None = None
+
+    def start(self, weight: Tensor) -> list[nn.Parameter]:
+        scale = expand(self.scale, weight.dim(), self.qtype.ch_axis)
+        offset = expand(self.zero_point.to(weight.dtype), weight.dim(), self.qtype.ch_axis)
+        ratio = weight / scale
+        floor = torch.floor(ratio)
+        codes = floor + offset
+        movable = (codes >= self.qtype.quant_min) & (codes < self.qtype.quant_max)
+        self._codes_low = codes.clamp(self.qtype.quant_min, self.qtype.quant_max)
+        self._movable = movable
+        self._low = (self._codes_low - offset) * scale
+        self._step = scale * movable
+        self.alpha = nn.Parameter(initial_alpha(ratio - floor, self.zeta, self.gamma))
+        self._round_loss: Tensor | None = None
+        return [self.alpha]
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        if self.alpha is None:
+            return super().quantized(weight)
+        soft, self._round_loss = SoftRoundFunction.apply(
+            self.alpha, self._low, self._step, self.zeta, self.gamma, self.beta
+        )
+        return soft
+
+    def round_loss(self) -> Tensor | None:
+        return None if self.beta is None else self._round_loss
+
+    def finish(self) -> None:
+        assert self.alpha is not None
+        # the rectified sigmoid exceeds 1/2 exactly where alpha is positive (zeta = 1 - gamma)
+        up = (torch.sigmoid(self.alpha.detach()) * (self.zeta - self.gamma) + self.gamma >= 0.5) & self._movable
+        self.codes.copy_(self._codes_low + up)
+        self.alpha, self._round_loss = None, None
+        del self._low, self._step, self._codes_low, self._movable
+
+
+class PackedWeight(nn.Module):
+    """Parametrization whose originals are ``(codes, scale, zero_point)``: what a deployed model stores."""
+
+    def __init__(self, qtype: QType, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self._initial = (codes.clone(), scale.clone(), zero_point.clone())
+
+    def right_inverse(self, weight: Tensor) -> Sequence[Tensor]:
+        return self._initial
+
+    def forward(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return DequantizeFunction.apply(codes, scale, zero_point, self.qtype.ch_axis)
+
+
+def weight_fake_quant(module: nn.Module) -> WeightFakeQuantize | None:
+    """The fake quantizer of ``module.weight``, None where the weight is float or packed."""
+    if not parametrize.is_parametrized(module, 'weight'):
+        return None
+    found = module.parametrizations['weight'][0]
+    return found if isinstance(found, WeightFakeQuantize) else None
+
+
+def original_weight(module: nn.Module) -> Tensor:
+    """The float weight of a module that carries a :class:`WeightFakeQuantize`."""
+    return module.parametrizations['weight'].original.detach()
+
+
+def pack_weight(module: nn.Module) -> None:
+    """Replaces the float weight of ``module`` by its integers."""
+    fake_quant = weight_fake_quant(module)
+    assert fake_quant is not None
+    parametrize.remove_parametrizations(module, 'weight', leave_parametrized=False)
+    module.weight.requires_grad_(False)
+    packed = PackedWeight(fake_quant.qtype, fake_quant.codes, fake_quant.scale, fake_quant.zero_point)
+    parametrize.register_parametrization(module, 'weight', packed, unsafe=True)
+    del packed._initial

@@ -1,0 +1,69 @@
+"""Uniform affine quantization as pure functions.
+
+The grid is ``x_hat = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``
+(Jacob et al., CVPR 2018, eq. 1; rounding is half to even, as ONNX's QuantizeLinear has it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmbrecq.qtype import QType
+
+
+def expand(values: Tensor, dim: int, ch_axis: int | None) -> Tensor:
+    """Gives per-channel ``values`` of shape ``(C,)`` the shape ``(1, .., C, .., 1)`` of ``dim`` axes.
+
+    Args:
+        values (Tensor): ``()`` or ``(C,)``.
+        dim: Number of axes of the tensor to broadcast with.
+        ch_axis: Axis of the channels, None for a scalar.
+    """
+    if ch_axis is None:
+        return values
+    return values.reshape([-1 if i == ch_axis else 1 for i in range(dim)])
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """Returns the integers of ``x`` on the grid, in the dtype of ``x``; same shape as ``x``."""
+    s, z = expand(scale, x.dim(), qtype.ch_axis), expand(zero_point, x.dim(), qtype.ch_axis)
+    return torch.clamp(torch.round(x / s) + z, qtype.quant_min, qtype.quant_max)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None) -> Tensor:
+    """Returns ``(q - zero_point) * scale`` in the dtype of ``scale``; same shape as ``q``."""
+    s, z = expand(scale, q.dim(), ch_axis), expand(zero_point, q.dim(), ch_axis)
+    return (q.to(s.dtype) - z) * s
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    """Quantizes and dequantizes; same shape and dtype as ``x``."""
+    return dequantize(quantize(x, scale, zero_point, qtype), scale, zero_point, qtype.ch_axis)
+
+
+def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of the grid that covers ``[low, high]`` and represents 0 exactly.
+
+    Args:
+        low (Tensor): Smallest real value, ``()`` or ``(C,)``.
+        high (Tensor): Largest real value, same shape.
+        qtype: The grid.
+
+    Returns:
+        ``(scale, zero_point)``, float tensors of the same shape; ``scale > 0``, ``zero_point`` integral.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if qtype.symmetric:
+        zero_point = torch.zeros_like(low)
+        if qtype.signed:
+            scale = torch.maximum(-low / -qtype.quant_min, high / qtype.quant_max)
+        else:
+            scale = high / qtype.quant_max
+    else:
+        scale = (high - low) / (qtype.quant_max - qtype.quant_min)
+        zero_point = low
+    scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
+    if not qtype.symmetric:
+        zero_point = (qtype.quant_min - torch.round(zero_point / scale)).clamp(qtype.quant_min, qtype.quant_max)
+    return scale, zero_point

@@ -1,0 +1,1 @@
+"""Graph preparation: tracing, folding, placement of activation quantizers, cutting into units."""

@@ -1,0 +1,122 @@
+"""Where activations are quantized.
+
+A value is quantized where it is produced, once, after the activation function or residual add that its target computes
+together with the convolution. Values that no layer reads on a grid, and the outputs of the network, stay in float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from mmbrecq.graph.roles import Roles
+from mmbrecq.presets import Preset
+
+
+@dataclass(frozen=True)
+class Place:
+    """Values that share one activation quantizer.
+
+    Args:
+        name: Name of the quantizer, unique in the graph.
+        nodes: Producers of the values; several where a concatenation demands equal scales.
+        layers: Paths of the convolutions and linear layers that read the values.
+        non_negative: Whether no value can be negative.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    layers: tuple[str, ...]
+    non_negative: bool
+
+
+def find_places(roles: Roles, preset: Preset) -> list[Place]:
+    """Returns the places of a graph in the order of its nodes."""
+    quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
+    groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
+    places = []
+    for group in groups:
+        layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
+        non_negative = all(roles.non_negative(n) for n in group)
+        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative))
+    return places
+
+
+def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    if not roles.is_tensor(node) or roles.moves_only(node):
+        return False
+    consumers = list(roles.consumers(node))
+    if all(c.op == 'output' for c in consumers) or _is_fused(node, roles, preset):
+        return False
+    if any(roles.is_weighted(c) for c in consumers):
+        return True
+    if node.op == 'placeholder':
+        return False
+    if not roles.is_weighted(node):
+        return roles.is_add(node) or roles.is_activation(node)
+    if preset.conv_outputs:
+        return True
+    if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
+        return any(_is_shortcut(node, add, roles) for add in consumers)
+    return False
+
+
+def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    """Whether the only reader is an activation function that is computed together with this layer or add."""
+    users = list(node.users)
+    if len(users) != 1 or not roles.is_activation(users[0]):
+        return False
+    if not (roles.is_weighted(node) or roles.is_add(node)):
+        return False
+    return preset.fuses is None or roles.kind(users[0]) in preset.fuses
+
+
+def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:
+    """Of two convolutions that meet in an add, the one whose input the other branch passes through."""
+    others = [n for n in add.all_input_nodes if n is not layer]
+    if not others or not roles.is_weighted(others[0]):
+        return False
+    source = layer.all_input_nodes[0]
+    if source is others[0].all_input_nodes[0]:
+        # both read the same value: the later one in the graph
+        return list(add.all_input_nodes).index(layer) == 1
+    return _reaches(source, others[0])
+
+
+def _reaches(source: fx.Node, target: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    stack = [target]
+    while stack:
+        node = stack.pop()
+        if node is source:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return False
+
+
+def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:
+    """Merges the values that meet in concatenations."""
+    leader = {node: node for node in quantized}
+
+    def find(node: fx.Node) -> fx.Node:
+        while leader[node] is not node:
+            node = leader[node]
+        return node
+
+    for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
+        sources = [s for n in concat.all_input_nodes for s in _sources(n, roles) if s in leader]
+        for other in sources[1:]:
+            leader[find(other)] = find(sources[0])
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in quantized:
+        groups.setdefault(find(node), []).append(node)
+    return list(groups.values())
+
+
+def _sources(node: fx.Node, roles: Roles) -> list[fx.Node]:
+    if not roles.moves_only(node):
+        return [node]
+    return [s for n in node.all_input_nodes if roles.is_tensor(n) for s in _sources(n, roles)]

@@ -1,0 +1,217 @@
+"""Cutting a graph into reconstruction units.
+
+A unit is a run of consecutive nodes, so any cut is executable in order and a unit may have several inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from mmbrecq.errors import ConfigError, PatternError
+
+GRANULARITIES = ('layer', 'block', 'stage', 'net')
+
+BLOCK_TYPES = (
+    'BasicBlock', 'Bottleneck', 'BottleneckX', 'SEBottleneck', 'Bottle2neck', 'InvertedResidual', 'SELayerBlock',
+    'RepVGGBlock', 'DenseLayer', 'ConvNeXtBlock', 'PoolFormerBlock', 'EdgeResidual', 'InceptionA', 'InceptionB',
+    'InceptionC', 'InceptionD', 'InceptionE', 'TransformerEncoderLayer', 'SwinBlock', 'ShuffleUnit',
+    'CSPLayer', 'DarknetBottleneck', 'ResBlock',
+)  # fmt: skip
+"""Module types taken for a block where the config does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class ReconstructionUnit:
+    """A named run of nodes.
+
+    Args:
+        name: Path of the block, or of the layer.
+        module: Computes the unit: ``module(*inputs) -> tuple`` of its outputs.
+        inputs: Names of the values it reads.
+        outputs: Names of the values that others read, or that leave the network.
+        layers: Paths of its quantized convolutions and linear layers.
+        quantizers: Names of its activation quantizers.
+    """
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layers: tuple[str, ...]
+    quantizers: tuple[str, ...]
+
+
+def find_blocks(model: nn.Module, blocks: Iterable[str] | None) -> list[str]:
+    """Paths of the outermost blocks.
+
+    Args:
+        model: The model.
+        blocks: Class names or glob patterns over module paths; None for :data:`BLOCK_TYPES`.
+
+    Raises:
+        PatternError: An entry matches no module.
+    """
+    entries = tuple(BLOCK_TYPES if blocks is None else blocks)
+    found: list[str] = []
+    used: set[str] = set()
+    for path, module in model.named_modules():
+        matching = {e for e in entries if e == type(module).__name__ or (path and fnmatchcase(path, e))}
+        used |= matching
+        if matching and not any(is_below(path, outer) for outer in found):
+            found.append(path)
+    if blocks is not None:
+        for entry in entries:
+            if entry not in used:
+                raise PatternError(f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none")
+    return found
+
+
+def is_below(path: str, ancestor: str) -> bool:
+    """Whether ``path`` is ``ancestor`` or lies below it."""
+    return path == ancestor or path.startswith(ancestor + '.')
+
+
+def cut_units(
+    model: nn.Module, graph: fx.Graph, layers: set[str], quantizers: set[str], blocks: list[str], granularity: str
+) -> list[ReconstructionUnit]:
+    """Cuts ``graph`` into units in the order of execution.
+
+    Args:
+        model: Owner of the modules that the graph calls.
+        graph: The prepared graph.
+        layers: Paths of the quantized layers.
+        quantizers: Module paths of the activation quantizers.
+        blocks: Paths of the blocks.
+        granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
+            ``net`` (everything).
+    """
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f'expected granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}')
+    runs = _merge_shared(_runs(graph, layers, blocks, granularity), layers)
+    builders = [_UnitBuilder(model, run) for run in runs]
+    needed = {name for builder in builders for name in builder.inputs}
+    output = next(n for n in graph.nodes if n.op == 'output')
+    needed |= {n.name for n in output.all_input_nodes}
+    units = []
+    for index, (run, builder) in enumerate(zip(runs, builders, strict=True)):
+        targets = list(dict.fromkeys(str(n.target) for n in run if n.op == 'call_module'))
+        unit_layers = tuple(layer for t in targets for layer in sorted(layers) if is_below(layer, t))
+        unit_quantizers = tuple(t for t in targets if t in quantizers)
+        name = _unit_name(run, unit_layers, blocks, granularity, index)
+        outputs = tuple(n.name for n in run if n.name in needed and isinstance(n.meta['example'], Tensor))
+        units.append(
+            ReconstructionUnit(
+                name, builder.build(outputs), tuple(builder.inputs), outputs, unit_layers, unit_quantizers
+            )
+        )
+    return units
+
+
+def _group_of(node: fx.Node, blocks: list[str], granularity: str) -> str | None:
+    if granularity == 'net':
+        return ''
+    if granularity == 'layer':
+        return None
+    owner = node.meta.get('owner', '')
+    block = next((b for b in blocks if is_below(owner, b)), None)
+    if block is not None and granularity == 'stage':
+        return block.rpartition('.')[0]
+    return block
+
+
+def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str) -> list[list[fx.Node]]:
+    runs: list[list[fx.Node]] = []
+    group: str | None = None
+    has_layer = False
+    for node in graph.nodes:
+        if node.op in ('placeholder', 'output', 'get_attr'):
+            continue
+        node_group = _group_of(node, blocks, granularity)
+        is_layer = node.op == 'call_module' and any(is_below(layer, str(node.target)) for layer in layers)
+        starts = not runs or node_group != group or (node_group is None and is_layer and has_layer)
+        if starts:
+            runs.append([])
+            has_layer = False
+        runs[-1].append(node)
+        has_layer |= is_layer
+        group = node_group
+    return runs
+
+
+def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
+    """Merges the runs between the first and the last call of a layer: what shares weights is reconstructed together."""
+    last: dict[str, int] = {}
+    for index, run in enumerate(runs):
+        for node in run:
+            if node.op == 'call_module' and str(node.target) in layers:
+                last[str(node.target)] = index
+    merged: list[list[fx.Node]] = []
+    end = -1
+    for index, run in enumerate(runs):
+        if index <= end:
+            merged[-1].extend(run)
+        else:
+            merged.append(list(run))
+        reach = [last[str(n.target)] for n in run if n.op == 'call_module' and str(n.target) in last]
+        end = max([end, *reach])
+    return merged
+
+
+def _unit_name(
+    run: list[fx.Node], unit_layers: tuple[str, ...], blocks: list[str], granularity: str, index: int
+) -> str:
+    group = _group_of(run[0], blocks, granularity)
+    return group or (unit_layers[0] if unit_layers and granularity != 'net' else f'{granularity}{index}')
+
+
+class _UnitBuilder:
+    """Copies a run of nodes into a graph of its own.
+
+    Values that are no tensors (sizes, tuples of a split) are computed again where they are read, so only tensors cross
+    from unit to unit.
+    """
+
+    def __init__(self, model: nn.Module, run: list[fx.Node]) -> None:
+        self.model, self.run = model, run
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.inputs: list[str] = []
+        body = set(run)
+        self._foreign: list[fx.Node] = []
+        for node in run:
+            for source in node.all_input_nodes:
+                if source not in body:
+                    self._collect(source, body)
+
+    def _collect(self, node: fx.Node, body: set[fx.Node]) -> None:
+        if node in self._foreign or node in body:
+            return
+        if node.op == 'get_attr' or not isinstance(node.meta['example'], Tensor):
+            for source in node.all_input_nodes:
+                self._collect(source, body)
+        else:
+            self.inputs.append(node.name)
+        self._foreign.append(node)
+
+    def build(self, outputs: tuple[str, ...]) -> fx.GraphModule:
+        for node in self._foreign:
+            if node.name in self.inputs:
+                self.copies[node] = self.graph.placeholder(node.name)
+        late = [n for n in self._foreign if n.name not in self.inputs]
+        for node in [*late, *self.run]:
+            self._copy(node)
+        by_name = {node.name: copy for node, copy in self.copies.items()}
+        self.graph.output(tuple(by_name[name] for name in outputs))
+        return fx.GraphModule(self.model, self.graph, class_name='Unit')
+
+    def _copy(self, node: fx.Node) -> Any:
+        if node not in self.copies:
+            for source in node.all_input_nodes:
+                self._copy(source)
+            self.copies[node] = self.graph.node_copy(node, lambda n: self.copies[n])
+        return self.copies[node]

@@ -1,0 +1,152 @@
+"""The contract of all observers: from batches of values to one scale and zero-point per channel or tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmbrecq.building import build
+from mmbrecq.errors import ConfigError, DataError, NonFiniteError
+from mmbrecq.qtype import QType
+from mmbrecq.registry import OBSERVERS
+
+Self = TypeVar('Self', bound='BaseObserver')
+
+
+class BaseObserver(ABC):
+    """Collects statistics of a tensor over batches and turns them into a scale and a zero-point.
+
+    This class validates the values and lays them out as rows, one per scale; a subclass says what it keeps of them
+    (:meth:`_update`) and how it finds the grid (:meth:`_solve`). The statistics live on the device of the values.
+
+    Args:
+        qtype: The grid; one scale per index of ``ch_axis``, or one per tensor when it is None.
+
+    Attributes:
+        batches (int): Number of batches observed.
+        low (Tensor | None): ``(R,)`` lower end of every row; ``R`` is 1 per tensor.
+        high (Tensor | None): ``(R,)`` upper end of every row.
+    """
+
+    def __init__(self, qtype: QType) -> None:
+        self.qtype = qtype
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything observed."""
+        self.batches = 0
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        """Takes in one batch; an empty one changes nothing.
+
+        Args:
+            x (Tensor): Values of any shape and device; ``x`` is neither kept nor changed.
+
+        Raises:
+            NonFiniteError: If a value is NaN or infinite; nothing is taken in.
+            ConfigError: If ``x`` has no axis ``ch_axis``, or another number of channels than before.
+        """
+        if x.numel() == 0:
+            return
+        rows = self._rows(x.detach())
+        low, high = _ends(rows)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            bad = int((~torch.isfinite(rows)).sum())
+            raise NonFiniteError(f'expected finite values, but got {bad} NaN or infinite ones among {rows.numel()}')
+        if self.low is not None and self.low.shape != low.shape:
+            raise ConfigError(f'expected {self.low.numel()} channels as before, but got {low.numel()}')
+        self._update(rows, low, high)
+        self.batches += 1
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Returns ``(scale, zero_point)``, float tensors of shape ``()`` or ``(C,)``; ``scale > 0`` and finite.
+
+        Raises:
+            DataError: If nothing was observed.
+        """
+        if self.low is None or self.high is None:
+            raise DataError(f'expected {type(self).__name__} to have observed values, but it has seen none')
+        scale, zero_point = self._solve(self.low, self.high)
+        shape = (-1,) if self.qtype.ch_axis is not None else ()
+        return scale.reshape(shape), zero_point.reshape(shape)
+
+    def merge(self: Self, other: Self) -> None:
+        """Adds what ``other`` has observed, so that this observer has seen the batches of both.
+
+        Raises:
+            ConfigError: If ``other`` is of another type, grid or number of channels.
+        """
+        if type(other) is not type(self) or other.qtype != self.qtype:
+            raise ConfigError(
+                f'expected a {type(self).__name__} on {self.qtype} to merge, '
+                f'but got a {type(other).__name__} on {other.qtype}'
+            )
+        if other.low is None or other.high is None:
+            return
+        if self.low is None or self.high is None:
+            self.load_state(other.state())
+            return
+        if self.low.shape != other.low.shape:
+            raise ConfigError(f'expected {self.low.numel()} channels to merge, but got {other.low.numel()}')
+        self._merge(other)
+        self.batches += other.batches
+
+    def state(self) -> dict[str, Any]:
+        """Returns the statistics: tensors, numbers and dicts of them, fit for ``torch.save`` and for sending."""
+        return {'batches': self.batches, 'low': self.low, 'high': self.high}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` of an observer with the same options gave."""
+        self.batches = state['batches']
+        self.low, self.high = state['low'], state['high']
+
+    @abstractmethod
+    def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        """Takes in finite ``rows`` ``(R, N)`` with their ends ``(R,)``; sets :attr:`low` and :attr:`high`."""
+
+    @abstractmethod
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``(scale, zero_point)``, each of ``R`` elements, for the statistics with these ends."""
+
+    @abstractmethod
+    def _merge(self: Self, other: Self) -> None:
+        """Adds the statistics of ``other``, which is of the same type and number of rows; both hold some."""
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Lays ``x`` out as ``(R, N)`` in float32, or in float64 if it is that already."""
+        x = x if x.dtype == torch.float64 else x.float()
+        axis = self.qtype.ch_axis
+        if axis is None:
+            return x.reshape(1, -1)
+        if not -x.dim() <= axis < x.dim():
+            raise ConfigError(f'expected ch_axis {axis} to be an axis of the tensor, but got {x.dim()} axes')
+        return x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+
+    def _widen(self, low: Tensor, high: Tensor) -> None:
+        """Extends :attr:`low` and :attr:`high` by other ends."""
+        self.low = low if self.low is None else torch.minimum(self.low, low.to(self.low.device))
+        self.high = high if self.high is None else torch.maximum(self.high, high.to(self.high.device))
+
+
+def build_observer(cfg: Any, qtype: QType) -> BaseObserver:
+    """Builds the observer that ``cfg`` names, for the grid ``qtype``.
+
+    Raises:
+        ConfigError: If the type or an option is unknown or invalid.
+    """
+    observer: BaseObserver = build(OBSERVERS, cfg, qtype=qtype)
+    return observer
+
+
+def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every row, ``(R,)`` each; NaN where a row holds one."""
+    if rows.shape[0] == 1:
+        # Many times as fast on a CPU as the reduction along an axis.
+        low, high = torch.aminmax(rows)
+        return low.reshape(1), high.reshape(1)
+    return rows.amin(dim=1), rows.amax(dim=1)

@@ -1,0 +1,136 @@
+"""A histogram that grows with its data and forgets no value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import ConfigError
+
+MIN_BINS = 2048
+# Keeps 2**exponent and its inverse within float32's normal numbers.
+MIN_EXPONENT = -120
+MAX_SHIFT = 62
+# Values counted at once, so that the temporaries stay small: less than half the time for a large batch on a CPU.
+CHUNK = 2**20
+
+
+class StreamingHistogram:
+    """Counts of values in bins whose width is a power of two and whose edges are multiples of it.
+
+    When the range grows, pairs of bins become one: the counts are then exactly those which the wider bins would have
+    counted from the start. So the result depends on the values alone, not on their order or on how they were split
+    into batches or among processes.
+
+    Args:
+        bins: Number of bins, at least 2,048; between half and all of them span ``[min(low, 0), max(high, 0)]``.
+
+    Attributes:
+        low (float): Smallest value so far; infinity before the first.
+        high (float): Largest value so far; minus infinity before the first.
+        exponent (int): The bins are ``2**exponent`` wide.
+        start (int): The first bin begins at ``start * 2**exponent``.
+        counts (Tensor): ``(bins,)`` int64, on the device of the values.
+    """
+
+    def __init__(self, bins: int = 8192) -> None:
+        if not isinstance(bins, int) or bins < MIN_BINS:
+            raise ConfigError(f'expected bins to be an integer of at least {MIN_BINS}, but got {bins!r}')
+        self.bins = bins
+        self.low, self.high = math.inf, -math.inf
+        self.exponent, self.start = MIN_EXPONENT, 0
+        self.counts = torch.zeros(bins, dtype=torch.int64)
+
+    @property
+    def width(self) -> float:
+        """Width of a bin, in the unit of the values."""
+        return math.ldexp(1.0, self.exponent)
+
+    @property
+    def zero_bin(self) -> int:
+        """Index of the bin that begins at 0."""
+        return -self.start
+
+    def add(self, x: Tensor, low: float, high: float) -> None:
+        """Counts every value of ``x``.
+
+        Args:
+            x (Tensor): Finite float values of any shape.
+            low: Smallest value of ``x``.
+            high: Largest value of ``x``.
+        """
+        self.counts = self.counts.to(x.device)
+        self._cover(low, high)
+        for chunk in torch.split(x.reshape(-1), CHUNK):
+            # Division by a power of two is exact, so a value's bin is the same in every batch.
+            index = (chunk / self.width).floor_().sub_(self.start).to(torch.int32)
+            self.counts += torch.bincount(index, minlength=self.bins)
+
+    def merge(self, other: StreamingHistogram) -> None:
+        """Adds the counts of ``other``, exactly; ``other`` stays as it is.
+
+        Raises:
+            ConfigError: If the numbers of bins differ.
+        """
+        if other.bins != self.bins:
+            raise ConfigError(f'expected a histogram of {self.bins} bins to merge, but got {other.bins}')
+        if other.low > other.high:
+            return
+        self._cover(other.low, other.high)
+        counts = _regrid(other.counts, other.start, other.exponent, self.start, self.exponent)
+        self.counts = self.counts.to(counts.device) + counts
+
+    def centers(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Middle of every bin, kept within the observed values; ``(bins,)``."""
+        index = torch.arange(self.start, self.start + self.bins, device=self.counts.device)
+        return ((index.to(dtype) + 0.5) * self.width).clamp(self.low, self.high)
+
+    def percentile(self, q: float) -> float:
+        """The ``q``-th percentile (0 to 100), linear between values, to within a bin's width."""
+        total = self.counts.cumsum(0)
+        rank = q / 100 * (int(total[-1]) - 1)
+        index = int(torch.searchsorted(total, torch.tensor(math.floor(rank), device=total.device), right=True))
+        before = int(total[index - 1]) if index else 0
+        inside = (rank - before + 0.5) / int(self.counts[index])
+        value = (self.start + index + inside) * self.width
+        return min(max(value, self.low), self.high)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state` needs."""
+        numbers = {name: getattr(self, name) for name in ('bins', 'low', 'high', 'exponent', 'start')}
+        return {**numbers, 'counts': self.counts.clone()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` gave."""
+        for name in ('bins', 'low', 'high', 'exponent', 'start'):
+            setattr(self, name, state[name])
+        self.counts = state['counts'].clone()
+
+    def _cover(self, low: float, high: float) -> None:
+        """Widens the bins by the least power of two that spans ``low``, ``high``, 0 and all earlier values."""
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        bottom, top = min(self.low, 0.0), max(self.high, 0.0)
+        exponent = MIN_EXPONENT
+        if top > bottom:
+            exponent = max(exponent, math.frexp((top - bottom) / self.bins)[1] - 1)
+        while _bin(top, exponent) - _bin(bottom, exponent) >= self.bins:
+            exponent += 1
+        start = _bin(bottom, exponent)
+        if (start, exponent) != (self.start, self.exponent):
+            self.counts = _regrid(self.counts, self.start, self.exponent, start, exponent)
+            self.start, self.exponent = start, exponent
+
+
+def _bin(value: float, exponent: int) -> int:
+    """Index of the bin of width ``2**exponent`` that holds ``value``."""
+    return math.floor(math.ldexp(value, -exponent))
+
+
+def _regrid(counts: Tensor, start: int, exponent: int, new_start: int, new_exponent: int) -> Tensor:
+    """Moves ``counts`` to a grid that is as wide or wider and spans all bins that are not empty."""
+    held = counts.nonzero().squeeze(1)
+    index = (held + start) >> min(new_exponent - exponent, MAX_SHIFT)
+    return torch.zeros_like(counts).index_add_(0, index - new_start, counts[held])

@@ -1,0 +1,101 @@
+"""What each deployment target demands of grids and of the places where activations are quantized.
+
+A preset is chosen before calibration, because placement and symmetry decide what the reconstruction has to learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mmbrecq.errors import ConfigError
+from mmbrecq.qtype import MAX_BITS, QType
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Rules of one target.
+
+    Args:
+        name: As the config names it.
+        weight_symmetric: Zero-point 0 for weights.
+        activation: ``asymmetric`` (unsigned, any zero-point), ``unsigned`` (uint8; zero-point 0 where values cannot be
+            negative), ``auto`` (uint8 with zero-point 0 there, int8 with zero-point 0 elsewhere) or ``int8``.
+        fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
+            between the two; None for all of them.
+        add_operands: Which convolution outputs are quantized that feed a residual add alone.
+        conv_outputs: Quantizes the output of every convolution, the network's own outputs excepted.
+        equal_concat: All inputs of a concatenation share one scale.
+        spare_weight_bit: Keeps 8-bit weights within 7 bits of their container. Kernels for CPUs without VNNI add two
+            products of 8 bits in 16; with weights in -64..63 the sum cannot overflow.
+        integer_clip: A grid smaller than its container is cut by a Clip of integers, between Q and DQ, which leaves
+            the convolution before it in integer arithmetic; else by a Clip of real values before Q.
+        bias_apart: Adds the bias of a linear layer in a node of its own.
+    """
+
+    name: str
+    weight_symmetric: bool
+    activation: Literal['asymmetric', 'unsigned', 'auto', 'int8']
+    fuses: tuple[str, ...] | None = None
+    add_operands: Literal['none', 'shortcut', 'all'] = 'none'
+    conv_outputs: bool = False
+    equal_concat: bool = True
+    spare_weight_bit: bool = False
+    integer_clip: bool = True
+    bias_apart: bool = False
+
+    def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
+        """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
+        symmetric = self.weight_symmetric if symmetric is None else symmetric
+        if self.weight_symmetric and not symmetric:
+            raise ConfigError(f"expected symmetric weights for the preset '{self.name}', but got symmetric=False")
+        spare_bits = int(self.spare_weight_bit and bits == MAX_BITS)
+        return QType(bits, symmetric, symmetric, ch_axis if per_channel else None, spare_bits=spare_bits)
+
+    def activation_qtype(self, bits: int, non_negative: bool, symmetric: bool | None, per_channel: bool) -> QType:
+        """Grid of an activation tensor ``(N, C, ...)``.
+
+        Args:
+            bits: Bit-width.
+            per_channel: One scale per channel; only simulated, no target computes with it.
+            non_negative: Whether the graph shows that the values cannot be negative.
+            symmetric: None is the preset's choice.
+        """
+        kind, ch_axis = self.activation, 1 if per_channel else None
+        if per_channel and self.name != 'academic':
+            raise ConfigError(f"expected activations per tensor for the preset '{self.name}', but got per_channel=True")
+        if symmetric is False and kind in ('auto', 'int8'):
+            raise ConfigError(f"expected symmetric activations for the preset '{self.name}', but got symmetric=False")
+        if symmetric and kind in ('asymmetric', 'unsigned'):
+            kind = 'auto'
+        if kind == 'int8':
+            # an int8 container has room for an unsigned grid of up to 7 bits
+            unsigned = non_negative and bits < MAX_BITS
+            return QType(bits, symmetric=True, signed=not unsigned, ch_axis=ch_axis, int8_only=True)
+        if kind == 'asymmetric' or (kind == 'unsigned' and not non_negative):
+            return QType(bits, symmetric=False, signed=False, ch_axis=ch_axis)
+        return QType(bits, symmetric=True, signed=not non_negative, ch_axis=ch_axis)
+
+
+_RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset('academic', False, 'asymmetric', equal_concat=False),
+        Preset(
+            'onnxruntime', True, 'unsigned', fuses=_RELU, add_operands='all', conv_outputs=True,
+            spare_weight_bit=True, bias_apart=True,
+        ),  # fmt: skip
+        Preset('openvino', True, 'auto', spare_weight_bit=True),
+        Preset('tensorrt', True, 'int8', fuses=_RELU, add_operands='shortcut', integer_clip=False),
+    )
+}
+"""The presets by name."""
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name; ConfigError lists the valid ones."""
+    if name not in PRESETS:
+        raise ConfigError(f'expected preset to be one of {sorted(PRESETS)}, but got {name!r}')
+    return PRESETS[name]

@@ -1,0 +1,211 @@
+"""The BRECQ quantizer: prepares a float model for block reconstruction (Li et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from mmbrecq.building import build
+from mmbrecq.errors import ConfigError, GraphError
+from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic
+from mmbrecq.graph.placement import Place, find_places
+from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, find_blocks, is_below
+from mmbrecq.presets import get_preset
+from mmbrecq.quantizers.options import (
+    ActivationOptions,
+    Override,
+    WeightOptions,
+    assign_bits,
+    check_bits,
+    parse_options,
+)
+from mmbrecq.quantizers.prepared import LayerInfo, QuantizedModel
+from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
+
+ACTIVATION_QUANTIZERS = 'activation_quantizers'
+"""Attribute of the model that holds its activation quantizers."""
+
+Bits = dict[str, tuple[int | None, int | None]]
+
+
+@QUANTIZERS.register_module()
+class BRECQQuantizer:
+    """Prepares a model: one graph, BatchNorms folded, every layer with its grid, cut into units.
+
+    Args:
+        weight: Options of :class:`WeightOptions`.
+        activation: Options of :class:`ActivationOptions`; None leaves activations in float (W4A32).
+        preset: ``academic``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
+        first_last_8bit: Weights and input of the first and of the last layer at 8 bits.
+        overrides: Options of :class:`Override`, applied in order.
+        granularity: ``layer``, ``block``, ``stage`` or ``net``.
+        blocks: Module types or path patterns that are blocks; None for the known types.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        weight: Mapping[str, Any],
+        activation: Mapping[str, Any] | None = None,
+        preset: str = 'academic',
+        first_last_8bit: bool = True,
+        overrides: Sequence[Mapping[str, Any]] = (),
+        granularity: str = 'block',
+        blocks: Sequence[str] | None = None,
+    ) -> None:
+        self.preset = get_preset(preset)
+        self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
+        self.activation = parse_options(
+            ActivationOptions, {'bits': None} if activation is None else activation, 'quantizer.activation'
+        )
+        self.weight_bits = check_bits(self.weight.bits, 'quantizer.weight.bits')
+        self.activation_bits = check_bits(self.activation.bits, 'quantizer.activation.bits')
+        self.overrides = [parse_options(Override, o, f'quantizer.overrides[{i}]') for i, o in enumerate(overrides)]
+        if granularity not in GRANULARITIES:
+            raise ConfigError(
+                f'expected quantizer.granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}'
+            )
+        self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
+
+    def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
+        """Turns ``model`` into a quantized one; its grids are still to be calibrated.
+
+        Args:
+            model: A float OpenMMLab model; changed in place.
+            example (Tensor): Preprocessed images, ``(N, 3, H, W)``, N >= 2.
+        """
+        arithmetic = trace_arithmetic(model, example)
+        roles = Roles(model, arithmetic.graph)
+        called = _called_layers(arithmetic)
+        if not called:
+            raise GraphError(f'expected {type(model).__name__} to have a convolution or linear layer, but found none')
+        first_last = _first_and_last(roles) if self.first_last_8bit else set()
+        bits = assign_bits(called, first_last, self.weight_bits, self.activation_bits, self.overrides)
+        places = find_places(roles, self.preset)
+        setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
+        for place in places:
+            self._insert(arithmetic, place, bits)
+        opaque_inputs = self._quantize_opaque(arithmetic, bits)
+        for layer, (weight_bits, _) in bits.items():
+            if weight_bits is not None:
+                self._quantize_weight(model, layer, weight_bits)
+        model.requires_grad_(False)
+        return self._assemble(arithmetic, bits, opaque_inputs)
+
+    def _assemble(self, arithmetic: Arithmetic, bits: Bits, opaque_inputs: dict[str, str]) -> QuantizedModel:
+        model = arithmetic.model
+        quantizers = {
+            f'{ACTIVATION_QUANTIZERS}.{name}': module
+            for name, module in model.get_submodule(ACTIVATION_QUANTIZERS).named_children()
+            if isinstance(module, FakeQuantize)
+        }
+        quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
+        blocks = find_blocks(model, self.blocks)
+        units = cut_units(model, arithmetic.graph, quantized, set(quantizers), blocks, self.granularity)
+        observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
+        return QuantizedModel(
+            model, arithmetic, self.preset, _list_layers(arithmetic, bits, units), units, quantizers, opaque_inputs,
+            observers,
+        )  # fmt: skip
+
+    def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> None:
+        place_bits = self._place_bits(place.layers, bits)
+        if place_bits is None:
+            return
+        path = self._add_quantizer(arithmetic.model, place.name, place_bits, place.non_negative, place.nodes[0])
+        for node in place.nodes:
+            with arithmetic.graph.inserting_after(node):
+                new = arithmetic.graph.call_module(path, (node,))
+            new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
+            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+
+    def _place_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
+        """Bits of a value: the most that a reader asks for, the default where no layer reads it."""
+        if not layers:
+            return self.activation_bits
+        return max((b for b in (bits[layer][1] for layer in layers) if b is not None), default=None)
+
+    def _add_quantizer(
+        self, model: nn.Module, name: str, bits: int, non_negative: bool, node: fx.Node | None = None
+    ) -> str:
+        options = self.activation
+        qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
+        channels = node.meta['example'].shape[1] if node is not None and options.per_channel else 1
+        quantizer = build(
+            FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels, integer_clip=self.preset.integer_clip
+        )
+        model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
+        return f'{ACTIVATION_QUANTIZERS}.{name}'
+
+    def _quantize_opaque(self, arithmetic: Arithmetic, bits: Bits) -> dict[str, str]:
+        """Quantizes the input of every layer that only an opaque module calls, by a hook on the layer."""
+        paths = {}
+        for layer, (_, activation_bits) in bits.items():
+            if activation_bits is None or not any(is_below(layer, path) for path in arithmetic.opaque):
+                continue
+            name = layer.replace('.', '_') + '_input'
+            paths[layer] = self._add_quantizer(arithmetic.model, name, activation_bits, non_negative=False)
+            quantizer = arithmetic.model.get_submodule(paths[layer])
+            module = arithmetic.model.get_submodule(layer)
+            module.register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]), *args[1:]))
+        return paths
+
+    def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
+        module: Any = model.get_submodule(layer)
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        per_channel = self.weight.per_channel and not (transposed and module.groups > 1)
+        qtype = self.preset.weight_qtype(bits, per_channel, int(transposed), self.weight.symmetric)
+        fake_quant = build(FAKE_QUANTS, dict(self.weight.rounding), qtype=qtype, shape=module.weight.shape)
+        module.weight.requires_grad_(False)
+        parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
+
+
+def _called_layers(arithmetic: Arithmetic) -> list[str]:
+    """Paths of the layers that the graph calls, within opaque modules too, in the order of their first call."""
+    found: dict[str, None] = {}
+    for node in arithmetic.graph.nodes:
+        if node.op == 'call_module':
+            target = str(node.target)
+            for name, module in arithmetic.model.get_submodule(target).named_modules(prefix=target):
+                if isinstance(module, WEIGHTED):
+                    found[name] = None
+    return list(found)
+
+
+def _first_and_last(roles: Roles) -> set[str]:
+    """Layers that no other layer precedes, and layers that no other layer follows."""
+    weighted = [n for n in roles.graph.nodes if roles.is_weighted(n)]
+    preceded: set[fx.Node] = set()
+    follows: set[fx.Node] = set()
+    for node in roles.graph.nodes:
+        if any(n in preceded or roles.is_weighted(n) for n in node.all_input_nodes):
+            preceded.add(node)
+    for node in reversed(list(roles.graph.nodes)):
+        if any(n in follows or roles.is_weighted(n) for n in node.users):
+            follows.add(node)
+    return {str(n.target) for n in weighted if n not in preceded or n not in follows}
+
+
+def _list_layers(arithmetic: Arithmetic, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
+    unit_of = {layer: unit.name for unit in units for layer in unit.layers}
+    layers = []
+    for name, module in arithmetic.model.named_modules():
+        if not isinstance(module, WEIGHTED):
+            continue
+        weight_bits, activation_bits = bits.get(name, (None, None))
+        reason = None
+        if name not in bits:
+            reason = 'the forward pass does not call it'
+        elif weight_bits is None:
+            reason = "the config says 'float'"
+        kind = type(module).__name__.removeprefix('Parametrized')
+        layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
+    return layers

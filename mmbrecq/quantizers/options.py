@@ -1,0 +1,142 @@
+"""Options of a quantizer, as a config gives them, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from mmbrecq.errors import ConfigError, PatternError
+from mmbrecq.qtype import MAX_BITS, MIN_BITS
+
+FLOAT = 'float'
+"""In place of a number of bits: not quantized."""
+
+T = TypeVar('T')
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """How weights are quantized.
+
+    Args:
+        bits: Bit-width, 2 to 8.
+        per_channel: One scale per output channel, else one per tensor.
+        symmetric: Zero-point 0; None is the preset's choice.
+        observer: Config of the range estimator.
+        rounding: Config of the fake quantizer that rounds.
+    """
+
+    bits: int | None
+    per_channel: bool = True
+    symmetric: bool | None = None
+    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
+    rounding: Mapping[str, Any] = field(default_factory=lambda: {'type': 'AdaRound'})
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """How activations are quantized.
+
+    Args:
+        bits: Bit-width, 2 to 8.
+        per_channel: One scale per channel, else one per tensor.
+        symmetric: Zero-point 0; None is the preset's choice.
+        observer: Config of the range estimator.
+        fake_quant: Config of the fake quantizer.
+    """
+
+    bits: int | None
+    per_channel: bool = False
+    symmetric: bool | None = None
+    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
+    fake_quant: Mapping[str, Any] = field(default_factory=lambda: {'type': 'LSQ'})
+
+
+@dataclass(frozen=True)
+class Override:
+    """Bits of the layers that a pattern matches; what it does not name stays as it is.
+
+    Args:
+        pattern: Glob over layer paths, such as ``backbone.layer4.*``.
+        weight_bits: Bit-width of the weights, or ``'float'``.
+        activation_bits: Bit-width of the layer's input, or ``'float'``.
+    """
+
+    pattern: str
+    weight_bits: int | str | None = None
+    activation_bits: int | str | None = None
+
+
+def parse_options(cls: type[T], values: Any, where: str) -> T:
+    """Builds the dataclass ``cls`` from a config dict.
+
+    Raises:
+        ConfigError: ``values`` is not a dict, or has an unknown or lacks a needed key; the valid ones are listed.
+    """
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'expected {where} to be a dict with the keys {names}, but got {values!r}')
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f'expected the keys of {where} to be among {names}, but got {unknown[0]!r}')
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f'expected {where} to have what it needs of {names}, but got {sorted(values)}') from error
+
+
+def check_bits(bits: Any, where: str) -> int | None:
+    """Returns a bit-width, or None for ``'float'`` and None; ConfigError names ``where``."""
+    if bits is None or bits == FLOAT:
+        return None
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"expected {where} to be in {MIN_BITS}..{MAX_BITS} or '{FLOAT}', but got {bits!r}")
+    return bits
+
+
+def assign_bits(
+    layers: list[str],
+    first_last: set[str],
+    weight_bits: int | None,
+    activation_bits: int | None,
+    overrides: list[Override],
+) -> dict[str, tuple[int | None, int | None]]:
+    """Bits of every layer: the defaults, then 8 bits for ``first_last``, then the overrides in their order.
+
+    Args:
+        layers: Paths of the layers.
+        first_last: Those that keep 8 bits.
+        weight_bits: Default for weights, None for float.
+        activation_bits: Default for a layer's input, None for float.
+        overrides: Later ones win.
+
+    Returns:
+        ``{path: (weight bits, activation bits)}``.
+
+    Raises:
+        PatternError: An override matches no layer.
+    """
+    bits: dict[str, tuple[int | None, int | None]] = {}
+    for layer in layers:
+        eight = layer in first_last
+        bits[layer] = (
+            MAX_BITS if eight and weight_bits is not None else weight_bits,
+            MAX_BITS if eight and activation_bits is not None else activation_bits,
+        )
+    for index, override in enumerate(overrides):
+        matching = [layer for layer in layers if fnmatchcase(layer, override.pattern)]
+        if not matching:
+            raise PatternError(
+                f"expected quantizer.overrides[{index}].pattern to match a layer, but '{override.pattern}' matches "
+                f'none of {len(layers)} (the first is {layers[0]})'
+            )
+        for layer in matching:
+            weight, activation = bits[layer]
+            if override.weight_bits is not None:
+                weight = check_bits(override.weight_bits, f'quantizer.overrides[{index}].weight_bits')
+            if override.activation_bits is not None:
+                activation = check_bits(override.activation_bits, f'quantizer.overrides[{index}].activation_bits')
+            bits[layer] = (weight, activation)
+    return bits

@@ -1,0 +1,108 @@
+"""A prepared model: its graph, its units, its layers, and the switches of its quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
+from mmbrecq.graph.arithmetic import Arithmetic, plug
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.presets import Preset
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One convolution or linear layer of the model.
+
+    Args:
+        name: Its path.
+        kind: Its class name.
+        unit: Name of the unit that reconstructs it, None where it has none.
+        weight_bits: Bits of its weight, None for float.
+        activation_bits: Bits of its input, None for float.
+        float_reason: Why its weight is float, None where it is not.
+    """
+
+    name: str
+    kind: str
+    unit: str | None
+    weight_bits: int | None
+    activation_bits: int | None
+    float_reason: str | None = None
+
+
+@dataclass
+class QuantizedModel:
+    """What :meth:`BRECQQuantizer.prepare` returns.
+
+    Args:
+        model: The OpenMMLab model, its components replaced by the graph.
+        arithmetic: The graph with its activation quantizers.
+        preset: The rules it was prepared for.
+        layers: Every convolution and linear layer.
+        units: In the order of execution.
+        quantizers: Activation quantizers by module path.
+        opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
+        observers: Configs of the range estimators: ``weight`` and ``activation``.
+    """
+
+    model: nn.Module
+    arithmetic: Arithmetic
+    preset: Preset
+    layers: list[LayerInfo]
+    units: list[ReconstructionUnit]
+    quantizers: dict[str, FakeQuantize]
+    opaque_inputs: dict[str, str] = field(default_factory=dict)
+    observers: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.compiled = self.arithmetic.compile()
+        plug(self.model, self.compiled)
+
+    def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
+        """Path, module and fake quantizer of every quantized weight that is not packed yet."""
+        for layer in self.layers:
+            module = self.model.get_submodule(layer.name)
+            fake_quant = weight_fake_quant(module)
+            if fake_quant is not None:
+                yield layer.name, module, fake_quant
+
+    def unit_weights(self, unit: ReconstructionUnit) -> list[tuple[nn.Module, WeightFakeQuantize]]:
+        """Modules of a unit that have a quantized weight, with their fake quantizers."""
+        return [(module, fq) for name, module, fq in self.weights() if name in unit.layers]
+
+    def unit_quantizers(self, unit: ReconstructionUnit) -> list[FakeQuantize]:
+        """Activation quantizers of a unit."""
+        names = [*unit.quantizers, *(self.opaque_inputs[n] for n in unit.layers if n in self.opaque_inputs)]
+        return [self.quantizers[name] for name in names]
+
+    @contextmanager
+    def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
+        """Switches fake quantization of all weights and of all activations; what was before is put back."""
+        switches: list[WeightFakeQuantize | FakeQuantize] = [fq for _, _, fq in self.weights()]
+        states = [(fq, fq.enabled, weights) for fq in switches]
+        states += [(fq, fq.enabled, activations) for fq in self.quantizers.values()]
+        try:
+            for fake_quant, _, state in states:
+                fake_quant.enabled = state
+            yield
+        finally:
+            for fake_quant, before, _ in states:
+                fake_quant.enabled = before
+
+    def pack(self) -> None:
+        """Finishes the model: integers in place of float weights, all quantization on for good."""
+        for _, module, _ in list(self.weights()):
+            pack_weight(module)
+        for quantizer in self.quantizers.values():
+            quantizer.enabled = True
+            quantizer.observer = None
+
+    def __call__(self, images: Tensor) -> object:
+        """Raw outputs for preprocessed images, in the present state of the switches."""
+        return self.compiled(images)

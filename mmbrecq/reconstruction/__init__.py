@@ -1,0 +1,10 @@
+"""Block reconstruction: learning rounding and step sizes unit by unit."""
+
+from mmbrecq.reconstruction.losses import FisherLoss, MSELoss
+from mmbrecq.reconstruction.reconstructor import BRECQReconstructor, QDropReconstructor, Task
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage, StageOptions
+
+__all__ = [
+    'BRECQReconstructor', 'FisherLoss', 'MSELoss', 'QDropReconstructor', 'Stage', 'StageOptions', 'Task', 'UnitResult',
+]  # fmt: skip

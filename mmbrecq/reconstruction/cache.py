@@ -1,0 +1,153 @@
+"""Where cached activations live, decided from their sizes before the work starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import ConfigError, StorageError
+from mmbrecq.graph.units import ReconstructionUnit
+
+PLACES = ('auto', 'device', 'host', 'disk')
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The outcome of planning.
+
+    Args:
+        place: ``device``, ``host`` or ``disk``.
+        peak_bytes: Most that is cached at any time.
+        peak_unit: Name of the unit at which that is.
+    """
+
+    place: str
+    peak_bytes: int
+    peak_unit: str
+
+
+def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
+    """Index of the last unit that reads each value."""
+    return {name: index for index, unit in enumerate(units) for name in unit.inputs}
+
+
+def peak_bytes(
+    units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, fisher: bool
+) -> tuple[int, str]:
+    """Most bytes cached at once over a run, and the unit at which that is.
+
+    Two streams are carried, and while a unit runs its inputs and its outputs are there in both; the images are the
+    same in both. Fisher weights are there for every output from the start.
+
+    Args:
+        units: In the order of execution.
+        sizes: Bytes of each value over all calibration images.
+        images: Name of the network's input.
+        fisher: Whether Fisher weights are kept.
+    """
+    last = last_readers(units)
+    standing = sum(sizes[name] for unit in units if unit.layers for name in unit.outputs) if fisher else 0
+    live: set[str] = {images}
+    worst, where = 0, ''
+    for index, unit in enumerate(units):
+        live |= set(unit.outputs)
+        total = standing + sum(sizes[name] * (1 if name == images else 2) for name in live)
+        if total > worst:
+            worst, where = total, unit.name
+        live = {name for name in live if last.get(name, -1) > index}
+    return worst, where
+
+
+def plan_cache(
+    place: str, needed: int, unit: str, device: torch.device, directory: Path, memory_limit: int | None
+) -> CachePlan:
+    """Chooses where ``needed`` bytes are cached.
+
+    Args:
+        place: As the config asks: one of :data:`PLACES`.
+        needed: Most bytes cached at once.
+        unit: The unit at which that is, for the message.
+        device: Where the model runs.
+        directory: Where files may be written.
+        memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
+
+    Raises:
+        ConfigError: ``place`` is unknown.
+        StorageError: It fits nowhere, or not where the config asks; said before any work is done.
+    """
+    if place not in PLACES:
+        raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
+    free = {'host': memory_limit or psutil.virtual_memory().available // 2, 'disk': shutil.disk_usage(directory).free}
+    free['device'] = torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0
+    if place == 'device' and device.type == 'cpu':
+        place = 'host'
+    order = ('device', 'host', 'disk') if place == 'auto' else (place,)
+    for candidate in order:
+        if needed <= free[candidate]:
+            return CachePlan(candidate, needed, unit)
+    have = ', '.join(f'{free[p] / 2**20:.0f} MiB on {p}' for p in order)
+    raise StorageError(
+        f"expected room for {needed / 2**20:.0f} MiB of activations at unit '{unit}', but there are only {have}; "
+        'use fewer calibration images or another cache'
+    )
+
+
+class ActivationCache:
+    """Allocates tensors where the plan says. A context manager: files are removed at its end.
+
+    Args:
+        plan: Where.
+        device: Device of the model.
+        directory: Where files are written.
+    """
+
+    def __init__(self, plan: CachePlan, device: torch.device, directory: Path) -> None:
+        self.plan, self.device, self.directory = plan, device, directory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def __enter__(self) -> ActivationCache:
+        if self.plan.place == 'disk':
+            self._folder = tempfile.TemporaryDirectory(prefix='.activations-', dir=self.directory)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def allocate(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialised float32 tensor of ``shape``; freed, its file too, when the last reference goes.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        if self._folder is None:
+            return torch.empty(tuple(shape), device=self.device if self.plan.place == 'device' else 'cpu')
+        self._count += 1
+        path = Path(self._folder.name) / f'{self._count}.bin'
+        size = 4 * torch.Size(shape).numel()
+        try:
+            _reserve(path, size)
+        except OSError as error:
+            raise StorageError(f'{path.parent} cannot hold {size / 2**20:.0f} MiB of activations: {error}') from error
+        tensor = torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32).reshape(tuple(shape))
+        # the mapping keeps the blocks; without a name they are freed with it, even if the process is killed
+        path.unlink()
+        return tensor
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Allocates the blocks of a file, so that a full disk is an error here and not a fault at a later write."""
+    with open(path, 'wb') as file:
+        if hasattr(os, 'posix_fallocate') and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)

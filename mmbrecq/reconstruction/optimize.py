@@ -1,0 +1,177 @@
+"""The optimisation of one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.errors import NonFiniteError
+from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize
+from mmbrecq.reconstruction.schedules import LinearBeta, constant, cosine
+from mmbrecq.reconstruction.stages import Stage
+
+CHECK_INTERVAL = 100
+"""Steps between looks at the losses: each look waits for the device."""
+
+UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class UnitData:
+    """What a unit is trained on; every tensor is ``(N, ...)`` over the calibration images.
+
+    Args:
+        quantized_inputs: Inputs as the quantized units before it give them.
+        float_inputs: Inputs of the float model.
+        targets: Outputs of the float model.
+        fisher: Fisher weights of the outputs, None where the loss needs none.
+    """
+
+    quantized_inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    fisher: Sequence[Tensor] | None = None
+
+    def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
+        """Sum of the losses of all outputs, for the images ``index``."""
+        total: Any = 0
+        for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
+            fisher = None if self.fisher is None else self.fisher[i][index].to(output.device)
+            total = total + loss(output, target[index].to(output.device), fisher)
+        return total
+
+
+def optimize_unit(
+    name: str,
+    module: nn.Module,
+    weights: Sequence[tuple[nn.Module, WeightFakeQuantize]],
+    quantizers: Sequence[FakeQuantize],
+    data: UnitData,
+    loss: UnitLoss,
+    stage: Stage,
+    generator: torch.Generator,
+    device: torch.device,
+    on_step: Callable[[int, float], None],
+) -> int:
+    """Learns rounding and step sizes of one unit; the fake quantizers are switched as the stage needs them.
+
+    Args:
+        name: Of the unit, for messages.
+        module: ``module(*inputs) -> tuple`` of outputs.
+        weights: Modules with a quantized weight and their fake quantizers.
+        quantizers: Activation quantizers.
+        data: Inputs and targets.
+        loss: Distance of an output from its target.
+        stage: What is learned, and how.
+        generator: Source of all random draws, on the CPU.
+        device: Where the unit runs.
+        on_step: Called now and then with the step and the loss.
+
+    Returns:
+        Number of steps taken; 0 where there is nothing to learn.
+
+    Raises:
+        NonFiniteError: The loss stops being finite; unit and step are named.
+    """
+    options = stage.options
+    roundings = [fq for _, fq in weights if isinstance(fq, AdaRound)] if stage.learns_rounding else []
+    alphas = [p for m, fq in weights if fq in roundings for p in fq.start(_float_weight(m))]
+    scales = [p for q in quantizers for p in q.start()] if stage.learns_scale else []
+    groups = [(alphas, options.lr, constant), (scales, options.activation_lr, cosine)]
+    optimizer, scheduler = _optimizer([g for g in groups if g[0]], options.iterations)
+    if optimizer is None:
+        return 0
+    beta = LinearBeta(*options.beta, options.warmup)
+    count = len(data.targets[0])
+    losses = torch.zeros(options.iterations, device=device)
+    drop = _Dropping(quantizers, options.drop_prob, generator, device)
+    with torch.enable_grad(), drop:
+        for step in range(options.iterations):
+            index = torch.randperm(count, generator=generator)[: options.batch_size]
+            for rounding in roundings:
+                rounding.beta = beta(step / options.iterations)
+            outputs = module(*drop.inputs(data, index))
+            reconstruction = data.loss(outputs, index, loss)
+            total = reconstruction
+            for rounding in roundings:
+                round_loss = rounding.round_loss()
+                if round_loss is not None:
+                    total = total + options.round_weight * round_loss
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+            scheduler.step()
+            losses[step] = reconstruction.detach()
+            if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
+                _check_finite(losses[: step + 1], name)
+                on_step(step + 1, float(losses[max(0, step + 1 - CHECK_INTERVAL) : step + 1].mean()))
+    for rounding in roundings:
+        rounding.finish()
+    for scale in scales:
+        scale.requires_grad_(False)
+        scale.grad = None
+    return options.iterations
+
+
+def _float_weight(module: nn.Module) -> Tensor:
+    weight: Tensor = module.parametrizations['weight'].original.detach()  # type: ignore[index, union-attr]
+    return weight
+
+
+def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float, Callable[[float], float]]], iterations: int) -> Any:
+    """Adam over the groups with their learning-rate schedules, ``(None, None)`` where there are none."""
+    if not groups:
+        return None, None
+    parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
+    optimizer = torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
+    factors = [lambda step, f=factor: f(step / iterations) for _, _, factor in groups]
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _fused_is_available(parameter: Tensor) -> bool:
+    # on the CPU the fused step came with torch 2.4
+    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
+    return parameter.device.type == 'cuda' or version >= (2, 4)
+
+
+def _check_finite(losses: Tensor, name: str) -> None:
+    finite = torch.isfinite(losses)
+    if not bool(finite.all()):
+        step = int((~finite).nonzero()[0])
+        raise NonFiniteError(f"the loss of unit '{name}' is {float(losses[step])} at iteration {step}")
+
+
+class _Dropping:
+    """Random dropping of quantization, on the activations and on the inputs; a context manager."""
+
+    def __init__(
+        self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self.quantizers, self.prob, self.device = quantizers, prob, device
+        self.generator = generator
+        if device.type != 'cpu' and prob > 0:
+            self.generator = torch.Generator(device).manual_seed(generator.initial_seed())
+
+    def __enter__(self) -> None:
+        for quantizer in self.quantizers:
+            quantizer.drop_prob, quantizer.generator = self.prob, self.generator
+
+    def __exit__(self, *exc: object) -> None:
+        for quantizer in self.quantizers:
+            quantizer.drop_prob, quantizer.generator = 0.0, None
+
+    def inputs(self, data: UnitData, index: Tensor) -> list[Tensor]:
+        """The inputs of the images ``index``, quantized and float ones mixed element by element."""
+        mixed = []
+        for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
+            x = quantized[index].to(self.device)
+            if self.prob > 0 and quantized is not floating:
+                keep = torch.rand(x.shape, generator=self.generator, device=self.device) >= self.prob
+                x = torch.where(keep, x, floating[index].to(self.device))
+            mixed.append(x)
+        return mixed

@@ -1,0 +1,240 @@
+"""Reconstruction of all units, stage by stage."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmbrecq.building import build
+from mmbrecq.calibration.calibrator import observing
+from mmbrecq.errors import ConfigError
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.options import parse_options
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
+from mmbrecq.reconstruction.fisher import TaskLoss, fisher_weights
+from mmbrecq.reconstruction.optimize import UnitData, optimize_unit
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.registry import LOSSES, RECONSTRUCTORS
+
+
+class Listener(Protocol):
+    """Is told what the reconstruction does."""
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None: ...
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None: ...
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None: ...
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None: ...
+    def after_stage(self, stage: Stage) -> None: ...
+
+
+@dataclass
+class Task:
+    """What a reconstruction works on.
+
+    Args:
+        model: Prepared, with calibrated grids.
+        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        batches: Gives the calibration data with annotations again, in the order of ``images``.
+        task_loss: The task loss through the model; only a Fisher-weighted loss needs it.
+        seed: Of all random draws.
+        directory: Where a cache on disk is written.
+    """
+
+    model: QuantizedModel
+    images: Tensor
+    batches: Callable[[], Iterable[Any]]
+    task_loss: TaskLoss
+    seed: int
+    directory: Path
+
+
+class BaseReconstructor:
+    """Runs :attr:`stages` over all units.
+
+    Args:
+        loss: Config of the reconstruction loss.
+        cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
+        memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __init__(
+        self, loss: Mapping[str, Any] | None = None, cache: str = 'auto', memory_limit: int | None = None
+    ) -> None:
+        self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
+        self.cache, self.memory_limit = cache, memory_limit
+
+    def plan(self, task: Task) -> CachePlan:
+        """Decides where activations are cached; raises before any work where they fit nowhere."""
+        graph = task.model.arithmetic.graph
+        count = len(task.images)
+        sizes = {
+            n.name: 4 * count * n.meta['example'][0].numel() for n in graph.nodes if _is_batched(n.meta.get('example'))
+        }
+        images = next(n.name for n in graph.nodes if n.op == 'placeholder')
+        needed, unit = peak_bytes(task.model.units, sizes, images, self.loss.needs_fisher)
+        return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
+
+    def run(self, task: Task, plan: CachePlan, listener: Listener) -> list[UnitResult]:
+        """Reconstructs every unit; the model ends with learned codes and step sizes, its switches off."""
+        device = next(task.model.model.parameters()).device
+        results = []
+        with ActivationCache(plan, device, task.directory) as cache:
+            fisher = None
+            if self.loss.needs_fisher:
+                fisher = fisher_weights(task.model, task.batches(), task.images, task.task_loss, cache)
+            for stage in self.stages:
+                if stage.name == 'activations' and not task.model.quantizers:
+                    continue
+                listener.before_stage(stage, task.model.units)
+                results += self._run_stage(task, stage, cache, fisher, listener)
+                listener.after_stage(stage)
+        return results
+
+    def _run_stage(
+        self, task: Task, stage: Stage, cache: ActivationCache, fisher: dict[str, Tensor] | None, listener: Listener
+    ) -> list[UnitResult]:
+        results = []
+        streams = Streams(task.model, task.images, cache, stage.options.batch_size)
+        for index, unit in enumerate(task.model.units):
+            start = time.perf_counter()
+            float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
+            data = UnitData(
+                streams.quantized_inputs(unit),
+                streams.float_inputs(unit),
+                float_outputs,
+                [fisher[name] for name in unit.outputs] if fisher is not None and unit.layers else None,
+            )
+            if unit.layers or unit.quantizers:
+                listener.before_unit(stage, unit)
+            before, after, outputs, steps = self._reconstruct(task, stage, streams, unit, data, listener)
+            streams.advance(index, float_outputs, outputs)
+            if unit.layers or unit.quantizers:
+                kept = steps > 0 and not after < before
+                seconds = time.perf_counter() - start
+                result = UnitResult(
+                    unit.name, stage.name, unit.layers, before, before if kept else after, steps, seconds, kept
+                )
+                results.append(result)
+                listener.after_unit(stage, unit, result)
+        return results
+
+    def _reconstruct(
+        self,
+        task: Task,
+        stage: Stage,
+        streams: Streams,
+        unit: ReconstructionUnit,
+        data: UnitData,
+        listener: Listener,
+    ) -> tuple[float, float, list[Tensor], int]:
+        """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
+        model, activations = task.model, stage.quantizes_activations
+        weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
+        if activations and quantizers:
+            # the quantized stream now differs from the float one on which these were first observed
+            with observing(model, quantizers), model.quantization(weights=True, activations=False):
+                streams.run(unit, data.quantized_inputs, weights=True, activations=False)
+        outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
+        before = self._mean_loss(outputs, data, stage.options.batch_size)
+        saved = [fq.codes.clone() for _, fq in weights], [(q.scale.detach().clone(), q.zero_point.clone()) for q in quantizers]
+        with model.quantization(weights=True, activations=activations):
+            steps = optimize_unit(
+                unit.name, unit.module, weights, quantizers, data, self.loss, stage,
+                unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
+                lambda step, loss: listener.after_step(stage, unit, step, loss),
+            )  # fmt: skip
+        if steps == 0:
+            return before, before, outputs, 0
+        learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
+        after = self._mean_loss(learned, data, stage.options.batch_size)
+        if after < before:
+            return before, after, learned, steps
+        for (_, fake_quant), codes in zip(weights, saved[0], strict=True):
+            fake_quant.codes.copy_(codes)
+        for quantizer, (scale, zero_point) in zip(quantizers, saved[1], strict=True):
+            quantizer.set_grid(scale, zero_point)
+        return before, after, outputs, steps
+
+    def _mean_loss(self, outputs: Sequence[Tensor], data: UnitData, batch_size: int) -> float:
+        """Loss over all calibration images."""
+        count = len(data.targets[0])
+        total = 0.0
+        for start in range(0, count, batch_size):
+            index = slice(start, min(start + batch_size, count))
+            loss = data.loss([output[index] for output in outputs], index, self.loss)
+            total += float(loss) * (index.stop - index.start)
+        return total / count
+
+
+def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:
+    """A generator that depends on the seed, the stage and the unit's name alone, not on what ran before."""
+    digest = hashlib.sha256(f'{seed}/{stage}/{unit}'.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big'))
+
+
+def _is_batched(example: Any) -> bool:
+    return isinstance(example, Tensor) and example.dim() > 0
+
+
+def _options(values: Mapping[str, Any] | None, where: str, **defaults: Any) -> StageOptions:
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
+    return parse_options(StageOptions, {**defaults, **(values or {})}, where)
+
+
+@RECONSTRUCTORS.register_module()
+class BRECQReconstructor(BaseReconstructor):
+    """Weights first, with float activations; then the step sizes of activations (Li et al., ICLR 2021).
+
+    Args:
+        weights: Options of :class:`StageOptions` for the first pass.
+        activations: Options for the second.
+        **common: Of :class:`BaseReconstructor`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Any] | None = None,
+        loss: Mapping[str, Any] | None = None,
+        cache: str = 'auto',
+        memory_limit: int | None = None,
+    ) -> None:
+        super().__init__(loss, cache, memory_limit)
+        self.stages = (
+            Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
+            Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
+        )
+
+
+@RECONSTRUCTORS.register_module()
+class QDropReconstructor(BaseReconstructor):
+    """Rounding and step sizes together, with random dropping of quantization (Wei et al., ICLR 2022).
+
+    Args:
+        joint: Options of :class:`StageOptions` for the one pass.
+        **common: Of :class:`BaseReconstructor`.
+    """
+
+    def __init__(
+        self,
+        joint: Mapping[str, Any] | None = None,
+        loss: Mapping[str, Any] | None = None,
+        cache: str = 'auto',
+        memory_limit: int | None = None,
+    ) -> None:
+        super().__init__(loss, cache, memory_limit)
+        options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
+        self.stages = (Stage('joint', options, True, True),)

@@ -1,0 +1,30 @@
+"""What a reconstruction reports of a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """Outcome of one unit in one stage.
+
+    Args:
+        name: Of the unit.
+        stage: Of the stage.
+        layers: Paths of its quantized layers.
+        loss_before: Loss over all calibration images before the stage: nearest rounding, observed step sizes.
+        loss_after: Loss with what the stage learned.
+        iterations: Steps taken.
+        seconds: Wall time, caching included.
+        kept_nearest: The learned state was worse than the one before and was dropped.
+    """
+
+    name: str
+    stage: str
+    layers: tuple[str, ...]
+    loss_before: float
+    loss_after: float
+    iterations: int
+    seconds: float
+    kept_nearest: bool

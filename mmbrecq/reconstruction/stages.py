@@ -1,0 +1,65 @@
+"""What one pass over all units learns, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmbrecq.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Options of one pass, as a config gives them.
+
+    Args:
+        iterations: Optimisation steps per unit.
+        batch_size: Images per step.
+        lr: Adam's learning rate of the rounding variables.
+        activation_lr: Adam's learning rate of the activation step sizes, falling to 0 along a cosine.
+        round_weight: Weight of the rounding regulariser.
+        beta: Exponent of the regulariser after the warm-up and at the end.
+        warmup: Fraction of the steps without regulariser.
+        drop_prob: Probability, per element, of passing a float activation on instead of its quantized value, and of
+            reading a unit's float input instead of the quantized one (QDrop, Wei et al., ICLR 2022).
+    """
+
+    iterations: int = 20000
+    batch_size: int = 32
+    lr: float = 1e-3
+    activation_lr: float = 4e-4
+    round_weight: float = 0.01
+    beta: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2
+    drop_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, low in (('iterations', 1), ('batch_size', 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f'expected {name} of a reconstruction to be an integer >= {low}, but got {value!r}')
+        for name, low, high in (('warmup', 0.0, 1.0), ('drop_prob', 0.0, 1.0)):
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise ConfigError(f'expected {name} of a reconstruction to be in [{low}, {high}), but got {value!r}')
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass over all units.
+
+    Args:
+        name: ``weights``, ``activations`` or ``joint``.
+        options: Its options.
+        learns_rounding: Optimises the rounding of weights.
+        learns_scale: Optimises the step sizes of activations.
+    """
+
+    name: str
+    options: StageOptions
+    learns_rounding: bool
+    learns_scale: bool
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are quantized during the pass."""
+        return self.learns_scale

@@ -1,0 +1,67 @@
+"""The float and the quantized activations, carried forward from unit to unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.cache import ActivationCache, last_readers
+
+
+class Streams:
+    """Two activation streams over all calibration images.
+
+    Caching a unit costs one pass over that unit in each stream, whatever its depth: its inputs are the cached outputs
+    of the units before it.
+
+    Args:
+        model: The prepared model.
+        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        cache: Where activations are kept.
+        batch_size: Images per forward pass.
+    """
+
+    def __init__(self, model: QuantizedModel, images: Tensor, cache: ActivationCache, batch_size: int) -> None:
+        self.model, self.cache, self.batch_size = model, cache, batch_size
+        name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
+        self.images = images
+        self.float_values: dict[str, Tensor] = {name: images}
+        self.quantized_values: dict[str, Tensor] = {name: images}
+        self._last = last_readers(model.units)
+
+    def float_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
+        """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
+        return [self.float_values[name] for name in unit.inputs]
+
+    def quantized_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
+        """Inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
+        return [self.quantized_values[name] for name in unit.inputs]
+
+    def run(
+        self, unit: ReconstructionUnit, inputs: Sequence[Tensor], weights: bool, activations: bool
+    ) -> list[Tensor]:
+        """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
+        count, device = len(self.images), self.cache.device
+        outputs: list[Tensor] = []
+        with torch.no_grad(), self.model.quantization(weights, activations):
+            for start in range(0, count, self.batch_size):
+                batch = [x[start : start + self.batch_size].to(device) for x in inputs]
+                results = unit.module(*batch)
+                if not outputs:
+                    outputs = [self.cache.allocate((count, *r.shape[1:])) for r in results]
+                for output, result in zip(outputs, results, strict=True):
+                    output[start : start + len(result)].copy_(result)
+        return outputs
+
+    def advance(self, index: int, float_outputs: Sequence[Tensor], quantized_outputs: Sequence[Tensor]) -> None:
+        """Hands the outputs of unit ``index`` on and frees what no later unit reads."""
+        unit = self.model.units[index]
+        self.float_values.update(zip(unit.outputs, float_outputs, strict=True))
+        self.quantized_values.update(zip(unit.outputs, quantized_outputs, strict=True))
+        for values in (self.float_values, self.quantized_values):
+            for name in [n for n in values if self._last.get(n, -1) <= index]:
+                del values[name]

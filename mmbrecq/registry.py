@@ -1,0 +1,31 @@
+"""Registries of mmbrecq.
+
+Kinds that OpenMMLab knows are children of mmengine's root registries, so a config may mix scopes
+(``mmbrecq.PTQLoop`` beside ``mmpretrain.Accuracy``). Kinds that only quantization knows have no root.
+"""
+
+from __future__ import annotations
+
+from mmengine import registry as root
+from mmengine.registry import Registry
+
+# Datasets that the demo needs
+DATASETS = Registry('dataset', scope='mmbrecq', parent=root.DATASETS, locations=['mmbrecq.datasets'])
+# Loops that quantize or test instead of training
+LOOPS = Registry('loop', scope='mmbrecq', parent=root.LOOPS, locations=['mmbrecq.engine'])
+# Hooks around every reconstructed unit
+HOOKS = Registry('hook', scope='mmbrecq', parent=root.HOOKS, locations=['mmbrecq.engine'])
+# Algorithms that turn a float model into a quantized one
+QUANTIZERS = Registry('quantizer', scope='mmbrecq', locations=['mmbrecq.quantizers'])
+# Range estimators: from values to a scale and a zero-point
+OBSERVERS = Registry('observer', scope='mmbrecq', locations=['mmbrecq.observers'])
+# Fake quantization of weights and of activations
+FAKE_QUANTS = Registry('fake quant', scope='mmbrecq', locations=['mmbrecq.fake_quants'])
+# Optimisation of rounding variables and step sizes, unit by unit
+RECONSTRUCTORS = Registry('reconstructor', scope='mmbrecq', locations=['mmbrecq.reconstruction'])
+# Distances between the float and the quantized output of a unit
+LOSSES = Registry('reconstruction loss', scope='mmbrecq', locations=['mmbrecq.reconstruction'])
+# Writers of deployable files
+EXPORTERS = Registry('exporter', scope='mmbrecq', locations=['mmbrecq.exporters'])
+# Runtimes that execute the exported files
+BACKENDS = Registry('backend', scope='mmbrecq', locations=['mmbrecq.backends'])

@@ -1,0 +1,86 @@
+"""Typed dataclasses to plain JSON values and back, driven by the type hints."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral, Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mmbrecq.errors import ConfigError
+
+
+def encode(value: Any) -> Any:
+    """Turns a dataclass into what strict JSON can hold.
+
+    NaN and infinities become None, because JSON has no word for them. NumPy scalars become Python numbers.
+
+    Args:
+        value: A dataclass, mapping, list, tuple, string, number, bool or None, nested at will.
+
+    Raises:
+        TypeError: For any other type.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if is_dataclass(value):
+        return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    raise TypeError(f'expected a JSON value, but got {type(value).__name__}')
+
+
+def decode(hint: Any, value: Any, where: str) -> Any:
+    """Turns a JSON value into what ``hint`` says: the inverse of :func:`encode`.
+
+    A key that is absent takes its field's default, so that the file of an unfinished run can be read.
+    None for a plain ``float`` is NaN.
+
+    Args:
+        hint: A dataclass, ``dict[str, T]``, ``list[T]``, ``T | None``, ``str``, ``bool``, ``int`` or ``float``.
+        value: The JSON value.
+        where: The key's path, for messages.
+
+    Raises:
+        ConfigError: For an unknown key, a missing key without default, or a value of another type.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        inner = next(arg for arg in args if arg is not type(None))
+        return None if value is None else decode(inner, value, where)
+    if is_dataclass(hint):
+        return _decode_record(hint, value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): decode(args[1], item, f'{where}[{key!r}]') for key, item in value.items()}
+    if origin is list and isinstance(value, Sequence) and not isinstance(value, str):
+        return [decode(args[0], item, f'{where}[{i}]') for i, item in enumerate(value)]
+    if hint is float and value is None:
+        return math.nan
+    if hint in (int, float) and not isinstance(value, bool) and isinstance(value, Integral if hint is int else Real):
+        return hint(value)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    expected = hint.__name__ if origin is None else origin.__name__
+    raise ConfigError(f'{where}: expected {expected}, but got {value!r}')
+
+
+def _decode_record(record: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{where}: expected dict, but got {value!r}')
+    known = {f.name: f for f in fields(record)}
+    for key in value:
+        if key not in known:
+            raise ConfigError(f'{where}: expected keys among {sorted(known)}, but got {key!r}')
+    for name, f in known.items():
+        if name not in value and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f'{where}: expected key {name!r}, but got {sorted(value)}')
+    hints = get_type_hints(record)
+    return record(**{key: decode(hints[key], item, f'{where}.{key}') for key, item in value.items()})

@@ -1,0 +1,217 @@
+"""The content of ``summary.json``: everything a run measured, as typed values.
+
+Each field may still be empty, so that an unfinished run can be saved, read and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmbrecq.errors import ConfigError
+from mmbrecq.report.schema import decode, encode
+
+# Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
+MetricValues = dict[str, float]
+
+
+@dataclass
+class Metrics:
+    """What the evaluator returned at each stage of the run; empty while a stage has not been evaluated.
+
+    Attributes:
+        float: The float model.
+        nearest: Round-to-nearest at the bits of the run.
+        weights: After weight reconstruction, with float activations.
+        quantized: The whole quantized model, simulated.
+        deployed: The exported graph in its runtime, per runtime name.
+    """
+
+    float: MetricValues = field(default_factory=dict)
+    nearest: MetricValues = field(default_factory=dict)
+    weights: MetricValues = field(default_factory=dict)
+    quantized: MetricValues = field(default_factory=dict)
+    deployed: dict[str, MetricValues] = field(default_factory=dict)
+
+
+@dataclass
+class Seconds:
+    """Wall-clock seconds of each step; None while it has not ended."""
+
+    prepare: float | None = None
+    calibrate: float | None = None
+    reconstruct: float | None = None
+    evaluate: float | None = None
+    export: float | None = None
+    total: float | None = None
+
+
+@dataclass
+class PeakMemory:
+    """Peak bytes in use, on the host (resident) and on the device (allocated); None where unknown."""
+
+    host: int | None = None
+    device: int | None = None
+
+
+@dataclass
+class ModelSize:
+    """Bytes of the model's parameters, in float and at the bits of the run; None where unknown."""
+
+    float: int | None = None
+    quantized: int | None = None
+
+
+@dataclass
+class UnitRecord:
+    """The reconstruction of one unit.
+
+    Attributes:
+        name: Name of the unit, as the graph has it.
+        layers: Names of its conv and linear layers.
+        loss_before: Loss with nearest rounding, >= 0.
+        loss_after: Loss after the last iteration, >= 0.
+        iterations: Optimisation steps taken.
+        seconds: Wall-clock seconds.
+        phase: 'weights', 'activations' or 'joint'; empty where a run has one phase only.
+        kept_nearest: The loss got worse, so the unit keeps nearest rounding.
+    """
+
+    name: str
+    layers: list[str] = field(default_factory=list)
+    loss_before: float = float('nan')
+    loss_after: float = float('nan')
+    iterations: int = 0
+    seconds: float = 0.0
+    phase: str = ''
+    kept_nearest: bool = False
+
+
+@dataclass
+class LayerBits:
+    """Bits of one layer, 2 to 8: of its weight and of its input activation; None for float."""
+
+    weight: int | None = None
+    activation: int | None = None
+
+
+@dataclass
+class Calibration:
+    """The calibration draw: number of images, and the file that lists their ids."""
+
+    num_samples: int = 0
+    ids_file: str = ''
+
+
+@dataclass
+class KernelCount:
+    """Layers that carry quantization in the exported file, and those the runtime executes in integers."""
+
+    quantized: int = 0
+    integer: int = 0
+
+
+@dataclass
+class Summary:
+    """The whole of ``summary.json``.
+
+    Attributes:
+        config: Path of the config file.
+        model: Short name of the model, for titles.
+        preset: Quantization preset: 'academic', 'onnxruntime', 'openvino' or 'tensorrt'.
+        seed: Seed of the run.
+        versions: Package name to version.
+        metrics: Results per stage.
+        seconds: Wall-clock time per step.
+        peak_memory_bytes: Peak memory.
+        model_size_bytes: Model size.
+        units: Reconstructed units, in order.
+        bits: Layer name to bits.
+        float_layers: ``'<layer>: why'`` for each conv or linear that stays in float.
+        calibration: The calibration draw.
+        warnings: What the user should know, one sentence each.
+        verify: Exported file to ``'passed'`` or to the rule it breaks.
+        integer_kernels: Runtime name to kernel count.
+    """
+
+    config: str = ''
+    model: str = ''
+    preset: str = ''
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    seconds: Seconds = field(default_factory=Seconds)
+    peak_memory_bytes: PeakMemory = field(default_factory=PeakMemory)
+    model_size_bytes: ModelSize = field(default_factory=ModelSize)
+    units: list[UnitRecord] = field(default_factory=list)
+    bits: dict[str, LayerBits] = field(default_factory=dict)
+    float_layers: list[str] = field(default_factory=list)
+    calibration: Calibration = field(default_factory=Calibration)
+    warnings: list[str] = field(default_factory=list)
+    verify: dict[str, str] = field(default_factory=dict)
+    integer_kernels: dict[str, KernelCount] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended: its total time is known."""
+        return self.seconds.total is not None
+
+    @property
+    def bits_label(self) -> str:
+        """The bits most layers have, as ``'W2A4'``; float is 32; empty while no layer is known."""
+        if not self.bits:
+            return ''
+        weight = _most_common(bits.weight for bits in self.bits.values())
+        activation = _most_common(bits.activation for bits in self.bits.values())
+        return f'W{weight}A{activation}'
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that strict JSON can hold; a non-finite number becomes None."""
+        plain: dict[str, Any] = encode(self)
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Summary:
+        """Builds a summary from what :meth:`to_dict` returned; absent keys take their defaults.
+
+        Raises:
+            ConfigError: For an unknown key or a value of the wrong type, naming the key.
+        """
+        summary: Summary = decode(cls, values, 'summary')
+        return summary
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes ``summary.json`` whole or not at all.
+
+        Raises:
+            StorageError: Where the file cannot be written; the previous one survives.
+        """
+        from mmbrecq.storage import write_text_atomic
+
+        write_text_atomic(json.dumps(self.to_dict(), indent=2, allow_nan=False) + '\n', Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Summary:
+        """Reads a file written by :meth:`save`.
+
+        Raises:
+            ConfigError: Where the file cannot be read, is not JSON, or has an unknown or ill-typed key.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f'{os.fspath(path)}: expected a summary in JSON, but got {error}') from error
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f'{os.fspath(path)}: {error}') from error
+
+
+def _most_common(bits: Iterable[int | None]) -> int:
+    counts = Counter(32 if b is None else b for b in bits)
+    return min(counts, key=lambda b: (-counts[b], b))

@@ -1,0 +1,271 @@
+"""A read-only view of an OpenVINO IR: layers, quantized weights and FakeQuantize operations in all their forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.verify.violation import ExpectedQuantization
+
+Array = npt.NDArray[Any]
+
+# Type of a layer -> axis of the output channels in its weight; a MatMul's depends on its attributes.
+CONV_AXES = {'Convolution': 0, 'GroupConvolution': 1, 'ConvolutionBackpropData': 1, 'GroupConvolutionBackpropData': 2}
+SHAPE_OPS = frozenset({'Reshape', 'Squeeze', 'Transpose', 'Unsqueeze'})
+# Their output holds only values of their inputs, or zeros: what lies on a grid stays on it.
+MOVE_OPS = SHAPE_OPS | {
+    'Concat', 'DepthToSpace', 'Gather', 'MaxPool', 'Pad', 'ShuffleChannels', 'SpaceToDepth', 'Split', 'StridedSlice',
+    'Slice', 'VariadicSplit', 'Broadcast', 'Tile',
+}  # fmt: skip
+INTEGER_TYPES = frozenset({'i2', 'i4', 'i8', 'i16', 'i32', 'u2', 'u4', 'u8', 'u16', 'u32'})
+
+
+@dataclass(eq=False)
+class IRNode:
+    """An operation: friendly name, type, operations that it reads and that read it, value of a Constant."""
+
+    name: str
+    op: str
+    dtype: str
+    attributes: Mapping[str, Any]
+    inputs: list[IRNode] = field(default_factory=list)
+    readers: list[IRNode] = field(default_factory=list)
+    value: Array | None = None
+
+    def constant(self) -> Array | None:
+        """Value as float64 where the operation is a Constant, converted or reshaped or not; else None."""
+        if self.op == 'Constant':
+            return None if self.value is None else self.value.astype(np.float64)
+        return self.inputs[0].constant() if self.op in {'Convert'} | SHAPE_OPS and self.inputs else None
+
+
+@dataclass(frozen=True, eq=False)
+class FakeQuant:
+    """``levels`` steps from ``low`` to ``high``, on the way in and out; computed bounds are NaN.
+
+    The two ranges may differ: OpenVINO folds a constant factor or summand before a FakeQuantize into the
+    input range, and a factor behind it into the output range. What the next layer sees is the output.
+
+    Args:
+        node: The FakeQuantize.
+        end: Operation whose output is dequantized: the FakeQuantize, or the Multiply of
+            ``FakeQuantize -> Convert -> Convert -> [Subtract] -> Multiply``.
+        levels: Number of integers.
+        low: Smallest input value, float64.
+        high: Largest input value.
+        out_low: Smallest output value.
+        out_high: Largest output value.
+    """
+
+    node: IRNode
+    end: IRNode
+    levels: int
+    low: Array
+    high: Array
+    out_low: Array
+    out_high: Array
+
+    @property
+    def step(self) -> Array:
+        """Distance of two neighbouring values on the way in."""
+        return np.asarray((self.high - self.low) / (self.levels - 1))
+
+    @property
+    def out_step(self) -> Array:
+        """Distance of two neighbouring values on the way out, the scale."""
+        return np.asarray((self.out_high - self.out_low) / (self.levels - 1))
+
+    @property
+    def usable(self) -> bool:
+        """Whether the ranges are constant, finite and not empty, so that the grid can be judged."""
+        widths = (self.high - self.low, self.out_high - self.out_low)
+        return self.levels > 1 and all(bool((np.isfinite(width) & (width > 0)).all()) for width in widths)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A quantized weight: ``(integers - zero_point) * scale``, or a FakeQuantize on a float constant.
+
+    Args:
+        end: Operation that yields the real values.
+        source: The Constant.
+        values: Its values, integers or floats, as float64.
+        scale: Scale, None where it is computed.
+        zero_point: Zero-point, None if there is none.
+        fake_quant: The FakeQuantize on a float constant, else None.
+    """
+
+    end: IRNode
+    source: IRNode
+    values: Array
+    scale: Array | None
+    zero_point: Array | None
+    fake_quant: FakeQuant | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A convolution or linear layer, its input, and its weight if that is quantized."""
+
+    node: IRNode
+    data: IRNode
+    weight: Weight | None
+
+
+class IRGraph:
+    """Layers and quantizers of an OpenVINO model.
+
+    Args:
+        model (openvino.Model): The model.
+        source: Name of the file, for messages.
+        expected: What the torch model says; None checks the file on its own.
+    """
+
+    def __init__(self, model: Any, source: str, expected: ExpectedQuantization | None = None) -> None:
+        self.name = model.get_friendly_name() or source
+        self.expected = expected
+        self.nodes: list[IRNode] = []
+        places: dict[str, IRNode] = {}
+        for op in model.get_ordered_ops():
+            node = _read_op(op)
+            # get_name() is unique in a model, friendly names need not be.
+            places[op.get_name()] = node
+            node.inputs = [places[i.get_source_output().get_node().get_name()] for i in op.inputs()]
+            for maker in node.inputs:
+                maker.readers.append(node)
+            self.nodes.append(node)
+
+    def of_type(self, *ops: str) -> Iterator[IRNode]:
+        """Operations of the types, in topological order."""
+        return (node for node in self.nodes if node.op in ops)
+
+    def fake_quants(self) -> Iterator[FakeQuant]:
+        """FakeQuantize operations of activations, with the operations that dequantize them."""
+        for node in self.nodes:
+            found = self.as_fake_quant(node)
+            if found is not None and found.node.inputs[0].constant() is None:
+                yield found
+
+    def as_fake_quant(self, node: IRNode) -> FakeQuant | None:
+        """The quantizer that ends in ``node``, None if none does."""
+        if node.op == 'FakeQuantize' and not any(_to_integers(reader) for reader in node.readers):
+            return FakeQuant(node, node, int(node.attributes['levels']), *_bounds(node))
+        parts = _dequantization(node)
+        if parts is None:
+            return None
+        integers, scale, zero_point = parts
+        while integers.op in MOVE_OPS or _to_integers(integers):
+            integers = integers.inputs[0]
+        if integers.op != 'FakeQuantize':
+            return None
+        low, high, first, last = _bounds(integers)
+        zero = np.zeros(()) if zero_point is None else zero_point
+        factor = np.full((), np.nan) if scale is None else scale
+        ends = np.asarray((first - zero) * factor), np.asarray((last - zero) * factor)
+        return FakeQuant(integers, node, int(integers.attributes['levels']), low, high, *ends)
+
+    def layers(self) -> Iterator[Layer]:
+        """Convolutions and linear layers; a MatMul of two computed tensors is none."""
+        for node in self.of_type(*CONV_AXES, 'MatMul'):
+            places = ((0, 1), (1, 0)) if node.op == 'MatMul' else ((0, 1),)
+            for data, index in places:
+                weight = self.weight(node.inputs[index])
+                if weight is not None or node.inputs[index].constant() is not None:
+                    yield Layer(node, node.inputs[data], weight)
+                    break
+
+    def weight(self, node: IRNode) -> Weight | None:
+        """The quantized weight that ``node`` yields, None if it yields something else."""
+        while node.op in SHAPE_OPS:
+            node = node.inputs[0]
+        found = self.as_fake_quant(node)
+        if found is not None:
+            values = found.node.inputs[0].constant()
+            return None if values is None else Weight(node, root(found.node), values, found.out_step, None, found)
+        parts = _dequantization(node)
+        if parts is None:
+            return None
+        integers, scale, zero_point = parts
+        values, source = integers.constant(), root(integers)
+        if values is None or source.dtype not in INTEGER_TYPES:
+            return None
+        return Weight(node, source, values, scale, zero_point, None)
+
+    def quantized_sources(self, node: IRNode) -> list[FakeQuant] | None:
+        """Quantizers that ``node`` comes from through operations that only move values; None if a path has none."""
+        found = self.as_fake_quant(node)
+        if found is not None:
+            return [found]
+        nearest = node.op == 'Interpolate' and node.attributes.get('mode') == 'nearest'
+        if node.op not in MOVE_OPS and not nearest:
+            return None
+        makers = node.inputs if node.op == 'Concat' else node.inputs[:1]
+        sources = [self.quantized_sources(maker) for maker in makers]
+        return None if None in sources else [quant for found in sources if found is not None for quant in found]
+
+
+def root(node: IRNode) -> IRNode:
+    """First operation of the chain of first inputs that leads to ``node``."""
+    while node.inputs:
+        node = node.inputs[0]
+    return node
+
+
+def _bounds(fake_quantize: IRNode) -> tuple[Array, Array, Array, Array]:
+    found = [source.constant() for source in fake_quantize.inputs[1:5]]
+    low, high, out_low, out_high = (np.full((), np.nan) if bound is None else bound for bound in found)
+    return low, high, out_low, out_high
+
+
+def _to_integers(node: IRNode) -> bool:
+    return node.op == 'Convert' and node.dtype in INTEGER_TYPES
+
+
+def _dequantization(node: IRNode) -> tuple[IRNode, Array | None, Array | None] | None:
+    """Integers, scale and zero-point of ``Convert -> [Subtract] -> Multiply``; None if ``node`` ends no such chain."""
+    if node.op != 'Multiply':
+        return None
+    for data, scale in (node.inputs, node.inputs[::-1]):
+        zero_point = None
+        if data.op == 'Subtract':
+            zero_point = data.inputs[1].constant()
+            data = data.inputs[0]
+        if data.op == 'Convert' and data.inputs[0].dtype in INTEGER_TYPES:
+            return data.inputs[0], scale.constant(), zero_point
+    return None
+
+
+def _read_op(op: Any) -> IRNode:
+    kind = op.get_type_name()
+    dtype = op.get_output_element_type(0).get_type_name() if op.get_output_size() else ''
+    value: Array | None = None
+    if kind == 'Constant' and op.get_output_element_type(0).bitwidth >= 8:
+        value = np.array(op.get_data())
+    elif kind == 'Constant':
+        # Packed values cannot be seen as an array; an empty one keeps the constant known as a constant.
+        value = np.empty(0)
+    return IRNode(op.get_friendly_name(), kind, dtype, dict(op.get_attributes()), value=value)
+
+
+def read_ir(path: Path, expected: ExpectedQuantization | None = None) -> IRGraph:
+    """Reads an OpenVINO IR (``.xml`` with its ``.bin`` beside it).
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+        ExportError: The file cannot be read.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(f'{path}: cannot read it without OpenVINO: pip install "mmbrecq[deploy]"') from error
+    try:
+        return IRGraph(openvino.Core().read_model(path), str(path), expected)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ExportError(f'{path}: expected an OpenVINO IR, but could not read it ({reason})') from error

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mmengine.config import ConfigDict
+from mmengine.registry import Registry
+
+from mmbrecq.building import build, find
+from mmbrecq.errors import ConfigError
+
+TOOLS = Registry('tool', scope='mmbrecq_test')
+
+
+@TOOLS.register_module()
+class Hammer:
+    def __init__(self, owner: str, weight: float = 1.0) -> None:
+        self.owner, self.weight = owner, weight
+
+
+@TOOLS.register_module()
+class Box:
+    def __init__(self, **contents: Any) -> None:
+        self.contents = contents
+
+
+@TOOLS.register_module()
+class Bare:
+    pass
+
+
+def test_build_passes_options_and_defaults() -> None:
+    cfg = {'type': 'Hammer', 'weight': 2.0}
+    built = build(TOOLS, cfg, owner='me')
+    assert (built.owner, built.weight) == ('me', 2.0)
+    assert cfg == {'type': 'Hammer', 'weight': 2.0}
+
+
+def test_build_prefers_the_config_to_a_default() -> None:
+    assert build(TOOLS, {'type': 'Hammer', 'owner': 'you'}, owner='me').owner == 'you'
+
+
+def test_build_takes_config_dicts_classes_and_free_keywords() -> None:
+    assert build(TOOLS, ConfigDict(type='Hammer', owner='me')).owner == 'me'
+    assert build(TOOLS, {'type': Hammer, 'owner': 'me'}).owner == 'me'
+    assert build(TOOLS, {'type': 'Box', 'anything': 3}).contents == {'anything': 3}
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'message'),
+    [
+        ('Hammer', r"expected the config of a tool to be a dict, but got 'Hammer'"),
+        ({'weight': 1}, r"to have the key 'type', but got \{'weight': 1\}"),
+        ({'type': 'Hamer'}, r"unknown tool type 'Hamer': expected one of Bare, Box, Hammer"),
+        ({'type': 3}, r'expected the type of a tool to be a name or a class, but got 3'),
+        ({'type': 'Hammer', 'wait': 1}, r"unknown option 'wait' of Hammer: expected weight"),
+        ({'type': 'Bare', 'wait': 1}, r"unknown option 'wait' of Bare: expected no option at all"),
+    ],
+)
+def test_build_refuses(cfg: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(TOOLS, cfg, owner='me')
+
+
+def test_build_names_a_missing_option() -> None:
+    with pytest.raises(ConfigError, match=r"expected option 'owner' of Hammer, but it was not given"):
+        build(TOOLS, {'type': 'Hammer'})
+
+
+def test_find_refuses_a_scope_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match='unknown tool type'):
+        find(TOOLS, 'nowhere.at.all.Hammer')

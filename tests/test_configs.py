@@ -1,0 +1,185 @@
+"""Every config of configs/brecq: what its name says is what it does, and the metafiles know all of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmengine.config import Config, config, utils
+from mmengine.registry import init_default_scope
+
+pytest.importorskip('mmpretrain', reason='the configs inherit those of mmpretrain')
+
+import mmpretrain
+from mmpretrain.registry import MODELS
+
+from mmbrecq.building import build
+from mmbrecq.calibration.sampling import CalibrationOptions
+from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.presets import PRESETS
+from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / 'configs' / 'brecq').glob('*/*.py'))
+METAFILES = sorted((ROOT / 'configs' / 'brecq').glob('*/metafile.yml'))
+ZOO_MODELS = ('resnet18', 'mobilenetv2')
+NAME = re.compile(r'brecq_w(\d+)a(\d+)(?:-([a-z]+))?_([a-z0-9.-]+)_(in1k|cifar10)')
+DATA = Path(os.environ.get('MMBRECQ_DATA', ROOT / '..' / 'shared' / 'data')).resolve()
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+@pytest.fixture(scope='module')
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Config]:
+    """All configs, loaded once."""
+    folder = tmp_path_factory.mktemp('data')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MMBRECQ_DATA', str(folder))
+        # for every `mmpretrain::` config mmengine reads all of mmpretrain's metafiles and all installed packages anew
+        for module, name in ((utils, '_get_cfg_metainfo'), (config, 'is_installed'), (config, 'get_installed_path')):
+            patch.setattr(module, name, lru_cache(maxsize=None)(getattr(module, name)))
+        return {path: Config.fromfile(path) for path in CONFIGS}
+
+
+@pytest.fixture(scope='module')
+def published() -> dict[str, str]:
+    """Checkpoint URL of every config of mmpretrain, by the config's path, from its own metafiles."""
+    folder = Path(mmpretrain.__file__).parent / '.mim' / 'configs'
+    models = [m for f in folder.glob('*/metafile.yml') for m in yaml.safe_load(f.read_text())['Models']]
+    return {m['Config'].removeprefix('configs/'): m['Weights'] for m in models if m.get('Weights')}
+
+
+def facts(path: Path) -> tuple[int, int | None, str, str, str]:
+    """Weight bits, activation bits, preset, model and data, as the file name tells them."""
+    match = NAME.fullmatch(path.stem)
+    assert match, f'{path.name} does not tell method, bits, model and data'
+    weight, activation, preset, model, data = match.groups()
+    return int(weight), None if activation == '32' else int(activation), preset or 'academic', model, data
+
+
+def test_all_recipes_are_there() -> None:
+    deploy = [f'w8a8-{preset}' for preset in ('onnxruntime', 'openvino', 'tensorrt')]
+    vgg = [f'vgg{depth}{norm}' for depth in (11, 13, 16, 19) for norm in ('', 'bn')]
+    models = ['resnet18', 'resnet50', 'mobilenetv2', 'regnetx-3.2gf', *vgg]
+    expected = {f'brecq_{bits}_{model}_in1k' for model in models for bits in ('w2a4', 'w4a4', *deploy)}
+    small = ('w2a32', 'w2a4', 'w4a4', 'w4a8-openvino', 'w4a8-onnxruntime', *deploy)
+    expected |= {f'brecq_{bits}_{model}_cifar10' for model in ZOO_MODELS for bits in small}
+    assert {path.stem for path in CONFIGS} == expected
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=stem)
+def test_config_does_what_its_name_says(path: Path, configs: dict[Path, Config]) -> None:
+    cfg = configs[path]
+    weight_bits, activation_bits, preset, _, _ = facts(path)
+
+    quantizer = build(QUANTIZERS, cfg.quantizer)
+    reconstructor = build(RECONSTRUCTORS, cfg.reconstructor)
+
+    assert (quantizer.weight_bits, quantizer.activation_bits) == (weight_bits, activation_bits)
+    assert quantizer.preset is PRESETS[preset]
+    assert quantizer.first_last_8bit and quantizer.granularity == 'block'
+    assert [stage.name for stage in reconstructor.stages] == ['weights', 'activations']
+    assert CalibrationOptions.from_config(cfg.calibration).num_samples == 1024
+    suffixes = {build(EXPORTERS, exporter).suffix for exporter in cfg.exporters}
+    assert suffixes == {'academic': {'.onnx', '.xml'}, 'openvino': {'.xml'}}.get(preset, {'.onnx'})
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if facts(p)[4] == 'in1k'], ids=stem)
+def test_imagenet_configs_have_the_paper_settings_and_the_published_checkpoint(
+    path: Path, configs: dict[Path, Config], published: dict[str, str]
+) -> None:
+    cfg = configs[path]
+    base = re.search(r"'mmpretrain::([^']+)'", path.read_text())
+    assert base is not None
+    assert cfg.float_checkpoint == published[base[1]]
+    weights, activations = (stage.options for stage in build(RECONSTRUCTORS, cfg.reconstructor).stages)
+    eight = facts(path)[0] == 8
+    assert (weights.iterations, activations.iterations) == ((5000, 1000) if eight else (20000, 5000))
+    assert (weights.batch_size, weights.lr, activations.activation_lr) == (32, 1e-3, 4e-4)
+    assert weights.round_weight == (0.1 if facts(path)[3] == 'mobilenetv2' else 0.01)
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if facts(p)[4] == 'cifar10'], ids=stem)
+def test_cifar10_configs_read_the_data_folder(path: Path, configs: dict[Path, Config]) -> None:
+    cfg = configs[path]
+    root = Path(cfg.data_root)
+    assert root.name == 'cifar10'
+    assert Path(cfg.float_checkpoint) == root.parent / '..' / 'zoo' / f'{facts(path)[3]}_cifar10.pth'
+    for loader, folder in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        dataset = cfg[f'{loader}_dataloader'].dataset
+        assert (Path(dataset.data_root), dataset.data_prefix) == (root, folder)
+    weight_bits, _, _, model, _ = facts(path)
+    weights, activations = (stage.options for stage in build(RECONSTRUCTORS, cfg.reconstructor).stages)
+    short = weight_bits == 8 or (weight_bits == 4 and model == 'mobilenetv2')
+    assert (weights.iterations, activations.iterations) == ((1000, 250) if short else (2000, 500))
+    assert weights.round_weight == (0.1 if model == 'mobilenetv2' else 0.01)
+    assert cfg.calibration.selection == 'first'
+
+
+@pytest.mark.parametrize('name', ['w2a4_resnet18_in1k', 'w2a4_mobilenetv2_in1k', 'w2a4_regnetx-3.2gf_in1k'])
+def test_imagenet_models_build(name: str, configs: dict[Path, Config]) -> None:
+    model = build_model(configs[find(name)])
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 32, 32), mode='tensor').shape == (1, 1000)
+
+
+@pytest.mark.parametrize('model', ZOO_MODELS)
+def test_cifar10_models_are_those_of_their_checkpoints(model: str, configs: dict[Path, Config]) -> None:
+    zoo = DATA.parent / 'zoo' / f'{model}_cifar10.pth'
+    if not zoo.is_file():
+        pytest.skip(f'{zoo} is missing: set MMBRECQ_DATA')
+    cfg = configs[find(f'w2a4_{model}_cifar10')]
+    load_float_checkpoint(build_model(cfg), zoo)
+
+    trained = Config.fromfile(zoo.with_suffix('.py'))
+    own = {key: value for key, value in cfg.items() if key in trained and key not in ('data_root', 'load_from')}
+    assert set(own) == set(trained) - {'data_root', 'load_from'}
+    for key, value in own.items():
+        assert without_root(value) == without_root(trained[key]), key
+
+
+@pytest.mark.parametrize('path', METAFILES, ids=lambda path: path.parent.name)
+def test_metafile_and_readme_list_the_configs(path: Path, configs: dict[Path, Config]) -> None:
+    metafile = yaml.safe_load(path.read_text())
+    listed = {ROOT / model['Config']: model for model in metafile['Models']}
+    assert sorted(listed) == [config for file in CONFIGS if file.parent == path.parent]
+    readme = (path.parent / 'README.md').read_text()
+    names = {collection['Name'] for collection in metafile['Collections']}
+    for file, model in listed.items():
+        weight_bits, activation_bits, preset, _, _ = facts(config)
+        metadata = model['Metadata']
+        assert model['Name'] == config.stem and model['In Collection'] in names
+        assert metadata['Weight Bits'] == weight_bits
+        assert metadata['Activation Bits'] == (activation_bits or 32)
+        assert metadata['Preset'] == preset
+        checkpoint = configs[config].float_checkpoint
+        assert metadata['Float Model']['Weights'] in (checkpoint, Path(checkpoint).name)
+        row = next(line for line in readme.splitlines() if f'({config.name})' in line)
+        bits = f'{weight_bits} / {activation_bits or "float"}'
+        assert row.split(' | ')[2:4] == [bits, preset]
+        assert metadata['Float Model']['Weights'] in row
+
+
+def find(name: str) -> Path:
+    return next(path for path in CONFIGS if path.stem == f'brecq_{name}')
+
+
+def build_model(cfg: Config) -> torch.nn.Module:
+    init_default_scope('mmpretrain')
+    # building fills in defaults in place
+    return MODELS.build(copy.deepcopy({**cfg.model, 'data_preprocessor': cfg.data_preprocessor}))
+
+
+def without_root(value: object) -> object:
+    """``value`` without the roots of datasets, which are the reader's."""
+    if isinstance(value, dict):
+        return {key: without_root(item) for key, item in value.items() if key != 'data_root'}
+    return value

@@ -1,0 +1,120 @@
+"""summary.json goes round, is strict JSON, and refuses what it does not know."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmbrecq.errors import ConfigError
+from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary, UnitRecord
+
+SCHEMA = {
+    'metrics': {'float', 'nearest', 'weights', 'quantized', 'deployed'},
+    'seconds': {'prepare', 'calibrate', 'reconstruct', 'evaluate', 'export', 'total'},
+    'peak_memory_bytes': {'host', 'device'},
+    'model_size_bytes': {'float', 'quantized'},
+    'calibration': {'num_samples', 'ids_file'},
+}
+
+
+def test_keys_are_the_documented_ones(summary: Summary) -> None:
+    plain = summary.to_dict()
+    rest = {'config', 'seed', 'versions', 'units', 'bits', 'float_layers', 'warnings', 'verify', 'integer_kernels'}
+    assert set(plain) == rest | set(SCHEMA) | {'model', 'preset'}
+    for name, keys in SCHEMA.items():
+        assert set(plain[name]) == keys
+    unit_keys = {'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'phase', 'kept_nearest'}
+    assert set(plain['units'][0]) == unit_keys
+    assert plain['bits']['backbone.conv1'] == {'weight': 8, 'activation': 4}
+    assert plain['integer_kernels']['openvino'] == {'quantized': 3, 'integer': 2}
+    assert plain['metrics']['deployed']['openvino']['accuracy/top1'] == 81.04
+
+
+def test_round_trip_through_json(summary: Summary) -> None:
+    assert Summary.from_dict(json.loads(json.dumps(summary.to_dict(), allow_nan=False))) == summary
+
+
+def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
+    path = tmp_path / 'summary.json'
+    summary.save(path)
+    assert Summary.load(path) == summary
+    assert [entry.name for entry in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_empty_summary_goes_round() -> None:
+    assert Summary.from_dict(Summary().to_dict()) == Summary()
+    assert Summary.from_dict({}) == Summary()
+    assert not Summary().finished
+    assert Summary(seconds=Seconds(total=1.0)).finished
+
+
+def test_non_finite_numbers_become_null() -> None:
+    unit = UnitRecord('unit', loss_before=math.inf, loss_after=math.nan)
+    plain = Summary(metrics=Metrics(float={'accuracy/top1': math.nan}), units=[unit]).to_dict()
+    json.dumps(plain, allow_nan=False)
+    assert plain['metrics']['float'] == {'accuracy/top1': None}
+    assert plain['units'][0]['loss_before'] is None
+    back = Summary.from_dict(plain)
+    assert math.isnan(back.metrics.float['accuracy/top1'])
+    assert math.isnan(back.units[0].loss_after)
+
+
+def test_numpy_scalars_become_python_numbers() -> None:
+    summary = Summary(metrics=Metrics(float={'coco/bbox_mAP': np.float64(0.375), 'coco/n': np.float32(0.5)}))
+    summary.seed = np.int64(3)  # type: ignore[assignment]
+    plain = summary.to_dict()
+    assert type(plain['seed']) is int
+    assert [type(value) for value in plain['metrics']['float'].values()] == [float, float]
+    json.dumps(plain)
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(TypeError, match='expected a JSON value, but got set'):
+        Summary(warnings={'a'}).to_dict()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'sede': 1}, r"summary: expected keys among \['bits', .*'warnings'\], but got 'sede'"),
+        ({'seconds': {'totl': 1}}, r"summary.seconds: expected keys among .*'total'\], but got 'totl'"),
+        ({'units': [{'layers': []}]}, r"summary.units\[0\]: expected key 'name', but got \['layers'\]"),
+        ({'seed': '1'}, "summary.seed: expected int, but got '1'"),
+        ({'seed': True}, 'summary.seed: expected int, but got True'),
+        ({'metrics': {'float': {'a': 'b'}}}, r"summary.metrics.float\['a'\]: expected float, but got 'b'"),
+        ({'metrics': 3}, 'summary.metrics: expected dict, but got 3'),
+        ({'warnings': 'text'}, "summary.warnings: expected list, but got 'text'"),
+        ({'versions': []}, r'summary.versions: expected dict, but got \[\]'),
+    ],
+)
+def test_bad_values_name_the_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Summary.from_dict(values)
+
+
+@pytest.mark.parametrize('text', [None, '{"config": ', '[]', '{"sede": 1}'])
+def test_bad_file_is_named(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / 'summary.json'
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r'summary\.json: .*expected .*, but got'):
+        Summary.load(path)
+
+
+@pytest.mark.parametrize(
+    ('bits', 'label'),
+    [
+        ([], ''),
+        ([(8, 4), (2, 4), (2, 4), (8, 8)], 'W2A4'),
+        ([(4, None), (4, None), (8, None)], 'W4A32'),
+        ([(8, 8), (2, 4), (2, 4)], 'W2A4'),
+    ],
+)
+def test_bits_label_is_what_most_layers_have(bits: list[tuple[int, int | None]], label: str) -> None:
+    layers = {f'layer{i}': LayerBits(weight, activation) for i, (weight, activation) in enumerate(bits)}
+    assert Summary(bits=layers).bits_label == label

@@ -1,0 +1,38 @@
+"""Quantizes a float model by block reconstruction (BRECQ), exports it and reports what came of it.
+
+The work dir then holds quantized.pth, deploy/ (the exported files), report.html, summary.json, layers.txt, the ids of
+the calibration images and the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file: a base config of mmpretrain, a float checkpoint, a preset')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the whole job."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    cfg.launcher = args.launcher
+    loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations') if key in cfg}
+    loop.update(
+        type='mmbrecq.PTQLoop',
+        float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
+        config_name=args.config,
+    )
+    build_runner(cfg, args.config, loop).test()
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main))
