@@ -32,7 +32,8 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
     cls = find(registry, cfg['type'])
     given = {key for key in cfg if key not in ('type', '_scope_')}
     _check_options(cls, given, set(defaults))
-    return registry.build(cfg, default_args=defaults)
+    # not registry.build: it would look for the type in the scope of the config's model first, and warn
+    return cls(**{**defaults, **{key: cfg[key] for key in given}})
 
 
 def find(registry: Registry, name: Any) -> Any:

@@ -79,18 +79,30 @@ class Preset:
 
 _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset('academic', False, 'asymmetric', equal_concat=False),
-        Preset(
-            'onnxruntime', True, 'unsigned', fuses=_RELU, add_operands='all', conv_outputs=True,
-            spare_weight_bit=True, bias_apart=True,
-        ),  # fmt: skip
-        Preset('openvino', True, 'auto', spare_weight_bit=True),
-        Preset('tensorrt', True, 'int8', fuses=_RELU, add_operands='shortcut', integer_clip=False),
-    )
-}
+_ALL = (
+    Preset('academic', weight_symmetric=False, activation='asymmetric', equal_concat=False),
+    Preset(
+        'onnxruntime',
+        weight_symmetric=True,
+        activation='unsigned',
+        fuses=_RELU,
+        add_operands='all',
+        conv_outputs=True,
+        spare_weight_bit=True,
+        bias_apart=True,
+    ),
+    Preset('openvino', weight_symmetric=True, activation='auto', spare_weight_bit=True),
+    Preset(
+        'tensorrt',
+        weight_symmetric=True,
+        activation='int8',
+        fuses=_RELU,
+        add_operands='shortcut',
+        integer_clip=False,
+    ),
+)
+
+PRESETS = {preset.name: preset for preset in _ALL}
 """The presets by name."""
 
 

@@ -37,19 +37,21 @@ class QType:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f'expected bits in {MIN_BITS}..{MAX_BITS}, but got {self.bits!r}')
+        if not 0 <= self.spare_bits <= self.bits - MIN_BITS:
+            raise ConfigError(f'expected spare_bits to leave {MIN_BITS} of {self.bits} bits, but got {self.spare_bits!r}')
 
     @property
     def quant_min(self) -> int:
         """Smallest integer of the grid."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - self.spare_bits - 1)) + int(self.narrow)
+        return -(1 << (self.bits - self.spare_bits - 1)) + int(self.narrow)
 
     @property
     def quant_max(self) -> int:
         """Largest integer of the grid."""
         bits = self.bits - self.spare_bits
-        return 2 ** (bits - 1) - 1 if self.signed else 2**bits - 1
+        return (1 << (bits - 1)) - 1 if self.signed else (1 << bits) - 1
 
     @property
     def levels(self) -> int:

@@ -44,7 +44,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Config]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('MMBRECQ_DATA', str(folder))
         # for every `mmpretrain::` config mmengine reads all of mmpretrain's metafiles and all installed packages anew
-        for module, name in ((utils, '_get_cfg_metainfo'), (config, 'is_installed'), (config, 'get_installed_path')):
+        for module, name in ((utils, 'load'), (config, 'is_installed'), (config, 'get_installed_path')):
             patch.setattr(module, name, lru_cache(maxsize=None)(getattr(module, name)))
         return {path: Config.fromfile(path) for path in CONFIGS}
 
@@ -150,19 +150,19 @@ def test_cifar10_models_are_those_of_their_checkpoints(model: str, configs: dict
 def test_metafile_and_readme_list_the_configs(path: Path, configs: dict[Path, Config]) -> None:
     metafile = yaml.safe_load(path.read_text())
     listed = {ROOT / model['Config']: model for model in metafile['Models']}
-    assert sorted(listed) == [config for file in CONFIGS if file.parent == path.parent]
+    assert sorted(listed) == [file for file in CONFIGS if file.parent == path.parent]
     readme = (path.parent / 'README.md').read_text()
     names = {collection['Name'] for collection in metafile['Collections']}
     for file, model in listed.items():
-        weight_bits, activation_bits, preset, _, _ = facts(config)
+        weight_bits, activation_bits, preset, _, _ = facts(file)
         metadata = model['Metadata']
-        assert model['Name'] == config.stem and model['In Collection'] in names
+        assert model['Name'] == file.stem and model['In Collection'] in names
         assert metadata['Weight Bits'] == weight_bits
         assert metadata['Activation Bits'] == (activation_bits or 32)
         assert metadata['Preset'] == preset
-        checkpoint = configs[config].float_checkpoint
+        checkpoint = configs[file].float_checkpoint
         assert metadata['Float Model']['Weights'] in (checkpoint, Path(checkpoint).name)
-        row = next(line for line in readme.splitlines() if f'({config.name})' in line)
+        row = next(line for line in readme.splitlines() if f'({file.name})' in line)
         bits = f'{weight_bits} / {activation_bits or "float"}'
         assert row.split(' | ')[2:4] == [bits, preset]
         assert metadata['Float Model']['Weights'] in row
@@ -175,7 +175,8 @@ def find(name: str) -> Path:
 def build_model(cfg: Config) -> torch.nn.Module:
     init_default_scope('mmpretrain')
     # building fills in defaults in place
-    return MODELS.build(copy.deepcopy({**cfg.model, 'data_preprocessor': cfg.data_preprocessor}))
+    model: torch.nn.Module = MODELS.build(copy.deepcopy({**cfg.model, 'data_preprocessor': cfg.data_preprocessor}))
+    return model
 
 
 def without_root(value: object) -> object:

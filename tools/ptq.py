@@ -25,7 +25,8 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg.launcher = args.launcher
-    loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations') if key in cfg}
+    keys = ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations')
+    loop = {key: cfg[key] for key in keys if key in cfg}
     loop.update(
         type='mmbrecq.PTQLoop',
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from mmbrecq.backends.base import BaseBackend
 from mmbrecq.errors import BackendError
@@ -24,3 +27,12 @@ def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBacken
     if suffix not in by_suffix:
         raise BackendError(f'expected a file ending in {" or ".join(sorted(by_suffix))}, but got {path}')
     return by_suffix[suffix](path, num_threads=num_threads)
+
+
+def first_output(backend: BaseBackend) -> Callable[[Tensor], Tensor]:
+    """The backend as a function of the images: its first output, on their device."""
+
+    def run(images: Tensor) -> Tensor:
+        return backend(images)[0].to(images.device)
+
+    return run

@@ -23,7 +23,7 @@ def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator
     with evaluation_mode(model):
         try:
             for batch in track(dataloader, title):
-                outputs = model.test_step(batch)
+                outputs = model.test_step(batch)  # type: ignore[operator]
                 evaluator.process(data_samples=outputs, data_batch=batch)
         except Exception as error:
             explained = explain_data_error(error)

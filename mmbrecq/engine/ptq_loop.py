@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import open_backend
+from mmbrecq.backends import first_output, open_backend
 from mmbrecq.building import build
 from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
@@ -122,8 +121,14 @@ class PTQLoop(BaseLoop):
         """Takes a finished unit into the summary, and writes it: the report can be read half-way through a run."""
         self.summary.units.append(
             UnitRecord(
-                result.name, list(result.layers), result.loss_before, result.loss_after, result.iterations,
-                result.seconds, result.stage, result.kept_nearest,
+                result.name,
+                list(result.layers),
+                result.loss_before,
+                result.loss_after,
+                result.iterations,
+                result.seconds,
+                result.stage,
+                result.kept_nearest,
             )  # fmt: skip
         )
         self._write_summary()
@@ -151,9 +156,7 @@ class PTQLoop(BaseLoop):
             self._evaluate('nearest')
 
     def _reconstruct(self, model: QuantizedModel, images: Tensor, calibration: Any) -> None:
-        task = Task(
-            model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder
-        )  # fmt: skip
+        task = Task(model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder)
         plan = self.reconstructor.plan(task)
         self.runner.logger.info(
             f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
@@ -162,7 +165,9 @@ class PTQLoop(BaseLoop):
             self.reconstructor.run(task, plan, _HookCaller(self.runner))
         kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
         if kept:
-            self.summary.warnings.append(f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}')
+            self.summary.warnings.append(
+                f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
+            )
         if model.quantizers:
             with model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
@@ -191,7 +196,7 @@ class PTQLoop(BaseLoop):
             count = backend.integer_kernels()
             self.summary.integer_kernels[backend.name] = KernelCount(count.quantized, count.integer)
             if 'deployed' in self.evaluations:
-                plug(model.model, lambda images, backend=backend: backend(images)[0])
+                plug(model.model, first_output(backend))
                 metrics = self._measure(f'deployed in {backend.name}')
                 self.summary.metrics.deployed[backend.name] = metrics
                 plug(model.model, model.compiled)
@@ -259,6 +264,6 @@ def _layer_list(model: QuantizedModel) -> str:
     lines = []
     for layer in model.layers:
         bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
-        tail = layer.float_reason and f'float: {layer.float_reason}' or f'unit {layer.unit}'
+        tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
         lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')
     return '\n'.join(lines) + '\n'

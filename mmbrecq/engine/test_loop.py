@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import open_backend
+from mmbrecq.backends import first_output, open_backend
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
 from mmbrecq.engine.evaluation import evaluate
@@ -53,8 +53,7 @@ class QuantizedTestLoop(BaseLoop):
         """Returns the metrics."""
         self.runner.call_hook('before_test')
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
-            backend = open_backend(self.checkpoint)
-            plug(self.runner.model, lambda images: backend(images)[0])
+            plug(self.runner.model, first_output(open_backend(self.checkpoint)))
         else:
             load_quantized(self.runner.model, self.quantizer, self.checkpoint)
         metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, 'evaluation')
@@ -73,7 +72,7 @@ def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str) ->
     meta = read_checkpoint(path).get('meta', {})
     shape = meta.get('example_shape')
     if shape is None:
-        raise CheckpointError(f'{path}: expected a checkpoint that tools/ptq.py has written, but it names no input shape')
+        raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no input shape')
     example: Tensor = torch.zeros(shape, device=next(model.parameters()).device)
     prepared = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
     prepared.pack()

@@ -54,6 +54,7 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
     from mmbrecq.exporters.onnx_rewrite import rewrite_for
 
     buffer = io.BytesIO()
+    sink: Any = buffer
     compiled = model.compiled.eval()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
@@ -61,7 +62,7 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
-                compiled, (example,), buffer, input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
+                compiled, (example,), sink, input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
                 dynamic_axes={INPUT_NAME: {0: 'batch'}, OUTPUT_NAME: {0: 'batch'}}, opset_version=opset,
                 do_constant_folding=False, **options,
             )  # fmt: skip

@@ -34,7 +34,7 @@ class OpenVINOExporter(BaseExporter):
         try:
             import openvino
         except ImportError as error:
-            raise BackendError("expected OpenVINO to be installed, but it is not: pip install openvino") from error
+            raise BackendError('expected OpenVINO to be installed, but it is not: pip install openvino') from error
         with tempfile.TemporaryDirectory(prefix='.export-', dir=path.parent) as folder:
             source = Path(folder) / 'model.onnx'
             source.write_bytes(onnx_model(model, example, self.opset).SerializeToString())

@@ -40,9 +40,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None) -> Tensor:
         offset = expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
         low, high = qtype.quant_min - offset, qtype.quant_max - offset
         ctx.save_for_backward(x, scale, low, high)
@@ -68,7 +66,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None) -> Any:
         axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
-        bounds = None if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
+        bounds = [] if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
         if clip is not None and not clip.on_integers:
             x = g.op('Clip', x, *bounds)
         codes = g.op('QuantizeLinear', x, scale, zero_point, **axis)

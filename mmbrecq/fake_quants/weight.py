@@ -8,6 +8,7 @@ holds :class:`PackedWeight`: integers, scale and zero-point alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +145,16 @@ def weight_fake_quant(module: nn.Module) -> WeightFakeQuantize | None:
     """The fake quantizer of ``module.weight``, None where the weight is float or packed."""
     if not parametrize.is_parametrized(module, 'weight'):
         return None
-    found = module.parametrizations['weight'][0]
+    parametrizations: Any = module.parametrizations
+    found = parametrizations['weight'][0]
     return found if isinstance(found, WeightFakeQuantize) else None
 
 
 def original_weight(module: nn.Module) -> Tensor:
     """The float weight of a module that carries a :class:`WeightFakeQuantize`."""
-    return module.parametrizations['weight'].original.detach()
+    parametrizations: Any = module.parametrizations
+    weight: Tensor = parametrizations['weight'].original
+    return weight.detach()
 
 
 def pack_weight(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ def make_out_of_place(model: nn.Module, graph: fx.Graph) -> None:
         if node.op == 'call_module':
             for module in model.get_submodule(str(node.target)).modules():
                 if hasattr(module, 'inplace'):
-                    module.inplace = False
+                    setattr(module, 'inplace', False)  # noqa: B010 - no common base declares it
         elif node.op == 'call_function':
             node.target = _OUT_OF_PLACE.get(node.target, node.target)
             if 'inplace' in node.kwargs:

@@ -31,7 +31,7 @@ class ConcreteProxy(fx.Proxy):
         """Value of this node for the example input."""
         return self.node.meta['example']
 
-    def __getattr__(self, name: str) -> ConcreteAttribute:
+    def __getattr__(self, name: str) -> Any:
         return ConcreteAttribute(self, name)
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ class ConcreteTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         assert isinstance(obj, ConcreteProxy)
-        return iter([obj[i] for i in range(len(obj))])
+        return iter([operator.getitem(obj, i) for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')

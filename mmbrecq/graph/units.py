@@ -67,7 +67,9 @@ def find_blocks(model: nn.Module, blocks: Iterable[str] | None) -> list[str]:
     if blocks is not None:
         for entry in entries:
             if entry not in used:
-                raise PatternError(f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none")
+                raise PatternError(
+                    f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none"
+                )
     return found
 
 

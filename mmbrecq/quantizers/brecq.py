@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -125,7 +127,7 @@ class BRECQQuantizer:
             with arithmetic.graph.inserting_after(node):
                 new = arithmetic.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+            node.replace_all_uses_with(new, delete_user_cb=partial(operator.is_not, new))
 
     def _place_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
         """Bits of a value: the most that a reader asks for, the default where no layer reads it."""
@@ -155,7 +157,7 @@ class BRECQQuantizer:
             paths[layer] = self._add_quantizer(arithmetic.model, name, activation_bits, non_negative=False)
             quantizer = arithmetic.model.get_submodule(paths[layer])
             module = arithmetic.model.get_submodule(layer)
-            module.register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]), *args[1:]))
+            module.register_forward_pre_hook(partial(_quantize_first, quantizer))
         return paths
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
@@ -166,6 +168,10 @@ class BRECQQuantizer:
         fake_quant = build(FAKE_QUANTS, dict(self.weight.rounding), qtype=qtype, shape=module.weight.shape)
         module.weight.requires_grad_(False)
         parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
+
+
+def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (quantizer(args[0]), *args[1:])
 
 
 def _called_layers(arithmetic: Arithmetic) -> list[str]:

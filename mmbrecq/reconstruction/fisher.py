@@ -76,7 +76,9 @@ def fisher_weights(
     for name, weight in weights.items():
         mean = float(weight.mean(dtype=torch.float64))
         if not 0 < mean < float('inf'):
-            raise NonFiniteError(f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}")
+            raise NonFiniteError(
+                f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"
+            )
         weight.div_(mean)
     return weights
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize
+from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
 from mmbrecq.reconstruction.schedules import LinearBeta, constant, cosine
 from mmbrecq.reconstruction.stages import Stage
 
@@ -80,7 +81,7 @@ def optimize_unit(
     """
     options = stage.options
     roundings = [fq for _, fq in weights if isinstance(fq, AdaRound)] if stage.learns_rounding else []
-    alphas = [p for m, fq in weights if fq in roundings for p in fq.start(_float_weight(m))]
+    alphas = [p for m, fq in weights if fq in roundings for p in fq.start(original_weight(m))]
     scales = [p for q in quantizers for p in q.start()] if stage.learns_scale else []
     groups = [(alphas, options.lr, constant), (scales, options.activation_lr, cosine)]
     optimizer, scheduler = _optimizer([g for g in groups if g[0]], options.iterations)
@@ -118,19 +119,18 @@ def optimize_unit(
     return options.iterations
 
 
-def _float_weight(module: nn.Module) -> Tensor:
-    weight: Tensor = module.parametrizations['weight'].original.detach()  # type: ignore[index, union-attr]
-    return weight
-
-
 def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float, Callable[[float], float]]], iterations: int) -> Any:
     """Adam over the groups with their learning-rate schedules, ``(None, None)`` where there are none."""
     if not groups:
         return None, None
     parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
     optimizer = torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
-    factors = [lambda step, f=factor: f(step / iterations) for _, _, factor in groups]
+    factors: list[Callable[[int], float]] = [partial(_at_step, factor, iterations) for _, _, factor in groups]
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _at_step(schedule: Callable[[float], float], iterations: int, step: int) -> float:
+    return schedule(step / iterations)
 
 
 def _fused_is_available(parameter: Tensor) -> bool:

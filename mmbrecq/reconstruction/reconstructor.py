@@ -148,7 +148,8 @@ class BaseReconstructor:
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = self._mean_loss(outputs, data, stage.options.batch_size)
-        saved = [fq.codes.clone() for _, fq in weights], [(q.scale.detach().clone(), q.zero_point.clone()) for q in quantizers]
+        saved_codes = [fake_quant.codes.clone() for _, fake_quant in weights]
+        saved_grids = [(quantizer.scale.detach().clone(), quantizer.zero_point.clone()) for quantizer in quantizers]
         with model.quantization(weights=True, activations=activations):
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, self.loss, stage,
@@ -161,9 +162,9 @@ class BaseReconstructor:
         after = self._mean_loss(learned, data, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
-        for (_, fake_quant), codes in zip(weights, saved[0], strict=True):
+        for (_, fake_quant), codes in zip(weights, saved_codes, strict=True):
             fake_quant.codes.copy_(codes)
-        for quantizer, (scale, zero_point) in zip(quantizers, saved[1], strict=True):
+        for quantizer, (scale, zero_point) in zip(quantizers, saved_grids, strict=True):
             quantizer.set_grid(scale, zero_point)
         return before, after, outputs, steps
 

@@ -33,14 +33,14 @@ class StageOptions:
     drop_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, low in (('iterations', 1), ('batch_size', 1)):
+        for name in ('iterations', 'batch_size'):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ConfigError(f'expected {name} of a reconstruction to be an integer >= {low}, but got {value!r}')
-        for name, low, high in (('warmup', 0.0, 1.0), ('drop_prob', 0.0, 1.0)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f'expected {name} of a reconstruction to be an integer >= 1, but got {value!r}')
+        for name in ('warmup', 'drop_prob'):
             value = getattr(self, name)
-            if not low <= value < high:
-                raise ConfigError(f'expected {name} of a reconstruction to be in [{low}, {high}), but got {value!r}')
+            if not 0 <= value < 1:
+                raise ConfigError(f'expected {name} of a reconstruction to be in [0, 1), but got {value!r}')
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ class Streams:
         """Inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
         return [self.quantized_values[name] for name in unit.inputs]
 
-    def run(
-        self, unit: ReconstructionUnit, inputs: Sequence[Tensor], weights: bool, activations: bool
-    ) -> list[Tensor]:
+    def run(self, unit: ReconstructionUnit, inputs: Sequence[Tensor], weights: bool, activations: bool) -> list[Tensor]:
         """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
         count, device = len(self.images), self.cache.device
         outputs: list[Tensor] = []

@@ -87,7 +87,10 @@ def _channel_axes(layer: Layer, scale: Array) -> tuple[int, ...]:
 
 
 def check_pairs(graph: IRGraph) -> Iterator[Violation]:
-    """C5: no quantization is doubled, and every quantized layer is there."""
+    """C5: all integers are dequantized, no quantization is doubled, and every quantized layer is there."""
+    for start, reader in graph.used_integers():
+        message = 'expected its integers to be clamped, moved and converted to real values only'
+        yield Violation('C5', start.name, f'{message}, but got {reader.op} {reader.name!r}')
     for quant in graph.fake_quants():
         earlier = graph.as_fake_quant(quant.node.inputs[0])
         if earlier is not None and quant.usable and earlier.usable and _repeats(earlier, quant):
@@ -101,8 +104,15 @@ def check_pairs(graph: IRGraph) -> Iterator[Violation]:
 
 
 def _repeats(first: FakeQuant, second: FakeQuant) -> bool:
-    same = np.array_equal(first.out_low, second.low) and np.array_equal(first.out_high, second.high)
-    return same and first.levels == second.levels
+    ends = ((first.out_low, second.low), (first.out_high, second.high))
+    # Ends are products of integers and scale on one side, float32 constants on the other.
+    same = all(bool((np.abs(a - b) <= GRID_TOLERANCE * second.step).all()) for a, b in ends)
+    narrows = second.clamps and _clamp_bounds(first) != _clamp_bounds(second)
+    return same and first.levels == second.levels and not narrows
+
+
+def _clamp_bounds(quant: FakeQuant) -> set[tuple[float, float]]:
+    return {bounds_of(clamp) for clamp in quant.clamps}
 
 
 def check_weights(graph: IRGraph) -> Iterator[Violation]:
@@ -127,15 +137,35 @@ def _steps_moved(values: Array, quant: FakeQuant) -> float:
 
 
 def check_clips(graph: IRGraph) -> Iterator[Violation]:
-    """C7: bounds of a Clamp before a FakeQuantize lie on its grid."""
+    """C7: bounds of a Clamp before a FakeQuantize lie on its grid, those of one behind it are integers."""
     for quant in graph.fake_quants():
+        for clamp in quant.clamps:
+            if message := _integer_clamp_fault(clamp):
+                yield Violation('C7', clamp.name, message)
         clamp = quant.node.inputs[0]
-        if clamp.op == 'Clamp' and quant.usable and (message := _clamp_fault(clamp, quant)):
+        # Where the integers are clamped, a Clamp before is an activation function.
+        if not quant.clamps and clamp.op == 'Clamp' and quant.usable and (message := _clamp_fault(clamp, quant)):
             yield Violation('C7', clamp.name, message)
 
 
+def bounds_of(clamp: IRNode) -> tuple[float, float]:
+    """Lower and upper bound of a Clamp."""
+    return float(clamp.attributes['min']), float(clamp.attributes['max'])
+
+
+def _integer_clamp_fault(clamp: IRNode) -> str | None:
+    low, high = bounds_of(clamp)
+    bits = int(clamp.dtype[1:])
+    container = (0, 2**bits - 1) if clamp.dtype[0] == 'u' else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if not low < high:
+        return f'expected a lower bound below the upper, but got {low:g} and {high:g}'
+    if not (low.is_integer() and high.is_integer() and container[0] <= low and high <= container[1]):
+        return f'expected integers of {container[0]}..{container[1]}, but got {low:g} and {high:g}'
+    return None
+
+
 def _clamp_fault(clamp: IRNode, quant: FakeQuant) -> str | None:
-    bounds = (float(clamp.attributes['min']), float(clamp.attributes['max']))
+    bounds = bounds_of(clamp)
     if bounds in ACTIVATION_BOUNDS:
         return None
     if not bounds[0] < bounds[1]:

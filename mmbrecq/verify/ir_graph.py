@@ -55,12 +55,13 @@ class FakeQuant:
     Args:
         node: The FakeQuantize.
         end: Operation whose output is dequantized: the FakeQuantize, or the Multiply of
-            ``FakeQuantize -> Convert -> Convert -> [Subtract] -> Multiply``.
+            ``FakeQuantize -> Convert -> [Clamp] -> Convert -> [Subtract] -> Multiply``.
         levels: Number of integers.
         low: Smallest input value, float64.
         high: Largest input value.
         out_low: Smallest output value.
         out_high: Largest output value.
+        clamps: Clamps of the integers on the way to ``end``, which narrow the grid.
     """
 
     node: IRNode
@@ -70,6 +71,7 @@ class FakeQuant:
     high: Array
     out_low: Array
     out_high: Array
+    clamps: tuple[IRNode, ...] = ()
 
     @property
     def step(self) -> Array:
@@ -160,7 +162,9 @@ class IRGraph:
         if parts is None:
             return None
         integers, scale, zero_point = parts
-        while integers.op in MOVE_OPS or _to_integers(integers):
+        clamps: list[IRNode] = []
+        while integers.op in MOVE_OPS or _to_integers(integers) or _clamps_integers(integers):
+            clamps += [integers] if integers.op == 'Clamp' else []
             integers = integers.inputs[0]
         if integers.op != 'FakeQuantize':
             return None
@@ -168,7 +172,20 @@ class IRGraph:
         zero = np.zeros(()) if zero_point is None else zero_point
         factor = np.full((), np.nan) if scale is None else scale
         ends = np.asarray((first - zero) * factor), np.asarray((last - zero) * factor)
-        return FakeQuant(integers, node, int(integers.attributes['levels']), low, high, *ends)
+        return FakeQuant(integers, node, int(integers.attributes['levels']), low, high, *ends, tuple(clamps))
+
+    def used_integers(self) -> Iterator[tuple[IRNode, IRNode]]:
+        """Conversions of a FakeQuantize to integers, each with an operation that computes something else from them."""
+        for start in self.nodes:
+            if not _to_integers(start) or start.inputs[0].op != 'FakeQuantize':
+                continue
+            reached = [start]
+            for node in reached:
+                for reader in node.readers:
+                    if reader.op in MOVE_OPS or _to_integers(reader) or _clamps_integers(reader):
+                        reached.append(reader)
+                    elif reader.op not in ('Convert', 'ShapeOf'):
+                        yield start, reader
 
     def layers(self) -> Iterator[Layer]:
         """Convolutions and linear layers; a MatMul of two computed tensors is none."""
@@ -176,7 +193,7 @@ class IRGraph:
             places = ((0, 1), (1, 0)) if node.op == 'MatMul' else ((0, 1),)
             for data, index in places:
                 weight = self.weight(node.inputs[index])
-                if weight is not None or node.inputs[index].constant() is not None:
+                if weight is not None or node.inputs[index].constant() is not None or node.op in CONV_AXES:
                     yield Layer(node, node.inputs[data], weight)
                     break
 
@@ -186,7 +203,8 @@ class IRGraph:
             node = node.inputs[0]
         found = self.as_fake_quant(node)
         if found is not None:
-            values = found.node.inputs[0].constant()
+            # A clamp would change what the constant says.
+            values = None if found.clamps else found.node.inputs[0].constant()
             return None if values is None else Weight(node, root(found.node), values, found.out_step, None, found)
         parts = _dequantization(node)
         if parts is None:
@@ -225,6 +243,10 @@ def _bounds(fake_quantize: IRNode) -> tuple[Array, Array, Array, Array]:
 
 def _to_integers(node: IRNode) -> bool:
     return node.op == 'Convert' and node.dtype in INTEGER_TYPES
+
+
+def _clamps_integers(node: IRNode) -> bool:
+    return node.op == 'Clamp' and node.dtype in INTEGER_TYPES
 
 
 def _dequantization(node: IRNode) -> tuple[IRNode, Array | None, Array | None] | None:

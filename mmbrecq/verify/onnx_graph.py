@@ -126,16 +126,37 @@ class OnnxGraph:
         """QuantizeLinear nodes whose data is computed, so not a weight."""
         return (node for node in self.of_type('QuantizeLinear') if self.constant(node.input(0)) is None)
 
+    def integer_clip(self, quantizer: Node) -> Node | None:
+        """The Clip between an activation's Q and its DQ, which narrows the grid; None if there is none."""
+        codes = quantizer.outputs[0]
+        readers = self.consumers(codes)
+        if self.constant(quantizer.input(0)) is not None or len(readers) != 1:
+            return None
+        clip = readers[0]
+        return clip if clip.op == 'Clip' and clip.domain in STANDARD_DOMAINS and clip.input(0) == codes else None
+
+    def dequantizers(self, quantizer: Node) -> list[Node]:
+        """Nodes that read the integers of a Q, through the Clip that narrows its grid; DQ nodes in a sound file."""
+        return self.consumers((self.integer_clip(quantizer) or quantizer).outputs[0])
+
+    def quantizer(self, dq: Node) -> Node | None:
+        """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none."""
+        maker = self.producer(dq.input(0))
+        clip = maker if maker is not None and maker.op == 'Clip' else None
+        if clip is not None:
+            maker = self.producer(clip.input(0))
+        if maker is None or maker.op != 'QuantizeLinear':
+            return None
+        return maker if clip is None or clip is self.integer_clip(maker) else None
+
     def zero_point_range(self, node: Node) -> tuple[int, int] | None:
         """Integer range of a Q or DQ node's container; ONNX's uint8 where nothing says otherwise."""
         for tensor in (node.input(2), node.input(0) if node.op == 'DequantizeLinear' else ''):
             value = self.constant(tensor)
             if value is not None:
                 return integer_range(value.dtype)
-        maker = self.producer(node.input(0))
-        if node.op == 'DequantizeLinear' and maker is not None and maker.op == 'QuantizeLinear':
-            return self.zero_point_range(maker)
-        return (0, 255)
+        quantizer = self.quantizer(node) if node.op == 'DequantizeLinear' else None
+        return (0, 255) if quantizer is None else self.zero_point_range(quantizer)
 
     def zero_point(self, node: Node) -> Array:
         """Zero-point of a Q or DQ node as int64; 0 where it is missing or computed."""
@@ -208,9 +229,14 @@ class OnnxGraph:
         return bounds[0], bounds[1]
 
     def grid_clip(self, quantizer: Node) -> Node | None:
-        """The Clip just before a Q that narrows the grid; None if there is none or it is an activation function."""
+        """The Clip just before a Q that narrows the grid; None if there is none or it is an activation function.
+
+        Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there.
+        """
         node = self.producer(quantizer.input(0))
         if node is None or node.op != 'Clip' or self.clip_bounds(node) in ACTIVATION_BOUNDS:
+            return None
+        if self.integer_clip(quantizer) is not None:
             return None
         return node
 

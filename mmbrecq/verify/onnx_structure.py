@@ -25,6 +25,7 @@ OPSET_OF_TYPE = {
     'int4': 21, 'uint4': 21, 'int16': 21, 'uint16': 21, 'float4_e2m1fn': 23, 'int2': 25, 'uint2': 25,
 }  # fmt: skip
 OPSET_OF_SCALE_TYPE = {'float32': 10, 'float16': 19, 'bfloat16': 19}
+OPSET_OF_INTEGER_CLIP = 12
 OPSET_OF_ATTRIBUTE = {'axis': 13, 'saturate': 19, 'block_size': 21, 'output_dtype': 21, 'precision': 23}
 
 
@@ -130,7 +131,12 @@ def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
 
 
 def check_opset(graph: OnnxGraph) -> Iterator[Violation]:
-    """C4: the opset knows the types and attributes that Q and DQ use."""
+    """C4: the opset knows the types and attributes that Q, DQ and a Clip between them use."""
+    for node in graph.activation_quantizers():
+        clip = graph.integer_clip(node)
+        if clip is not None and graph.opset < OPSET_OF_INTEGER_CLIP:
+            message = f'expected opset {OPSET_OF_INTEGER_CLIP} or later for a Clip of integers, but got {graph.opset}'
+            yield Violation('C4', clip.name, message)
     for node in graph.nodes:
         if node.op not in ('QuantizeLinear', 'DequantizeLinear'):
             continue
@@ -164,9 +170,9 @@ def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
     for node in graph.of_type('QuantizeLinear'):
         yield from _pair_faults(graph, node)
     for node in graph.of_type('DequantizeLinear'):
-        maker = graph.producer(node.input(0))
-        if graph.constant(node.input(0)) is None and (maker is None or maker.op != 'QuantizeLinear'):
-            message = f'expected a QuantizeLinear or a constant before it, but got {title(maker)}'
+        if graph.constant(node.input(0)) is None and graph.quantizer(node) is None:
+            found_before = title(graph.producer(node.input(0)))
+            message = f'expected a QuantizeLinear or a constant before it, but got {found_before}'
             yield Violation('C5', node.name, message)
     if graph.expected is not None:
         found = sum(layer.weight_dq is not None for layer in graph.layers())
@@ -176,17 +182,27 @@ def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
 
 
 def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
-    readers = graph.consumers(node.outputs[0])
-    if len(readers) != 1 or readers[0].op != 'DequantizeLinear' or node.outputs[0] in graph.outputs:
-        names = [f'{reader.op} {reader.name!r}' for reader in readers]
-        names += ['a graph output'] if node.outputs[0] in graph.outputs else []
+    clip = graph.integer_clip(node)
+    readers = graph.dequantizers(node)
+    leaves = any(maker.outputs[0] in graph.outputs for maker in (node, clip) if maker is not None)
+    if len(readers) != 1 or readers[0].op != 'DequantizeLinear' or leaves:
+        names = [title(reader) for reader in readers]
+        names += ['a graph output'] if leaves else []
         found = ', '.join(names) or 'nothing'
         yield Violation('C5', node.name, f'expected one DequantizeLinear to read it, but got {found}')
     elif graph.scale(node) is not None and not graph.same_grid(node, readers[0]) and _finite(graph, node, readers[0]):
         yield Violation('C5', node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ')
     earlier = graph.producer(node.input(0))
-    if earlier is not None and earlier.op == 'DequantizeLinear' and graph.same_grid(earlier, node):
+    if earlier is not None and earlier.op == 'DequantizeLinear' and _repeats(graph, earlier, node):
         yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} before it has the same grid')
+
+
+def _repeats(graph: OnnxGraph, earlier: Node, node: Node) -> bool:
+    """Whether a Q, with the Clip of integers behind it, changes nothing that comes from the DQ before it."""
+    first, clip = graph.quantizer(earlier), graph.integer_clip(node)
+    first_clip = None if first is None else graph.integer_clip(first)
+    bounds = [None if found is None else graph.clip_bounds(found) for found in (first_clip, clip)]
+    return graph.same_grid(earlier, node) and (clip is None or bounds[0] == bounds[1])
 
 
 def _finite(graph: OnnxGraph, *nodes: Node) -> bool:

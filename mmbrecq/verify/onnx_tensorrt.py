@@ -18,7 +18,7 @@ FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu
 
 
 def check_int8(graph: OnnxGraph) -> Iterator[Violation]:
-    """T1: int8 only, zero-points 0."""
+    """T1: int8 only, zero-points 0, and no Clip of integers, which TensorRT does not have."""
     for node in quantization_nodes(graph):
         container = graph.zero_point_range(node)
         if container != (-128, 127):
@@ -27,6 +27,11 @@ def check_int8(graph: OnnxGraph) -> Iterator[Violation]:
         elif graph.zero_point(node).any():
             worst = graph.zero_point(node)[graph.zero_point(node) != 0].flat[0]
             yield Violation('T1', node.name, f'expected zero-points 0, but got {worst}')
+    for node in graph.activation_quantizers():
+        clip = graph.integer_clip(node)
+        if clip is not None:
+            message = f'expected a Clip of real values before {title(node)}, but got one of integers behind it'
+            yield Violation('T1', clip.name, message)
 
 
 def check_per_tensor(graph: OnnxGraph) -> Iterator[Violation]:
@@ -67,7 +72,7 @@ def check_fusions(graph: OnnxGraph) -> Iterator[Violation]:
                     message = f'expected no Q/DQ between {title(conv)} and {title(fused)}'
                     yield Violation('T4', quantizer.name, f'{message}, but got {quantizer.name!r}')
         dq = graph.producer(conv.input(0))
-        quantizer_before = graph.producer(dq.input(0)) if dq is not None and dq.op == 'DequantizeLinear' else None
+        quantizer_before = graph.quantizer(dq) if dq is not None and dq.op == 'DequantizeLinear' else None
         pad = graph.producer(quantizer_before.input(0)) if quantizer_before is not None else None
         if quantizer_before is not None and pad is not None and pad.op == 'Pad':
             message = f'expected no Q/DQ between {title(pad)} and {title(conv)}, but got {quantizer_before.name!r}'
@@ -77,7 +82,7 @@ def check_fusions(graph: OnnxGraph) -> Iterator[Violation]:
 def _readers_behind(graph: OnnxGraph, quantizer: Node) -> list[Node]:
     return [
         reader
-        for dq in graph.consumers(quantizer.outputs[0])
+        for dq in graph.dequantizers(quantizer)
         if dq.op == 'DequantizeLinear'
         for reader in graph.consumers(dq.outputs[0])
     ]
@@ -115,8 +120,8 @@ def check_residuals(graph: OnnxGraph) -> Iterator[Violation]:
 def _conv_behind_qdq(graph: OnnxGraph, tensor: str, convs: set[Node]) -> Node | None:
     """The convolution that ``tensor`` comes from through one Q/DQ, with the Clip of its grid, and nothing else."""
     dq = graph.producer(tensor)
-    quantizer = graph.producer(dq.input(0)) if dq is not None and dq.op == 'DequantizeLinear' else None
-    if quantizer is None or quantizer.op != 'QuantizeLinear':
+    quantizer = graph.quantizer(dq) if dq is not None and dq.op == 'DequantizeLinear' else None
+    if quantizer is None:
         return None
     clip = graph.grid_clip(quantizer)
     source = graph.producer((clip or quantizer).input(0))

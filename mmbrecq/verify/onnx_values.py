@@ -68,11 +68,15 @@ def _expand(values: Array, ndim: int, axis: int) -> Array:
 
 
 def check_clips(graph: OnnxGraph) -> Iterator[Violation]:
-    """C7: bounds of a Clip before a Q are ``(integer - zero_point) * scale`` of integers in the container."""
+    """C7: a Clip cuts a grid at integers of its container.
+
+    Bounds of a Clip between Q and DQ are such integers, bounds of one before a Q are
+    ``(integer - zero_point) * scale``.
+    """
     ranges = dict(graph.expected.activation_ranges) if graph.expected is not None else {}
     for node in graph.activation_quantizers():
         expected = ranges.pop(node.name, None)
-        clip = graph.grid_clip(node)
+        clip = graph.integer_clip(node) or graph.grid_clip(node)
         if expected is not None and clip is None:
             maker = graph.producer(node.input(0))
             clip = maker if maker is not None and maker.op == 'Clip' else None
@@ -89,20 +93,47 @@ def _clip_fault(graph: OnnxGraph, node: Node, clip: Node | None, expected: tuple
         return None
     if clip is None:
         missing = expected is not None and expected != container
-        return f'expected a Clip to the integers {expected} before it, but there is none' if missing else None
+        return f'expected a Clip to the integers {expected} for it, but there is none' if missing else None
     bounds = graph.clip_bounds(clip)
-    if bounds is None or scale.size != 1:
-        return 'expected a Clip with one constant lower and upper bound before a Q per tensor'
+    if bounds is None:
+        return 'expected a Clip with one constant lower and upper bound'
     if not bounds[0] < bounds[1]:
         return f'expected a lower bound below the upper, but got {bounds[0]:g} and {bounds[1]:g}'
-    step, zero = float(scale.reshape(())), int(graph.zero_point(node).reshape(-1)[0])
-    integers = tuple(_on_grid(b, step, zero, container, side) for side, b in enumerate(bounds))
-    if None in integers:
-        grid = f'integers of {container[0]}..{container[1]} (scale {step:g}, zero-point {zero})'
-        return f'expected bounds that are {grid}, but got {bounds[0]:g} and {bounds[1]:g}'
+    if clip is graph.integer_clip(node):
+        integers = _integer_bounds(graph, clip, bounds, container)
+    else:
+        integers = _real_bounds(bounds, scale, graph.zero_point(node), container)
+    if isinstance(integers, str):
+        return integers
     if expected is not None and integers != expected:
         return f'expected a Clip to the integers {expected}, but got {integers}'
     return None
+
+
+def _integer_bounds(
+    graph: OnnxGraph, clip: Node, bounds: tuple[float, float], container: tuple[int, int]
+) -> tuple[int, int] | str:
+    """Integers that a Clip between Q and DQ leaves, or what is wrong with them."""
+    for tensor in filter(None, clip.inputs[1:]):
+        value = graph.constant(tensor)
+        if value is not None and integer_range(value.dtype) != container:
+            return f'expected bounds in the container {container[0]}..{container[1]}, but got {value.dtype.name}'
+    low, high = (container[side] if np.isinf(bound) else int(bound) for side, bound in enumerate(bounds))
+    return low, high
+
+
+def _real_bounds(
+    bounds: tuple[float, float], scale: Array, zero_point: Array, container: tuple[int, int]
+) -> tuple[int, int] | str:
+    """Integers that a Clip before a Q leaves, or what is wrong with them."""
+    if scale.size != 1:
+        return f'expected a Q per tensor behind a Clip of real values, but it has {scale.size} scales'
+    step, zero = float(scale.reshape(())), int(zero_point.reshape(-1)[0])
+    low, high = (_on_grid(b, step, zero, container, side) for side, b in enumerate(bounds))
+    if low is None or high is None:
+        grid = f'integers of {container[0]}..{container[1]} (scale {step:g}, zero-point {zero})'
+        return f'expected bounds that are {grid}, but got {bounds[0]:g} and {bounds[1]:g}'
+    return low, high
 
 
 def _on_grid(bound: float, step: float, zero: int, container: tuple[int, int], side: int) -> int | None:

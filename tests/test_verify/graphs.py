@@ -14,10 +14,17 @@ SCALE = 0.05
 
 
 class Builder:
-    """Adds nodes one after the other; every method returns the name of its output tensor."""
+    """Adds nodes one after the other; every method returns the name of its output tensor.
 
-    def __init__(self, opset: int = 17, signed: bool = False, seed: int = 0) -> None:
-        self.opset, self.signed = opset, signed
+    Args:
+        opset: Opset of the default domain.
+        signed: Activations in int8, else uint8.
+        integer: A narrow grid is clipped at its integers between Q and DQ, else at real values before Q.
+        seed: Of the weights.
+    """
+
+    def __init__(self, opset: int = 17, signed: bool = False, integer: bool = False, seed: int = 0) -> None:
+        self.opset, self.signed, self.integer = opset, signed, integer
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: dict[str, np.ndarray] = {}
         self.rng = np.random.default_rng(seed)
@@ -31,15 +38,18 @@ class Builder:
         return name + '_out'
 
     def qdq(self, x: str, name: str, clip: tuple[int, int] | None = None, scale: float = SCALE) -> str:
-        """Clip to the integers ``clip``, then name_Q and name_DQ; int8 where ``signed``, else uint8, around 0."""
+        """name_Q and name_DQ around 0, and name_clip to the integers ``clip`` with bounds name_l and name_h."""
         grid = [self.tensor(f'{name}_scale', np.float32(scale)), self.tensor(f'{name}_zero', self.container(0))]
-        if clip:
-            bounds = [
-                self.tensor(f'{name}_{i}', np.float32(value * scale)) for i, value in zip('lh', clip, strict=True)
-            ]
+        bounds = [
+            self.tensor(f'{name}_{end}', self.container(value) if self.integer else np.float32(value * scale))
+            for end, value in zip('lh', clip or (), strict=False)
+        ]
+        if bounds and not self.integer:
             x = self.node('Clip', [x, *bounds], f'{name}_clip')
-        q = self.node('QuantizeLinear', [x, *grid], f'{name}_Q')
-        return self.node('DequantizeLinear', [q, *grid], f'{name}_DQ')
+        x = self.node('QuantizeLinear', [x, *grid], f'{name}_Q')
+        if bounds and self.integer:
+            x = self.node('Clip', [x, *bounds], f'{name}_clip')
+        return self.node('DequantizeLinear', [x, *grid], f'{name}_DQ')
 
     def container(self, value: int) -> np.generic:
         return np.int8(value) if self.signed else np.uint8(value)
@@ -63,6 +73,11 @@ class Builder:
         bias = self.tensor(f'{name}_b', np.zeros(c_out, np.float32))
         return self.node('Gemm', [x, self.weight(name, (c_out, c_in), 0), bias], name, transB=1)
 
+    def gemm_and_add(self, x: str, name: str, c_in: int = 4, c_out: int = 3) -> str:
+        """The form in which ONNX Runtime computes a Gemm with float result in integers."""
+        product = self.node('Gemm', [x, self.weight(name, (c_out, c_in), 0)], name, transB=1)
+        return self.node('Add', [product, self.tensor(f'{name}_b', np.zeros(c_out, np.float32))], f'{name}_add')
+
     def model(self, output: str, shape: list[Any] | None = None) -> onnx.ModelProto:
         """Input ``x`` of (N, 4, 8, 8); checked by ONNX itself."""
         graph = helper.make_graph(
@@ -77,20 +92,34 @@ class Builder:
         return model
 
 
-def chain(opset: int = 17, signed: bool = False, bits: int = 8) -> onnx.ModelProto:
+def chain(opset: int = 17, signed: bool = False, bits: int = 8, integer: bool = False) -> onnx.ModelProto:
     """conv1 - relu1 - conv2 - relu2 - max-pool - global average pool - fc; 3 layers.
 
-    Q/DQ before each layer and around the max-pool, clipped to ``bits`` where these are fewer than 8.
+    Q/DQ before each layer and around the max-pool, clipped to ``bits`` where these are fewer than 8. With ``integer``
+    as it is exported for ONNX Runtime: clips between Q and DQ, a Reshape for the Flatten, fc without its bias.
     """
-    b = Builder(opset, signed)
+    b = Builder(opset, signed, integer)
     full = (-128, 127) if signed else (0, 255)
     clip = None if bits == 8 else (full[0] >> (8 - bits), full[1] >> (8 - bits))
     x = b.qdq('x', 'in', clip)
     x = b.qdq(b.node('Relu', [b.conv(x, 'conv1')], 'relu1'), 'a1', clip)
     x = b.qdq(b.node('Relu', [b.conv(x, 'conv2')], 'relu2'), 'a2', clip)
     x = b.qdq(b.node('MaxPool', [x], 'pool', kernel_shape=[2, 2]), 'a3', clip)
-    x = b.node('Flatten', [b.node('GlobalAveragePool', [x], 'gap')], 'flat')
-    return b.model(b.gemm(b.qdq(x, 'a4', clip), 'fc'), ['N', 3])
+    x = b.node('GlobalAveragePool', [x], 'gap')
+    if integer:
+        x = b.node('Reshape', [x, b.tensor('flat_shape', np.array([0, -1]))], 'flat')
+        return b.model(b.gemm_and_add(b.qdq(x, 'a4', clip), 'fc'), ['N', 3])
+    return b.model(b.gemm(b.qdq(b.node('Flatten', [x], 'flat'), 'a4', clip), 'fc'), ['N', 3])
+
+
+def runtime_residual(integer: bool = True) -> onnx.ModelProto:
+    """A residual block of 4 bits as ONNX Runtime wants it: both operands of the add through Q/DQ; 3 layers."""
+    b = Builder(integer=integer)
+    x = b.qdq('x', 'in', (0, 15))
+    y = b.qdq(b.node('Relu', [b.conv(x, 'conv1')], 'relu1'), 'a1', (0, 15))
+    y = b.qdq(b.conv(y, 'conv2'), 'a2', (0, 15))
+    y = b.node('Relu', [b.node('Add', [y, x], 'add')], 'relu2')
+    return b.model(b.conv(b.qdq(y, 'a3', (0, 15)), 'conv3'))
 
 
 def residual(shortcut: str = 'identity', opset: int = 17) -> onnx.ModelProto:
@@ -154,6 +183,16 @@ def set_grid(model: onnx.ModelProto, name: str, scale: Any, zero_point: Any) -> 
     """Scale and zero-point of the pair name_Q, name_DQ (or of the weight DQ alone)."""
     set_tensor(model, f'{name}_scale', scale)
     set_tensor(model, f'{name}_zero', zero_point)
+
+
+def drop(model: onnx.ModelProto, name: str) -> None:
+    """Takes a node out; what read it reads its input 0."""
+    target = node(model, name)
+    for reader in model.graph.node:
+        for index, tensor in enumerate(reader.input):
+            if tensor == target.output[0]:
+                reader.input[index] = target.input[0]
+    model.graph.node.remove(target)
 
 
 def insert(

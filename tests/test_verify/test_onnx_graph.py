@@ -82,8 +82,9 @@ def test_relu6_is_no_grid_clip(tmp_path: Path) -> None:
         (dict(activation_ranges={'a9_Q': (0, 15)}), [('C7', 'a9_Q')]),
     ],
 )
-def test_expected_bits(tmp_path: Path, expected: dict, broken: list) -> None:
-    path = graphs.save(graphs.chain(bits=4), tmp_path)
+@pytest.mark.parametrize('integer', [False, True])
+def test_expected_bits(tmp_path: Path, expected: dict, broken: list, integer: bool) -> None:
+    path = graphs.save(graphs.chain(bits=4, integer=integer), tmp_path)
     violations = verify_file(path, 'academic', ExpectedQuantization(3, **expected))
     assert [(v.rule, v.node) for v in violations] == broken
 

@@ -30,6 +30,22 @@ def test_valid_chain(tmp_path: Path, opset: int, bits: int, signed: bool, preset
     assert verify_file(graphs.save(model, tmp_path), preset, ExpectedQuantization(3)) == []
 
 
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize(
+    ('signed', 'preset'), [(False, 'academic'), (False, 'onnxruntime'), (False, 'openvino'), (True, 'openvino')]
+)
+def test_valid_chain_clipped_at_integers(tmp_path: Path, bits: int, signed: bool, preset: str) -> None:
+    model = graphs.chain(signed=signed, bits=bits, integer=True)
+    assert verify_file(graphs.save(model, tmp_path), preset, ExpectedQuantization(3)) == []
+
+
+@pytest.mark.parametrize('integer', [False, True])
+@pytest.mark.parametrize('preset', ['academic', 'onnxruntime', 'openvino'])
+def test_valid_residual_of_onnxruntime(tmp_path: Path, integer: bool, preset: str) -> None:
+    path = graphs.save(graphs.runtime_residual(integer), tmp_path)
+    assert verify_file(path, preset, ExpectedQuantization(3)) == []
+
+
 @pytest.mark.parametrize('model', [graphs.residual(), graphs.residual('conv'), graphs.concat()])
 @pytest.mark.parametrize('preset', ['tensorrt', 'academic', 'openvino'])
 def test_valid_joins(tmp_path: Path, model: onnx.ModelProto, preset: str) -> None:
@@ -136,6 +152,94 @@ def test_broken_common_rule(tmp_path: Path, case: int) -> None:
     }  # fmt: skip
 
 
+INTEGER_CASES: list[tuple[str, str, Change]] = [
+    ('C5', 'a1_Q', lambda m: graphs.rewire(m, 'a1_DQ', 1, graphs.add_tensor(m, 's', np.float32(0.1)))),
+    ('C5', 'a1_Q', lambda m: graphs.rewire(m, 'a1_DQ', 2, graphs.add_tensor(m, 'z3', np.uint8(3)))),
+    ('C5', 'a1_Q', lambda m: graphs.insert(m, 'Identity', 'id', 'a1_DQ')),
+    ('C5', 'a1_Q', lambda m: graphs.insert(m, 'Identity', 'id', 'a1_clip')),
+    ('C5', 'a1_DQ', lambda m: graphs.insert(m, 'Clip', 'id', 'a1_DQ', ['a1_l', 'a1_h'])),
+    ('C5', 'a1_DQ', lambda m: graphs.rewire(m, 'conv2', 0, read_twice(m))),
+    ('C5', 'a1_Q', lambda m: m.graph.output.append(onnx.helper.make_empty_tensor_value_info('a1_Q_out'))),
+    ('C5', 'a1_Q', lambda m: m.graph.output.append(onnx.helper.make_empty_tensor_value_info('a1_clip_out'))),
+    ('C5', 'twice_Q', lambda m: graphs.insert_qdq(m, 'twice', 'conv2', 'a1')),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_h', np.float32(15))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_h', np.int8(15))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_h', np.int32(300))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.uint8(15))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.uint8(20))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.zeros(2, np.uint8))),
+    ('C7', 'a1_clip', lambda m: graphs.rewire(m, 'a1_clip', 2, 'x')),
+    ('C8', 'fc', lambda m: graphs.set_tensor(m, 'fc_b', np.zeros(3, np.float16))),
+    ('C8', 'fc', lambda m: graphs.set_tensor(m, 'fc_b', np.zeros(3, np.int32))),
+]
+
+
+def read_twice(model: onnx.ModelProto) -> str:
+    """A second DQ that passes by the Clip."""
+    twin = onnx.helper.make_node('DequantizeLinear', ['a1_Q_out', 'a1_scale', 'a1_zero'], ['id_out'], name='id')
+    model.graph.node.insert(list(model.graph.node).index(graphs.node(model, 'conv2')), twin)
+    return 'id_out'
+
+
+@pytest.mark.parametrize(
+    'case', range(len(INTEGER_CASES)), ids=[f'{r}-{n}-{i}' for i, (r, n, _) in enumerate(INTEGER_CASES)]
+)
+def test_broken_rule_with_clips_of_integers(tmp_path: Path, case: int) -> None:
+    rule, name, change = INTEGER_CASES[case]
+    model = graphs.chain(bits=4, integer=True)
+    change(model)
+    violations = found(model, tmp_path, 'academic', ExpectedQuantization(3))
+    assert (rule, name) in violations
+    # C5 may name both ends of a pair.
+    assert {r for r, _ in violations} == {rule}
+    assert {n for _, n in violations} <= {name, 'a1_Q', 'a1_DQ'}
+
+
+@pytest.mark.parametrize(('index', 'inputs'), [(1, ['', 'a1_h']), (2, ['a1_l'])])
+def test_clip_of_integers_with_one_bound(tmp_path: Path, index: int, inputs: list[str]) -> None:
+    model = graphs.chain(bits=4, integer=True)
+    clip = graphs.node(model, 'a1_clip')
+    clip.input[1:] = inputs
+    graphs.set_tensor(model, 'a1_l', np.uint8(3))
+    assert found(model, tmp_path, 'onnxruntime') == set()
+
+
+def test_activation_function_before_a_clip_of_integers(tmp_path: Path) -> None:
+    """Bounds of an activation function need not lie on the grid, those of a grid must."""
+    model = graphs.chain(bits=4, integer=True)
+    bounds = [graphs.add_tensor(model, name, np.float32(value)) for name, value in (('low', 0), ('high', 0.333))]
+    graphs.insert(model, 'Clip', 'limit', 'a1_Q', bounds)
+    assert found(model, tmp_path, 'onnxruntime') == set()
+    graphs.drop(model, 'a1_clip')
+    assert found(model, tmp_path, 'onnxruntime') == {('C7', 'limit')}
+
+
+def test_narrower_second_grid_is_no_repetition(tmp_path: Path) -> None:
+    model = graphs.chain(bits=4, integer=True)
+    graphs.insert_qdq(model, 'twice', 'conv2', 'a1')
+    graphs.insert(model, 'Clip', 'cut', 'twice_DQ', ['a1_l', graphs.add_tensor(model, 'three', np.uint8(3))])
+    assert found(model, tmp_path, 'academic') == set()
+    graphs.rewire(model, 'cut', 2, 'a1_h')
+    assert found(model, tmp_path, 'academic') == {('C5', 'twice_Q')}
+
+
+def test_weight_is_not_clipped(tmp_path: Path) -> None:
+    model = graphs.chain()
+    float_weight(model)
+    bounds = [graphs.add_tensor(model, name, np.int8(value)) for name, value in (('low', -1), ('high', 1))]
+    graphs.insert(model, 'Clip', 'cut', 'conv1_w_DQ', bounds)
+    violations = found(model, tmp_path, 'academic', ExpectedQuantization(3))
+    assert violations == {('C5', 'conv1_w_Q'), ('C5', 'conv1_w_DQ'), ('C5', 'net')}
+
+
+def test_clip_of_integers_needs_opset_12(tmp_path: Path) -> None:
+    model = graphs.chain(bits=4, integer=True)
+    model.opset_import[0].version = 11
+    assert {('C4', f'{name}_clip') for name in ('in', 'a1', 'a2', 'a3', 'a4')} < found(model, tmp_path, 'academic')
+    model.opset_import[0].version = 12
+    assert not any(name.endswith('clip') for _, name in found(model, tmp_path, 'academic'))
+
+
 def test_per_channel_axis_needs_opset_13(tmp_path: Path) -> None:
     model = graphs.chain()
     model.opset_import[0].version = 12
@@ -185,6 +289,23 @@ def test_broken_tensorrt_rule(tmp_path: Path, case: int) -> None:
     assert not any(r[0] == 'T' for r, _ in found(model, tmp_path, 'academic'))
 
 
+def test_tensorrt_has_no_clip_of_integers(tmp_path: Path) -> None:
+    model = graphs.chain(signed=True, bits=4, integer=True)
+    clips = {('T1', f'{name}_clip') for name in ('in', 'a1', 'a2', 'a3', 'a4')}
+    assert found(model, tmp_path, 'tensorrt') == clips
+
+
+def test_tensorrt_rules_see_through_a_clip_of_integers(tmp_path: Path) -> None:
+    model = graphs.runtime_residual()
+    graphs.insert(model, 'Pad', 'pad', 'a1_Q', [graphs.add_tensor(model, 'pads', np.zeros(8, np.int64))])
+    graphs.insert(model, 'LeakyRelu', 'leaky', 'add')
+    violations = {v for v in found(model, tmp_path, 'tensorrt') if v[0] != 'T1'}
+    assert violations == {('T4', 'a1_Q'), ('T4', 'a2_Q')}
+    graphs.drop(model, 'leaky')
+    graphs.drop(model, 'pad')
+    assert {v for v in found(model, tmp_path, 'tensorrt') if v[0] != 'T1'} == {('T5', 'add')}
+
+
 def test_shortcut_through_a_pool_is_quantized(tmp_path: Path) -> None:
     model = graphs.residual()
     pooled_shortcut(model)
@@ -214,9 +335,10 @@ O_CASES: list[tuple[str, str, Change]] = [
 @pytest.mark.parametrize('case', range(len(O_CASES)), ids=[f'{r}-{n}-{i}' for i, (r, n, _) in enumerate(O_CASES)])
 def test_broken_onnxruntime_rule(tmp_path: Path, case: int) -> None:
     rule, name, change = O_CASES[case]
-    model = graphs.chain()
-    change(model)
-    assert found(model, tmp_path, 'onnxruntime') == {(rule, name)}
+    for model in (graphs.chain(), graphs.chain(bits=4, integer=True)):
+        change(model)
+        assert (rule, name) in found(model, tmp_path, 'onnxruntime')
+        assert {r for r, _ in found(model, tmp_path, 'onnxruntime')} <= {rule, 'C7'}
 
 
 V_CASES: list[tuple[str, str, bool, Change]] = [
@@ -232,9 +354,9 @@ V_CASES: list[tuple[str, str, bool, Change]] = [
 @pytest.mark.parametrize('case', range(len(V_CASES)), ids=[f'{c[0]}-{c[1]}-{i}' for i, c in enumerate(V_CASES)])
 def test_broken_openvino_rule(tmp_path: Path, case: int) -> None:
     rule, name, signed, change = V_CASES[case]
-    model = graphs.chain(opset=21, signed=signed)
-    change(model)
-    assert {v for v in found(model, tmp_path, 'openvino') if v[0][0] == 'V'} == {(rule, name)}
+    for model in (graphs.chain(21, signed), graphs.chain(21, signed, bits=4, integer=True)):
+        change(model)
+        assert {v for v in found(model, tmp_path, 'openvino') if v[0][0] == 'V'} == {(rule, name)}
 
 
 def test_quantized_network_output(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""Runs recipes over seeds with tools/ptq.py and prints mean and spread of every metric as a Markdown table.
+
+Each run is a process of its own, so its peak memory is its own. Figures go to benchmarks/README.md with the commit.
+
+    python benchmarks/accuracy.py configs/brecq/resnet/brecq_w2a4_resnet18_cifar10.py --seeds 0 1 2
+    python benchmarks/accuracy.py CONFIG --seeds 0 --cfg-options reconstructor.loss.type=FisherLoss --label fisher
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmbrecq.report import Summary
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('configs', nargs='+', help='config files')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--metric', default='accuracy/top1')
+    parser.add_argument('--label', default='', help='name of a variant, part of its work dirs')
+    parser.add_argument('--work-dir', default='work_dirs/benchmark')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='passed on to tools/ptq.py')
+    parser.add_argument('--reuse', action='store_true', help='take finished runs from the work dir')
+    return parser.parse_args()
+
+
+def run(config: str, seed: int, args: argparse.Namespace) -> Summary:
+    """One run of tools/ptq.py; returns its summary."""
+    name = '-'.join(part for part in (Path(config).stem, args.label, f'seed{seed}') if part)
+    folder = Path(args.work_dir) / name
+    summary = folder / 'summary.json'
+    if not (args.reuse and summary.exists() and json.loads(summary.read_text())['seconds']['total']):
+        command = [sys.executable, str(ROOT / 'tools/ptq.py'), config, '--work-dir', str(folder)]
+        command += ['--cfg-options', f'seed={seed}', *args.cfg_options]
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / 'console.log', 'w') as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return Summary.load(summary)
+
+
+def spread(values: list[float]) -> str:
+    """``mean ± sample standard deviation``; the lone value of a single run."""
+    if not values:
+        return ''
+    if len(values) == 1:
+        return f'{values[0]:.2f}'
+    return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}'
+
+
+def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list[str]:
+    """A line of the table."""
+
+    def values(metrics: list[Any]) -> list[float]:
+        return [m[args.metric] for m in metrics if args.metric in m]
+
+    stages = [spread(values([getattr(s.metrics, n) for s in summaries])) for n in ('float', 'nearest', 'weights', 'quantized')]
+    deployed = [
+        spread(values([s.metrics.deployed.get(name, {}) for s in summaries])) for name in ('onnxruntime', 'openvino')
+    ]
+    seconds = spread([s.seconds.reconstruct for s in summaries if s.seconds.reconstruct is not None])
+    memory = spread([s.peak_memory_bytes.host / 1e6 for s in summaries if s.peak_memory_bytes.host is not None])
+    name = Path(config).stem + (f' ({args.label})' if args.label else '')
+    return [name, ' '.join(str(s) for s in args.seeds), *stages, *deployed, seconds, memory]
+
+
+def main() -> None:
+    """Prints the table, and the peak memory of the imports alone."""
+    args = parse_args()
+    print('| config | seeds | float | nearest | weights | quantized | onnxruntime | openvino | reconstruct s | peak RSS MB |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    for config in args.configs:
+        summaries = [run(config, seed, args) for seed in args.seeds]
+        print('| ' + ' | '.join(row(config, summaries, args)) + ' |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
