@@ -65,7 +65,8 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
     def values(metrics: list[Any]) -> list[float]:
         return [m[args.metric] for m in metrics if args.metric in m]
 
-    stages = [spread(values([getattr(s.metrics, n) for s in summaries])) for n in ('float', 'nearest', 'weights', 'quantized')]
+    names = ('float', 'nearest', 'weights', 'quantized')
+    stages = [spread(values([getattr(s.metrics, name) for s in summaries])) for name in names]
     deployed = [
         spread(values([s.metrics.deployed.get(name, {}) for s in summaries])) for name in ('onnxruntime', 'openvino')
     ]
@@ -78,8 +79,9 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
 def main() -> None:
     """Prints the table, and the peak memory of the imports alone."""
     args = parse_args()
-    print('| config | seeds | float | nearest | weights | quantized | onnxruntime | openvino | reconstruct s | peak RSS MB |')
-    print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    columns = 'config, seeds, float, nearest, weights, quantized, onnxruntime, openvino, reconstruct s, peak RSS MB'
+    print('| ' + columns.replace(', ', ' | ') + ' |')
+    print('| --- ' * len(columns.split(', ')) + '|')
     for config in args.configs:
         summaries = [run(config, seed, args) for seed in args.seeds]
         print('| ' + ' | '.join(row(config, summaries, args)) + ' |', flush=True)

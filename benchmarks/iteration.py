@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmbrecq.building import build
 from mmbrecq.calibration import build_calibration_set
@@ -81,8 +81,7 @@ def plain_steps(unit: ReconstructionUnit, parameters: list[Tensor], data: UnitDa
 def measure(model: QuantizedModel, unit: ReconstructionUnit, data: UnitData, stage: Stage, repeats: int) -> float:
     """Median ratio of an optimisation step to a plain one."""
     weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
-    parameters = [module.parametrizations['weight'].original for module, _ in weights]  # type: ignore[index, union-attr]
-    assert all(isinstance(p, nn.Parameter) and original_weight(m) is not None for p, (m, _) in zip(parameters, weights, strict=True))
+    parameters = [original_weight(module) for module, _ in weights]
     steps = stage.options.iterations
 
     def optimise() -> None:
@@ -94,7 +93,7 @@ def measure(model: QuantizedModel, unit: ReconstructionUnit, data: UnitData, sta
 
     def plain() -> None:
         with model.quantization(weights=False, activations=False):
-            plain_steps(unit, parameters, data, steps)  # type: ignore[arg-type]
+            plain_steps(unit, parameters, data, steps)
 
     plain()
     ratios = [seconds(optimise, steps) / seconds(plain, steps) for _ in range(repeats)]

@@ -38,7 +38,9 @@ class QType:
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f'expected bits in {MIN_BITS}..{MAX_BITS}, but got {self.bits!r}')
         if not 0 <= self.spare_bits <= self.bits - MIN_BITS:
-            raise ConfigError(f'expected spare_bits to leave {MIN_BITS} of {self.bits} bits, but got {self.spare_bits!r}')
+            raise ConfigError(
+                f'expected spare_bits to leave {MIN_BITS} of {self.bits} bits, but got {self.spare_bits!r}'
+            )
 
     @property
     def quant_min(self) -> int:

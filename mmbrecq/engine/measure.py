@@ -9,6 +9,8 @@ from importlib import metadata
 
 import torch
 
+from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.bias import BiasCorrection
 from mmbrecq.fake_quants.weight import weight_fake_quant
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.report.summary import ModelSize, PeakMemory
@@ -44,7 +46,7 @@ def model_size(model: QuantizedModel) -> ModelSize:
     A quantized weight counts its packed bits, a float scale and, where the grid has one, a zero-point of its bits per
     channel; what is not quantized counts 32 bits.
     """
-    total = saved = 0.0
+    saved = 0.0
     for layer in model.layers:
         fake_quant = weight_fake_quant(model.model.get_submodule(layer.name))
         if fake_quant is not None:
@@ -52,6 +54,7 @@ def model_size(model: QuantizedModel) -> ModelSize:
             channel_bits = 32 + (0 if fake_quant.qtype.symmetric else bits)
             packed = fake_quant.codes.numel() * bits + fake_quant.scale.numel() * channel_bits
             saved += 4 * fake_quant.codes.numel() - packed / 8
-    quantizers = {id(p) for q in model.quantizers.values() for p in q.parameters()}
-    total = 4.0 * sum(p.numel() for p in model.model.parameters() if id(p) not in quantizers)
-    return ModelSize(float=round(total), quantized=round(total - saved))
+    own = [m for m in model.model.modules() if isinstance(m, (FakeQuantize, BiasCorrection))]
+    added = {id(p) for module in own for p in module.parameters()}
+    total = 4 * sum(p.numel() for p in model.model.parameters() if id(p) not in added)
+    return ModelSize(float=total, quantized=round(total - saved))

@@ -85,9 +85,12 @@ class PTQLoop(BaseLoop):
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
         self.summary = Summary(
-            config=config_name, model=type(runner.model).__name__, preset=self.quantizer.preset.name,
-            seed=runner.seed, versions=versions(),
-        )  # fmt: skip
+            config=config_name,
+            model=type(runner.model).__name__,
+            preset=self.quantizer.preset.name,
+            seed=runner.seed,
+            versions=versions(),
+        )
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
             if hook.__name__ not in known:
@@ -129,7 +132,7 @@ class PTQLoop(BaseLoop):
                 result.seconds,
                 result.stage,
                 result.kept_nearest,
-            )  # fmt: skip
+            )
         )
         self._write_summary()
 

@@ -43,6 +43,7 @@ class WeightFakeQuantize(nn.Module):
         self.register_buffer('scale', torch.ones(channels))
         self.register_buffer('zero_point', torch.zeros(channels, dtype=qtype.container))
         self.register_buffer('codes', torch.zeros(shape, dtype=qtype.container))
+        self.gain: nn.Parameter | None = None
 
     def calibrate(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Sets the grid and rounds ``weight`` to nearest on it."""
@@ -54,8 +55,28 @@ class WeightFakeQuantize(nn.Module):
         return self.quantized(weight) if self.enabled else weight
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Real values of the codes; same shape as ``weight``."""
+        """Quantized values; same shape as ``weight``."""
+        return self._values if self.gain is None else self._values * self.gain
+
+    @property
+    def _values(self) -> Tensor:
+        """Real values of the codes at the present scale."""
         return dequantize(self.codes, self.scale, self.zero_point.to(self.scale.dtype), self.qtype.ch_axis)
+
+    def start_scale(self, weight: Tensor) -> list[nn.Parameter]:
+        """Begins the optimisation of the scale by a factor per scale; returns what there is to optimise.
+
+        The integers do not follow the factor: it stretches the grid under them.
+        """
+        ones = torch.ones_like(self.scale)
+        self.gain = nn.Parameter(expand(ones, weight.dim(), self.qtype.ch_axis).clone())
+        return [self.gain]
+
+    def finish_scale(self) -> None:
+        """Ends the optimisation of the scale: multiplies the factor in."""
+        assert self.gain is not None
+        self.scale.mul_(self.gain.detach().reshape(self.scale.shape))
+        self.gain = None
 
     def start(self, weight: Tensor) -> list[nn.Parameter]:
         """Begins the optimisation of the rounding; returns what there is to optimise."""
@@ -106,9 +127,10 @@ class AdaRound(WeightFakeQuantize):
         self._round_loss: Tensor | None = None
         return [self.alpha]
 
-    def quantized(self, weight: Tensor) -> Tensor:
+    @property
+    def _values(self) -> Tensor:
         if self.alpha is None:
-            return super().quantized(weight)
+            return super()._values
         soft, self._round_loss = SoftRoundFunction.apply(
             self.alpha, self._low, self._step, self.zeta, self.gamma, self.beta
         )

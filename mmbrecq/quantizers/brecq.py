@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.bias import correct_bias
 from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic
 from mmbrecq.graph.placement import Place, find_places
 from mmbrecq.graph.roles import Roles
@@ -168,6 +169,7 @@ class BRECQQuantizer:
         fake_quant = build(FAKE_QUANTS, dict(self.weight.rounding), qtype=qtype, shape=module.weight.shape)
         module.weight.requires_grad_(False)
         parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
+        correct_bias(module)
 
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
 from mmbrecq.graph.arithmetic import Arithmetic, plug
 from mmbrecq.graph.units import ReconstructionUnit
@@ -84,7 +85,10 @@ class QuantizedModel:
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
         """Switches fake quantization of all weights and of all activations; what was before is put back."""
-        switches: list[WeightFakeQuantize | FakeQuantize] = [fq for _, _, fq in self.weights()]
+        switches: list[WeightFakeQuantize | BiasCorrection | FakeQuantize] = []
+        for _, module, weight_quantizer in self.weights():
+            correction = bias_correction(module)
+            switches += [weight_quantizer] if correction is None else [weight_quantizer, correction]
         states = [(fq, fq.enabled, weights) for fq in switches]
         states += [(fq, fq.enabled, activations) for fq in self.quantizers.values()]
         try:
@@ -99,6 +103,7 @@ class QuantizedModel:
         """Finishes the model: integers in place of float weights, all quantization on for good."""
         for _, module, _ in list(self.weights()):
             pack_weight(module)
+            bake_bias(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True
             quantizer.observer = None

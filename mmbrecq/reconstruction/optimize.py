@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
-from mmbrecq.reconstruction.schedules import LinearBeta, constant, cosine
+from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.variables import Group, Variables
 
 CHECK_INTERVAL = 100
 """Steps between looks at the losses: each look waits for the device."""
@@ -80,13 +81,11 @@ def optimize_unit(
         NonFiniteError: The loss stops being finite; unit and step are named.
     """
     options = stage.options
-    roundings = [fq for _, fq in weights if isinstance(fq, AdaRound)] if stage.learns_rounding else []
-    alphas = [p for m, fq in weights if fq in roundings for p in fq.start(original_weight(m))]
-    scales = [p for q in quantizers for p in q.start()] if stage.learns_scale else []
-    groups = [(alphas, options.lr, constant), (scales, options.activation_lr, cosine)]
-    optimizer, scheduler = _optimizer([g for g in groups if g[0]], options.iterations)
-    if optimizer is None:
+    variables = Variables(weights, quantizers, stage)
+    roundings = variables.roundings
+    if not variables.groups:
         return 0
+    optimizer, scheduler = _optimizer(variables.groups, options.iterations)
     beta = LinearBeta(*options.beta, options.warmup)
     count = len(data.targets[0])
     losses = torch.zeros(options.iterations, device=device)
@@ -111,18 +110,12 @@ def optimize_unit(
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
                 _check_finite(losses[: step + 1], name)
                 on_step(step + 1, float(losses[max(0, step + 1 - CHECK_INTERVAL) : step + 1].mean()))
-    for rounding in roundings:
-        rounding.finish()
-    for scale in scales:
-        scale.requires_grad_(False)
-        scale.grad = None
+    variables.finish()
     return options.iterations
 
 
-def _optimizer(groups: Sequence[tuple[list[nn.Parameter], float, Callable[[float], float]]], iterations: int) -> Any:
-    """Adam over the groups with their learning-rate schedules, ``(None, None)`` where there are none."""
-    if not groups:
-        return None, None
+def _optimizer(groups: Sequence[Group], iterations: int) -> Any:
+    """Adam over the groups, and the scheduler of their learning rates."""
     parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
     optimizer = torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
     factors: list[Callable[[int], float]] = [partial(_at_step, factor, iterations) for _, _, factor in groups]

@@ -24,6 +24,7 @@ from mmbrecq.reconstruction.optimize import UnitData, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.variables import Snapshot
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
 
 
@@ -148,8 +149,7 @@ class BaseReconstructor:
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = self._mean_loss(outputs, data, stage.options.batch_size)
-        saved_codes = [fake_quant.codes.clone() for _, fake_quant in weights]
-        saved_grids = [(quantizer.scale.detach().clone(), quantizer.zero_point.clone()) for quantizer in quantizers]
+        snapshot = Snapshot(weights, quantizers)
         with model.quantization(weights=True, activations=activations):
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, self.loss, stage,
@@ -162,10 +162,7 @@ class BaseReconstructor:
         after = self._mean_loss(learned, data, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
-        for (_, fake_quant), codes in zip(weights, saved_codes, strict=True):
-            fake_quant.codes.copy_(codes)
-        for quantizer, (scale, zero_point) in zip(quantizers, saved_grids, strict=True):
-            quantizer.set_grid(scale, zero_point)
+        snapshot.restore()
         return before, after, outputs, steps
 
     def _mean_loss(self, outputs: Sequence[Tensor], data: UnitData, batch_size: int) -> float:

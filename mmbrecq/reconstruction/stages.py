@@ -15,6 +15,8 @@ class StageOptions:
         iterations: Optimisation steps per unit.
         batch_size: Images per step.
         lr: Adam's learning rate of the rounding variables.
+        bias_lr: Adam's learning rate of the bias corrections, falling to 0 along a cosine; 0 leaves biases alone.
+        weight_scale_lr: Adam's learning rate of a factor on every weight scale, likewise; 0 leaves scales alone.
         activation_lr: Adam's learning rate of the activation step sizes, falling to 0 along a cosine.
         round_weight: Weight of the rounding regulariser.
         beta: Exponent of the regulariser after the warm-up and at the end.
@@ -26,6 +28,8 @@ class StageOptions:
     iterations: int = 20000
     batch_size: int = 32
     lr: float = 1e-3
+    bias_lr: float = 1e-3
+    weight_scale_lr: float = 3e-4
     activation_lr: float = 4e-4
     round_weight: float = 0.01
     beta: tuple[float, float] = (20.0, 2.0)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmbrecq.verify.ir_graph import CONV_AXES, Array, FakeQuant, IRGraph, IRNode, Layer, Weight
+from mmbrecq.verify.ir_graph import IRGraph
+from mmbrecq.verify.ir_nodes import CONV_AXES, Array, FakeQuant, IRNode, Layer, Weight
 from mmbrecq.verify.onnx_graph import ACTIVATION_BOUNDS
 from mmbrecq.verify.violation import Violation
 

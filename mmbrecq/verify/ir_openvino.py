@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from mmbrecq.verify.ir_common import quantized_weights
-from mmbrecq.verify.ir_graph import FakeQuant, IRGraph, Weight
+from mmbrecq.verify.ir_graph import IRGraph
+from mmbrecq.verify.ir_nodes import FakeQuant, Weight
 from mmbrecq.verify.violation import Violation
 
 # Steps that the end of a range may lie off an integer: ranges are rounded to float32.

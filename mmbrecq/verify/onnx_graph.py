@@ -216,13 +216,15 @@ class OnnxGraph:
         return None if None in sources else [dq for found in sources if found is not None for dq in found]
 
     def clip_bounds(self, node: Node) -> tuple[float, float] | None:
-        """Bounds of a Clip, infinite where left out; None where a bound is not one constant."""
+        """Bounds of a Clip, infinite where left out; None where a bound is not one constant, cast or not."""
         bounds = []
         for index, name, default in ((1, 'min', -np.inf), (2, 'max', np.inf)):
             if not node.input(index):
                 bounds.append(float(node.attributes.get(name, default)))
                 continue
-            value = self.constant(node.input(index))
+            maker = self.producer(node.input(index))
+            source = maker.input(0) if maker is not None and maker.op == 'Cast' else node.input(index)
+            value = self.constant(source)
             if value is None or value.size != 1:
                 return None
             bounds.append(float(value.reshape(())))

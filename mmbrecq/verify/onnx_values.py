@@ -116,8 +116,9 @@ def _integer_bounds(
     """Integers that a Clip between Q and DQ leaves, or what is wrong with them."""
     for tensor in filter(None, clip.inputs[1:]):
         value = graph.constant(tensor)
-        if value is not None and integer_range(value.dtype) != container:
-            return f'expected bounds in the container {container[0]}..{container[1]}, but got {value.dtype.name}'
+        if value is None or integer_range(value.dtype) != container:
+            found = 'a cast' if value is None else value.dtype.name
+            return f'expected constant bounds in the container {container[0]}..{container[1]}, but got {found}'
     low, high = (container[side] if np.isinf(bound) else int(bound) for side, bound in enumerate(bounds))
     return low, high
 

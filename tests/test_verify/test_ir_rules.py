@@ -269,6 +269,30 @@ def test_doubled_clamp_of_integers(tmp_path: Path, high: float | None, repeated:
     assert found(path) == ({('C5', 'second')} if repeated else set())
 
 
+@pytest.mark.parametrize('turned', [False, True])
+def test_factor_folded_into_a_weight(tmp_path: Path, turned: bool) -> None:
+    """convert_model folds a factor behind a convolution into its weight, as another Multiply."""
+    model = graphs.chain()
+    graphs.insert(model, 'Mul', 'sixth', 'relu1', [graphs.add_tensor(model, 'factor', np.float32(1 / 6))])
+    if turned:
+        graphs.set_attribute(model, 'conv1_w_DQ', axis=1)
+    path = convert(model, tmp_path)
+    convs = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == 'Convolution']
+    weights = [conv.input_value(1).get_node() for conv in convs]
+    above = [weight.input_value(0).get_node().get_type_name() for weight in weights]
+    assert sorted(above) == ['Convert', 'Multiply'], 'one weight has the factor before its dequantized integers'
+    expected = {('C3', 'conv1_w_DQ')} if turned else set()
+    assert found(path, 'openvino', ExpectedQuantization(3)) == expected
+
+
+def test_computed_weight_of_a_convolution(tmp_path: Path) -> None:
+    x = ops.parameter([1, 4, 8, 8], ov.Type.f32, 'x')
+    weight = ops.reduce_mean(x, ops.constant(np.array([2, 3])), True)
+    conv = ops.convolution(fake(x, 0, 2.55), weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    conv.set_friendly_name('conv')
+    assert ('V4', 'conv') in {(v.rule, v.node) for v in verify_file(save(conv, x, tmp_path), 'openvino')}
+
+
 def test_weight_is_not_clamped(tmp_path: Path) -> None:
     values = ops.constant(np.full((6, 4, 3, 3), 0.05, np.float32))
     path = one_conv(tmp_path, clamped(values, -3, 3, 'w', 'i8'))

@@ -73,6 +73,21 @@ def test_relu6_is_no_grid_clip(tmp_path: Path) -> None:
     assert verify_file(graphs.save(model, tmp_path), 'academic') == []
 
 
+def test_bounds_of_an_activation_function_behind_a_cast(tmp_path: Path) -> None:
+    """torch writes the bounds of Hardsigmoid as Constant - Cast."""
+    model = graphs.chain()
+    bounds = [graphs.add_tensor(model, name, np.float64(value)) for name, value in (('zero', 0), ('one', 1))]
+    graphs.insert(model, 'Clip', 'limit', 'a1_Q', bounds)
+    for index, name in ((1, 'zero'), (2, 'one')):
+        cast = onnx.helper.make_node('Cast', [name], [f'{name}_cast'], to=onnx.TensorProto.FLOAT)
+        model.graph.node.insert(0, cast)
+        graphs.rewire(model, 'limit', index, f'{name}_cast')
+    path = graphs.save(model, tmp_path)
+    assert verify_file(path, 'onnxruntime', ExpectedQuantization(3)) == []
+    graphs.set_tensor(model, 'one', np.float64(0.333))
+    assert [v.node for v in verify_file(graphs.save(model, tmp_path), 'onnxruntime')] == ['limit']
+
+
 @pytest.mark.parametrize(
     ('expected', 'broken'),
     [

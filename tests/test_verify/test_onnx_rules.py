@@ -195,13 +195,14 @@ def test_broken_rule_with_clips_of_integers(tmp_path: Path, case: int) -> None:
     assert {n for _, n in violations} <= {name, 'a1_Q', 'a1_DQ'}
 
 
-@pytest.mark.parametrize(('index', 'inputs'), [(1, ['', 'a1_h']), (2, ['a1_l'])])
-def test_clip_of_integers_with_one_bound(tmp_path: Path, index: int, inputs: list[str]) -> None:
+@pytest.mark.parametrize(('inputs', 'bounds'), [(['', 'a1_h'], (0, 15)), (['a1_l'], (3, 255))])
+def test_clip_of_integers_with_one_bound(tmp_path: Path, inputs: list[str], bounds: tuple[int, int]) -> None:
     model = graphs.chain(bits=4, integer=True)
     clip = graphs.node(model, 'a1_clip')
     clip.input[1:] = inputs
     graphs.set_tensor(model, 'a1_l', np.uint8(3))
-    assert found(model, tmp_path, 'onnxruntime') == set()
+    expected = ExpectedQuantization(3, activation_ranges={'a1_Q': bounds})
+    assert found(model, tmp_path, 'onnxruntime', expected) == set()
 
 
 def test_activation_function_before_a_clip_of_integers(tmp_path: Path) -> None:
@@ -304,6 +305,15 @@ def test_tensorrt_rules_see_through_a_clip_of_integers(tmp_path: Path) -> None:
     graphs.drop(model, 'leaky')
     graphs.drop(model, 'pad')
     assert {v for v in found(model, tmp_path, 'tensorrt') if v[0] != 'T1'} == {('T5', 'add')}
+
+
+def test_activation_function_is_fused_whatever_clips_the_integers_behind(tmp_path: Path) -> None:
+    model = graphs.chain(signed=True, bits=4, integer=True)
+    graphs.insert_qdq(model, 'new', 'relu1', 'a2')
+    activation = graphs.node(model, 'relu1')
+    activation.op_type = 'Clip'
+    activation.input.extend(graphs.add_tensor(model, name, np.float32(v)) for name, v in (('low', 0), ('high', 0.333)))
+    assert ('T4', 'new_Q') in found(model, tmp_path, 'tensorrt')
 
 
 def test_shortcut_through_a_pool_is_quantized(tmp_path: Path) -> None:

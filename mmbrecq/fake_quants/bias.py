@@ -1,0 +1,53 @@
+"""Correction of biases: a learned offset that makes up for the mean error of a quantized layer.
+
+The offset is added to the float bias while the layer is quantized, and is part of the bias in a finished model, so it
+costs nothing there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class BiasCorrection(nn.Module):
+    """Parametrization ``bias + offset``, off while the layer is float.
+
+    Args:
+        channels: Length of the bias.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.enabled = False
+        self.offset = nn.Parameter(torch.zeros(channels), requires_grad=False)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + self.offset if self.enabled else bias
+
+
+def correct_bias(module: Any) -> None:
+    """Gives the bias of ``module`` a correction; a module without a bias is left alone."""
+    if module.bias is not None:
+        module.bias.requires_grad_(False)
+        parametrize.register_parametrization(module, 'bias', BiasCorrection(len(module.bias)))
+
+
+def bias_correction(module: nn.Module) -> BiasCorrection | None:
+    """The correction of a module's bias, None where it has none."""
+    if not parametrize.is_parametrized(module, 'bias'):
+        return None
+    parametrizations: Any = module.parametrizations
+    found = parametrizations['bias'][0]
+    return found if isinstance(found, BiasCorrection) else None
+
+
+def bake_bias(module: nn.Module) -> None:
+    """Adds the correction to the bias for good."""
+    correction = bias_correction(module)
+    if correction is not None:
+        correction.enabled = True
+        parametrize.remove_parametrizations(module, 'bias', leave_parametrized=True)
