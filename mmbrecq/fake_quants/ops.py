@@ -95,38 +95,41 @@ class DequantizeFunction(torch.autograd.Function):
 class SoftRoundFunction(torch.autograd.Function):
     """AdaRound's soft-quantized weight and its rounding regulariser (Nagel et al., ICML 2020, eq. 23 and 24).
 
-    With ``h = clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``, where ``low`` is
-    the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser is
-    ``sum(1 - |2 h - 1| ** beta)``. Both gradients need ``h`` alone, since
-    ``dh/dalpha = (h - gamma) (zeta - h) / (zeta - gamma)`` strictly inside (0, 1), and 0 at the bounds.
+    With ``s = sigmoid(alpha)`` and ``h = clamp(s * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``, where
+    ``low`` is the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser is
+    ``sum(1 - |2 h - 1| ** beta)``. ``dh/dalpha`` is ``(zeta - gamma) s (1 - s)`` strictly inside (0, 1), and 0 at the
+    bounds.
     """
 
     @staticmethod
     def forward(
         ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, zeta: float, gamma: float, beta: float | None
     ) -> tuple[Tensor, Tensor]:
-        h = soft_rounding(alpha, zeta, gamma)
-        ctx.zeta, ctx.gamma, ctx.beta = zeta, gamma, beta
+        s = torch.sigmoid(alpha)
+        h = s.mul(zeta - gamma).add_(gamma).clamp_(0, 1)
+        ctx.stretch, ctx.beta = zeta - gamma, beta
+        weight = torch.addcmul(low, step, h)
         if beta is None:
-            ctx.save_for_backward(h, step)
-            return torch.addcmul(low, step, h), alpha.new_zeros(())
+            ctx.save_for_backward(s, h, step)
+            return weight, alpha.new_zeros(())
         centred = h.mul(2).sub_(1)
-        power = centred.abs().pow_(beta - 1).copysign_(centred)
-        ctx.save_for_backward(h, step, power)
-        round_loss = centred.numel() - torch.dot(power.flatten(), centred.flatten())
-        return torch.addcmul(low, step, h), round_loss
+        distance = centred.abs()
+        # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
+        power = distance.log2().mul_(beta - 1).exp2_()
+        round_loss = distance.numel() - torch.dot(power.flatten(), distance.flatten())
+        ctx.save_for_backward(s, h, step, power.copysign_(centred))
+        return weight, round_loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_weight, grad_loss = grads
-        h, step = ctx.saved_tensors[:2]
-        zeta, gamma = ctx.zeta, ctx.gamma
+        s, h, step = ctx.saved_tensors[:3]
         grad = grad_weight * step
         if ctx.beta is not None:
-            grad.addcmul_(ctx.saved_tensors[2], grad_loss, value=-2 * ctx.beta)
-        slope = (h - gamma).mul_(zeta - h).mul_(1 / (zeta - gamma))
-        slope.masked_fill_((h <= 0) | (h >= 1), 0)
-        return grad.mul_(slope), None, None, None, None, None
+            grad.addcmul_(ctx.saved_tensors[3], grad_loss, value=-2 * ctx.beta)
+        # torch's own backward passes of clamp and sigmoid: one pass over the weights each
+        grad = torch.ops.aten.hardtanh_backward(grad, h, 0, 1)
+        return torch.ops.aten.sigmoid_backward(grad, s).mul_(ctx.stretch), None, None, None, None, None
 
 
 def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.fake_quants.ops import DequantizeFunction, SoftRoundFunction, initial_alpha
+from mmbrecq.fake_quants.ops import DequantizeFunction, SoftRoundFunction, initial_alpha, soft_rounding
 from mmbrecq.functional import dequantize, expand, quantize
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -141,8 +141,7 @@ class AdaRound(WeightFakeQuantize):
 
     def finish(self) -> None:
         assert self.alpha is not None
-        # the rectified sigmoid exceeds 1/2 exactly where alpha is positive (zeta = 1 - gamma)
-        up = (torch.sigmoid(self.alpha.detach()) * (self.zeta - self.gamma) + self.gamma >= 0.5) & self._movable
+        up = (soft_rounding(self.alpha.detach(), self.zeta, self.gamma) >= 0.5) & self._movable
         self.codes.copy_(self._codes_low + up)
         self.alpha, self._round_loss = None, None
         del self._low, self._step, self._codes_low, self._movable

@@ -41,6 +41,12 @@ class StageOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f'expected {name} of a reconstruction to be an integer >= 1, but got {value!r}')
+        for name in ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'):
+            value = getattr(self, name)
+            if not 0 <= value < float('inf'):
+                raise ConfigError(f'expected {name} of a reconstruction to be >= 0 and finite, but got {value!r}')
+        if len(self.beta) != 2 or min(self.beta) <= 1:
+            raise ConfigError(f'expected beta of a reconstruction to be two numbers above 1, but got {self.beta!r}')
         for name in ('warmup', 'drop_prob'):
             value = getattr(self, name)
             if not 0 <= value < 1:
