@@ -30,7 +30,10 @@ class Preset:
             products of 8 bits in 16; with weights in -64..63 the sum cannot overflow.
         integer_clip: A grid smaller than its container is cut by a Clip of integers, between Q and DQ, which leaves
             the convolution before it in integer arithmetic; else by a Clip of real values before Q.
-        bias_apart: Adds the bias of a linear layer in a node of its own.
+        bias_apart: Which layers have their bias added by a node of its own: ``none``, ``linear`` or ``all`` layers.
+            ONNX Runtime rounds the bias of a quantized layer to int32 in units of input scale times weight scale,
+            which is coarse at low bits; it leaves a bias alone that is added apart.
+        bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does.
     """
 
     name: str
@@ -42,7 +45,8 @@ class Preset:
     equal_concat: bool = True
     spare_weight_bit: bool = False
     integer_clip: bool = True
-    bias_apart: bool = False
+    bias_apart: Literal['none', 'linear', 'all'] = 'none'
+    bias_rounded: bool = False
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
         """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
@@ -80,7 +84,7 @@ class Preset:
 _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 
 _ALL = (
-    Preset('academic', weight_symmetric=False, activation='asymmetric', equal_concat=False),
+    Preset('academic', weight_symmetric=False, activation='asymmetric', equal_concat=False, bias_apart='all'),
     Preset(
         'onnxruntime',
         weight_symmetric=True,
@@ -89,7 +93,8 @@ _ALL = (
         add_operands='all',
         conv_outputs=True,
         spare_weight_bit=True,
-        bias_apart=True,
+        bias_apart='linear',
+        bias_rounded=True,
     ),
     Preset('openvino', weight_symmetric=True, activation='auto', spare_weight_bit=True),
     Preset(

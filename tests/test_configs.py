@@ -120,6 +120,8 @@ def test_cifar10_configs_read_the_data_folder(path: Path, configs: dict[Path, Co
     weights, activations = (stage.options for stage in build(RECONSTRUCTORS, cfg.reconstructor).stages)
     short = weight_bits == 8 or (weight_bits == 4 and model == 'mobilenetv2')
     assert (weights.iterations, activations.iterations) == ((1000, 250) if short else (2000, 500))
+    # few steps, so longer ones than the paper's 20,000 have
+    assert weights.lr == 3e-3
     assert weights.round_weight == (0.1 if model == 'mobilenetv2' else 0.01)
     assert cfg.calibration.selection == 'first'
 

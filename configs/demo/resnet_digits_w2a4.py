@@ -13,7 +13,8 @@ quantizer = dict(
 calibration = dict(num_samples=512, batch_size=64)
 reconstructor = dict(
     type='BRECQReconstructor',
-    weights=dict(iterations=600),
+    # fewer steps, longer ones
+    weights=dict(iterations=600, lr=3e-3),
     activations=dict(iterations=150),
 )
 exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]

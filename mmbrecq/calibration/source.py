@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
+from mmbrecq.build_errors import explain_build_error
 from mmbrecq.calibration.data_errors import explain_data_error, last_line
 from mmbrecq.errors import ConfigError, DataError, MMBrecqError
 
@@ -131,12 +132,9 @@ def _build(source: dict[str, Any]) -> Any:
 
 def _explain(error: Exception, source: dict[str, Any], where: str) -> MMBrecqError:
     message = last_line(error)
-    if isinstance(error, KeyError):
-        message = message.strip('"\'')  # a KeyError shows the repr of its text
-    if isinstance(error, KeyError) and 'is not in the' in message:
-        return ConfigError(message.split('. ')[0])
-    if isinstance(error, TypeError) and 'argument' in message:
-        return ConfigError(f'{_type_name(source)} cannot be built: {message}')
+    unknown_type = isinstance(error, KeyError) and 'is not in the' in message
+    if unknown_type or (isinstance(error, TypeError) and 'argument' in message):
+        return ConfigError(f'the dataset of calibration images cannot be built: {explain_build_error(error)}')
     missing = [path for path in _locations(source) if '://' not in path and not Path(path).exists()]
     if missing:
         return DataError(f'{missing[0]} does not exist, but the images of {_type_name(source)} are expected there')

@@ -6,28 +6,48 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 
+from mmbrecq.build_errors import explain_build_error
 from mmbrecq.calibration.data_errors import explain_data_error
-from mmbrecq.errors import ConfigError, MMBrecqError
+from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
+from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 
 KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'seed')
 """Top-level keys of a config that are mmbrecq's own."""
 
 NEEDED = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration')
 
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(('model', 'test_dataloader', 'quantizer', 'reconstructor', 'calibration'), (Mapping, 'a dict')),
+    **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
+    'float_checkpoint': (str, 'a path or URL'),
+    'seed': (int, 'an integer'),
+}
+
+
+class _Options(DictAction):  # type: ignore[misc]
+    """``KEY=VALUE`` pairs; mmengine's parser breaks on what it does not know, such as ``[dict(a=1, b=2)]``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, namespace, [value], option_string)
+            except (AssertionError, RecursionError, ValueError) as error:
+                raise ConfigError(f"expected --cfg-options as KEY=VALUE or KEY=[A,B], but got '{value}'") from error
+
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that all tools share."""
     parser.add_argument('--work-dir', help='folder for results and logs; never emptied (default: work_dirs/CONFIG)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=_Options, metavar='KEY=VALUE',
         help='override keys of the config, for example quantizer.weight.bits=4 or seed=1',
     )  # fmt: skip
     parser.add_argument(
@@ -54,12 +74,21 @@ def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None)
         close = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if key not in KEYS and close:
             raise ConfigError(f"{path}: unknown key '{key}', did you mean '{close[0]}'?")
-    missing = [key for key in NEEDED if key not in cfg]
-    if missing:
-        raise ConfigError(f"{path}: expected the key '{missing[0]}', but the config has none")
+    _check_keys(cfg, path)
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
-    cfg.randomness = {'seed': int(cfg.get('seed', 0))}
+    cfg.randomness = {'seed': cfg.get('seed', 0)}
     return cfg
+
+
+def _check_keys(cfg: Config, path: str) -> None:
+    """Refuses a config that lacks a key which every run needs, or has one of the wrong kind."""
+    for key in ('model', 'test_dataloader', 'test_evaluator', *NEEDED):
+        if cfg.get(key) is None:
+            raise ConfigError(f"{path}: expected the key '{key}', but the config has none")
+    for key, (kind, meant) in _KINDS.items():
+        value = cfg.get(key)
+        if key in cfg and (not isinstance(value, kind) or (kind is Sequence and isinstance(value, str))):
+            raise ConfigError(f"{path}: expected '{key}' to be {meant}, but got {value!r}")
 
 
 def resolve_checkpoint(checkpoint: str, config: str) -> str:
@@ -70,12 +99,13 @@ def resolve_checkpoint(checkpoint: str, config: str) -> str:
     return str(beside) if beside.exists() else checkpoint
 
 
-def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> Runner:
+def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
     """A runner whose test loop is ``loop``; nothing for training is built.
 
     Raises:
         ConfigError: A type or an argument is unknown.
         DataError: The test data is missing.
+        StorageError: The work dir cannot be made or written.
     """
     runner_cfg = cfg.copy()
     for phase in ('train', 'val'):
@@ -87,33 +117,55 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> Runner:
             runner_cfg[part] = None
     runner_cfg.resume = False
     runner_cfg.test_cfg = loop
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f'work dir {cfg.work_dir} cannot be made: {error.strerror}') from error
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     try:
-        runner = Runner.from_cfg(runner_cfg)
+        runner = ToolRunner.from_cfg(runner_cfg)
         # the loop draws calibration images from the training data, which the runner itself is not to build
         runner.cfg = cfg
         runner._test_loop = runner.build_test_loop(loop)
     except MMBrecqError:
         raise
     except Exception as error:
-        explained = explain_data_error(error)
-        if explained is not None:
-            raise explained from error
-        raise ConfigError(f'{path}: {" ".join(str(error).split())}') from error
+        raise _explain(error, cfg, path) from error
+    runner.speak()
     return runner
+
+
+def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
+    """What a user can mend of a failure to build the runner."""
+    # a file that does not open has a name; the system's refusal to take more bytes, of the log for one, has none
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return StorageError(f'cannot write to {cfg.work_dir}: {error.strerror}')
+    return explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}')
 
 
 def run_tool(main: Callable[[], None]) -> int:
     """Runs a tool; returns its exit status. What a user can mend is one sentence and status 2, Ctrl-C is 130."""
-    try:
-        main()
-    except MMBrecqError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f'error: {error.filename or "a file"} cannot be used: {error.strerror}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('interrupted: what was saved so far is in the work dir', file=sys.stderr)
-        return 130
+    with warnings.catch_warnings(), silent_logging_failures():
+        # of detectors' operations, when mmpretrain is imported over mmcv-lite
+        warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
+        try:
+            main()
+        except (Exception, KeyboardInterrupt) as error:
+            if _is_interrupt(error):
+                print('interrupted: what was saved so far is in the work dir', file=sys.stderr)
+                return 130
+            if isinstance(error, MMBrecqError):
+                print(f'error: {error}', file=sys.stderr)
+                return 2
+            if isinstance(error, OSError):
+                print(f'error: {error.filename or "a file"} cannot be used: {error.strerror or error}', file=sys.stderr)
+                return 2
+            raise
     return 0
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind ``error``: some libraries answer it with an exception of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

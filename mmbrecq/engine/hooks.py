@@ -43,6 +43,9 @@ class ReconstructionHook(Hook):
     def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
         """After a pass over all units."""
 
+    def after_reconstruct(self, runner: Runner) -> None:
+        """After the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
+
 
 @HOOKS.register_module()
 class ReconstructionLoggerHook(ReconstructionHook):
@@ -88,7 +91,7 @@ class ReconstructionCheckpointHook(ReconstructionHook):
         self._done.append((stage.name, unit.name))
         state = {
             'state_dict': runner.model.state_dict(),
-            'meta': {'config': runner.cfg.pretty_text, 'seed': runner.seed, 'units_done': list(self._done)},
+            'meta': {'config': runner.test_loop.config_text, 'seed': runner.seed, 'units_done': list(self._done)},
         }
         save_atomic(state, f'{runner.work_dir}/{self.filename}')
 
@@ -97,6 +100,12 @@ class ReconstructionCheckpointHook(ReconstructionHook):
 class ReconstructionProgressHook(ReconstructionHook):
     """Shows a bar per unit with its loss and the time left."""
 
+    # the bar goes before the logger writes its line
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self) -> None:
+        self._bar: ProgressBar | None = None
+
     def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
         self._bar = ProgressBar(f'{stage.name} {unit.name}', stage.options.iterations)
         self._bar.__enter__()
@@ -104,9 +113,40 @@ class ReconstructionProgressHook(ReconstructionHook):
     def after_reconstruct_step(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
     ) -> None:
-        self._bar.update(step, f'loss {loss:.4g}')
+        if self._bar is not None:
+            self._bar.update(step, f'loss {loss:.4g}')
 
     def after_reconstruct_unit(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
     ) -> None:
-        self._bar.__exit__()
+        self._close()
+
+    def after_reconstruct(self, runner: Runner) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__()
+            self._bar = None
+
+
+class HookCaller:
+    """Passes what a reconstruction tells on to the hooks of the runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units)
+
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
+        self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
+
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
+        self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
+        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result)
+
+    def after_stage(self, stage: Stage) -> None:
+        self.runner.call_hook('after_reconstruct_stage', stage=stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,22 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weig
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.evaluation import evaluate
-from mmbrecq.engine.hooks import ReconstructionCheckpointHook, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.engine.grids import grids_of
+from mmbrecq.engine.hooks import (
+    HookCaller,
+    ReconstructionCheckpointHook,
+    ReconstructionLoggerHook,
+    ReconstructionProgressHook,
+)
 from mmbrecq.engine.measure import model_size, peak_memory, versions
 from mmbrecq.engine.progress import track
-from mmbrecq.errors import ConfigError
+from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.graph.arithmetic import plug
-from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.registry import EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table, write_report
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
 from mmbrecq.storage import save_atomic, write_text_atomic
@@ -82,8 +88,12 @@ class PTQLoop(BaseLoop):
         self.quantizer = build(QUANTIZERS, dict(quantizer))
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
         self.exporters = [build(EXPORTERS, dict(exporter)) for exporter in exporters]
+        for exporter in self.exporters:
+            _check_runtime(exporter.suffix)
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
+        # formatting it takes a good part of a second: once, not for every checkpoint
+        self.config_text = runner.cfg.pretty_text
         self.summary = Summary(
             config=config_name,
             model=type(runner.model).__name__,
@@ -102,14 +112,16 @@ class PTQLoop(BaseLoop):
         self.runner.call_hook('before_test')
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
-        self._save_ids(calibration.ids)
-        self._evaluate('float')
         images = collect_images(self.runner.model, calibration)
+        self._evaluate('float')
         model = self._prepare(images)
         self._calibrate(model, images)
-        self._reconstruct(model, images, calibration)
+        task = Task(model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder)
+        plan = self.reconstructor.plan(task)
+        self._save_inputs(model, calibration.ids)
+        self._reconstruct(task, plan)
         example = images[:2].clone()
-        del images
+        del images, task
         self._finish(model, example)
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
@@ -146,7 +158,6 @@ class PTQLoop(BaseLoop):
             self.summary.model_size_bytes = model_size(model)
             opaque = [f'{path} stays one call: {why}' for path, why in model.arithmetic.opaque.items()]
             self.summary.warnings += opaque
-        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
         for line in self.summary.float_layers + opaque:
             self.runner.logger.warning(line)
         return model
@@ -158,30 +169,33 @@ class PTQLoop(BaseLoop):
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
-    def _reconstruct(self, model: QuantizedModel, images: Tensor, calibration: Any) -> None:
-        task = Task(model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder)
-        plan = self.reconstructor.plan(task)
+    def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(
             f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
         )
         with self._timed('reconstruct'):
-            self.reconstructor.run(task, plan, _HookCaller(self.runner))
+            try:
+                self.reconstructor.run(task, plan, HookCaller(self.runner))
+            finally:
+                self.runner.call_hook('after_reconstruct')
         kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
         if kept:
             self.summary.warnings.append(
                 f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             )
-        if model.quantizers:
-            with model.quantization(weights=True, activations=False):
+        if task.model.quantizers:
+            with task.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
+        self._write_summary()
 
     def _finish(self, model: QuantizedModel, example: Tensor) -> None:
         model.pack()
         meta = {
-            'config': self.runner.cfg.pretty_text,
+            'config': self.config_text,
             'seed': self.runner.seed,
             'versions': self.summary.versions,
             'bits': {name: [bits.weight, bits.activation] for name, bits in self.summary.bits.items()},
+            'grids': grids_of(model.model),
             'calibration_ids_file': self.summary.calibration.ids_file,
             'example_shape': list(example.shape),
         }
@@ -189,6 +203,7 @@ class PTQLoop(BaseLoop):
         self._evaluate('quantized')
         if not model.quantizers:
             self.summary.metrics.weights = dict(self.summary.metrics.quantized)
+        self._write_summary()
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
         with self._timed('export'):
@@ -207,7 +222,6 @@ class PTQLoop(BaseLoop):
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:
             setattr(self.summary.metrics, name, self._measure(name))
-            self._write_summary()
 
     def _measure(self, title: str) -> dict[str, float]:
         start = time.perf_counter()
@@ -223,10 +237,18 @@ class PTQLoop(BaseLoop):
         total, _ = self.runner.model.parse_losses(self.runner.model.loss(images, samples))
         return total
 
-    def _save_ids(self, ids: Sequence[str]) -> None:
+    def _save_inputs(self, model: QuantizedModel, ids: Sequence[str]) -> None:
+        """Writes the first files, once config, checkpoint and images are known to be good.
+
+        Until here the files of an earlier run stay as they are.
+        """
+        if self.summary.config:
+            write_text_atomic(self.config_text, self.folder / Path(self.summary.config).name)
+        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
         write_text_atomic('\n'.join(ids) + '\n', self.folder / 'calibration_ids.txt')
         self.summary.calibration.num_samples = len(ids)
         self.summary.calibration.ids_file = 'calibration_ids.txt'
+        self._write_summary()
 
     def _write_summary(self) -> None:
         self.summary.save(self.folder / 'summary.json')
@@ -239,26 +261,14 @@ class PTQLoop(BaseLoop):
         setattr(self.summary.seconds, step, time.perf_counter() - start)
 
 
-class _HookCaller:
-    """Passes what a reconstruction tells on to the hooks of the runner."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units)
-
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
-
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
-        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result)
-
-    def after_stage(self, stage: Stage) -> None:
-        self.runner.call_hook('after_reconstruct_stage', stage=stage)
+def _check_runtime(suffix: str) -> None:
+    """Refuses to start a run whose exported file nothing here could open; BackendError says what to install."""
+    for backend in BACKENDS.module_dict.values():
+        if backend.suffix == suffix and find_spec(backend.package) is None:
+            raise BackendError(
+                f'expected {backend.name} for the exported {suffix} file, but it is not installed: '
+                f'pip install {backend.package}'
+            )
 
 
 def _layer_list(model: QuantizedModel) -> str:

@@ -17,6 +17,7 @@ from mmbrecq.backends import first_output, open_backend
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
 from mmbrecq.engine.evaluation import evaluate
+from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
 from mmbrecq.graph.arithmetic import plug
 from mmbrecq.registry import LOOPS, QUANTIZERS
@@ -71,9 +72,11 @@ def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str) ->
     """
     meta = read_checkpoint(path).get('meta', {})
     shape = meta.get('example_shape')
-    if shape is None:
-        raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no input shape')
+    grids = meta.get('grids')
+    if shape is None or grids is None:
+        raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
     example: Tensor = torch.zeros(shape, device=next(model.parameters()).device)
     prepared = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
     prepared.pack()
     load_quantized_checkpoint(model, path)
+    check_grids(model, grids, path)

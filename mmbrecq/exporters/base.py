@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from abc import ABCMeta, abstractmethod
 from pathlib import Path
 
 from torch import Tensor
 
-from mmbrecq.errors import ExportError
+from mmbrecq.errors import ExportError, StorageError
 from mmbrecq.graph.units import is_below
 from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.storage import replacing
 from mmbrecq.verify import ExpectedQuantization, check_file
 
 
@@ -31,6 +34,8 @@ class BaseExporter(metaclass=ABCMeta):
     def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
         """Writes ``model`` below ``folder`` and verifies the file against the rules of its preset.
 
+        A file that fails is not left behind, and does not replace one of an earlier export.
+
         Args:
             model: A packed model.
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``; N stays free in the file.
@@ -40,17 +45,28 @@ class BaseExporter(metaclass=ABCMeta):
             The path of the file.
 
         Raises:
-            ExportError: It cannot be written, or breaks a rule.
+            ExportError: It has no form in the file's format, or breaks a rule.
+            StorageError: The system refused to write.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.filename
-        self.write(model, example, path)
-        check_file(path, model.preset.name, ExpectedQuantization(layers=count_quantized_calls(model)))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
+                written = Path(beside) / self.filename
+                self.write(model, example, written)
+                expected = ExpectedQuantization(layers=count_quantized_calls(model))
+                check_file(written, model.preset.name, expected, shown_as=path)
+                # in the order of their names a .bin comes before the .xml that points at it
+                for made in sorted(Path(beside).iterdir()):
+                    with replacing(folder / made.name) as partial:
+                        os.replace(made, partial)
+        except OSError as error:
+            raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
         return path
 
     @abstractmethod
     def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
-        """Writes ``model`` to ``path``."""
+        """Writes ``model`` to ``path``, and nothing else that stays but files to be kept beside it."""
 
 
 def count_quantized_calls(model: QuantizedModel) -> int:

@@ -14,7 +14,6 @@ from mmbrecq.errors import ExportError
 from mmbrecq.exporters.base import BaseExporter
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.registry import EXPORTERS
-from mmbrecq.storage import replacing
 
 INPUT_NAME = 'images'
 OUTPUT_NAME = 'output'
@@ -38,9 +37,7 @@ class ONNXExporter(BaseExporter):
         self.opset = opset
 
     def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
-        proto = onnx_model(model, example, self.opset)
-        with replacing(path) as beside:
-            beside.write_bytes(proto.SerializeToString())
+        path.write_bytes(onnx_model(model, example, self.opset).SerializeToString())
 
 
 def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:

@@ -10,9 +10,9 @@ from torch import Tensor
 from mmbrecq.errors import BackendError, ExportError
 from mmbrecq.exporters.base import BaseExporter
 from mmbrecq.exporters.onnx import onnx_model
+from mmbrecq.exporters.onnx_rewrite import clip_signed_values
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.registry import EXPORTERS
-from mmbrecq.storage import replacing
 
 
 @EXPORTERS.register_module()
@@ -35,15 +35,12 @@ class OpenVINOExporter(BaseExporter):
             import openvino
         except ImportError as error:
             raise BackendError('expected OpenVINO to be installed, but it is not: pip install openvino') from error
-        with tempfile.TemporaryDirectory(prefix='.export-', dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             source = Path(folder) / 'model.onnx'
-            source.write_bytes(onnx_model(model, example, self.opset).SerializeToString())
-            target = Path(folder) / 'model.xml'
+            proto = onnx_model(model, example, self.opset)
+            clip_signed_values(proto)
+            source.write_bytes(proto.SerializeToString())
             try:
-                openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
+                openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
             except RuntimeError as error:
                 raise ExportError(f'OpenVINO cannot convert the graph: {str(error).splitlines()[0]}') from error
-            # the weights first: an .xml never points at the .bin of another export for longer than one rename
-            for suffix in ('.bin', '.xml'):
-                with replacing(path.with_suffix(suffix)) as beside:
-                    beside.write_bytes(target.with_suffix(suffix).read_bytes())

@@ -51,3 +51,10 @@ def bake_bias(module: nn.Module) -> None:
     if correction is not None:
         correction.enabled = True
         parametrize.remove_parametrizations(module, 'bias', leave_parametrized=True)
+
+
+def round_bias(module: Any, step: Tensor) -> None:
+    """Rounds the bias of ``module`` to multiples of ``step``, scalar or one per channel, as an int32 bias has them."""
+    if module.bias is not None:
+        with torch.no_grad():
+            module.bias.copy_(torch.round(module.bias / step) * step)

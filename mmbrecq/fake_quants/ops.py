@@ -95,10 +95,10 @@ class DequantizeFunction(torch.autograd.Function):
 class SoftRoundFunction(torch.autograd.Function):
     """AdaRound's soft-quantized weight and its rounding regulariser (Nagel et al., ICML 2020, eq. 23 and 24).
 
-    With ``s = sigmoid(alpha)`` and ``h = clamp(s * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``, where
-    ``low`` is the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser is
-    ``sum(1 - |2 h - 1| ** beta)``. ``dh/dalpha`` is ``(zeta - gamma) s (1 - s)`` strictly inside (0, 1), and 0 at the
-    bounds.
+    With ``s = sigmoid(alpha)`` and ``h = clamp(s * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``,
+    where ``low`` is the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser
+    is ``sum(1 - |2 h - 1| ** beta)``. ``dh/dalpha`` is ``(zeta - gamma) s (1 - s)`` strictly inside (0, 1), and 0 at
+    the bounds.
     """
 
     @staticmethod

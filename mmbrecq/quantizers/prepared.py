@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction
+from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction, round_bias
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
 from mmbrecq.graph.arithmetic import Arithmetic, plug
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
+
+CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,27 @@ class QuantizedModel:
 
     def pack(self) -> None:
         """Finishes the model: integers in place of float weights, all quantization on for good."""
-        for _, module, _ in list(self.weights()):
-            pack_weight(module)
+        inputs = self._input_quantizers() if self.preset.bias_rounded else {}
+        for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
+            if name in inputs and isinstance(module, CONVOLUTIONS):
+                round_bias(module, inputs[name].scale * fake_quant.scale)
+            pack_weight(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True
             quantizer.observer = None
+
+    def _input_quantizers(self) -> dict[str, FakeQuantize]:
+        """The quantizer of the input of every layer that the graph calls; a layer that reads several has none."""
+        read: dict[str, set[str]] = {}
+        for node in self.arithmetic.graph.nodes:
+            if node.op == 'call_module':
+                read.setdefault(str(node.target), set()).update(str(n.target) for n in node.all_input_nodes)
+        return {
+            layer: self.quantizers[source]
+            for layer, (source, *others) in read.items()
+            if source in self.quantizers and not others
+        }
 
     def __call__(self, images: Tensor) -> object:
         """Raw outputs for preprocessed images, in the present state of the switches."""

@@ -45,8 +45,19 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
     return [violation for rule in rules if rule.ir for violation in rule.ir(ir_graph)]
 
 
-def check_file(path: str | Path, preset: str, expected: ExpectedQuantization | None = None) -> None:
+def check_file(
+    path: str | Path,
+    preset: str,
+    expected: ExpectedQuantization | None = None,
+    shown_as: str | Path | None = None,
+) -> None:
     """Like :func:`verify_file`, and raises where it finds anything.
+
+    Args:
+        path: As there.
+        preset: As there.
+        expected: As there.
+        shown_as: Name of the file in the message; None for ``path``.
 
     Raises:
         ExportError: The file breaks a rule; the message names the first rules and nodes, and counts the others.
@@ -55,4 +66,4 @@ def check_file(path: str | Path, preset: str, expected: ExpectedQuantization | N
     if violations:
         named = '; '.join(str(violation) for violation in violations[:NAMED])
         others = f'; and {len(violations) - NAMED} more' if len(violations) > NAMED else ''
-        raise ExportError(f'{path} breaks the rules of preset {preset!r}: {named}{others}')
+        raise ExportError(f'{shown_as or path} breaks the rules of preset {preset!r}: {named}{others}')

@@ -242,17 +242,26 @@ def test_a_pipeline_that_spoils_its_images(cfg: Config, how: str, message: str) 
 def test_configs_that_cannot_be_built(cfg: Config) -> None:
     options = {'num_samples': 1}
     cfg.test_dataloader.dataset.pipeline = [{'type': 'LoadImagesFromTape'}]
-    with pytest.raises(ConfigError, match=r'^LoadImagesFromTape is not in the \S+::transform registry$'):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the dataset of calibration images cannot be built: unknown transform type 'LoadImagesFromTape'",
+    ):
         build_calibration_set(cfg, options)
     cfg.test_dataloader.dataset.pop('pipeline')
     with pytest.raises(DataError, match=r'^expected the pipeline of calibration images in test_dataloader\.dataset'):
         build_calibration_set(cfg, options)
     options['pipeline'] = []
     train_set(cfg)['colour'] = 'red'
-    with pytest.raises(ConfigError, match=r"^CustomDataset cannot be built: .*unexpected keyword argument 'colour'$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the dataset of calibration images cannot be built: unknown option 'colour' of \w+: expected one",
+    ):
         build_calibration_set(cfg, options)
     train_set(cfg)['type'] = 'NoDataset'
-    with pytest.raises(ConfigError, match=r'^NoDataset is not in the mmpretrain::dataset registry$'):
+    with pytest.raises(
+        ConfigError,
+        match=r"^the dataset of calibration images cannot be built: unknown dataset type 'NoDataset': expected one",
+    ):
         build_calibration_set(cfg, options)
     cfg.train_dataloader.dataset = {'type': 'KFoldDataset', 'dataset': train_set(cfg)}
     with pytest.raises(ConfigError, match=r'^expected a training set in files of its own, but got KFoldDataset'):

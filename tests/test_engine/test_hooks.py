@@ -1,0 +1,133 @@
+"""The hooks that every run has."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mmengine.hooks.hook import Hook
+from mmengine.registry import HOOKS as ROOT_HOOKS
+from rich.console import Console
+from torch import nn
+
+from mmbrecq.engine import progress
+from mmbrecq.engine.hooks import (
+    HookCaller,
+    ReconstructionCheckpointHook,
+    ReconstructionHook,
+    ReconstructionLoggerHook,
+    ReconstructionProgressHook,
+)
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage, StageOptions
+
+STAGE: Any = Stage('weights', StageOptions(iterations=50, batch_size=4), True, False)
+
+
+def unit(name: str) -> Any:
+    return SimpleNamespace(name=name, layers=('a',), quantizers=())
+
+
+def result(name: str, kept: bool = False) -> UnitResult:
+    return UnitResult(name, 'weights', ('a',), 2.0, 2.0 if kept else 1.0, 50, 0.25, kept)
+
+
+def test_hooks_are_mmengines_own_kind() -> None:
+    assert issubclass(ReconstructionHook, Hook)
+    for name in ('ReconstructionLoggerHook', 'ReconstructionCheckpointHook', 'ReconstructionProgressHook'):
+        assert ROOT_HOOKS.get(f'mmbrecq.{name}') is not None
+
+
+def test_a_custom_hook_needs_no_point_but_those_it_uses() -> None:
+    hook: Any = ReconstructionHook()
+    runner: Any = object()
+    hook.before_reconstruct_stage(runner, STAGE, [])
+    hook.before_reconstruct_unit(runner, STAGE, unit('a'))
+    hook.after_reconstruct_step(runner, STAGE, unit('a'), 1, 0.5)
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
+    hook.after_reconstruct_stage(runner, STAGE)
+    hook.after_reconstruct(runner)
+
+
+def test_what_a_reconstruction_tells_reaches_every_hook() -> None:
+    calls: list[Any] = []
+    caller = HookCaller(SimpleNamespace(call_hook=lambda name, **values: calls.append((name, values))))  # type: ignore[arg-type]
+    one, outcome = unit('a'), result('a')
+    caller.before_stage(STAGE, [one])
+    caller.before_unit(STAGE, one)
+    caller.after_step(STAGE, one, 7, 0.5)
+    caller.after_unit(STAGE, one, outcome)
+    caller.after_stage(STAGE)
+    assert calls == [
+        ('before_reconstruct_stage', {'stage': STAGE, 'units': [one]}),
+        ('before_reconstruct_unit', {'stage': STAGE, 'unit': one}),
+        ('after_reconstruct_step', {'stage': STAGE, 'unit': one, 'step': 7, 'loss': 0.5}),
+        ('after_reconstruct_unit', {'stage': STAGE, 'unit': one, 'result': outcome}),
+        ('after_reconstruct_stage', {'stage': STAGE}),
+    ]
+
+
+def test_the_log_has_a_line_for_every_unit() -> None:
+    lines: list[str] = []
+    recorded: list[UnitResult] = []
+    runner: Any = SimpleNamespace(
+        logger=SimpleNamespace(info=lines.append), test_loop=SimpleNamespace(record=recorded.append)
+    )
+    hook = ReconstructionLoggerHook()
+    empty = SimpleNamespace(name='flatten', layers=(), quantizers=())
+    hook.before_reconstruct_stage(runner, STAGE, [unit('a'), empty, unit('b')])
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
+    hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True))
+    assert lines == [
+        'reconstruction of weights: 2 units, 50 iterations of 4 images each',
+        'weights 1/2 a: loss 2 -> 1, 50 iterations, 0.2 s',
+        'weights 2/2 b: loss 2 -> 2, 50 iterations, 0.2 s, worse than before: kept as it was',
+    ]
+    assert recorded == [result('a'), result('b', kept=True)]
+
+
+def test_a_checkpoint_after_every_unit(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    loop = SimpleNamespace(config_text='seed = 3')
+    runner: Any = SimpleNamespace(model=model, test_loop=loop, seed=3, work_dir=str(tmp_path))
+    hook = ReconstructionCheckpointHook(filename='state.pth')
+    for number, name in enumerate(('a', 'b'), start=1):
+        with torch.no_grad():
+            model.weight.fill_(number)
+        hook.after_reconstruct_unit(runner, STAGE, unit(name), result(name))
+        saved = torch.load(tmp_path / 'state.pth', weights_only=True)
+        assert saved['state_dict']['weight'].tolist() == [[number, number]]
+        assert saved['meta']['units_done'] == [('weights', 'a'), ('weights', 'b')][:number]
+    assert (saved['meta']['config'], saved['meta']['seed']) == ('seed = 3', 3)
+    assert [path.name for path in tmp_path.iterdir()] == ['state.pth']
+
+
+@pytest.mark.parametrize('breaks_off', [False, True])
+def test_the_bar_goes_with_its_unit_or_with_the_reconstruction(
+    monkeypatch: pytest.MonkeyPatch, breaks_off: bool
+) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(
+        progress, 'Console', lambda **_: Console(file=written, force_terminal=True, width=120, color_system=None)
+    )
+    runner: Any = object()
+    hook = ReconstructionProgressHook()
+    hook.before_reconstruct_unit(runner, STAGE, unit('layer1'))
+    hook.after_reconstruct_step(runner, STAGE, unit('layer1'), 25, 0.125)
+    if not breaks_off:
+        hook.after_reconstruct_unit(runner, STAGE, unit('layer1'), result('layer1'))
+    hook.after_reconstruct(runner)
+    drawn = written.getvalue()
+    assert drawn.rindex('\x1b[?25h') > drawn.rindex('\x1b[?25l')
+    for part in ('weights layer1', '25/50', 'loss 0.125'):
+        assert part in drawn
+
+
+def test_the_bar_goes_before_the_log_line_comes() -> None:
+    order = ('ABOVE_NORMAL', 'NORMAL', 'LOW')
+    hooks: Any = (ReconstructionProgressHook, ReconstructionLoggerHook, ReconstructionCheckpointHook)
+    assert tuple(hook.priority for hook in hooks) == order

@@ -1,0 +1,186 @@
+"""Closed-form gradients against the chain of elementary operations that they replace, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmbrecq.fake_quants.ops import (
+    DequantizeFunction,
+    FakeQuantizeFunction,
+    SoftRoundFunction,
+    initial_alpha,
+    soft_rounding,
+)
+from mmbrecq.qtype import QType
+
+ZETA, GAMMA = 1.1, -0.1
+
+GRIDS = [
+    pytest.param(QType(4, symmetric=False, signed=False), 5, id='asymmetric'),
+    pytest.param(QType(3, symmetric=True, signed=True), 0, id='symmetric'),
+    pytest.param(QType(2, symmetric=True, signed=True, narrow=True), 0, id='narrow'),
+    pytest.param(QType(8, symmetric=False, signed=False), 0, id='zero-point-at-the-bound'),
+    pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), [3, 0, 15, 8, 7], id='per-channel'),
+    pytest.param(QType(2, symmetric=True, signed=True, ch_axis=0), [0, 0, 0, 0], id='first-axis'),
+]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def straight_through_round(x: Tensor) -> Tensor:
+    return x + (torch.round(x) - x).detach()
+
+
+def naive_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
+    if qtype.ch_axis is not None:
+        shape = [1] * x.dim()
+        shape[qtype.ch_axis] = -1
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    codes = torch.clamp(straight_through_round(x / scale) + zero_point, qtype.quant_min, qtype.quant_max)
+    return (codes - zero_point) * scale
+
+
+@pytest.mark.parametrize('shape', [(4, 5, 3, 2), (4, 5)], ids=['4d', '2d'])
+@pytest.mark.parametrize(('qtype', 'zero'), GRIDS)
+def test_fake_quantize_is_the_straight_through_chain(
+    qtype: QType, zero: int | list[int], shape: tuple[int, ...]
+) -> None:
+    zero_point = torch.tensor(zero, dtype=torch.float64)
+    scale = 0.1 + 0.4 * torch.rand(zero_point.shape, generator=generator(), dtype=torch.float64)
+    # wide enough to be cut at both ends
+    x = torch.randn(shape, generator=generator(), dtype=torch.float64) * scale.max() * qtype.levels
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for function in (naive_fake_quantize, lambda *args: FakeQuantizeFunction.apply(*args, None)):
+        a, b = x.clone().requires_grad_(True), scale.clone().requires_grad_(True)
+        out = function(a, b, zero_point, qtype)
+        out.backward(upstream)
+        results.append((out.detach(), a.grad, b.grad))
+    for naive, ours in zip(*results, strict=True):
+        assert naive is not None
+        assert ours.shape == naive.shape
+        torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-12)
+    cut = results[0][1] == 0
+    assert cut.any()
+    assert not cut.all()
+
+
+def test_gradient_of_the_scale_by_hand() -> None:
+    """The grid 0..3 with zero-point 1 and scale 1/2 holds -1/2, 0, 1/2 and 1; the first and last value are cut."""
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([1.3, 0.6, -0.1, -3.0], dtype=torch.float64, requires_grad=True)
+    zero_point = torch.tensor(1.0, dtype=torch.float64)
+    out = FakeQuantizeFunction.apply(x, scale, zero_point, QType(2, symmetric=False, signed=False), None)
+    out.sum().backward()
+    assert out.tolist() == [1.0, 0.5, 0.0, -0.5]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    # bound 2, then round(1.2) - 1.2, then round(-0.2) + 0.2, then bound -1
+    assert float(scale.grad) == pytest.approx(2 - 0.2 + 0.2 - 1)  # type: ignore[arg-type]
+
+
+def test_fake_quantize_gives_only_the_gradients_asked_for() -> None:
+    x, scale = torch.randn(3, 2), torch.tensor(0.3)
+    qtype = QType(4)
+    only_x = FakeQuantizeFunction.apply(x.requires_grad_(True), scale, torch.tensor(0), qtype, None)
+    only_x.sum().backward()
+    assert x.grad is not None
+    assert scale.grad is None
+    scale.requires_grad_(True)
+    FakeQuantizeFunction.apply(x.detach(), scale, torch.tensor(0), qtype, None).sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.shape == ()
+
+
+def test_fake_quantize_leaves_its_input_alone() -> None:
+    x = torch.randn(3, 4)
+    before = x.clone()
+    FakeQuantizeFunction.apply(x, torch.tensor(0.3), torch.tensor(0), QType(2), None)
+    assert torch.equal(x, before)
+
+
+def naive_soft_round(alpha: Tensor, low: Tensor, step: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+    h = torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    loss = torch.zeros((), dtype=alpha.dtype) if beta is None else (1 - (2 * h - 1).abs() ** beta).sum()
+    return low + step * h, loss
+
+
+@pytest.mark.parametrize('beta', [None, 2.0, 3.7, 20.0])
+def test_soft_rounding_is_the_naive_chain(beta: float | None) -> None:
+    # the ends saturate, in the middle h = 1/2
+    alpha = torch.cat([torch.linspace(-6, 6, 41), torch.tensor([0.0])]).double().reshape(6, 7)
+    low = torch.randn(6, 7, generator=generator(), dtype=torch.float64)
+    step = torch.rand(6, 1, generator=generator(), dtype=torch.float64).expand(6, 7).clone()
+    step[2] = 0  # clipped weights
+    upstream = torch.randn(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for function in (naive_soft_round, lambda a, lo, st, be: SoftRoundFunction.apply(a, lo, st, ZETA, GAMMA, be)):
+        a = alpha.clone().requires_grad_(True)
+        weight, loss = function(a, low, step, beta)
+        ((weight * upstream).sum() + 0.03 * loss).backward()
+        results.append((weight.detach(), loss.detach(), a.grad))
+    for naive, ours in zip(*results, strict=True):
+        assert naive is not None
+        torch.testing.assert_close(ours, naive, rtol=1e-11, atol=1e-12)
+    gradient = results[1][2]
+    assert gradient is not None
+    assert (gradient == 0).any()
+    assert (gradient != 0).any()
+
+
+def test_the_regulariser_by_hand() -> None:
+    """Zero where h is 0 or 1, one per element where h is 1/2."""
+    alpha = torch.tensor([-50.0, 50.0, 0.0, 0.0], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    assert float(SoftRoundFunction.apply(alpha, zeros, zeros, ZETA, GAMMA, 20.0)[1]) == pytest.approx(2.0)
+    assert float(SoftRoundFunction.apply(alpha, zeros, zeros, ZETA, GAMMA, None)[1]) == 0
+
+
+@pytest.mark.parametrize('beta', [2.0, 20.0])
+def test_the_regulariser_is_flat_at_a_half(beta: float) -> None:
+    # gamma 0 and zeta 1: h is the plain sigmoid, which is exactly 1/2 at 0
+    alpha, zeros = torch.zeros(3, requires_grad=True), torch.zeros(3)
+    loss = SoftRoundFunction.apply(alpha, zeros, zeros, 1.0, 0.0, beta)[1]
+    loss.backward()
+    assert float(loss.detach()) == 3
+    assert torch.equal(alpha.grad, zeros)  # type: ignore[arg-type]
+
+
+def test_soft_rounding_is_a_rectified_sigmoid() -> None:
+    alpha = np.linspace(-9, 9, 37)
+    expected = np.clip(1.2 / (1 + np.exp(-alpha)) - 0.1, 0, 1)
+    np.testing.assert_allclose(soft_rounding(torch.from_numpy(alpha), ZETA, GAMMA).numpy(), expected, atol=1e-14)
+
+
+def test_initial_alpha_starts_at_the_fraction() -> None:
+    fraction = torch.tensor([0.0, 1e-3, 0.25, 0.5, 0.75, 0.999], dtype=torch.float64)
+    alpha = initial_alpha(fraction, ZETA, GAMMA)
+    torch.testing.assert_close(soft_rounding(alpha, ZETA, GAMMA), fraction, rtol=0, atol=1e-14)
+    # 1/2 is the centre of the sigmoid
+    assert float(alpha[3]) == pytest.approx(0, abs=1e-12)
+    # single precision too ends above 0 for every fraction that a float32 can hold below 1
+    assert torch.isfinite(initial_alpha(torch.tensor([0.0, 1 - 2**-24]), ZETA, GAMMA)).all()
+
+
+@pytest.mark.parametrize('ch_axis', [None, 0, 1])
+def test_dequantize_function(ch_axis: int | None) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (3, 4, 2)).astype(np.int8)
+    count = 1 if ch_axis is None else codes.shape[ch_axis]
+    scale = rng.uniform(0.1, 1, count).astype(np.float32)
+    zero = rng.integers(-8, 8, count).astype(np.int8)
+    shape = [1, 1, 1]
+    if ch_axis is not None:
+        shape[ch_axis] = -1
+    expected = (codes.astype(np.float32) - zero.astype(np.float32).reshape(shape)) * scale.reshape(shape)
+    if ch_axis is None:
+        scale, zero = scale[0], zero[0]
+    args = [torch.tensor(v) for v in (codes, scale, zero)]
+    out = DequantizeFunction.apply(*args, ch_axis)
+    assert out.dtype == torch.float32
+    np.testing.assert_array_equal(out.numpy(), expected)

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mmbrecq.fake_quants import AdaRound, NearestRounding, PackedWeight, WeightFakeQuantize
+from mmbrecq.fake_quants.weight import original_weight, pack_weight, weight_fake_quant
+from mmbrecq.qtype import QType
+from mmbrecq.registry import FAKE_QUANTS
+
+ZETA, GAMMA = 1.1, -0.1
+SHAPE = (6, 4, 3, 3)
+
+GRIDS = [
+    pytest.param(QType(2, symmetric=False, signed=False, ch_axis=0), id='asymmetric-2'),
+    pytest.param(QType(4, symmetric=True, signed=True, ch_axis=0), id='symmetric-4'),
+    pytest.param(QType(3, symmetric=True, signed=True), id='per-tensor-3'),
+    pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), id='second-axis-4'),
+]
+
+
+def problem(qtype: QType, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, and a grid too small for its outer values."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    size = () if qtype.ch_axis is None else (shape[qtype.ch_axis],)
+    scale = (1 + torch.rand(size, generator=generator)) * 2 / qtype.levels
+    zero_point = torch.zeros(size)
+    if not qtype.symmetric:
+        zero_point = torch.randint(1, qtype.quant_max, size, generator=generator).float()
+    return weight, scale, zero_point
+
+
+def as_numpy(qtype: QType, *values: Tensor, dim: int = 4) -> list[np.ndarray]:
+    """Values per channel as float64 arrays that broadcast with the weight."""
+    shape = [1] * dim
+    if qtype.ch_axis is not None:
+        shape[qtype.ch_axis] = -1
+    return [v.detach().double().numpy().reshape(shape) for v in values]
+
+
+def calibrated(cls: type[WeightFakeQuantize], qtype: QType) -> tuple[WeightFakeQuantize, Tensor]:
+    weight, scale, zero_point = problem(qtype)
+    fake_quant = cls(qtype, weight.shape)
+    fake_quant.calibrate(weight, scale, zero_point)
+    return fake_quant, weight
+
+
+def ratio_and_offset(fake_quant: WeightFakeQuantize, weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """``weight / scale`` with the single precision of the product, and the zero-point."""
+    scale, zero = as_numpy(fake_quant.qtype, fake_quant.scale, fake_quant.zero_point)
+    return weight.numpy() / scale.astype(np.float32), zero
+
+
+def quantized_layer(module: nn.Module, qtype: QType, cls: type[WeightFakeQuantize] = NearestRounding) -> nn.Module:
+    weight, scale, zero_point = problem(qtype, tuple(module.weight.shape))
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    fake_quant = cls(qtype, weight.shape)
+    module.weight.requires_grad_(False)
+    parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
+    fake_quant.calibrate(weight, scale, zero_point)
+    fake_quant.enabled = True
+    return module
+
+
+def test_both_are_registered() -> None:
+    assert FAKE_QUANTS.get('AdaRound') is AdaRound
+    assert FAKE_QUANTS.get('NearestRounding') is NearestRounding
+
+
+@pytest.mark.parametrize('cls', [NearestRounding, AdaRound])
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_calibrate_rounds_to_nearest(cls: type[WeightFakeQuantize], qtype: QType) -> None:
+    fake_quant, weight = calibrated(cls, qtype)
+    ratio, zero = ratio_and_offset(fake_quant, weight)
+    codes = np.clip(np.rint(ratio) + zero, qtype.quant_min, qtype.quant_max)
+    np.testing.assert_array_equal(fake_quant.codes.numpy(), codes)
+    assert fake_quant.codes.dtype == qtype.container
+    (scale,) = as_numpy(qtype, fake_quant.scale)
+    np.testing.assert_allclose(fake_quant.quantized(weight).numpy(), (codes - zero) * scale, rtol=1e-6)
+    assert (codes == qtype.quant_min).any()
+    assert (codes == qtype.quant_max).any()
+
+
+def test_the_switch() -> None:
+    fake_quant, weight = calibrated(NearestRounding, QType(2, ch_axis=0))
+    assert fake_quant(weight) is weight
+    fake_quant.enabled = True
+    assert torch.equal(fake_quant(weight), fake_quant.quantized(weight))
+    assert not torch.equal(fake_quant(weight), weight)
+
+
+def test_nearest_rounding_has_nothing_to_learn() -> None:
+    fake_quant, weight = calibrated(NearestRounding, QType(4))
+    before = fake_quant.codes.clone()
+    assert fake_quant.start(weight) == []
+    assert fake_quant.round_loss() is None
+    fake_quant.finish()
+    assert torch.equal(fake_quant.codes, before)
+
+
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_adaround_starts_at_the_float_weight(qtype: QType) -> None:
+    """h(alpha) is the fraction, so a weight inside the grid is its own soft-quantized value; others are cut."""
+    fake_quant, weight = calibrated(AdaRound, qtype)
+    (alpha,) = fake_quant.start(weight)
+    ratio, zero = ratio_and_offset(fake_quant, weight)
+    h = np.clip(1.2 / (1 + np.exp(-alpha.detach().double().numpy())) - 0.1, 0, 1)
+    np.testing.assert_allclose(h, ratio - np.floor(ratio), atol=1e-5)
+    (scale,) = as_numpy(qtype, fake_quant.scale)
+    low, high = (qtype.quant_min - zero) * scale, (qtype.quant_max - zero) * scale
+    expected = np.clip(weight.double().numpy(), low, high)
+    np.testing.assert_allclose(fake_quant.quantized(weight).detach().numpy(), expected, atol=2e-6)
+    assert (expected != weight.numpy()).any()
+
+
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_adaround_left_alone_is_nearest_rounding(qtype: QType) -> None:
+    fake_quant, weight = calibrated(AdaRound, qtype)
+    nearest = fake_quant.codes.clone()
+    fake_quant.start(weight)
+    fake_quant.finish()
+    assert torch.equal(fake_quant.codes, nearest)
+
+
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_adaround_rounds_up_where_h_reaches_a_half(qtype: QType) -> None:
+    fake_quant, weight = calibrated(AdaRound, qtype)
+    (alpha,) = fake_quant.start(weight)
+    learned = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * 2
+    alpha.data.copy_(learned)
+    h = np.clip(1.2 / (1 + np.exp(-learned.double().numpy())) - 0.1, 0, 1)
+    fake_quant.finish()
+    ratio, zero = ratio_and_offset(fake_quant, weight)
+    expected = np.clip(np.floor(ratio) + zero + (h >= 0.5), qtype.quant_min, qtype.quant_max)
+    # one step below the grid is cut, not rounded up into it
+    below = np.floor(ratio) + zero < qtype.quant_min
+    expected[below] = qtype.quant_min
+    np.testing.assert_array_equal(fake_quant.codes.numpy(), expected)
+    assert fake_quant.codes.dtype == qtype.container
+    assert fake_quant.round_loss() is None
+    assert not list(fake_quant.parameters())
+
+
+def test_hard_and_soft_weight_agree_where_alpha_has_settled() -> None:
+    fake_quant, weight = calibrated(AdaRound, QType(3, ch_axis=0))
+    (alpha,) = fake_quant.start(weight)
+    alpha.data.copy_(20 * torch.sign(torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))))
+    soft = fake_quant.quantized(weight).detach()
+    fake_quant.finish()
+    torch.testing.assert_close(fake_quant.quantized(weight), soft, rtol=1e-6, atol=1e-6)
+
+
+def test_adaround_gradients_and_regulariser_follow_the_naive_chain() -> None:
+    qtype = QType(3, symmetric=True, signed=True, ch_axis=0)
+    fake_quant, weight = calibrated(AdaRound, qtype)
+    (alpha,) = fake_quant.start(weight)
+    assert isinstance(fake_quant, AdaRound)
+    fake_quant.quantized(weight)
+    assert fake_quant.round_loss() is None
+    fake_quant.beta = 4.0
+    quantized = fake_quant.quantized(weight)
+    round_loss = fake_quant.round_loss()
+    assert round_loss is not None
+    ((quantized**2).sum() + 0.1 * round_loss).backward()
+
+    naive = alpha.detach().double().requires_grad_(True)
+    scale = fake_quant.scale.double().reshape(-1, 1, 1, 1)
+    floor = torch.floor(weight / fake_quant.scale.reshape(-1, 1, 1, 1)).double()
+    h = torch.clamp(torch.sigmoid(naive) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    value = torch.clamp(floor + h, qtype.quant_min, qtype.quant_max) * scale
+    regulariser = (1 - (2 * h - 1).abs() ** 4).sum()
+    ((value**2).sum() + 0.1 * regulariser).backward()
+    assert float(round_loss.detach()) == pytest.approx(float(regulariser.detach()), rel=1e-5)
+    assert alpha.grad is not None
+    torch.testing.assert_close(alpha.grad.double(), naive.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('cls', [NearestRounding, AdaRound])
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_the_gain_stretches_the_grid(cls: type[WeightFakeQuantize], qtype: QType) -> None:
+    fake_quant, weight = calibrated(cls, qtype)
+    codes, scale = fake_quant.codes.clone(), fake_quant.scale.clone()
+    before = fake_quant.quantized(weight)
+    (gain,) = fake_quant.start_scale(weight)
+    assert gain.numel() == scale.numel()
+    assert torch.equal(fake_quant.quantized(weight), before)
+
+    upstream = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+    fake_quant.quantized(weight).backward(upstream)
+    others = tuple(axis for axis in range(4) if axis != qtype.ch_axis)
+    expected = (before * upstream).double().numpy().sum(axis=others, keepdims=True)
+    assert gain.grad is not None
+    np.testing.assert_allclose(gain.grad.numpy().reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+
+    factors = 0.5 + torch.rand(scale.shape, generator=torch.Generator().manual_seed(6))
+    gain.data.copy_(factors.reshape(gain.shape))
+    stretched = fake_quant.quantized(weight).detach()
+    fake_quant.finish_scale()
+    torch.testing.assert_close(fake_quant.scale, scale * factors)
+    torch.testing.assert_close(fake_quant.quantized(weight), stretched)
+    assert torch.equal(fake_quant.codes, codes)
+    assert not list(fake_quant.parameters())
+
+
+def test_gain_and_rounding_together() -> None:
+    """The integers are those of the original scale; the learned factor applies to the soft weight."""
+    fake_quant, weight = calibrated(AdaRound, QType(4, ch_axis=0))
+    nearest = fake_quant.codes.clone()
+    fake_quant.start(weight)
+    soft = fake_quant.quantized(weight).detach()
+    (gain,) = fake_quant.start_scale(weight)
+    gain.data.fill_(3.0)
+    torch.testing.assert_close(fake_quant.quantized(weight).detach(), soft * 3)
+    fake_quant.finish()
+    fake_quant.finish_scale()
+    assert torch.equal(fake_quant.codes, nearest)
+
+
+@pytest.mark.parametrize('cls', [NearestRounding, AdaRound])
+def test_state_goes_round_bit_for_bit(cls: type[WeightFakeQuantize]) -> None:
+    fake_quant, weight = calibrated(cls, QType(3, symmetric=False, signed=False, ch_axis=0))
+    other = cls(fake_quant.qtype, weight.shape)
+    other.load_state_dict(fake_quant.state_dict())
+    assert set(fake_quant.state_dict()) == {'scale', 'zero_point', 'codes'}
+    assert torch.equal(other.quantized(weight), fake_quant.quantized(weight))
+
+
+LAYERS = [
+    pytest.param(lambda: nn.Conv2d(4, 6, 3), QType(2, symmetric=False, signed=False, ch_axis=0), id='conv'),
+    pytest.param(lambda: nn.Linear(5, 3, bias=False), QType(4, ch_axis=0), id='linear'),
+    pytest.param(lambda: nn.ConvTranspose2d(4, 6, 2), QType(8, ch_axis=1, spare_bits=1), id='transposed'),
+    pytest.param(lambda: nn.Conv2d(4, 6, 3, groups=2), QType(3), id='per-tensor'),
+]
+
+
+@pytest.mark.parametrize(('make', 'qtype'), LAYERS)
+def test_packing_changes_no_value(make, qtype: QType) -> None:
+    module = quantized_layer(make(), qtype)
+    fake_quant = weight_fake_quant(module)
+    assert fake_quant is not None
+    before, codes = module.weight.clone(), fake_quant.codes.clone()
+    pack_weight(module)
+    assert torch.equal(module.weight, before)
+    assert weight_fake_quant(module) is None
+    state = {k.removeprefix('parametrizations.weight.'): v for k, v in module.state_dict().items() if 'weight' in k}
+    assert set(state) == {'original0', 'original1', 'original2'}
+    assert torch.equal(state['original0'], codes)
+    assert state['original0'].dtype == qtype.container
+    assert torch.equal(state['original1'], fake_quant.scale)
+    assert torch.equal(state['original2'], fake_quant.zero_point)
+
+
+@pytest.mark.parametrize(('make', 'qtype'), LAYERS)
+def test_a_packed_state_loads_into_a_packed_module(make, qtype: QType) -> None:
+    module, other = quantized_layer(make(), qtype), make()
+    pack_weight(module)
+    blank = [torch.zeros_like(t) for t in (p for n, p in module.state_dict().items() if 'weight' in n)]
+    other.weight.requires_grad_(False)
+    parametrize.register_parametrization(other, 'weight', PackedWeight(qtype, *blank), unsafe=True)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.weight, module.weight)
+    assert torch.equal(copy.deepcopy(module).weight, module.weight)
+
+
+def test_packing_takes_what_was_learned() -> None:
+    module = quantized_layer(nn.Conv2d(4, 6, 3), QType(3, ch_axis=0), AdaRound)
+    fake_quant = weight_fake_quant(module)
+    assert fake_quant is not None
+    weight = original_weight(module)
+    nearest = module.weight.clone()
+    (alpha,) = fake_quant.start(weight)
+    (gain,) = fake_quant.start_scale(weight)
+    alpha.data.neg_()
+    gain.data.fill_(1.25)
+    fake_quant.finish()
+    fake_quant.finish_scale()
+    learned = module.weight.clone()
+    assert not torch.equal(learned, nearest)
+    pack_weight(module)
+    assert torch.equal(module.weight, learned)
+
+
+def test_the_float_weight_stays_until_packed() -> None:
+    module = quantized_layer(nn.Conv2d(4, 6, 3), QType(2, ch_axis=0))
+    expected, _, _ = problem(QType(2, ch_axis=0), (6, 4, 3, 3))
+    assert torch.equal(original_weight(module), expected)
+    fake_quant = weight_fake_quant(module)
+    assert fake_quant is not None
+    fake_quant.enabled = False
+    assert torch.equal(module.weight, expected)
+
+
+def test_a_float_module_has_no_fake_quantizer() -> None:
+    assert weight_fake_quant(nn.Conv2d(1, 1, 1)) is None

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import classifier, conv, images, net, residual
+from torch import Tensor, nn
+
+from mmbrecq.graph.arithmetic import trace_arithmetic
+from mmbrecq.graph.placement import Place, find_places
+from mmbrecq.graph.roles import Roles
+from mmbrecq.presets import PRESETS
+
+
+def places(model: nn.Module, preset: str) -> list[Place]:
+    traced = trace_arithmetic(model, images(2))
+    return find_places(Roles(model, traced.graph), PRESETS[preset])
+
+
+def targets(found: list[Place]) -> list[str]:
+    """The producers, modules by their last name and functions by their node's."""
+    return [
+        '+'.join(str(n.target).removeprefix('backbone.') if n.op == 'call_module' else n.name for n in place.nodes)
+        for place in found
+    ]
+
+
+BEFORE_LAYERS = ['inputs', 'stem_relu', 'relu1', 'out_relu', 'gap']
+
+
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [
+        ('academic', BEFORE_LAYERS),
+        ('openvino', BEFORE_LAYERS),
+        # the runtime computes an integer convolution only where its output is quantized
+        ('onnxruntime', ['inputs', 'stem_relu', 'relu1', 'conv2', 'down', 'out_relu', 'gap']),
+        # of the two convolutions that meet in the add, the one on the shortcut
+        ('tensorrt', ['inputs', 'stem_relu', 'relu1', 'down', 'out_relu', 'gap']),
+    ],
+)
+def test_residual_block(preset: str, expected: list[str]) -> None:
+    found = places(residual(), preset)
+    assert targets(found) == expected
+    assert len({place.name for place in found}) == len(found)
+
+
+def test_places_know_their_readers_and_their_sign() -> None:
+    found = dict(zip(BEFORE_LAYERS, places(residual(), 'academic'), strict=True))
+    readers = {name: [layer.removeprefix('backbone.') for layer in place.layers] for name, place in found.items()}
+    assert readers == {
+        'inputs': ['stem'], 'stem_relu': ['conv1', 'down'], 'relu1': ['conv2'], 'out_relu': [], 'gap': ['fc']
+    }  # fmt: skip
+    assert {name for name, place in found.items() if not place.non_negative} == {'inputs'}
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_identity_shortcut(preset: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.stem_relu(self.stem(x))
+        return self.last(F.relu(self.conv(x) + x))
+
+    model = net(forward, stem=conv(), stem_relu=nn.ReLU(), conv=conv(4, 4), last=conv(4, 2))
+    of_the_runtime = ['conv'] if preset == 'onnxruntime' else []
+    assert targets(places(model, preset)) == ['inputs', 'stem_relu', *of_the_runtime, 'relu']
+
+
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [
+        ('academic', ['inputs', 'silu', 'relu6']),
+        ('openvino', ['inputs', 'silu', 'relu6']),
+        ('onnxruntime', ['inputs', 'first', 'silu', 'relu6']),
+        ('tensorrt', ['inputs', 'silu', 'relu6']),
+    ],
+)
+def test_activation_that_a_target_does_not_fuse(preset: str, expected: list[str]) -> None:
+    model = net(
+        lambda self, x: self.third(self.relu6(self.second(self.silu(self.first(x))))),
+        first=conv(), silu=nn.SiLU(), second=conv(4, 4), relu6=nn.ReLU6(), third=conv(4, 2),
+    )  # fmt: skip
+    assert targets(places(model, preset)) == expected
+
+
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [
+        ('academic', ['inputs', 'relu1', 'relu2']),
+        ('openvino', ['inputs', 'relu1+relu2']),
+        ('onnxruntime', ['inputs', 'relu1+relu2']),
+        ('tensorrt', ['inputs', 'relu1+relu2']),
+    ],
+)
+def test_inputs_of_a_concatenation_share_a_grid(preset: str, expected: list[str]) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        left, right = self.relu1(self.conv1(x)), self.relu2(self.conv2(x))
+        return self.last(torch.cat([self.pool(left), self.pool(right)], dim=1))
+
+    model = net(
+        forward, conv1=conv(), conv2=conv(), relu1=nn.ReLU(), relu2=nn.ReLU(), pool=nn.MaxPool2d(2), last=conv(8, 2)
+    )
+    assert targets(places(model, preset)) == expected
+
+
+def test_chained_concatenations_share_one_grid() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        a, b, c = F.relu(self.conv1(x)), F.relu(self.conv2(x)), self.conv3(x)
+        return self.last(torch.cat([torch.cat([a, b], 1), c], 1)) + self.side(c)
+
+    model = net(forward, conv1=conv(), conv2=conv(), conv3=conv(), last=conv(12, 2), side=conv(4, 2))
+    inputs, shared = places(model, 'openvino')
+    assert targets([inputs, shared]) == ['inputs', 'relu+relu_1+conv3']
+    assert not shared.non_negative
+    assert set(shared.layers) == {'backbone.last', 'backbone.side'}
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'vgg'])
+def test_network_outputs_stay_float_and_every_layer_reads_a_grid(preset: str, name: str) -> None:
+    model = classifier(name)
+    traced = trace_arithmetic(model, images(2))
+    roles = Roles(model, traced.graph)
+    found = find_places(roles, PRESETS[preset])
+    output = next(n for n in traced.graph.nodes if n.op == 'output')
+    assert not any(node in output.all_input_nodes for place in found for node in place.nodes)
+    read = {layer for place in found for layer in place.layers}
+    assert read == {str(n.target) for n in traced.graph.nodes if roles.is_weighted(n)}
+
+
+def test_several_outputs_stay_float_unless_a_layer_reads_them() -> None:
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.relu(self.conv1(x))
+        return first, self.conv2(first)
+
+    model = net(forward, conv1=conv(), relu=nn.ReLU(), conv2=conv(4, 2))
+    assert targets(places(model, 'onnxruntime')) == ['inputs', 'relu']

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import HSwish, Swish
+from small_models import conv, images, net
+from torch import Tensor, fx, nn
+
+from mmbrecq.graph.arithmetic import trace_arithmetic
+from mmbrecq.graph.roles import Roles
+
+
+def last_node(function: Any, **modules: nn.Module) -> tuple[Roles, fx.Node]:
+    """The node whose value is the output of ``function``, behind a convolution."""
+    model = net(lambda self, x: function(self, self.conv(x)), conv=conv(), **modules)
+    traced = trace_arithmetic(model, images(2))
+    roles = Roles(model, traced.graph)
+    output = next(n for n in traced.graph.nodes if n.op == 'output')
+    return roles, output.all_input_nodes[0]
+
+
+class _Named(nn.Conv2d):
+    """Named for nothing in particular."""
+
+
+@pytest.mark.parametrize(
+    ('module', 'weighted'),
+    [
+        (conv(4, 2), True), (_Named(4, 2, 1), True), (nn.ConvTranspose2d(4, 2, 1), True), (nn.Linear(32, 2), True),
+        (nn.BatchNorm2d(4), False), (nn.ReLU(), False), (nn.PReLU(), False),
+    ],
+)  # fmt: skip
+def test_weighted_layers(module: nn.Module, weighted: bool) -> None:
+    roles, node = last_node(lambda self, x: self.m(x + 0.0), m=module)
+    assert roles.is_weighted(node) == weighted
+
+
+@pytest.mark.parametrize(
+    ('function', 'is_add'),
+    [
+        (lambda self, x: x + x.abs(), True),
+        (lambda self, x: torch.add(x, x.abs()), True),
+        (lambda self, x: x.add(x.abs()), True),
+        (lambda self, x: x + 1.0, False),
+        (lambda self, x: x * x.abs(), False),
+        (lambda self, x: x - x.abs(), False),
+    ],
+)
+def test_additions_of_two_feature_maps(function: Any, is_add: bool) -> None:
+    roles, node = last_node(function)
+    assert roles.is_add(node) == is_add
+
+
+@pytest.mark.parametrize(
+    ('function', 'expected'),
+    [
+        (lambda self, x: F.relu(x), True),
+        (lambda self, x: torch.relu(x), True),
+        (lambda self, x: x.sigmoid(), True),
+        (lambda self, x: F.silu(x), True),
+        (lambda self, x: self.m(x), True),
+        (lambda self, x: self.swish(x), True),
+        (lambda self, x: self.hswish(x), True),
+        (lambda self, x: x.abs(), False),
+        (lambda self, x: F.avg_pool2d(x, 2), False),
+        (lambda self, x: self.pool(x), False),
+    ],
+)
+def test_activation_functions(function: Any, expected: bool) -> None:
+    roles, node = last_node(function, m=nn.GELU(), swish=Swish(), hswish=HSwish(), pool=nn.MaxPool2d(2))
+    assert roles.is_activation(node) == expected
+
+
+@pytest.mark.parametrize(
+    ('function', 'expected'),
+    [
+        (lambda self, x: self.pool(x), True),
+        (lambda self, x: x.flatten(1), True),
+        (lambda self, x: x.view(x.size(0), -1), True),
+        (lambda self, x: torch.cat([x, x.abs()], 1), True),
+        (lambda self, x: x[:, 1:], True),
+        (lambda self, x: x.permute(0, 2, 3, 1), True),
+        (lambda self, x: F.max_pool2d(x, 2), True),
+        (lambda self, x: F.avg_pool2d(x, 2), False),
+        (lambda self, x: self.average(x), False),
+        (lambda self, x: x + x.abs(), False),
+        (lambda self, x: F.relu(x), False),
+    ],
+)
+def test_moves_leave_values_on_their_grid(function: Any, expected: bool) -> None:
+    roles, node = last_node(function, pool=nn.MaxPool2d(2), average=nn.AvgPool2d(2))
+    assert roles.moves_only(node) == expected
+
+
+@pytest.mark.parametrize(
+    ('function', 'expected'),
+    [
+        (lambda self, x: F.relu(x), True),
+        (lambda self, x: self.relu6(x), True),
+        (lambda self, x: x.sigmoid(), True),
+        (lambda self, x: self.pool(F.relu(x)), True),
+        (lambda self, x: self.average(F.relu(x)).flatten(1), True),
+        (lambda self, x: F.relu(x).mean((2, 3)), True),
+        (lambda self, x: F.relu(x) + x.sigmoid(), True),
+        (lambda self, x: F.relu(x) * x.sigmoid(), True),
+        (lambda self, x: torch.cat([F.relu(x), x.sigmoid()], 1), True),
+        (lambda self, x: x, False),
+        (lambda self, x: F.silu(x), False),
+        (lambda self, x: F.relu(x) + x, False),
+        (lambda self, x: F.relu(x) * x, False),
+        (lambda self, x: torch.cat([F.relu(x), x], 1), False),
+        (lambda self, x: F.relu(x) - 1.0, False),
+        (lambda self, x: self.average(x), False),
+    ],
+)
+def test_sign_is_told_from_the_operators(function: Any, expected: bool) -> None:
+    modules = {'relu6': nn.ReLU6(), 'pool': nn.MaxPool2d(2), 'average': nn.AvgPool2d(2)}
+    roles, node = last_node(function, **modules)
+    assert roles.non_negative(node) == expected
+    assert not expected or bool((node.meta['example'] >= 0).all())
+
+
+def test_consumers_are_found_behind_moves() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.left(self.pool(y)) + self.right(self.pool(y)[:, :2]) + F.avg_pool2d(y, 2)[:, :2]
+
+    model = net(forward, first=conv(), pool=nn.MaxPool2d(2), left=conv(4, 2), right=conv(2, 2))
+    traced = trace_arithmetic(model, images(2))
+    roles = Roles(model, traced.graph)
+    first = next(n for n in traced.graph.nodes if n.target == 'backbone.first')
+    assert {str(n.target) for n in roles.consumers(first) if n.op == 'call_module'} == {
+        'backbone.left', 'backbone.right'
+    }  # fmt: skip
+    assert {roles.kind(n) for n in roles.consumers(first)} == {'Conv2d', 'avg_pool2d'}
+
+
+def test_only_floating_point_values_are_tensors() -> None:
+    model = net(lambda self, x: self.conv(x).view(x.size(0), -1), conv=conv())
+    traced = trace_arithmetic(model, images(2))
+    roles = Roles(model, traced.graph)
+    assert [roles.is_tensor(n) for n in traced.graph.nodes if n.op in ('call_method', 'output')] == [False, True, False]

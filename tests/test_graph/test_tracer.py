@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from small_models import Apply, Net, classifier, conv, images, net, residual, run
+from torch import Tensor, fx, nn
+
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.arithmetic import trace_arithmetic
+from mmbrecq.graph.tracer import ConcreteTracer
+
+
+def trace(model: nn.Module, example: Tensor | None = None) -> tuple[fx.GraphModule, ConcreteTracer]:
+    tracer = ConcreteTracer(images(2) if example is None else example)
+    return fx.GraphModule(model, tracer.trace_model(model)), tracer
+
+
+def _flatten_by_size(self: Any, x: Tensor) -> Tensor:
+    y = self.conv(x)
+    return self.fc(y.view(y.size(0), -1))
+
+
+def _flatten_by_shape(self: Any, x: Tensor) -> Tensor:
+    y = self.conv(x)
+    batch, *_ = y.shape
+    return self.fc(y.reshape(batch, -1))
+
+
+def _new_tensor_of_batch(self: Any, x: Tensor) -> Tensor:
+    y = self.conv(x)
+    return self.fc((y + torch.zeros(y.shape[0], 1, 1, 1)).flatten(1))
+
+
+@pytest.mark.parametrize('function', [_flatten_by_size, _flatten_by_shape, _new_tensor_of_batch])
+def test_batch_size_stays_symbolic(function: Any) -> None:
+    model = net(function, conv=conv(), fc=nn.Linear(4 * 64, 5))
+    traced, _ = trace(model, images(2, size=8))
+    for count in (1, 5):
+        x = images(count, seed=1, size=8)
+        torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'regnet', 'vgg'])
+def test_classifiers_trace_without_opaque_modules(name: str) -> None:
+    model = classifier(name)
+    traced, tracer = trace(model)
+    x = images(3, seed=1)
+    assert tracer.opaque == {}
+    torch.testing.assert_close(run(traced, x), run(lambda v: model(v, mode='tensor'), x), rtol=0, atol=0)
+
+
+def test_tests_on_shapes_resolve() -> None:
+    """Size tests in Python: the kind of padding and looping that plain ``torch.fx`` refuses."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        height = int(x.shape[-2])
+        if height % 16 != 0 and x.shape[-1] > 3:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 16 - height % 16))
+        x = self.conv(x)
+        if len(x) > 1 and x.numel() > 0:
+            x = x * 2.0
+        for _ in range(x.size(1) // 2):
+            x = x + 1.0
+        return x
+
+    model = net(forward, conv=conv())
+    with pytest.raises(Exception, match='control flow|Proxy|interpret'):
+        fx.symbolic_trace(model.backbone)
+    traced, tracer = trace(model, images(2, size=10))
+    assert tracer.opaque == {}
+    x = images(3, seed=1, size=10)
+    assert run(traced, x).shape[-2] == 16
+    torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
+
+
+def test_branch_on_values_is_the_one_of_the_example() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return -y if x.mean() > 0 else y
+
+    model = net(forward, conv=conv())
+    positive, negative = images(2, size=8).abs(), -images(2, size=8).abs()
+    traced, _ = trace(model, positive)
+    torch.testing.assert_close(run(traced, positive), run(model, positive), rtol=0, atol=0)
+    torch.testing.assert_close(run(traced, negative), -run(model, negative), rtol=0, atol=0)
+
+
+def test_tuples_are_unpacked_and_iterated() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        first, second = self.conv(x).chunk(2, dim=1)
+        return torch.cat([part * 2 for part in (first + second).split(1, dim=1)], dim=1)
+
+    model = net(forward, conv=conv())
+    traced, _ = trace(model)
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+
+
+class _Assigns(nn.Module):
+    """Writes into a slice, which no proxy can record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 0] = self.inner(x)[:, 0]
+        return y
+
+
+def test_module_that_cannot_be_traced_is_one_opaque_call() -> None:
+    model = net(lambda self, x: self.last(self.odd(self.first(x))), first=conv(), odd=_Assigns(), last=conv(4, 2))
+    traced, tracer = trace(model)
+    assert list(tracer.opaque) == ['backbone.odd']
+    assert re.match('_Assigns cannot be traced: .*item assignment', tracer.opaque['backbone.odd'])
+    calls = [(n.op, n.target) for n in traced.graph.nodes if n.op not in ('placeholder', 'output')]
+    assert calls == [('call_module', f'backbone.{name}') for name in ('first', 'odd', 'last')]
+    x = images(5, seed=1)
+    torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
+
+
+def test_only_the_innermost_module_is_opaque() -> None:
+    def outer(self: Any, x: Tensor) -> Tensor:
+        return self.relu(self.odd(x)) + x
+
+    inner = Apply(outer, odd=_Assigns(), relu=nn.ReLU())
+    traced, tracer = trace(net(lambda self, x: self.outer(self.first(x)), first=conv(), outer=inner))
+    assert list(tracer.opaque) == ['backbone.outer.odd']
+    assert 'backbone.outer.relu' in {n.target for n in traced.graph.nodes}
+
+
+def test_module_given_an_object_leaves_the_opacity_to_its_caller() -> None:
+    """A call in the graph can only be given tensors and numbers."""
+
+    class Options:
+        factor = 2.0
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor, options: Options) -> Tensor:
+            y = torch.zeros_like(x)
+            y[:, 0] = x[:, 0] * options.factor
+            return y
+
+    outer = Apply(lambda self, x: self.inner(x, Options()), inner=Inner())
+    model = net(lambda self, x: self.outer(self.first(x)), first=conv(), outer=outer)
+    traced, tracer = trace(model)
+    assert list(tracer.opaque) == ['backbone.outer']
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+
+
+def test_model_that_cannot_be_traced_is_named() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, inputs: Tensor, mode: str) -> Tensor:
+            y = self.conv(inputs)
+            y[:, 0] = 0
+            return y
+
+    with pytest.raises(GraphError, match='^Whole cannot be traced: .*item assignment'):
+        trace_arithmetic(Whole(), images(2))
+
+
+def test_subclass_of_a_convolution_is_a_leaf() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.nn.functional.pad(x, (0, 1, 0, 1)))
+
+    model = net(lambda self, x: self.odd(x), odd=Padded(3, 4, 2))
+    traced, _ = trace(model)
+    assert [n.op for n in traced.graph.nodes] == ['placeholder', 'call_module', 'output']
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+
+
+def test_nodes_know_their_value_and_their_owner() -> None:
+    model, x = residual(), images(2)
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, out))
+    run(model, x)
+    traced, _ = trace(model, x)
+    modules = [n for n in traced.graph.nodes if n.op == 'call_module']
+    assert len(modules) == 9
+    for node in modules:
+        assert node.meta['owner'] == node.target
+        torch.testing.assert_close(node.meta['example'], seen[node.target], rtol=0, atol=0)
+    functions = [n for n in traced.graph.nodes if n.op == 'call_function']
+    assert {n.meta['owner'] for n in functions} == {'backbone'}
+    resnet, _ = trace(classifier('resnet'))
+    owners = {n.meta['owner'] for n in resnet.graph.nodes if 'add' in n.name}
+    assert owners == {f'backbone.layer{i}.{j}' for i in range(1, 5) for j in range(2)}
+
+
+def test_parameters_read_by_a_module_stay_its_own() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    model = net(lambda self, x: self.scaled(self.conv(x)), conv=conv(), scaled=Scaled())
+    traced, _ = trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == 'get_attr'] == ['backbone.scaled.gain']
+    with torch.no_grad():
+        model.backbone.scaled.gain.fill_(5.0)
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+    assert isinstance(model, Net)

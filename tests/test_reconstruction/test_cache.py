@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from mmbrecq.errors import ConfigError, StorageError
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, last_readers, peak_bytes, plan_cache
+
+MIB = 2**20
+CPU, GPU = torch.device('cpu'), torch.device('cuda')
+
+
+def unit(name: str, inputs: Sequence[str], outputs: Sequence[str], layers: Sequence[str] = ('conv',)) -> Any:
+    module: Any = None
+    return ReconstructionUnit(name, module, tuple(inputs), tuple(outputs), tuple(layers), ())
+
+
+# a shortcut: `a` is read by the second and by the third unit
+UNITS = [unit('one', ['x'], ['a']), unit('two', ['a'], ['b']), unit('three', ['a', 'b'], ['c'], layers=())]
+SIZES = {'x': 1000, 'a': 100, 'b': 10, 'c': 1}
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``room(device=, host=, disk=)``: free MiB of each, of which half are for the cache on the device and the host."""
+
+    def set_free(device: float = 0, host: float = 0, disk: float = 0) -> None:
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda _: (int(device * MIB), 10**12))
+        monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=int(host * MIB)))
+        monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=int(disk * MIB)))
+
+    return set_free
+
+
+def test_last_readers() -> None:
+    assert last_readers(UNITS) == {'x': 0, 'a': 2, 'b': 2}
+
+
+def test_the_peak_counts_what_lives_at_once() -> None:
+    peak, where = peak_bytes(UNITS, SIZES, 'x', fisher=False)
+    # both streams share the images, and carry each its own of all else
+    assert where == 'one'
+    assert peak >= 1000 + 2 * 100
+    small_images = {**SIZES, 'x': 1}
+    peak, where = peak_bytes(UNITS, small_images, 'x', fisher=False)
+    # `a` is there until the last unit; the images are not there any more
+    assert where == 'three'
+    assert peak >= 2 * (100 + 10 + 1)
+
+
+def test_what_no_later_unit_reads_is_not_counted() -> None:
+    chain = [unit(str(i), [f'v{i}'], [f'v{i + 1}']) for i in range(50)]
+    sizes = {f'v{i}': 100 for i in range(51)}
+    assert peak_bytes(chain, sizes, 'v0', fisher=False)[0] <= 100 * 2 * 3
+
+
+def test_fisher_weights_are_there_from_the_start() -> None:
+    """One for every output of a unit that has layers."""
+    without, with_fisher = (peak_bytes(UNITS, SIZES, 'x', fisher=fisher)[0] for fisher in (False, True))
+    assert with_fisher == without + 100 + 10
+
+
+@pytest.mark.parametrize(
+    ('needed', 'place'), [(10, 'device'), (11, 'host'), (50, 'host'), (51, 'disk'), (1000, 'disk')]
+)
+def test_the_fastest_place_with_room(room: Any, tmp_path: Path, needed: int, place: str) -> None:
+    room(device=20, host=100, disk=1000)
+    plan = plan_cache('auto', needed * MIB, 'u', GPU, tmp_path, None)
+    assert plan == CachePlan(place, needed * MIB, 'u')
+
+
+def test_a_cpu_has_no_memory_of_its_own(room: Any, tmp_path: Path) -> None:
+    room(device=1000, host=100, disk=1000)
+    assert plan_cache('auto', MIB, 'u', CPU, tmp_path, None).place == 'host'
+    assert plan_cache('device', MIB, 'u', CPU, tmp_path, None).place == 'host'
+
+
+def test_the_limit_of_host_memory(room: Any, tmp_path: Path) -> None:
+    room(host=1000, disk=1000)
+    assert plan_cache('auto', 5 * MIB, 'u', CPU, tmp_path, 5 * MIB).place == 'host'
+    assert plan_cache('auto', 5 * MIB + 1, 'u', CPU, tmp_path, 5 * MIB).place == 'disk'
+
+
+@pytest.mark.parametrize('place', ['device', 'host', 'disk'])
+def test_the_place_that_the_config_asks_for(room: Any, tmp_path: Path, place: str) -> None:
+    room(device=1000, host=1000, disk=1000)
+    assert plan_cache(place, MIB, 'u', GPU, tmp_path, None).place == place
+
+
+def test_nothing_fits(room: Any, tmp_path: Path) -> None:
+    room(device=20, host=100, disk=70)
+    with pytest.raises(StorageError) as error:
+        plan_cache('auto', 80 * MIB, 'backbone.layer1', GPU, tmp_path, None)
+    assert str(error.value) == (
+        "expected room for 80 MiB of activations at unit 'backbone.layer1', but there are only 10 MiB on device, "
+        '50 MiB on host, 70 MiB on disk; use fewer calibration images or another cache'
+    )
+
+
+def test_the_asked_place_is_too_small(room: Any, tmp_path: Path) -> None:
+    room(host=100, disk=1000)
+    with pytest.raises(StorageError, match=r"60 MiB of activations at unit 'u', but there are only 50 MiB on host;"):
+        plan_cache('host', 60 * MIB, 'u', CPU, tmp_path, None)
+
+
+def test_an_unknown_place(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"^expected reconstructor\.cache to be one of \['auto', 'device', 'host', 'disk'\], but got 'ram'$",
+    ):
+        plan_cache('ram', 1, 'u', CPU, tmp_path, None)
+
+
+@pytest.mark.parametrize('place', ['device', 'host', 'disk'])
+def test_tensors_keep_what_is_written(tmp_path: Path, place: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = [torch.randn(s, generator=generator) for s in [(4, 3, 2), (5,), (1, 1, 7, 7)]]
+    with ActivationCache(CachePlan(place, 0, 'u'), CPU, tmp_path) as cache:
+        tensors = [cache.allocate(value.shape) for value in expected]
+        for tensor, value in zip(tensors, expected, strict=True):
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == value.shape
+            tensor.copy_(value)
+        for tensor, value in zip(tensors, expected, strict=True):
+            assert torch.equal(tensor, value)
+
+
+def test_the_disk_is_used_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    reserve = os.posix_fallocate
+    monkeypatch.setattr(os, 'posix_fallocate', lambda fd, start, size: sizes.append(size) or reserve(fd, start, size))
+    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
+        cache.allocate((100, 3))
+        (folder,) = tmp_path.iterdir()
+    assert sizes == [4 * 300]
+    assert folder.name.startswith('.activations-')
+
+
+def test_files_are_removed(tmp_path: Path) -> None:
+    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
+        cache.allocate((4, 3))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
+        cache.allocate((4, 3))
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_outlives_its_tensor(tmp_path: Path) -> None:
+    """Nothing is left behind by a process that is killed but an empty folder."""
+    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
+        tensor = cache.allocate((4, 3))
+        assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+        tensor.fill_(2)
+    # the mapping is still good when the folder has gone
+    assert float(tensor.sum()) == 24
+
+
+def test_host_tensors_touch_no_disk(tmp_path: Path) -> None:
+    with ActivationCache(CachePlan('host', 0, 'u'), CPU, tmp_path) as cache:
+        cache.allocate((4, 3))
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    cache = ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path)
+    with cache, pytest.raises(StorageError, match='cannot hold 8 MiB of activations: .*No space left on device'):
+        cache.allocate((2, 1024, 1024))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.errors import NonFiniteError
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction import Task
+from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
+from mmbrecq.reconstruction.fisher import fisher_weights
+
+Prepare = Callable[..., QuantizedModel]
+MakeTask = Callable[..., Task]
+
+
+def reference(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Squared gradients of the float model's own layers, image by image, normalised to mean 1."""
+    rows: dict[str, list[Tensor]] = {}
+    for image, target in zip(images, targets, strict=True):
+        backbone = model.backbone
+        x = torch.relu(backbone.stem(image[None]))
+        values = {'activation_quantizers_relu': x}
+        values['activation_quantizers_relu_2'] = x = backbone.first(x)
+        values['activation_quantizers_relu_4'] = x = backbone.second(backbone.pool(x))
+        values['head_fc'] = logits = model.head(x)
+        loss = -torch.log_softmax(logits[0], 0)[target]
+        for name, gradient in zip(values, torch.autograd.grad(loss, list(values.values())), strict=True):
+            rows.setdefault(name, []).append(gradient**2)
+    weights = {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: weight / weight.double().mean().float() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize('place', ['host', 'disk'])
+def test_squared_gradients_of_every_image(
+    prepared: Prepare, classifier: nn.Module, task: MakeTask, targets: Tensor, tmp_path: Path, place: str
+) -> None:
+    """The batches are of 10, 10 and 4 images: the mean over a batch plays no part, nor does quantization."""
+    work = task(prepared())
+    expected = reference(classifier, work.images, targets)
+    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
+        weights = fisher_weights(work.model, work.batches(), work.images, work.task_loss, cache)
+        # none for the unit without layers
+        assert set(weights) == set(expected)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+            assert float(weight.double().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_model_is_left_as_it_was(prepared: Prepare, task: MakeTask, host: ActivationCache) -> None:
+    work = task(prepared())
+    model = work.model
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    expected = model(work.images)
+    fisher_weights(model, work.batches(), work.images, work.task_loss, host)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+    assert torch.equal(model.model(work.images, mode='tensor'), expected)
+    runs = []
+    model.compiled.register_forward_hook(lambda *args: runs.append(args))
+    with model.quantization(True, True):
+        quantized = model.model(work.images, mode='tensor')
+    assert not torch.equal(quantized, expected)
+    # by the graph as before, not by what recorded it
+    assert len(runs) == 1
+
+
+def test_the_model_survives_an_error(prepared: Prepare, task: MakeTask, host: ActivationCache) -> None:
+    work = task(prepared())
+    expected = work.model(work.images)
+
+    def fail(batch: Any, images: Tensor) -> Tensor:
+        work.task_loss(batch, images)
+        raise RuntimeError('no labels')
+
+    with pytest.raises(RuntimeError, match='no labels'):
+        fisher_weights(work.model, work.batches(), work.images, fail, host)
+    assert torch.equal(work.model.model(work.images, mode='tensor'), expected)
+    assert not any(fake_quant.enabled for _, _, fake_quant in work.model.weights())
+
+
+@pytest.mark.parametrize(('factor', 'mean'), [(0.0, '0.0'), (float('nan'), 'nan')])
+def test_gradients_that_say_nothing(
+    prepared: Prepare, task: MakeTask, host: ActivationCache, factor: float, mean: str
+) -> None:
+    work = task(prepared())
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"^expected finite gradients at 'activation_quantizers_relu' that are not all zero, "
+        rf'but their mean square is {mean}$',
+    ):
+        fisher_weights(
+            work.model, work.batches(), work.images, lambda batch, x: factor * work.task_loss(batch, x), host
+        )

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmbrecq.errors import ConfigError
+from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Stage, StageOptions
+
+
+@pytest.mark.parametrize('name', ['iterations', 'batch_size'])
+@pytest.mark.parametrize('value', [0, -1, 2.5, '10'])
+def test_counts_are_positive_integers(name: str, value: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=rf'^expected {name} of a reconstruction to be an integer >= 1, but got {value!r}$'
+    ):
+        StageOptions(**{name: value})
+
+
+@pytest.mark.parametrize('name', ['warmup', 'drop_prob'])
+@pytest.mark.parametrize('value', [-0.1, 1, 1.5])
+def test_fractions_are_below_one(name: str, value: float) -> None:
+    with pytest.raises(
+        ConfigError, match=rf'^expected {name} of a reconstruction to be in \[0, 1\), but got {value!r}$'
+    ):
+        StageOptions(**{name: value})
+
+
+@pytest.mark.parametrize('name', ['lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'])
+@pytest.mark.parametrize('value', [-1e-3, float('inf'), float('nan')])
+def test_rates_and_weights_are_finite_and_not_negative(name: str, value: float) -> None:
+    with pytest.raises(
+        ConfigError, match=rf'^expected {name} of a reconstruction to be >= 0 and finite, but got {value!r}$'
+    ):
+        StageOptions(**{name: value})
+
+
+@pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0)])
+def test_beta_is_two_numbers_above_one(beta: Any) -> None:
+    with pytest.raises(ConfigError, match='^expected beta of a reconstruction to be two numbers above 1, but got '):
+        StageOptions(beta=beta)
+
+
+def test_activations_are_quantized_where_their_scales_are_learned() -> None:
+    assert not Stage('weights', StageOptions(), True, False).quantizes_activations
+    assert Stage('joint', StageOptions(), True, True).quantizes_activations
+
+
+def test_brecq_learns_weights_then_activations() -> None:
+    first, second = BRECQReconstructor(weights={'iterations': 7}, activations={'iterations': 9, 'lr': 0.5}).stages
+    assert (first.name, first.learns_rounding, first.learns_scale, first.options.iterations) == (
+        'weights', True, False, 7,
+    )  # fmt: skip
+    assert (second.name, second.learns_rounding, second.learns_scale, second.options.iterations) == (
+        'activations', False, True, 9,
+    )  # fmt: skip
+    assert second.options.lr == 0.5
+
+
+def test_qdrop_learns_both_at_once_and_drops() -> None:
+    (stage,) = QDropReconstructor(joint={'iterations': 7}).stages
+    assert (stage.name, stage.learns_rounding, stage.learns_scale) == ('joint', True, True)
+    assert 0 < stage.options.drop_prob < 1
+    assert QDropReconstructor(joint={'drop_prob': 0.0}).stages[0].options.drop_prob == 0
+
+
+@pytest.mark.parametrize(
+    ('cls', 'key'),
+    [(BRECQReconstructor, 'weights'), (BRECQReconstructor, 'activations'), (QDropReconstructor, 'joint')],
+)
+def test_options_are_checked(cls: type, key: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"^expected the keys of reconstructor\.{key} to be among \['iterations', .*\], but got 'iters'$",
+    ):
+        cls(**{key: {'iters': 5}})
+    with pytest.raises(ConfigError, match=rf'^expected reconstructor\.{key} to be a dict, but got 5$'):
+        cls(**{key: 5})
+
+
+def test_an_unknown_loss() -> None:
+    with pytest.raises(
+        ConfigError, match="unknown reconstruction loss type 'L3Loss': expected one of FisherLoss, MSELoss"
+    ):
+        BRECQReconstructor(loss={'type': 'L3Loss'})
