@@ -52,7 +52,7 @@ class ReconstructionLoggerHook(ReconstructionHook):
     """Writes one log line per unit and puts it into the summary."""
 
     def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self._count, self._done = sum(bool(u.layers or u.quantizers) for u in units), 0
+        self._count, self._done = sum(u.is_quantized for u in units), 0
         options = stage.options
         runner.logger.info(
             f'reconstruction of {stage.name}: {self._count} units, {options.iterations} iterations of '

@@ -45,6 +45,11 @@ class ReconstructionUnit:
     layers: tuple[str, ...]
     quantizers: tuple[str, ...]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything in it is."""
+        return bool(self.layers or self.quantizers)
+
 
 def find_blocks(model: nn.Module, blocks: Iterable[str] | None) -> list[str]:
     """Paths of the outermost blocks.

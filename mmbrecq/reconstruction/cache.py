@@ -44,8 +44,9 @@ def peak_bytes(
 ) -> tuple[int, str]:
     """Most bytes cached at once over a run, and the unit at which that is.
 
-    Two streams are carried, and while a unit runs its inputs and its outputs are there in both; the images are the
-    same in both. Fisher weights are there for every output from the start.
+    Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
+    as they were before learning and after it; the images are the same in both. Fisher weights are there for every
+    output from the start.
 
     Args:
         units: In the order of execution.
@@ -54,12 +55,13 @@ def peak_bytes(
         fisher: Whether Fisher weights are kept.
     """
     last = last_readers(units)
-    standing = sum(sizes[name] for unit in units if unit.layers for name in unit.outputs) if fisher else 0
+    standing = sum(sizes[name] for unit in units if unit.is_quantized for name in unit.outputs) if fisher else 0
     live: set[str] = {images}
     worst, where = 0, ''
     for index, unit in enumerate(units):
         live |= set(unit.outputs)
         total = standing + sum(sizes[name] * (1 if name == images else 2) for name in live)
+        total += sum(sizes[name] for name in unit.outputs)
         if total > worst:
             worst, where = total, unit.name
         live = {name for name in live if last.get(name, -1) > index}
@@ -85,7 +87,8 @@ def plan_cache(
     """
     if place not in PLACES:
         raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
-    free = {'host': memory_limit or psutil.virtual_memory().available // 2, 'disk': shutil.disk_usage(directory).free}
+    host = psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
+    free = {'host': host, 'disk': shutil.disk_usage(directory).free}
     free['device'] = torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0
     if place == 'device' and device.type == 'cpu':
         place = 'host'

@@ -52,7 +52,7 @@ def fisher_weights(
     Raises:
         NonFiniteError: A gradient is not finite, or all are zero.
     """
-    names = {name for unit in model.units if unit.layers for name in unit.outputs}
+    names = {name for unit in model.units if unit.is_quantized for name in unit.outputs}
     weights: dict[str, Tensor] = {}
     recorder = _Recorder(model.compiled, names)
     start = 0
@@ -65,7 +65,9 @@ def fisher_weights(
                 loss = task_loss(batch, x)
                 values = list(recorder.recorded.items())
                 # the loss is a mean over the batch: undo it, so that every image counts by itself
-                gradients = torch.autograd.grad(loss * (stop - start), [value for _, value in values])
+                gradients = torch.autograd.grad(
+                    loss * (stop - start), [value for _, value in values], allow_unused=True, materialize_grads=True
+                )
                 for (name, _), gradient in zip(values, gradients, strict=True):
                     if name not in weights:
                         weights[name] = cache.allocate((len(images), *gradient.shape[1:]))

@@ -105,6 +105,7 @@ def optimize_unit(
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             optimizer.step()
+            variables.keep_positive()
             scheduler.step()
             losses[step] = reconstruction.detach()
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:

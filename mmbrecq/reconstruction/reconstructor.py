@@ -111,24 +111,25 @@ class BaseReconstructor:
         for index, unit in enumerate(task.model.units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
+            if not unit.is_quantized:
+                inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
+                outputs = streams.run(unit, inputs, weights=True, activations=activations)
+                streams.advance(index, float_outputs, outputs)
+                continue
             data = UnitData(
                 streams.quantized_inputs(unit),
                 streams.float_inputs(unit),
                 float_outputs,
-                [fisher[name] for name in unit.outputs] if fisher is not None and unit.layers else None,
+                None if fisher is None else [fisher[name] for name in unit.outputs],
             )
-            if unit.layers or unit.quantizers:
-                listener.before_unit(stage, unit)
+            listener.before_unit(stage, unit)
             before, after, outputs, steps = self._reconstruct(task, stage, streams, unit, data, listener)
             streams.advance(index, float_outputs, outputs)
-            if unit.layers or unit.quantizers:
-                kept = steps > 0 and not after < before
-                seconds = time.perf_counter() - start
-                result = UnitResult(
-                    unit.name, stage.name, unit.layers, before, before if kept else after, steps, seconds, kept
-                )
-                results.append(result)
-                listener.after_unit(stage, unit, result)
+            kept = steps > 0 and not after < before
+            after = before if kept else after
+            seconds = time.perf_counter() - start
+            results.append(UnitResult(unit.name, stage.name, unit.layers, before, after, steps, seconds, kept))
+            listener.after_unit(stage, unit, results[-1])
         return results
 
     def _reconstruct(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmbrecq.errors import ConfigError
@@ -39,18 +41,23 @@ class StageOptions:
     def __post_init__(self) -> None:
         for name in ('iterations', 'batch_size'):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f'expected {name} of a reconstruction to be an integer >= 1, but got {value!r}')
+            self._expect(type(value) is int and value >= 1, name, 'an integer >= 1')
         for name in ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'):
             value = getattr(self, name)
-            if not 0 <= value < float('inf'):
-                raise ConfigError(f'expected {name} of a reconstruction to be >= 0 and finite, but got {value!r}')
-        if len(self.beta) != 2 or min(self.beta) <= 1:
-            raise ConfigError(f'expected beta of a reconstruction to be two numbers above 1, but got {self.beta!r}')
+            self._expect(_is_number(value) and 0 <= value < math.inf, name, 'a finite number >= 0')
         for name in ('warmup', 'drop_prob'):
             value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f'expected {name} of a reconstruction to be in [0, 1), but got {value!r}')
+            self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
+        pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
+        self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
+
+    def _expect(self, valid: bool, name: str, what: str) -> None:
+        if not valid:
+            raise ConfigError(f'expected {name} of a reconstruction to be {what}, but got {getattr(self, name)!r}')
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from mmbrecq.reconstruction.stages import Stage
 Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
 """Parameters, their learning rate, and its schedule."""
 
+SMALLEST = 0.01
+"""What a scale of an activation may shrink to, of what it was."""
+
 
 class Variables:
     """The variables of one unit in one stage.
@@ -46,7 +49,14 @@ class Variables:
             (scales, options.activation_lr, cosine),
         ]
         self._plain = [*offsets, *scales]
+        self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]
+
+    def keep_positive(self) -> None:
+        """Keeps a step of the optimizer from taking a scale of an activation to 0 or below."""
+        with torch.no_grad():
+            for scale, floor in self._floors:
+                torch.maximum(scale, floor, out=scale)
 
     def finish(self) -> None:
         """Fixes what was learned."""

@@ -7,24 +7,28 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from torch import nn
 
 from mmbrecq.engine.runner import ToolRunner
 
 
-@pytest.fixture
-def runner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[ToolRunner]:
-    (tmp_path / 'config.py').write_text('seed = 1')
+def make_runner(folder: Path) -> ToolRunner:
+    (folder / 'config.py').write_text('seed = 1')
     cfg = Config({'marker': 'in the config'}, cfg_text='marker', filename='elsewhere/config.py')
-    made = ToolRunner(nn.Linear(1, 1), work_dir=str(tmp_path), experiment_name=f'runner_{tmp_path.name}', cfg=cfg)
-    yield made
-    # it writes to this test's stdout, which closes now
-    made.logger.handlers.clear()
+    return ToolRunner(nn.Linear(1, 1), work_dir=str(folder), experiment_name=f'runner_{folder.name}', cfg=cfg)
 
 
-def test_the_long_account_goes_to_the_log_file(
-    runner: ToolRunner, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+@pytest.fixture(autouse=True)
+def closed_logs() -> Iterator[None]:
+    yield
+    for logger in MMLogger._instance_dict.values():
+        # they write to this test's stdout, which closes now
+        logger.handlers.clear()
+
+
+def test_the_long_account_goes_to_the_log_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runner = make_runner(tmp_path)
     runner.logger.info('before speaking')
     runner.logger.warning('a warning')
     runner.speak()
@@ -36,6 +40,7 @@ def test_the_long_account_goes_to_the_log_file(
         assert text not in shown and text in log.read_text()
 
 
-def test_a_config_in_the_work_dir_stays(runner: ToolRunner, tmp_path: Path) -> None:
+def test_a_config_in_the_work_dir_stays(tmp_path: Path) -> None:
+    make_runner(tmp_path)
     assert (tmp_path / 'config.py').read_text() == 'seed = 1'
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['config.py']

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Stage
 
 
 @pytest.mark.parametrize('name', ['iterations', 'batch_size'])
-@pytest.mark.parametrize('value', [0, -1, 2.5, '10'])
+@pytest.mark.parametrize('value', [0, -1, 2.5, '10', True])
 def test_counts_are_positive_integers(name: str, value: Any) -> None:
     with pytest.raises(
         ConfigError, match=rf'^expected {name} of a reconstruction to be an integer >= 1, but got {value!r}$'
@@ -18,24 +19,25 @@ def test_counts_are_positive_integers(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize('name', ['warmup', 'drop_prob'])
-@pytest.mark.parametrize('value', [-0.1, 1, 1.5])
+@pytest.mark.parametrize('value', [-0.1, 1, 1.5, True])
 def test_fractions_are_below_one(name: str, value: float) -> None:
     with pytest.raises(
-        ConfigError, match=rf'^expected {name} of a reconstruction to be in \[0, 1\), but got {value!r}$'
+        ConfigError, match=rf'^expected {name} of a reconstruction to be a number in \[0, 1\), but got {value!r}$'
     ):
         StageOptions(**{name: value})
 
 
 @pytest.mark.parametrize('name', ['lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'])
-@pytest.mark.parametrize('value', [-1e-3, float('inf'), float('nan')])
+@pytest.mark.parametrize('value', [-1e-3, float('inf'), float('nan'), '1e-3', True])
 def test_rates_and_weights_are_finite_and_not_negative(name: str, value: float) -> None:
     with pytest.raises(
-        ConfigError, match=rf'^expected {name} of a reconstruction to be >= 0 and finite, but got {value!r}$'
+        ConfigError,
+        match=rf'^expected {name} of a reconstruction to be a finite number >= 0, but got {re.escape(repr(value))}$',
     ):
         StageOptions(**{name: value})
 
 
-@pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0), 5, '20'])
 def test_beta_is_two_numbers_above_one(beta: Any) -> None:
     with pytest.raises(ConfigError, match='^expected beta of a reconstruction to be two numbers above 1, but got '):
         StageOptions(beta=beta)
