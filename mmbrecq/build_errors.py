@@ -34,7 +34,7 @@ def explain_build_error(error: BaseException) -> str:
         return f"unknown {kind} type '{name}'{_listed(name, names)}"
     if match := _UNKNOWN_OPTION.search(text):
         owner, option = match.groups()
-        return f"unknown option '{option}' of {owner}{_listed(option, _options(owner))}"
+        return f"unknown option '{option}' of {owner}{_listed(option, _options(error, owner))}"
     return text or _where(error)
 
 
@@ -67,11 +67,13 @@ def _names(registry: Registry, scope: str | None) -> set[str]:
     return set(registry.module_dict) if registry.scope in (scope, 'mmengine') else set()
 
 
-def _options(owner: str) -> set[str]:
-    """Options of the registered class ``owner``, empty where there is none."""
-    for registry in _registries():
-        cls = registry.module_dict.get(owner)
-        if inspect.isclass(cls):
-            kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            return {p.name for p in inspect.signature(cls).parameters.values() if p.kind in kinds}
+def _options(error: BaseException, owner: str) -> set[str]:
+    """Options of the class ``owner`` that was being built when ``error`` came, or of its base of that name."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # so mmengine's build_from_cfg calls it; many packages may have registered a class of this name
+        built = frame.f_locals.get('obj_cls')
+        for cls in built.__mro__ if inspect.isclass(built) else ():
+            if cls.__name__ == owner:
+                return {p.name for p in inspect.signature(cls).parameters.values() if p.kind in kinds}
     return set()

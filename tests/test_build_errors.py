@@ -22,6 +22,12 @@ class Sharpness:
         raise ValueError('radius is\n  too large')
 
 
+@CHILD.register_module()
+class Crispness(Sharpness):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
 for number in range(40):
     LARGE.register_module(name=f'Transform{number}', module=type(f'Transform{number}', (), {}))
 
@@ -49,6 +55,11 @@ def test_unknown_type_among_many_gives_the_closest() -> None:
 
 def test_unknown_option_lists_the_options() -> None:
     text = explained(METRICS, type='Sharpness', radius=1, colour='red')
+    assert text == "unknown option 'colour' of Sharpness: expected one of edges, radius"
+
+
+def test_the_option_may_be_one_of_a_base_class() -> None:
+    text = explained(METRICS, type='Crispness', radius=1, colour='red')
     assert text == "unknown option 'colour' of Sharpness: expected one of edges, radius"
 
 

@@ -29,7 +29,7 @@ STAGE: Any = Stage('weights', StageOptions(iterations=50, batch_size=4), True, F
 
 
 def unit(name: str) -> Any:
-    return SimpleNamespace(name=name, layers=('a',), quantizers=())
+    return SimpleNamespace(name=name, is_quantized=True)
 
 
 def result(name: str, kept: bool = False) -> UnitResult:
@@ -78,7 +78,7 @@ def test_the_log_has_a_line_for_every_unit() -> None:
         logger=SimpleNamespace(info=lines.append), test_loop=SimpleNamespace(record=recorded.append)
     )
     hook = ReconstructionLoggerHook()
-    empty = SimpleNamespace(name='flatten', layers=(), quantizers=())
+    empty = SimpleNamespace(name='flatten', is_quantized=False)
     hook.before_reconstruct_stage(runner, STAGE, [unit('a'), empty, unit('b')])
     hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
     hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True))
