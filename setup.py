@@ -33,12 +33,13 @@ def read_readme() -> str:
 
 
 def copy_mim_files() -> None:
-    """Copies configs and tools into ``mmbrecq/.mim``, where OpenMIM looks for them in an installed package."""
+    """Copies configs, tools and the model index into ``mmbrecq/.mim``, where OpenMIM looks for them in an installed package."""
     target = ROOT / 'mmbrecq' / '.mim'
     for name in ('configs', 'tools'):
         shutil.copytree(
             ROOT / name, target / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__', 'work_dirs')
         )
+    shutil.copy(ROOT / 'model-index.yml', target)
 
 
 if __name__ == '__main__':

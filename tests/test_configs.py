@@ -148,6 +148,11 @@ def test_cifar10_models_are_those_of_their_checkpoints(model: str, configs: dict
         assert without_root(value) == without_root(trained[key]), key
 
 
+def test_model_index_lists_all_metafiles() -> None:
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    assert [ROOT / path for path in index['Import']] == METAFILES
+
+
 @pytest.mark.parametrize('path', METAFILES, ids=lambda path: path.parent.name)
 def test_metafile_and_readme_list_the_configs(path: Path, configs: dict[Path, Config]) -> None:
     metafile = yaml.safe_load(path.read_text())
