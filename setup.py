@@ -33,7 +33,7 @@ def read_readme() -> str:
 
 
 def copy_mim_files() -> None:
-    """Copies configs, tools and the model index into ``mmbrecq/.mim``, where OpenMIM looks for them in an installed package."""
+    """Copies configs, tools and the model index into ``mmbrecq/.mim``, where OpenMIM looks for them when installed."""
     target = ROOT / 'mmbrecq' / '.mim'
     for name in ('configs', 'tools'):
         shutil.copytree(
