@@ -68,7 +68,7 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
     names = ('float', 'nearest', 'weights', 'quantized')
     stages = [spread(values([getattr(s.metrics, name) for s in summaries])) for name in names]
     deployed = [
-        spread(values([s.metrics.deployed.get(name, {}) for s in summaries])) for name in ('onnxruntime', 'openvino')
+        spread(values([s.metrics.deployed.get(name, {}) for s in summaries])) for name in ('ONNX Runtime', 'OpenVINO')
     ]
     seconds = spread([s.seconds.reconstruct for s in summaries if s.seconds.reconstruct is not None])
     memory = spread([s.peak_memory_bytes.host / 1e6 for s in summaries if s.peak_memory_bytes.host is not None])

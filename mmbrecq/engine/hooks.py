@@ -49,7 +49,7 @@ class ReconstructionHook(Hook):
 
 @HOOKS.register_module()
 class ReconstructionLoggerHook(ReconstructionHook):
-    """Writes one log line per unit and puts it into the summary."""
+    """Writes one log line per unit and puts it into the summary, and what the weights are worth after their pass."""
 
     def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
         self._count, self._done = sum(u.is_quantized for u in units), 0
@@ -69,6 +69,9 @@ class ReconstructionLoggerHook(ReconstructionHook):
             f'{result.loss_after:.4g}, {result.iterations} iterations, {result.seconds:.1f} s{kept}'
         )
         runner.test_loop.record(result)
+
+    def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
+        runner.test_loop.measure_weights(stage)
 
 
 @HOOKS.register_module()

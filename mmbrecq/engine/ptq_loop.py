@@ -33,10 +33,12 @@ from mmbrecq.engine.measure import model_size, peak_memory, versions
 from mmbrecq.engine.progress import track
 from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.graph.arithmetic import plug
+from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table, write_report
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
@@ -85,7 +87,8 @@ class PTQLoop(BaseLoop):
         if unknown:
             raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')
         self.float_checkpoint, self.evaluations = float_checkpoint, tuple(evaluations)
-        self.quantizer = build(QUANTIZERS, dict(quantizer))
+        self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
+        self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
         self.exporters = [build(EXPORTERS, dict(exporter)) for exporter in exporters]
         for exporter in self.exporters:
@@ -148,9 +151,15 @@ class PTQLoop(BaseLoop):
         )
         self._write_summary()
 
+    def measure_weights(self, stage: Stage) -> None:
+        """Measures learned weights with float activations, before another pass fits them to quantized ones."""
+        if not stage.quantizes_activations and self.model.quantizers:
+            with self.model.quantization(weights=True, activations=False):
+                self._evaluate('weights')
+
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
-            model: QuantizedModel = self.quantizer.prepare(self.runner.model, images[:2])
+            self.model = model = self.quantizer.prepare(self.runner.model, images[:2])
             self.summary.bits = {
                 layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers
             }
@@ -173,6 +182,7 @@ class PTQLoop(BaseLoop):
         self.runner.logger.info(
             f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
         )
+        evaluated = self.summary.seconds.evaluate or 0.0
         with self._timed('reconstruct'):
             try:
                 self.reconstructor.run(task, plan, HookCaller(self.runner))
@@ -183,9 +193,9 @@ class PTQLoop(BaseLoop):
             self.summary.warnings.append(
                 f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             )
-        if task.model.quantizers:
-            with task.model.quantization(weights=True, activations=False):
-                self._evaluate('weights')
+        # the evaluation after the first pass is no part of the reconstruction
+        spent = (self.summary.seconds.evaluate or 0.0) - evaluated
+        self.summary.seconds.reconstruct = (self.summary.seconds.reconstruct or 0.0) - spent
         self._write_summary()
 
     def _finish(self, model: QuantizedModel, example: Tensor) -> None:
