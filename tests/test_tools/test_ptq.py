@@ -44,7 +44,8 @@ def test_the_console_shows_the_work_and_the_log_everything(demo_run: Any) -> Non
     for line in ('weights 1/10 backbone.conv1: loss', 'activations 10/10 head.fc: loss', 'deployed in OpenVINO: '):
         assert line in logged and line in demo_run.outcome.out
     # the weights are measured before the second pass fits biases and scales to quantized activations
-    first, measured, second = (logged.index(line) for line in ('weights 10/10', 'weights: accuracy', 'activations 1/10'))
+    lines = ('weights 10/10', 'weights: accuracy', 'activations 1/10')
+    first, measured, second = (logged.index(line) for line in lines)
     assert first < measured < second
     assert len(demo_run.outcome.out.splitlines()) < 50
     assert '| deployed in ONNX Runtime |' in demo_run.outcome.out
