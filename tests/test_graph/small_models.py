@@ -112,10 +112,12 @@ def randomize(module: nn.Module) -> None:
 def classifier(name: str) -> nn.Module:
     """A small model of mmpretrain in evaluation mode."""
     import mmpretrain.models  # noqa: F401 - registers the types
-    from mmpretrain.registry import MODELS
+    from mmengine.registry import init_default_scope
+from mmpretrain.registry import MODELS
 
     torch.manual_seed(0)
     cfg = {'type': 'ImageClassifier', **CLASSIFIERS[name]}
+    init_default_scope('mmpretrain')
     model: nn.Module = MODELS.build(cfg)
     randomize(model)
     return model.eval()
