@@ -113,7 +113,7 @@ def classifier(name: str) -> nn.Module:
     """A small model of mmpretrain in evaluation mode."""
     import mmpretrain.models  # noqa: F401 - registers the types
     from mmengine.registry import init_default_scope
-from mmpretrain.registry import MODELS
+    from mmpretrain.registry import MODELS
 
     torch.manual_seed(0)
     cfg = {'type': 'ImageClassifier', **CLASSIFIERS[name]}
