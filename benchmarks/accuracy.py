@@ -76,6 +76,16 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
     return [name, ' '.join(str(s) for s in args.seeds), *stages, *deployed, seconds, memory]
 
 
+def import_memory() -> int:
+    """Peak memory, in bytes, of a process that imports what a run imports."""
+    code = 'import mmpretrain.models, mmbrecq.engine, onnx, onnxruntime, openvino; '
+    code += 'from mmbrecq.engine.measure import peak_memory; print(peak_memory().host)'
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return int(done.stdout.split()[-1])
+
+
 def main() -> None:
     """Prints the table, and the peak memory of the imports alone."""
     args = parse_args()
@@ -85,6 +95,7 @@ def main() -> None:
     for config in args.configs:
         summaries = [run(config, seed, args) for seed in args.seeds]
         print('| ' + ' | '.join(row(config, summaries, args)) + ' |', flush=True)
+    print(f'\npeak RSS of the imports alone: {import_memory() / 1e6:.2f} MB')
 
 
 if __name__ == '__main__':

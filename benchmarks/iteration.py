@@ -24,7 +24,6 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weig
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.config import build_runner, load_config, resolve_checkpoint
-from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
@@ -81,7 +80,7 @@ def plain_steps(unit: ReconstructionUnit, parameters: list[Tensor], data: UnitDa
 def measure(model: QuantizedModel, unit: ReconstructionUnit, data: UnitData, stage: Stage, repeats: int) -> float:
     """Median ratio of an optimisation step to a plain one."""
     weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
-    parameters = [original_weight(module) for module, _ in weights]
+    parameters = [module.parametrizations.weight.original for module, _ in weights]
     steps = stage.options.iterations
 
     def optimise() -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.calibration.sampling import CalibrationSet
-from mmbrecq.engine.progress import track
 from mmbrecq.errors import DataError, NonFiniteError
+from mmbrecq.progress import track
 
 
 def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmbrecq.calibration.data_errors import explain_data_error
-from mmbrecq.engine.progress import track
 from mmbrecq.graph.arithmetic import evaluation_mode
+from mmbrecq.progress import track
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mmengine.hooks import Hook
 
-from mmbrecq.engine.progress import ProgressBar
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.progress import ProgressBar
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS

@@ -30,9 +30,9 @@ from mmbrecq.engine.hooks import (
     ReconstructionProgressHook,
 )
 from mmbrecq.engine.measure import model_size, peak_memory, versions
-from mmbrecq.engine.progress import track
 from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.graph.arithmetic import plug
+from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan

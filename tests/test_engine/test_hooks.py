@@ -14,7 +14,7 @@ from mmengine.registry import HOOKS as ROOT_HOOKS
 from rich.console import Console
 from torch import nn
 
-from mmbrecq.engine import progress
+from mmbrecq import progress
 from mmbrecq.engine.hooks import (
     HookCaller,
     ReconstructionCheckpointHook,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mmbrecq.engine import progress
-from mmbrecq.engine.progress import ProgressBar, track
+from mmbrecq import progress
+from mmbrecq.progress import ProgressBar, track
 
 
 @pytest.fixture

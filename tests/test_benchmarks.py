@@ -1,0 +1,42 @@
+"""The benchmarks run from the command line as their README has them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmpretrain', reason='the benchmarks run models of mmpretrain')
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = 'configs/demo/resnet_digits_w2a4.py'
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'benchmarks' / script), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_iteration_prints_a_ratio_for_every_unit_and_stage() -> None:
+    out = run('iteration.py', CONFIG, '--steps', '2', '--repeats', '1', '--images', '32')
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
+    assert rows[0] == ['unit', 'cache s', 'weights', 'activations', 'joint']
+    assert [row[0] for row in rows[2:4]] == ['backbone.conv1', 'backbone.layer1.0']
+    assert rows[-1][0] == 'geometric mean'
+    assert all(re.fullmatch(r'\d+\.\d\d', cell) and float(cell) > 0 for cell in rows[-1][2:])
+
+
+def test_accuracy_prints_mean_and_spread_over_seeds(tmp_path: Path) -> None:
+    options = ['reconstructor.weights.iterations=2', 'reconstructor.activations.iterations=2', 'exporters=[]']
+    options += ['calibration.num_samples=32', 'calibration.batch_size=32', 'evaluations=[nearest,quantized]']
+    out = run('accuracy.py', CONFIG, '--seeds', '0', '1', '--work-dir', str(tmp_path), '--cfg-options', *options)
+    row = next(line for line in out.splitlines() if line.startswith('| resnet_digits_w2a4 | 0 1 |'))
+    cells = [cell.strip() for cell in row.strip('|').split('|')]
+    assert cells[2] == cells[4] == '' and re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d', cells[5])
+    memory = re.search(r'^peak RSS of the imports alone: (\d+\.\d\d) MB$', out, re.MULTILINE)
+    assert memory is not None and 100 < float(memory[1]) < float(cells[-1].split()[0])
