@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ LIMIT = 100_000
 TOO_LARGE = {'weight': torch.zeros(LIMIT)}
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process grows beyond LIMIT bytes: the write fails as on a full disk, with another number."""
+    """No file of this process grows beyond LIMIT bytes: the write fails as on a full disk, with another number.
+
+    Not a fixture: pytest prints a test's outcome before it ends them, maybe into a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_saves_and_replaces(tmp_path: Path) -> None:
@@ -44,15 +50,14 @@ def test_text_is_written_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / 'report.html').stat().st_mode == (tmp_path / 'plain').stat().st_mode
 
 
-@pytest.mark.usefixtures('full_disk')
 def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / 'quantized.pth'
     save_atomic({'weight': torch.ones(2)}, path)
-    with pytest.raises(StorageError, match=r'^cannot write .*quantized\.pth: File too large$'):
+    with full_disk(), pytest.raises(StorageError, match=r'^cannot write .*quantized\.pth: File too large$'):
         save_atomic(TOO_LARGE, path)
     assert torch.load(path, weights_only=True)['weight'].tolist() == [1, 1]
     write_text_atomic('before', tmp_path / 'summary.json')
-    with pytest.raises(StorageError, match=r'^cannot write .*summary\.json: File too large$'):
+    with full_disk(), pytest.raises(StorageError, match=r'^cannot write .*summary\.json: File too large$'):
         write_text_atomic('x' * 2 * LIMIT, tmp_path / 'summary.json')
     assert (tmp_path / 'summary.json').read_text() == 'before'
     assert sorted(os.listdir(tmp_path)) == ['quantized.pth', 'summary.json']

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,32 +285,36 @@ class Usage:
     free = 0
 
 
-@pytest.fixture
-def limit() -> Iterator[Callable[[int], None]]:
-    """No file of this process grows beyond a number of bytes: writing fails as on a full disk."""
+@contextmanager
+def limit(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes: writing fails as on a full disk.
+
+    Not a fixture: pytest prints a test's outcome before it ends them, maybe into a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_is_full_while_saving(call: Any, finished: Any, demo: Path, limit: Callable[[int], None]) -> None:
+def test_a_disk_that_is_full_while_saving(call: Any, finished: Any, demo: Path) -> None:
     kept = finished.contents()
-    limit(100_000)
-    outcome = call('ptq', demo, *QUICK, 'reconstructor.weights.iterations=2', work_dir=finished.folder)
+    with limit(100_000):
+        outcome = call('ptq', demo, *QUICK, 'reconstructor.weights.iterations=2', work_dir=finished.folder)
     assert outcome.error == f'cannot write {finished.folder}/reconstruction.pth: File too large'
     assert_kept(finished, kept)
     assert not list(finished.folder.glob('.*'))
 
 
-def test_a_disk_that_is_full_for_the_log_too(
-    call: Any, finished: Any, demo: Path, limit: Callable[[int], None]
-) -> None:
+def test_a_disk_that_is_full_for_the_log_too(call: Any, finished: Any, demo: Path) -> None:
     kept = finished.contents()
-    limit(5000)
     # the log is longer: what it loses is not worth a word of the logging module
-    error = call('ptq', demo, *QUICK, work_dir=finished.folder).error
+    with limit(5000):
+        error = call('ptq', demo, *QUICK, work_dir=finished.folder).error
     assert error == f'cannot write {finished.folder}/report.html: File too large'
     assert_kept(finished, kept)
 
