@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
-from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
+from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction, random_mask
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -57,11 +57,10 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return x
         clip = self._clip() if torch.onnx.is_in_onnx_export() else None
-        quantized = FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip)
+        keep = None
         if self.drop_prob > 0 and torch.is_grad_enabled():
-            keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.drop_prob
-            quantized = torch.where(keep, quantized, x)
-        return quantized
+            keep = random_mask(x, 1 - self.drop_prob, self.generator)
+        return FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip, keep)
 
     def _clip(self) -> Clip | None:
         """The cut that an export needs, None where the bounds of the container are the grid's."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.ops import random_mask
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
@@ -165,7 +166,6 @@ class _Dropping:
         for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
             x = quantized[index].to(self.device)
             if self.prob > 0 and quantized is not floating:
-                keep = torch.rand(x.shape, generator=self.generator, device=self.device) >= self.prob
-                x = torch.where(keep, x, floating[index].to(self.device))
+                x = torch.lerp(floating[index].to(self.device), x, random_mask(x, 1 - self.prob, self.generator))
             mixed.append(x)
         return mixed

@@ -56,7 +56,7 @@ def test_fake_quantize_is_the_straight_through_chain(
     x = torch.randn(shape, generator=generator(), dtype=torch.float64) * scale.max() * qtype.levels
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
-    for function in (naive_fake_quantize, lambda *args: FakeQuantizeFunction.apply(*args, None)):
+    for function in (naive_fake_quantize, lambda *args: FakeQuantizeFunction.apply(*args, None, None)):
         a, b = x.clone().requires_grad_(True), scale.clone().requires_grad_(True)
         out = function(a, b, zero_point, qtype)
         out.backward(upstream)
@@ -75,7 +75,7 @@ def test_gradient_of_the_scale_by_hand() -> None:
     scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     x = torch.tensor([1.3, 0.6, -0.1, -3.0], dtype=torch.float64, requires_grad=True)
     zero_point = torch.tensor(1.0, dtype=torch.float64)
-    out = FakeQuantizeFunction.apply(x, scale, zero_point, QType(2, symmetric=False, signed=False), None)
+    out = FakeQuantizeFunction.apply(x, scale, zero_point, QType(2, symmetric=False, signed=False), None, None)
     out.sum().backward()
     assert out.tolist() == [1.0, 0.5, 0.0, -0.5]
     assert x.grad is not None
@@ -87,12 +87,12 @@ def test_gradient_of_the_scale_by_hand() -> None:
 def test_fake_quantize_gives_only_the_gradients_asked_for() -> None:
     x, scale = torch.randn(3, 2), torch.tensor(0.3)
     qtype = QType(4)
-    only_x = FakeQuantizeFunction.apply(x.requires_grad_(True), scale, torch.tensor(0), qtype, None)
+    only_x = FakeQuantizeFunction.apply(x.requires_grad_(True), scale, torch.tensor(0), qtype, None, None)
     only_x.sum().backward()
     assert x.grad is not None
     assert scale.grad is None
     scale.requires_grad_(True)
-    FakeQuantizeFunction.apply(x.detach(), scale, torch.tensor(0), qtype, None).sum().backward()
+    FakeQuantizeFunction.apply(x.detach(), scale, torch.tensor(0), qtype, None, None).sum().backward()
     assert scale.grad is not None
     assert scale.grad.shape == ()
 
@@ -100,7 +100,7 @@ def test_fake_quantize_gives_only_the_gradients_asked_for() -> None:
 def test_fake_quantize_leaves_its_input_alone() -> None:
     x = torch.randn(3, 4)
     before = x.clone()
-    FakeQuantizeFunction.apply(x, torch.tensor(0.3), torch.tensor(0), QType(2), None)
+    FakeQuantizeFunction.apply(x, torch.tensor(0.3), torch.tensor(0), QType(2), None, None)
     assert torch.equal(x, before)
 
 
