@@ -25,6 +25,16 @@ def expand(values: Tensor, dim: int, ch_axis: int | None) -> Tensor:
     return values.reshape([-1 if i == ch_axis else 1 for i in range(dim)])
 
 
+def short_scale(scale: Tensor) -> Tensor:
+    """Returns the nearest scale with 8 significant bits, as bfloat16 has them; same shape and dtype.
+
+    A product of two such scales takes 16 of float32's 24 bits. A sum of products of low-bit integers, up to 256 in
+    value, fits the rest, and is then exact in whatever order a runtime adds it up: simulation and deployed graph agree
+    to the last bit, where otherwise some values would fall on the other side of a rounding boundary.
+    """
+    return scale.bfloat16().to(scale.dtype)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
     """Returns the integers of ``x`` on the grid, in the dtype of ``x``; same shape as ``x``."""
     s, z = expand(scale, x.dim(), qtype.ch_axis), expand(zero_point, x.dim(), qtype.ch_axis)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmbrecq.functional import affine_from_range, dequantize, expand, fake_quantize, quantize
+from mmbrecq.functional import affine_from_range, dequantize, expand, fake_quantize, quantize, short_scale
 from mmbrecq.qtype import QType
 
 ASYMMETRIC, SIGNED = QType(4, symmetric=False, signed=False), QType(4)
@@ -18,6 +18,37 @@ def test_expand() -> None:
     assert expand(values, 1, 0).tolist() == [0, 1, 2]
     scalar = torch.tensor(2.0)
     assert expand(scalar, 4, None) is scalar
+
+
+def test_short_scales_have_eight_significant_bits() -> None:
+    scales = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 1000)
+    mantissa, exponent = np.frexp(scales.double().numpy())
+    expected = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    assert short_scale(scales).double().numpy().tolist() == expected.tolist()
+
+
+def test_sums_of_low_bit_products_are_exact_with_short_scales() -> None:
+    """Nine products of 2-bit weights and 4-bit activations, as a depthwise convolution adds them up, in two orders."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 16, (9, 1000), generator=generator)
+    w = torch.randint(-2, 2, (9, 1000), generator=generator)
+    scales = torch.rand(2, 1000, generator=generator) + 0.01
+
+    def add_up(scales: torch.Tensor) -> list[torch.Tensor]:
+        products = (x * scales[0]) * (w * scales[1])
+        sums = []
+        for rows in (products, products.flip(0)):
+            total = torch.zeros(1000)
+            for row in rows:
+                total += row
+            sums.append(total)
+        return [*sums, products.double().sum(0).float()]
+
+    forwards, backwards, exact = add_up(short_scale(scales))
+    assert torch.equal(forwards, backwards)
+    assert torch.equal(forwards, exact)
+    forwards, backwards, _ = add_up(scales)
+    assert not torch.equal(forwards, backwards)
 
 
 def test_rounding_is_half_to_even() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction, random_mask
+from mmbrecq.functional import short_scale
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -45,10 +46,13 @@ class FakeQuantize(nn.Module):
         """Begins the optimisation; returns what there is to optimise."""
         return []
 
+    def finish(self) -> None:
+        """Ends the optimisation."""
+
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Sets scale and zero-point, both ``()`` or ``(C,)``."""
+        """Sets scale, to its 8 most significant bits, and zero-point, both ``()`` or ``(C,)``."""
         with torch.no_grad():
-            self.scale.copy_(scale)
+            self.scale.copy_(short_scale(scale))
             self.zero_point.copy_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,3 +95,9 @@ class LSQ(FakeQuantize):
         assert isinstance(self.scale, nn.Parameter)
         self.scale.requires_grad_(True)
         return [self.scale]
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            self.scale.copy_(short_scale(self.scale))
+        self.scale.requires_grad_(False)
+        self.scale.grad = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants.ops import DequantizeFunction, SoftRoundFunction, initial_alpha, soft_rounding
-from mmbrecq.functional import dequantize, expand, quantize
+from mmbrecq.functional import dequantize, expand, quantize, short_scale
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
 
@@ -46,8 +46,8 @@ class WeightFakeQuantize(nn.Module):
         self.gain: nn.Parameter | None = None
 
     def calibrate(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Sets the grid and rounds ``weight`` to nearest on it."""
-        self.scale.copy_(scale)
+        """Sets the grid, its scale to 8 significant bits, and rounds ``weight`` to nearest on it."""
+        self.scale.copy_(short_scale(scale))
         self.zero_point.copy_(zero_point)
         self.codes.copy_(quantize(weight, self.scale, self.zero_point.to(weight.dtype), self.qtype))
 
@@ -73,9 +73,9 @@ class WeightFakeQuantize(nn.Module):
         return [self.gain]
 
     def finish_scale(self) -> None:
-        """Ends the optimisation of the scale: multiplies the factor in."""
+        """Ends the optimisation of the scale: multiplies the factor in, and keeps 8 significant bits."""
         assert self.gain is not None
-        self.scale.mul_(self.gain.detach().reshape(self.scale.shape))
+        self.scale.copy_(short_scale(self.scale * self.gain.detach().reshape(self.scale.shape)))
         self.gain = None
 
     def start(self, weight: Tensor) -> list[nn.Parameter]:

@@ -41,14 +41,15 @@ class Variables:
         offsets = [correction.offset for correction in corrections if correction is not None]
         for offset in offsets:
             offset.requires_grad_(True)
-        scales = [p for q in quantizers for p in q.start()] if stage.learns_scale else []
+        self._quantizers = list(quantizers) if stage.learns_scale else []
+        scales = [p for q in self._quantizers for p in q.start()]
         groups: list[Group] = [
             (alphas, options.lr, constant),
             (gains, options.weight_scale_lr, cosine),
             (offsets, options.bias_lr, cosine),
             (scales, options.activation_lr, cosine),
         ]
-        self._plain = [*offsets, *scales]
+        self._offsets = offsets
         self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]
 
@@ -64,9 +65,11 @@ class Variables:
             rounding.finish()
         for fake_quant in self._stretched:
             fake_quant.finish_scale()
-        for parameter in self._plain:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for quantizer in self._quantizers:
+            quantizer.finish()
+        for offset in self._offsets:
+            offset.requires_grad_(False)
+            offset.grad = None
 
 
 class Snapshot:

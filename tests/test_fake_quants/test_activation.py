@@ -65,10 +65,21 @@ def test_values_per_channel(cls: type[FakeQuantize]) -> None:
     qtype = QType(4, symmetric=False, signed=False, ch_axis=1)
     fake_quant = cls(qtype, channels=3)
     assert fake_quant.scale.shape == fake_quant.zero_point.shape == (3,)
-    scale, zero = torch.tensor([0.1, 0.3, 0.5]), torch.tensor([0, 7, 15])
+    scale, zero = torch.tensor([0.125, 0.3125, 0.5]), torch.tensor([0, 7, 15])
     x = noise(2, 3, 4, 4)
     expected = reference(x, scale.numpy().reshape(1, 3, 1, 1), zero.numpy().reshape(1, 3, 1, 1), qtype)
     np.testing.assert_allclose(on(fake_quant, scale, zero)(x).detach().numpy(), expected, rtol=1e-6)
+
+
+@BOTH
+def test_a_scale_keeps_eight_significant_bits(cls: type[FakeQuantize]) -> None:
+    fake_quant = on(cls(QType(4)), 1.003)  # the steps between 1 and 2 are 1/128
+    assert float(fake_quant.scale) == 1.0
+    for scale in fake_quant.start():
+        scale.data.fill_(1.005)
+        fake_quant.finish()
+        assert float(fake_quant.scale) == 1 + 1 / 128
+        assert not fake_quant.scale.requires_grad
 
 
 @BOTH
