@@ -1,10 +1,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +12,6 @@ from mmbrecq.storage import replacing, save_atomic, write_text_atomic
 
 LIMIT = 100_000
 TOO_LARGE = {'weight': torch.zeros(LIMIT)}
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process grows beyond LIMIT bytes: the write fails as on a full disk, with another number.
-
-    Not a fixture: pytest prints a test's outcome before it ends them, maybe into a file.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_saves_and_replaces(tmp_path: Path) -> None:
@@ -50,14 +30,14 @@ def test_text_is_written_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / 'report.html').stat().st_mode == (tmp_path / 'plain').stat().st_mode
 
 
-def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path, full_disk: Any) -> None:
     path = tmp_path / 'quantized.pth'
     save_atomic({'weight': torch.ones(2)}, path)
-    with full_disk(), pytest.raises(StorageError, match=r'^cannot write .*quantized\.pth: File too large$'):
+    with full_disk(LIMIT), pytest.raises(StorageError, match=r'^cannot write .*quantized\.pth: File too large$'):
         save_atomic(TOO_LARGE, path)
     assert torch.load(path, weights_only=True)['weight'].tolist() == [1, 1]
     write_text_atomic('before', tmp_path / 'summary.json')
-    with full_disk(), pytest.raises(StorageError, match=r'^cannot write .*summary\.json: File too large$'):
+    with full_disk(LIMIT), pytest.raises(StorageError, match=r'^cannot write .*summary\.json: File too large$'):
         write_text_atomic('x' * 2 * LIMIT, tmp_path / 'summary.json')
     assert (tmp_path / 'summary.json').read_text() == 'before'
     assert sorted(os.listdir(tmp_path)) == ['quantized.pth', 'summary.json']

@@ -6,12 +6,33 @@ from typing import Any
 
 import torch
 from mmengine.evaluator import Evaluator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmbrecq.calibration.data_errors import explain_data_error
+from mmbrecq.errors import GraphError
 from mmbrecq.graph.arithmetic import evaluation_mode
 from mmbrecq.progress import track
+
+
+def check_runs(model: nn.Module, images: Tensor) -> None:
+    """Runs ``model`` once, before all that takes long.
+
+    Args:
+        model: An OpenMMLab model.
+        images (Tensor): Preprocessed images, ``(N, 3, H, W)``.
+
+    Raises:
+        GraphError: The model cannot process them.
+    """
+    with evaluation_mode(model):
+        try:
+            model(images, mode='tensor')
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise GraphError(
+                f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}: {reason}'
+            ) from error
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
-from mmbrecq.engine.evaluation import evaluate
+from mmbrecq.engine.evaluation import check_runs, evaluate
 from mmbrecq.engine.grids import grids_of
 from mmbrecq.engine.hooks import (
     HookCaller,
@@ -116,6 +116,7 @@ class PTQLoop(BaseLoop):
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         images = collect_images(self.runner.model, calibration)
+        check_runs(self.runner.model, images[:2])
         self._evaluate('float')
         model = self._prepare(images)
         self._calibrate(model, images)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +136,13 @@ def test_a_checkpoint_of_another_model(refuse: Callable[..., str], demo: Path, c
     stages = 'num_stages=3, out_indices=(2,), strides=(1, 2, 2), dilations=(1, 1, 1)'
     error = refuse(config(f'model = dict(backbone=dict({stages}), head=dict(in_channels=64))'))
     assert error.startswith(f'{CHECKPOINT} does not fit the model: 25 unexpected keys (first: backbone.layer4.0.conv1')
+
+
+def test_a_model_whose_parts_do_not_fit(refuse: Callable[..., str], config: Any) -> None:
+    # without its neck the head gets a feature map
+    error = refuse(config('model = dict(neck=None)'), 'evaluations=[float]')
+    assert error.startswith('ImageClassifier fails on images of shape (3, 32, 32): ')
+    assert 'shapes cannot be multiplied' in error
 
 
 @pytest.mark.parametrize('kept', [0.5, 0.999, 0.0])
@@ -285,35 +290,19 @@ class Usage:
     free = 0
 
 
-@contextmanager
-def limit(size: int) -> Iterator[None]:
-    """No file of this process grows beyond ``size`` bytes: writing fails as on a full disk.
-
-    Not a fixture: pytest prints a test's outcome before it ends them, maybe into a file.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_disk_that_is_full_while_saving(call: Any, finished: Any, demo: Path) -> None:
+def test_a_disk_that_is_full_while_saving(call: Any, finished: Any, demo: Path, full_disk: Any) -> None:
     kept = finished.contents()
-    with limit(100_000):
+    with full_disk(100_000):
         outcome = call('ptq', demo, *QUICK, 'reconstructor.weights.iterations=2', work_dir=finished.folder)
     assert outcome.error == f'cannot write {finished.folder}/reconstruction.pth: File too large'
     assert_kept(finished, kept)
     assert not list(finished.folder.glob('.*'))
 
 
-def test_a_disk_that_is_full_for_the_log_too(call: Any, finished: Any, demo: Path) -> None:
+def test_a_disk_that_is_full_for_the_log_too(call: Any, finished: Any, demo: Path, full_disk: Any) -> None:
     kept = finished.contents()
     # the log is longer: what it loses is not worth a word of the logging module
-    with limit(5000):
+    with full_disk(5000):
         error = call('ptq', demo, *QUICK, work_dir=finished.folder).error
     assert error == f'cannot write {finished.folder}/report.html: File too large'
     assert_kept(finished, kept)
