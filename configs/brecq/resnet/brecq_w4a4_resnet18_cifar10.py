@@ -4,7 +4,7 @@ _base_ = [
     '../../_base_/quant/brecq_w4a4.py',
 ]
 calibration = dict(selection='first')
-# At 4 bits rounding learned together with dropped activations loses less than the two passes, see benchmarks/README.md
+# At 4 bits rounding learned with dropped activations came closer to the float outputs than the two passes did
 reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
