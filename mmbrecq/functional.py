@@ -29,8 +29,8 @@ def short_scale(scale: Tensor) -> Tensor:
     """Returns the nearest scale with 8 significant bits, as bfloat16 has them; same shape and dtype.
 
     A product of two such scales takes 16 of float32's 24 bits. A sum of products of low-bit integers, up to 256 in
-    value, fits the rest, and is then exact in whatever order a runtime adds it up: simulation and deployed graph agree
-    to the last bit, where otherwise some values would fall on the other side of a rounding boundary.
+    value, fits the rest, and is then exact in whatever order a runtime adds it up. Otherwise its last bit depends on
+    the order, and takes some values to the other side of a rounding boundary.
     """
     return scale.bfloat16().to(scale.dtype)
 

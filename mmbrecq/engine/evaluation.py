@@ -9,6 +9,7 @@ from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmbrecq.backends.base import first_line
 from mmbrecq.calibration.data_errors import explain_data_error
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.arithmetic import evaluation_mode
@@ -29,10 +30,8 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
         try:
             model(images, mode='tensor')
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise GraphError(
-                f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}: {reason}'
-            ) from error
+            where = f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}'
+            raise GraphError(f'{where}: {first_line(error)}') from error
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
