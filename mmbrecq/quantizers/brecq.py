@@ -112,11 +112,12 @@ class BRECQQuantizer:
         }
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
         blocks = find_blocks(model, self.blocks)
-        units = cut_units(model, arithmetic.graph, quantized, set(quantizers), blocks, self.granularity)
+        cut = partial(cut_units, model, arithmetic.graph, quantized, set(quantizers), blocks)
+        units = cut(self.granularity)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(
-            model, arithmetic, self.preset, _list_layers(arithmetic, bits, units), units, quantizers, opaque_inputs,
-            observers,
+            model, arithmetic, self.preset, _list_layers(arithmetic, bits, units), units, cut, quantizers,
+            opaque_inputs, observers,
         )  # fmt: skip
 
     def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,6 +49,7 @@ class QuantizedModel:
         preset: The rules it was prepared for.
         layers: Every convolution and linear layer.
         units: In the order of execution.
+        cut: Gives the units of another granularity.
         quantizers: Activation quantizers by module path.
         opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
         observers: Configs of the range estimators: ``weight`` and ``activation``.
@@ -59,6 +60,7 @@ class QuantizedModel:
     preset: Preset
     layers: list[LayerInfo]
     units: list[ReconstructionUnit]
+    cut: Callable[[str], list[ReconstructionUnit]]
     quantizers: dict[str, FakeQuantize]
     opaque_inputs: dict[str, str] = field(default_factory=dict)
     observers: dict[str, dict[str, object]] = field(default_factory=dict)

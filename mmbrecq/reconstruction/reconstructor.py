@@ -20,7 +20,8 @@ from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
 from mmbrecq.reconstruction.fisher import TaskLoss, fisher_weights
-from mmbrecq.reconstruction.optimize import UnitData, optimize_unit
+from mmbrecq.reconstruction.losses import MSELoss
+from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
@@ -60,19 +61,30 @@ class Task:
 
 
 class BaseReconstructor:
-    """Runs :attr:`stages` over all units.
+    """Runs stages over all units.
 
     Args:
+        stages: In order.
+        network: Options of :class:`StageOptions` for a last pass over the whole network as one unit: what was learned
+            unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
+            outputs of the network; None for no such pass.
         loss: Config of the reconstruction loss.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
         memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
     """
 
-    stages: tuple[Stage, ...]
-
     def __init__(
-        self, loss: Mapping[str, Any] | None = None, cache: str = 'auto', memory_limit: int | None = None
+        self,
+        stages: Sequence[Stage],
+        network: Mapping[str, Any] | None = None,
+        loss: Mapping[str, Any] | None = None,
+        cache: str = 'auto',
+        memory_limit: int | None = None,
     ) -> None:
+        self.stages = tuple(stages)
+        if network is not None:
+            options = _options(network, 'reconstructor.network', iterations=500)
+            self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
         self.cache, self.memory_limit = cache, memory_limit
 
@@ -84,7 +96,8 @@ class BaseReconstructor:
             n.name: 4 * count * n.meta['example'][0].numel() for n in graph.nodes if _is_batched(n.meta.get('example'))
         }
         images = next(n.name for n in graph.nodes if n.op == 'placeholder')
-        needed, unit = peak_bytes(task.model.units, sizes, images, self.loss.needs_fisher)
+        fisher = self.loss.needs_fisher
+        needed, unit = max(peak_bytes(_units(task, stage), sizes, images, fisher) for stage in self.stages)
         return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
 
     def run(self, task: Task, plan: CachePlan, listener: Listener) -> list[UnitResult]:
@@ -98,17 +111,24 @@ class BaseReconstructor:
             for stage in self.stages:
                 if stage.name == 'activations' and not task.model.quantizers:
                     continue
-                listener.before_stage(stage, task.model.units)
-                results += self._run_stage(task, stage, cache, fisher, listener)
+                units = _units(task, stage)
+                listener.before_stage(stage, units)
+                results += self._run_stage(task, stage, units, cache, fisher, listener)
                 listener.after_stage(stage)
         return results
 
     def _run_stage(
-        self, task: Task, stage: Stage, cache: ActivationCache, fisher: dict[str, Tensor] | None, listener: Listener
+        self,
+        task: Task,
+        stage: Stage,
+        units: Sequence[ReconstructionUnit],
+        cache: ActivationCache,
+        fisher: dict[str, Tensor] | None,
+        listener: Listener,
     ) -> list[UnitResult]:
         results = []
-        streams = Streams(task.model, task.images, cache, stage.options.batch_size)
-        for index, unit in enumerate(task.model.units):
+        streams = Streams(task.model, units, task.images, cache, stage.options.batch_size)
+        for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
             if not unit.is_quantized:
@@ -120,7 +140,7 @@ class BaseReconstructor:
                 streams.quantized_inputs(unit),
                 streams.float_inputs(unit),
                 float_outputs,
-                None if fisher is None else [fisher[name] for name in unit.outputs],
+                None if fisher is None or stage.granularity else [fisher[name] for name in unit.outputs],
             )
             listener.before_unit(stage, unit)
             before, after, outputs, steps = self._reconstruct(task, stage, streams, unit, data, listener)
@@ -144,37 +164,44 @@ class BaseReconstructor:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         model, activations = task.model, stage.quantizes_activations
         weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
-        if activations and quantizers:
+        # at the outputs of the network there is nothing behind them for Fisher weights to stand for
+        loss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
+        if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             with observing(model, quantizers), model.quantization(weights=True, activations=False):
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        before = self._mean_loss(outputs, data, stage.options.batch_size)
+        before = _mean_loss(outputs, data, loss, stage.options.batch_size)
         snapshot = Snapshot(weights, quantizers)
         with model.quantization(weights=True, activations=activations):
             steps = optimize_unit(
-                unit.name, unit.module, weights, quantizers, data, self.loss, stage,
+                unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
                 lambda step, loss: listener.after_step(stage, unit, step, loss),
             )  # fmt: skip
         if steps == 0:
             return before, before, outputs, 0
         learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        after = self._mean_loss(learned, data, stage.options.batch_size)
+        after = _mean_loss(learned, data, loss, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
         snapshot.restore()
         return before, after, outputs, steps
 
-    def _mean_loss(self, outputs: Sequence[Tensor], data: UnitData, batch_size: int) -> float:
-        """Loss over all calibration images."""
-        count = len(data.targets[0])
-        total = 0.0
-        for start in range(0, count, batch_size):
-            index = slice(start, min(start + batch_size, count))
-            loss = data.loss([output[index] for output in outputs], index, self.loss)
-            total += float(loss) * (index.stop - index.start)
-        return total / count
+
+def _mean_loss(outputs: Sequence[Tensor], data: UnitData, loss: UnitLoss, batch_size: int) -> float:
+    """Loss over all calibration images."""
+    count = len(data.targets[0])
+    total = 0.0
+    for start in range(0, count, batch_size):
+        index = slice(start, min(start + batch_size, count))
+        value = data.loss([output[index] for output in outputs], index, loss)
+        total += float(value) * (index.stop - index.start)
+    return total / count
+
+
+def _units(task: Task, stage: Stage) -> list[ReconstructionUnit]:
+    return task.model.units if stage.granularity is None else task.model.cut(stage.granularity)
 
 
 def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:
@@ -207,15 +234,16 @@ class BRECQReconstructor(BaseReconstructor):
         self,
         weights: Mapping[str, Any] | None = None,
         activations: Mapping[str, Any] | None = None,
+        network: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
         cache: str = 'auto',
         memory_limit: int | None = None,
     ) -> None:
-        super().__init__(loss, cache, memory_limit)
-        self.stages = (
+        stages = (
             Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
             Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
         )
+        super().__init__(stages, network, loss, cache, memory_limit)
 
 
 @RECONSTRUCTORS.register_module()
@@ -230,10 +258,10 @@ class QDropReconstructor(BaseReconstructor):
     def __init__(
         self,
         joint: Mapping[str, Any] | None = None,
+        network: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
         cache: str = 'auto',
         memory_limit: int | None = None,
     ) -> None:
-        super().__init__(loss, cache, memory_limit)
         options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
-        self.stages = (Stage('joint', options, True, True),)
+        super().__init__([Stage('joint', options, True, True)], network, loss, cache, memory_limit)

@@ -65,16 +65,20 @@ class Stage:
     """One pass over all units.
 
     Args:
-        name: ``weights``, ``activations`` or ``joint``.
+        name: ``weights``, ``activations``, ``joint`` or ``network``.
         options: Its options.
         learns_rounding: Optimises the rounding of weights.
         learns_scale: Optimises the step sizes of activations.
+        granularity: Into what the network is cut for this pass; None for the units of the quantizer.
+        observes: Step sizes start from the observer's range over the quantized stream, not from where they are.
     """
 
     name: str
     options: StageOptions
     learns_rounding: bool
     learns_scale: bool
+    granularity: str | None = None
+    observes: bool = True
 
     @property
     def quantizes_activations(self) -> bool:

@@ -20,18 +20,26 @@ class Streams:
 
     Args:
         model: The prepared model.
+        units: Its units in the order of execution.
         images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
         cache: Where activations are kept.
         batch_size: Images per forward pass.
     """
 
-    def __init__(self, model: QuantizedModel, images: Tensor, cache: ActivationCache, batch_size: int) -> None:
-        self.model, self.cache, self.batch_size = model, cache, batch_size
+    def __init__(
+        self,
+        model: QuantizedModel,
+        units: Sequence[ReconstructionUnit],
+        images: Tensor,
+        cache: ActivationCache,
+        batch_size: int,
+    ) -> None:
+        self.model, self.units, self.cache, self.batch_size = model, units, cache, batch_size
         name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
         self.images = images
         self.float_values: dict[str, Tensor] = {name: images}
         self.quantized_values: dict[str, Tensor] = {name: images}
-        self._last = last_readers(model.units)
+        self._last = last_readers(units)
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
         """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
@@ -57,7 +65,7 @@ class Streams:
 
     def advance(self, index: int, float_outputs: Sequence[Tensor], quantized_outputs: Sequence[Tensor]) -> None:
         """Hands the outputs of unit ``index`` on and frees what no later unit reads."""
-        unit = self.model.units[index]
+        unit = self.units[index]
         self.float_values.update(zip(unit.outputs, float_outputs, strict=True))
         self.quantized_values.update(zip(unit.outputs, quantized_outputs, strict=True))
         for values in (self.float_values, self.quantized_values):

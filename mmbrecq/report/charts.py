@@ -144,7 +144,7 @@ def _row(unit: UnitRecord, y: float, axis: _LogAxis) -> str:
         return f'{head}<text x="{axis.left + 8:.1f}" y="{y + 4}">{tip}</text></g>'
     before, after = axis.place(unit.loss_before), axis.place(unit.loss_after)
     start, width = min(before, after), abs(before - after)
-    factor = kept_words(unit.phase) if unit.kept_nearest else f'÷ {unit.loss_before / unit.loss_after:.3g}'
+    factor = kept_words(unit) if unit.kept_nearest else f'÷ {unit.loss_before / unit.loss_after:.3g}'
     return (
         f'{head}<rect class="span" x="{start:.1f}" y="{y - 5}" width="{width:.1f}" height="10"/>'
         f'<circle class="before" cx="{before:.1f}" cy="{y}" r="4.5"/>'

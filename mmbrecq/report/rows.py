@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmbrecq.report.summary import KernelCount, MetricValues, Summary
+from mmbrecq.report.summary import KernelCount, MetricValues, Summary, UnitRecord
 
 RUNTIME_NAMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO', 'tensorrt': 'TensorRT'}
 UNKNOWN = '-'
@@ -111,6 +111,6 @@ def format_loss(loss: float) -> str:
     return f'{loss:.3g}' if math.isfinite(loss) else UNKNOWN
 
 
-def kept_words(phase: str) -> str:
+def kept_words(unit: UnitRecord) -> str:
     """Returns the mark of a unit that got worse: its weights, or its step sizes, are what they were before."""
-    return 'kept as it was' if phase == 'activations' else 'kept nearest'
+    return 'kept nearest' if unit.learned_rounding else 'kept as it was'

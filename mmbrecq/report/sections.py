@@ -28,11 +28,13 @@ _PHASES = {
     'weights': 'Weight rounding, unit by unit',
     'activations': 'Activation step sizes, unit by unit',
     'joint': 'Rounding and step sizes together, unit by unit',
+    'network': 'Step sizes, scales and biases, the network as one unit',
     '': 'Reconstruction, unit by unit',
 }
 # Per phase: where the loss before comes from, and what becomes of a unit that got worse
 _STARTS = {
     'activations': ('step sizes of the calibration', 'they keep the step sizes of the calibration'),
+    'network': ('what was learned unit by unit', 'it is kept'),
     '': ('nearest rounding', 'they keep nearest rounding'),
 }
 
@@ -149,7 +151,7 @@ def _phase(phase: str, units: list[UnitRecord]) -> str:
 
 
 def _unit_row(unit: UnitRecord, with_note: bool) -> str:
-    badge = f'<span class="badge">{kept_words(unit.phase)}</span>' if unit.kept_nearest else ''
+    badge = f'<span class="badge">{kept_words(unit)}</span>' if unit.kept_nearest else ''
     note = f'<td>{badge}</td>' if with_note else ''
     # The unit's own name in front of each layer would only repeat the first column.
     layers = ', '.join(layer.removeprefix(f'{unit.name}.') for layer in unit.layers)
@@ -162,7 +164,7 @@ def _unit_row(unit: UnitRecord, with_note: bool) -> str:
 
 def layer_bits(summary: Summary) -> str:
     """Returns the bits of each layer as coloured bars, with a count of each combination."""
-    unit_of = {layer: unit.name for unit in summary.units for layer in unit.layers}
+    unit_of = {layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers}
     rows = [
         f'<tr><th scope="row" class="mono">{escape(layer)}</th><td class="mono">{escape(unit_of.get(layer, ""))}</td>'
         f'<td>{bits_bar(bits.weight)}</td><td>{bits_bar(bits.activation)}</td></tr>'

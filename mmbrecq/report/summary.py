@@ -78,7 +78,7 @@ class UnitRecord:
         loss_after: Loss after the last iteration, >= 0.
         iterations: Optimisation steps taken.
         seconds: Wall-clock seconds.
-        phase: 'weights', 'activations' or 'joint'; empty where a run has one phase only.
+        phase: 'weights', 'activations', 'joint' or 'network'; empty where a run has one phase only.
         kept_nearest: The loss got worse, so the unit keeps nearest rounding.
     """
 
@@ -90,6 +90,11 @@ class UnitRecord:
     seconds: float = 0.0
     phase: str = ''
     kept_nearest: bool = False
+
+    @property
+    def learned_rounding(self) -> bool:
+        """Whether its phase learns the rounding of weights; the others start from what was learned."""
+        return self.phase not in ('activations', 'network')
 
 
 @dataclass

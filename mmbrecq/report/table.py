@@ -73,7 +73,7 @@ def _caption(summary: Summary) -> str:
         ratio = format_ratio(size.float, size.quantized)
         parts.append(f'model size: {format_bytes(size.float)} float, {format_bytes(size.quantized)} quantized')
         parts[-1] += f' ({ratio})' if ratio else ''
-    rounded = [unit for unit in summary.units if unit.phase != 'activations']
+    rounded = [unit for unit in summary.units if unit.learned_rounding]
     kept = sum(unit.kept_nearest for unit in rounded)
     if kept:
         parts.append(f'{kept} of {len(rounded)} units kept at nearest rounding')

@@ -112,6 +112,35 @@ def test_the_network_comes_closer_to_the_float_model(
     assert after[1] < 0.5 * before[1]
 
 
+@pytest.mark.parametrize('loss', ['MSELoss', 'FisherLoss'])
+def test_the_network_pass_fits_the_outputs_and_keeps_the_rounding(
+    loss: str, prepared: Prepare, task: MakeTask, classifier: nn.Module, images: Tensor
+) -> None:
+    alone, followed = task(prepared()), task(prepared())
+    run(QDropReconstructor(WEIGHTS, loss={'type': loss}), alone)
+    results = run(QDropReconstructor(WEIGHTS, network=ACTIVATIONS, loss={'type': loss}), followed)
+    assert [(r.stage, r.name) for r in results] == [('joint', name) for name in UNITS] + [('network', 'net0')]
+    assert set(results[-1].layers) == {layer.name for layer in followed.model.layers}
+    with torch.no_grad():
+        logits = classifier(images)
+    before, after = (squared_error(outputs(work.model, images), logits) for work in (alone, followed))
+    # whatever the loss of the units is, the network's is the squared error of its outputs
+    assert results[-1].loss_before == pytest.approx(before, rel=1e-4)
+    assert results[-1].loss_after == pytest.approx(after, rel=1e-4)
+    assert after < 0.95 * before
+    for (_, _, one), (_, _, other) in zip(alone.model.weights(), followed.model.weights(), strict=True):
+        assert torch.equal(one.codes, other.codes)
+
+
+def test_the_network_pass_starts_from_the_learned_step_sizes(prepared: Prepare, task: MakeTask) -> None:
+    alone, followed = task(prepared()), task(prepared())
+    still = {'iterations': 2, 'bias_lr': 0.0, 'weight_scale_lr': 0.0, 'activation_lr': 0.0}
+    run(qdrop(), alone)
+    run(QDropReconstructor({**WEIGHTS, 'activation_lr': 2e-3}, network=still), followed)
+    for name, quantizer in alone.model.quantizers.items():
+        assert torch.equal(quantizer.scale, followed.model.quantizers[name].scale)
+
+
 def test_losses_are_those_of_the_model(
     prepared: Prepare, task: MakeTask, classifier: nn.Module, images: Tensor
 ) -> None:

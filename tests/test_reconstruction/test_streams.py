@@ -62,7 +62,8 @@ def test_the_float_stream_is_the_float_model(
 ) -> None:
     model, expected = prepared(), float_activations(classifier, images)
     with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
-        for unit, (floats, _), (outputs, _) in carry(model, Streams(model, images, cache, 10), activations=True):
+        streams = Streams(model, model.units, images, cache, 10)
+        for unit, (floats, _), (outputs, _) in carry(model, streams, activations=True):
             assert len(floats) == len(unit.inputs)
             for name, value in [*zip(unit.inputs, floats, strict=True), *zip(unit.outputs, outputs, strict=True)]:
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
@@ -80,7 +81,7 @@ def test_the_quantized_stream_is_the_quantized_model(
     expected['inputs'] = images
     with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
         for unit, (floats, quantized), (float_outputs, outputs) in carry(
-            model, Streams(model, images, cache, 10), activations
+            model, Streams(model, model.units, images, cache, 10), activations
         ):
             for name, value in [*zip(unit.inputs, quantized, strict=True), *zip(unit.outputs, outputs, strict=True)]:
                 # a batch of another size may add up in another order, which moves a value to the next step at most
@@ -94,7 +95,7 @@ def test_the_quantized_stream_is_the_quantized_model(
 
 def test_both_streams_start_from_the_images(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
-    streams = Streams(model, images, host, 10)
+    streams = Streams(model, model.units, images, host, 10)
     assert streams.float_inputs(model.units[0])[0] is images
     assert streams.quantized_inputs(model.units[0])[0] is images
 
@@ -104,7 +105,7 @@ def test_only_what_a_later_unit_reads_is_kept(
     prepared: Prepare, classifier: nn.Module, images: Tensor, host: ActivationCache, granularity: str
 ) -> None:
     model = prepared(granularity=granularity)
-    streams = Streams(model, images, host, 24)
+    streams = Streams(model, model.units, images, host, 24)
     for index, _ in enumerate(carry(model, streams, True)):
         # looked at before the unit hands its outputs on
         ahead = {name for unit in model.units[index:] for name in unit.inputs}
@@ -120,7 +121,7 @@ def test_layers_carry_the_shortcut_past_the_block(
     model = prepared(granularity='layer')
     last = [unit for unit in model.units if 'backbone.first.conv2' in unit.layers]
     assert len(last[0].inputs) == 2
-    *_, (_, _, (outputs, _)) = carry(model, Streams(model, images, host, 24), True)
+    *_, (_, _, (outputs, _)) = carry(model, Streams(model, model.units, images, host, 24), True)
     with torch.no_grad():
         torch.testing.assert_close(outputs[0], classifier(images), rtol=1e-5, atol=1e-5)
 
@@ -128,7 +129,7 @@ def test_layers_carry_the_shortcut_past_the_block(
 def test_the_last_partial_batch_counts(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
     results = [
-        Streams(model, images, host, size).run(model.units[0], [images], weights=False, activations=False)[0]
+        Streams(model, model.units, images, host, size).run(model.units[0], [images], False, False)[0]
         for size in (1, 7, 24, 100)
     ]
     for result in results:
@@ -138,6 +139,6 @@ def test_the_last_partial_batch_counts(prepared: Prepare, images: Tensor, host: 
 
 def test_the_switches_are_put_back(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
-    Streams(model, images, host, 10).run(model.units[0], [images], weights=True, activations=True)
+    Streams(model, model.units, images, host, 10).run(model.units[0], [images], weights=True, activations=True)
     assert not any(fake_quant.enabled for _, _, fake_quant in model.weights())
     assert not any(quantizer.enabled for quantizer in model.quantizers.values())
