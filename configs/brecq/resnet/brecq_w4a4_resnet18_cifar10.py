@@ -8,7 +8,7 @@ calibration = dict(selection='first')
 reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
-    joint=dict(iterations=2000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
-    network=dict(iterations=500),
+    joint=dict(iterations=1000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
+    network=dict(iterations=250),
     loss=dict(type='MSELoss'),
 )
