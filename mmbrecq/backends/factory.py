@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mmbrecq.backends.base import BaseBackend
 from mmbrecq.errors import BackendError
+from mmbrecq.graph.structure import nest_outputs
 from mmbrecq.registry import BACKENDS
 
 
@@ -29,10 +31,12 @@ def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBacken
     return by_suffix[suffix](path, num_threads=num_threads)
 
 
-def first_output(backend: BaseBackend) -> Callable[[Tensor], Tensor]:
-    """The backend as a function of the images: its first output, on their device."""
+def as_arithmetic(backend: BaseBackend) -> Callable[[Tensor], Any]:
+    """The backend as a function of the images: its outputs nested as the network's are, on the images' device."""
+    names = backend.output_names
 
-    def run(images: Tensor) -> Tensor:
-        return backend(images)[0].to(images.device)
+    def run(images: Tensor) -> Any:
+        outputs = [output.to(images.device) for output in backend(images)]
+        return nest_outputs(dict(zip(names, outputs, strict=True)))
 
     return run

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.calibration.sampling import CalibrationSet
-from mmbrecq.errors import DataError, NonFiniteError
+from mmbrecq.errors import NonFiniteError
 from mmbrecq.progress import track
 
 
 def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
     """Reads and preprocesses all calibration images.
+
+    Images of several sizes are padded at the right and at the bottom to the largest height and width, as the
+    preprocessor itself pads the images of a batch.
 
     Args:
         model: Its data preprocessor is used.
@@ -23,25 +26,26 @@ def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
         ``(N, 3, H, W)`` on the device of the model.
 
     Raises:
-        DataError: The images are of several sizes.
         NonFiniteError: A preprocessed image is not finite.
     """
-    images: Tensor | None = None
+    batches: list[Tensor] = []
     start = 0
     for batch in track(calibration.batches(), 'calibration images', -(-len(calibration) // calibration.batch_size)):
         inputs = _preprocess(model, batch)
-        if images is None:
-            images = torch.empty((len(calibration), *inputs.shape[1:]), device=inputs.device)
-        if inputs.shape[1:] != images.shape[1:]:
-            raise DataError(
-                f'expected calibration images of one size, {tuple(images.shape[1:])}, but got {tuple(inputs.shape[1:])}'
-            )
         if not bool(torch.isfinite(inputs).all()):
             bad = int((~torch.isfinite(inputs)).flatten(1).any(1).nonzero()[0])
             raise NonFiniteError(f"expected finite pixels, but got NaN or infinity in '{calibration.ids[start + bad]}'")
-        images[start : start + len(inputs)] = inputs
+        batches.append(inputs)
         start += len(inputs)
-    assert images is not None
+    height, width = (max(batch.shape[axis] for batch in batches) for axis in (2, 3))
+    padding = getattr(model.data_preprocessor, 'pad_value', 0)
+    images = batches[0].new_full((start, batches[0].shape[1], height, width), padding)
+    end = start
+    while batches:
+        # the last first, so that each is freed once it is copied
+        last = batches.pop()
+        images[end - len(last) : end, :, : last.shape[2], : last.shape[3]] = last
+        end -= len(last)
     return images
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -50,7 +52,9 @@ def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator
             if explained is None:
                 raise
             raise explained from error
-        metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
+        # COCO's evaluator prints its progress and a table of its own
+        with redirect_stdout(io.StringIO()):
+            metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
     return {name: float(value) for name, value in metrics.items() if _is_number(value)}
 
 

@@ -15,7 +15,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import first_output, open_backend
+from mmbrecq.backends import as_arithmetic, open_backend
 from mmbrecq.building import build
 from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
@@ -225,7 +225,7 @@ class PTQLoop(BaseLoop):
             count = backend.integer_kernels()
             self.summary.integer_kernels[backend.name] = KernelCount(count.quantized, count.integer)
             if 'deployed' in self.evaluations:
-                plug(model.model, first_output(backend))
+                plug(model.model, as_arithmetic(backend))
                 metrics = self._measure(f'deployed in {backend.name}')
                 self.summary.metrics.deployed[backend.name] = metrics
                 plug(model.model, model.compiled)
@@ -245,6 +245,9 @@ class PTQLoop(BaseLoop):
 
     def _task_loss(self, batch: Any, images: Tensor) -> Tensor:
         samples = self.runner.model.data_preprocessor(batch, False)['data_samples']
+        for sample in samples:
+            # the images may have been padded further than those of this batch alone
+            sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
         total, _ = self.runner.model.parse_losses(self.runner.model.loss(images, samples))
         return total
 

@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import first_output, open_backend
+from mmbrecq.backends import as_arithmetic, open_backend
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
 from mmbrecq.engine.evaluation import evaluate
@@ -54,7 +54,7 @@ class QuantizedTestLoop(BaseLoop):
         """Returns the metrics."""
         self.runner.call_hook('before_test')
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
-            plug(self.runner.model, first_output(open_backend(self.checkpoint)))
+            plug(self.runner.model, as_arithmetic(open_backend(self.checkpoint)))
         else:
             load_quantized(self.runner.model, self.quantizer, self.checkpoint)
         metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, 'evaluation')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.registry import EXPORTERS
 
 INPUT_NAME = 'images'
-OUTPUT_NAME = 'output'
 
 
 @EXPORTERS.register_module()
@@ -41,7 +41,7 @@ class ONNXExporter(BaseExporter):
 
 
 def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
-    """The packed model as an ``onnx.ModelProto``; the batch axis is free.
+    """The packed model as an ``onnx.ModelProto``; the batch axis is free, height and width where outputs have them.
 
     Raises:
         ExportError: An operator has no ONNX form.
@@ -53,15 +53,15 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
     buffer = io.BytesIO()
     sink: Any = buffer
     compiled = model.compiled.eval()
+    outputs = model.arithmetic.example_outputs()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
-                compiled, (example,), sink, input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
-                dynamic_axes={INPUT_NAME: {0: 'batch'}, OUTPUT_NAME: {0: 'batch'}}, opset_version=opset,
-                do_constant_folding=False, **options,
+                compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
+                dynamic_axes=_free_axes(outputs), opset_version=opset, do_constant_folding=False, **options,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(f'the graph cannot be written as ONNX: {str(error).splitlines()[0]}') from error
@@ -69,3 +69,17 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
     rewrite_for(proto, model.preset)
     onnx.checker.check_model(proto)
     return proto
+
+
+def _free_axes(outputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Names of the axes that may have any length in the file.
+
+    A classifier's scores say nothing of height and width; the maps of a detector follow them.
+    """
+    axes = {name: {0: 'batch'} for name in (INPUT_NAME, *outputs)}
+    maps = [name for name, output in outputs.items() if output.dim() == 4]
+    for name in maps:
+        axes[name].update({2: f'{name}_height', 3: f'{name}_width'})
+    if maps:
+        axes[INPUT_NAME].update({2: 'height', 3: 'width'})
+    return axes

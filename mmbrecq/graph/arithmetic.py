@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
+from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import ConcreteTracer
 
 COMPONENTS = ('backbone', 'neck', 'head', 'bbox_head')
@@ -38,6 +39,11 @@ class Arithmetic:
     graph: fx.Graph
     opaque: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+
+    def example_outputs(self) -> dict[str, Tensor]:
+        """The outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
+        output = next(n for n in self.graph.nodes if n.op == 'output')
+        return flatten_outputs(fx.node.map_arg(output.args[0], lambda n: n.meta['example']))
 
     def compile(self) -> fx.GraphModule:
         """A module that runs the graph as it stands now, on the modules of the model."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SHOWN_METRICS = 3
+"""Metrics that the terminal has room for; the report has all of them."""
+
 
 def render_table(summary: Summary) -> str:
     """Returns the result table as plain text: title, Markdown table, sizes; no colour, no line is wrapped.
@@ -85,7 +88,7 @@ def _build_table(summary: Summary, box: object) -> Table:
     from rich.text import Text
 
     rows = result_rows(summary)
-    metrics = metric_names(rows)
+    metrics = metric_names(rows)[:SHOWN_METRICS]
     with_kernels = any(row.kernels for row in rows)
     table = Table(box=box)  # type: ignore[arg-type]
     table.add_column('stage')

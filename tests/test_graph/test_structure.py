@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.structure import flatten_outputs, nest_outputs
+
+
+def tensors(count: int) -> list[torch.Tensor]:
+    return [torch.full((1, 2), float(i)) for i in range(count)]
+
+
+def values(nested: Any) -> Any:
+    return float(nested[0, 0]) if isinstance(nested, torch.Tensor) else [values(item) for item in nested]
+
+
+def test_a_single_tensor_is_output() -> None:
+    (only,) = tensors(1)
+    assert flatten_outputs(only) == {'output': only}
+    assert nest_outputs({'output': only}) is only
+
+
+def test_a_detector_with_levels() -> None:
+    flat = flatten_outputs((tensors(12)[:11], tensors(2)))
+    assert list(flat)[:2] == ['output_0_0', 'output_0_1'] and list(flat)[-3:] == [
+        'output_0_10',
+        'output_1_0',
+        'output_1_1',
+    ]
+    # a runtime may list its outputs in another order, and 10 comes before 2 as text
+    nested = nest_outputs(dict(sorted(flat.items(), reverse=True)))
+    assert isinstance(nested, tuple) and isinstance(nested[0], list)
+    assert values(nested) == [[float(i) for i in range(11)], [0.0, 1.0]]
+
+
+def test_a_tuple_of_tensors_and_deeper_ones() -> None:
+    a, b, c = tensors(3)
+    assert values(nest_outputs(flatten_outputs([a, b]))) == [0.0, 1.0]
+    assert values(nest_outputs(flatten_outputs((a, ([b], c))))) == [0.0, [[1.0], 2.0]]
+    assert values(nest_outputs(flatten_outputs((a,)))) == [0.0]
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(GraphError, match='output_1 is a dict'):
+        flatten_outputs((torch.zeros(1), {}))
