@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmbrecq.backends.base import BaseBackend
+from mmbrecq.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
+from mmbrecq.graph.components import head_file, plug, region_heads, set_forward
 from mmbrecq.graph.structure import nest_outputs
 from mmbrecq.registry import BACKENDS
 
@@ -40,3 +41,37 @@ def as_arithmetic(backend: BaseBackend) -> Callable[[Tensor], Any]:
         return nest_outputs(dict(zip(names, outputs, strict=True)))
 
     return run
+
+
+class DeployedModel:
+    """The exported files of a model: one that reads images and, of a two-stage detector, one for each head beside it.
+
+    Args:
+        model: The OpenMMLab model that they were made of.
+        path: The file that reads images.
+
+    Raises:
+        BackendError: As :func:`open_backend` has it.
+    """
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        self.model = model
+        self.image_backend = open_backend(path)
+        self.heads = {head.path: open_backend(head_file(path, head.path)) for head in region_heads(model)}
+
+    @property
+    def name(self) -> str:
+        """The runtime's name."""
+        return self.image_backend.name
+
+    def plug(self) -> None:
+        """Makes the model run the files wherever it would have run its components."""
+        plug(self.model, as_arithmetic(self.image_backend))
+        for path, backend in self.heads.items():
+            set_forward(self.model.get_submodule(path), as_arithmetic(backend))
+
+    def integer_kernels(self) -> KernelCount:
+        """Counts the quantized layers of all files that run in integers."""
+        counts = [backend.integer_kernels() for backend in (self.image_backend, *self.heads.values())]
+        float_layers = [layer for count in counts for layer in count.float_layers]
+        return KernelCount(sum(c.quantized for c in counts), sum(c.integer for c in counts), float_layers)

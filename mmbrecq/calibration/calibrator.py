@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
+from mmbrecq.calibration.regions import RegionCapture, no_regions
 from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.weight import original_weight
@@ -48,6 +49,24 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize]) -> Iter
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
+
+
+def calibrate_regions(model: QuantizedModel, capture: RegionCapture) -> None:
+    """Finds the grid of every activation of the heads of a two-stage detector; without heads there is nothing to do.
+
+    Raises:
+        DataError: No region is proposed on any image.
+    """
+    if not any(head.quantizers for head in model.heads):
+        return
+    with ExitStack() as stack:
+        for head in model.heads:
+            stack.enter_context(observing(head, list(head.quantizers.values())))
+        capture.observe()
+        for head in model.heads:
+            observers = [quantizer.observer for quantizer in head.quantizers.values()]
+            if any(observer is None or observer.batches == 0 for observer in observers):
+                raise no_regions(head)
 
 
 def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor]) -> None:

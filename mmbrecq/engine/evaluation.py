@@ -15,6 +15,7 @@ from mmbrecq.backends.base import first_line
 from mmbrecq.calibration.data_errors import explain_data_error
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.arithmetic import evaluation_mode
+from mmbrecq.graph.components import ImageArithmetic
 from mmbrecq.progress import track
 
 
@@ -30,7 +31,7 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
     """
     with evaluation_mode(model):
         try:
-            model(images, mode='tensor')
+            ImageArithmetic(model)(images)
         except Exception as error:
             where = f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}'
             raise GraphError(f'{where}: {first_line(error)}') from error

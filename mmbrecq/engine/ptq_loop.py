@@ -15,10 +15,10 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import as_arithmetic, open_backend
+from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.calibration import build_calibration_set
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.evaluation import check_runs, evaluate
@@ -31,7 +31,6 @@ from mmbrecq.engine.hooks import (
 )
 from mmbrecq.engine.measure import model_size, peak_memory, versions
 from mmbrecq.errors import BackendError, ConfigError
-from mmbrecq.graph.arithmetic import plug
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.prepared import QuantizedModel
@@ -119,8 +118,8 @@ class PTQLoop(BaseLoop):
         check_runs(self.runner.model, images[:2])
         self._evaluate('float')
         model = self._prepare(images)
-        self._calibrate(model, images)
         task = Task(model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder)
+        self._calibrate(task)
         plan = self.reconstructor.plan(task)
         self._save_inputs(model, calibration.ids)
         self._reconstruct(task, plan)
@@ -154,7 +153,7 @@ class PTQLoop(BaseLoop):
 
     def measure_weights(self, stage: Stage) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
-        if not stage.quantizes_activations and self.model.quantizers:
+        if not stage.quantizes_activations and any(part.quantizers for part in self.model.parts):
             with self.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
 
@@ -162,20 +161,25 @@ class PTQLoop(BaseLoop):
         with self._timed('prepare'):
             self.model = model = self.quantizer.prepare(self.runner.model, images[:2])
             self.summary.bits = {
-                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers
+                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers
             }
-            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.layers if la.float_reason]
+            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.all_layers if la.float_reason]
             self.summary.model_size_bytes = model_size(model)
-            opaque = [f'{path} stays one call: {why}' for path, why in model.arithmetic.opaque.items()]
+            opaque = [
+                f'{path} stays one call: {why}' for part in model.parts for path, why in part.arithmetic.opaque.items()
+            ]
             self.summary.warnings += opaque
         for line in self.summary.float_layers + opaque:
             self.runner.logger.warning(line)
         return model
 
-    def _calibrate(self, model: QuantizedModel, images: Tensor) -> None:
+    def _calibrate(self, task: Task) -> None:
+        model = task.model
         with self._timed('calibrate'):
-            calibrate_weights(model)
-            calibrate_activations(model, list(track(images.split(64), 'calibration')))
+            for part in model.parts:
+                calibrate_weights(part)
+            calibrate_activations(model, list(track(task.images.split(64), 'calibration')))
+            calibrate_regions(model, task.regions)
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
@@ -212,23 +216,25 @@ class PTQLoop(BaseLoop):
         }
         save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, self.folder / 'quantized.pth')
         self._evaluate('quantized')
-        if not model.quantizers:
+        if not any(part.quantizers for part in model.parts):
             self.summary.metrics.weights = dict(self.summary.metrics.quantized)
         self._write_summary()
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
         with self._timed('export'):
-            paths = [exporter.export(model, example, self.folder / 'deploy') for exporter in self.exporters]
-        for path in paths:
-            self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
-            backend = open_backend(path)
-            count = backend.integer_kernels()
-            self.summary.integer_kernels[backend.name] = KernelCount(count.quantized, count.integer)
+            exports = [exporter.export_all(model, example, self.folder / 'deploy') for exporter in self.exporters]
+        for paths in exports:
+            for path in paths:
+                self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
+            deployed = DeployedModel(model.model, paths[0])
+            count = deployed.integer_kernels()
+            self.summary.integer_kernels[deployed.name] = KernelCount(count.quantized, count.integer)
             if 'deployed' in self.evaluations:
-                plug(model.model, as_arithmetic(backend))
-                metrics = self._measure(f'deployed in {backend.name}')
-                self.summary.metrics.deployed[backend.name] = metrics
-                plug(model.model, model.compiled)
+                deployed.plug()
+                metrics = self._measure(f'deployed in {deployed.name}')
+                self.summary.metrics.deployed[deployed.name] = metrics
+                for part in model.parts:
+                    part.arithmetic.plug(part.compiled)
 
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:
@@ -287,9 +293,9 @@ def _check_runtime(suffix: str) -> None:
 
 def _layer_list(model: QuantizedModel) -> str:
     """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
-    width = max(len(layer.name) for layer in model.layers)
+    width = max(len(layer.name) for layer in model.all_layers)
     lines = []
-    for layer in model.layers:
+    for layer in model.all_layers:
         bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
         tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
         lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')

@@ -13,13 +13,12 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import as_arithmetic, open_backend
+from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
-from mmbrecq.graph.arithmetic import plug
 from mmbrecq.registry import LOOPS, QUANTIZERS
 
 DEPLOYED_SUFFIXES = ('.onnx', '.xml')
@@ -54,7 +53,7 @@ class QuantizedTestLoop(BaseLoop):
         """Returns the metrics."""
         self.runner.call_hook('before_test')
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
-            plug(self.runner.model, as_arithmetic(open_backend(self.checkpoint)))
+            DeployedModel(self.runner.model, Path(self.checkpoint)).plug()
         else:
             load_quantized(self.runner.model, self.quantizer, self.checkpoint)
         metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, 'evaluation')

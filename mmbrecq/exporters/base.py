@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from abc import ABCMeta, abstractmethod
@@ -10,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mmbrecq.errors import ExportError, StorageError
+from mmbrecq.graph.components import head_file
 from mmbrecq.graph.units import is_below
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.storage import replacing
@@ -30,6 +32,19 @@ class BaseExporter(metaclass=ABCMeta):
         self.filename = filename or f'model{self.suffix}'
         if not self.filename.endswith(self.suffix):
             raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
+
+    def export_all(self, model: QuantizedModel, example: Tensor, folder: Path) -> list[Path]:
+        """Writes ``model`` and, in a file each, its heads; see :meth:`export`.
+
+        Returns:
+            The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
+        """
+        paths = [self.export(model, example, folder)]
+        for head in model.heads:
+            beside = copy.copy(self)
+            beside.filename = head_file(paths[0], head.arithmetic.path).name
+            paths.append(beside.export(head, head.arithmetic.example, folder))
+        return paths
 
     def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
         """Writes ``model`` below ``folder`` and verifies the file against the rules of its preset.

@@ -1,8 +1,6 @@
-"""The arithmetic of an OpenMMLab model as one graph, run in place of its components.
+"""The arithmetic of an OpenMMLab model as graphs, run in place of its components.
 
-A component (backbone, neck, head) goes on owning its parameters and its ``predict``, ``loss`` and post-processing;
-only its ``forward`` is replaced. The first component computes the whole graph, the others hand its result through. So
-the same call runs the float graph, the quantized graph or a deployed file.
+The same call runs the float graph, the quantized graph or a deployed file.
 """
 
 from __future__ import annotations
@@ -16,29 +14,42 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
+from mmbrecq.graph.components import ImageArithmetic, RegionArithmetic, RegionHead, plug, region_shape, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import ConcreteTracer
 
-COMPONENTS = ('backbone', 'neck', 'head', 'bbox_head')
-"""Attributes of a model whose ``forward`` is arithmetic, in the order in which they run."""
-
 
 @dataclass
 class Arithmetic:
-    """A traced model.
+    """A traced part of a model.
 
     Args:
         model: Owner of all modules that the graph calls.
-        graph: From preprocessed images to raw outputs; every node carries ``meta['example']`` and ``meta['owner']``.
+        graph: From its input to raw outputs; every node carries ``meta['example']`` and ``meta['owner']``.
+        path: Of the head of a two-stage detector that the graph stands for; empty for all that follows from the image.
         opaque: Paths of the modules that are one call of the graph, each with the reason.
         folded: Paths of the layers that took a BatchNorm in.
     """
 
     model: nn.Module
     graph: fx.Graph
+    path: str = ''
     opaque: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+
+    @property
+    def example(self) -> Tensor:
+        """The input that the graph was traced with."""
+        example: Tensor = next(n for n in self.graph.nodes if n.op == 'placeholder').meta['example']
+        return example
+
+    def plug(self, run: Callable[[Tensor], Any]) -> None:
+        """Makes the model compute ``run`` wherever it would have run the modules that the graph stands for."""
+        if self.path:
+            set_forward(self.model.get_submodule(self.path), run)
+        else:
+            plug(self.model, run)
 
     def example_outputs(self) -> dict[str, Tensor]:
         """The outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
@@ -51,43 +62,38 @@ class Arithmetic:
 
 
 def trace_arithmetic(model: nn.Module, example: Tensor) -> Arithmetic:
-    """Traces ``model(inputs, mode='tensor')`` and folds its BatchNorms.
+    """Traces what follows from the image alone and folds its BatchNorms.
 
     Args:
         model: An OpenMMLab model; put into evaluation mode, its BatchNorms are replaced by identities.
         example (Tensor): Preprocessed images, ``(N, 3, H, W)`` with N >= 2, so that the batch size stays symbolic.
 
     Raises:
-        GraphError: The model has no ``tensor`` mode that can be traced.
+        GraphError: It cannot be traced.
     """
+    return _trace(model, ImageArithmetic(model), example, type(model).__name__)
+
+
+def trace_region_head(model: nn.Module, head: RegionHead) -> Arithmetic:
+    """Traces one head of a two-stage detector, see :func:`trace_arithmetic`."""
+    device = next(model.parameters()).device
+    example = torch.zeros((2, *region_shape(model, head)), device=device)
+    arithmetic = _trace(model, RegionArithmetic(model, head.path), example, head.path)
+    arithmetic.path = head.path
+    return arithmetic
+
+
+def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> Arithmetic:
     model.eval()
     tracer = ConcreteTracer(example)
     try:
-        graph = tracer.trace_model(model)
+        graph = tracer.trace_model(model, entry)
     except Exception as error:
-        raise GraphError(f'{type(model).__name__} cannot be traced: {str(error).splitlines()[0]}') from error
+        raise GraphError(f'{name} cannot be traced: {str(error).splitlines()[0]}') from error
     drop_identities(model, graph)
     make_out_of_place(model, graph)
     folded = fold_batch_norms(model, graph)
-    return Arithmetic(model, graph, dict(tracer.opaque), folded)
-
-
-def components_of(model: nn.Module) -> list[nn.Module]:
-    """The components that the model has, in the order in which they run."""
-    found = [getattr(model, name, None) for name in COMPONENTS]
-    return [component for component in found if isinstance(component, nn.Module)]
-
-
-def plug(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
-    """Makes ``model`` compute ``arithmetic`` wherever it would have run its components."""
-    first, *others = components_of(model)
-    object.__setattr__(first, 'forward', lambda inputs: arithmetic(inputs))
-    for component in others:
-        object.__setattr__(component, 'forward', _hand_through)
-
-
-def _hand_through(value: Any) -> Any:
-    return value
+    return Arithmetic(model, graph, opaque=dict(tracer.opaque), folded=folded)
 
 
 @contextmanager

@@ -67,13 +67,13 @@ class ConcreteAttribute(ConcreteProxy):
 
 
 class ConcreteTracer(fx.Tracer):
-    """Traces ``model(inputs, mode='tensor')`` of an OpenMMLab model, the arithmetic without pre- and post-processing.
+    """Traces the arithmetic of an OpenMMLab model without its pre- and post-processing.
 
     Every node gets ``meta['example']``, its value for ``example``, and ``meta['owner']``, the dotted path of the
     module whose ``forward`` made it.
 
     Args:
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
+        example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
     """
 
     def __init__(self, example: Tensor) -> None:
@@ -83,11 +83,16 @@ class ConcreteTracer(fx.Tracer):
         self._owners: list[str] = ['']
         self._evaluating = False
 
-    def trace_model(self, model: nn.Module) -> fx.Graph:
-        """Returns the graph, whose module targets are paths below ``model``."""
+    def trace_model(self, model: nn.Module, entry: nn.Module) -> fx.Graph:
+        """Returns the graph of ``entry``, whose module targets are paths below ``model``.
+
+        Args:
+            model: Owner of all modules.
+            entry: Computes with them; its one attribute that is a module, ``model``, is theirs.
+        """
         self._model = model
         with torch.no_grad():
-            return self.trace(_TensorMode(model))
+            return self.trace(entry)
 
     def path_of_module(self, mod: nn.Module) -> str:
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
@@ -169,17 +174,6 @@ class ConcreteTracer(fx.Tracer):
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
-
-
-class _TensorMode(nn.Module):
-    """The model's ``tensor`` mode as a module of one argument."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor) -> Any:
-        return self.model(inputs, mode='tensor')
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

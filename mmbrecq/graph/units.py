@@ -79,8 +79,8 @@ def find_blocks(model: nn.Module, blocks: Iterable[str] | None) -> list[str]:
 
 
 def is_below(path: str, ancestor: str) -> bool:
-    """Whether ``path`` is ``ancestor`` or lies below it."""
-    return path == ancestor or path.startswith(ancestor + '.')
+    """Whether ``path`` is ``ancestor`` or lies below it; all lies below the empty path."""
+    return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
 def cut_units(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,8 @@ from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
-from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic
+from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic, trace_region_head
+from mmbrecq.graph.components import region_heads
 from mmbrecq.graph.placement import Place, find_places
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.tracer import WEIGHTED
@@ -86,30 +86,45 @@ class BRECQQuantizer:
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``, N >= 2.
         """
         arithmetic = trace_arithmetic(model, example)
-        roles = Roles(model, arithmetic.graph)
-        called = _called_layers(arithmetic)
+        heads = [trace_region_head(model, head) for head in region_heads(model)]
+        bits = self._assign_bits([arithmetic, *heads])
+        setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
+        parts = [self._quantize(part, bits) for part in (arithmetic, *heads)]
+        model.requires_grad_(False)
+        parts[0].heads = parts[1:]
+        return parts[0]
+
+    def _assign_bits(self, parts: Sequence[Arithmetic]) -> Bits:
+        """Bits of every layer of every graph; overrides are patterns over all of them."""
+        model = parts[0].model
+        called = {layer: None for part in parts for layer in _called_layers(part)}
         if not called:
             raise GraphError(f'expected {type(model).__name__} to have a convolution or linear layer, but found none')
-        first_last = _first_and_last(roles) if self.first_last_8bit else set()
-        bits = assign_bits(called, first_last, self.weight_bits, self.activation_bits, self.overrides)
-        places = find_places(roles, self.preset)
-        setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
-        for place in places:
-            self._insert(arithmetic, place, bits)
+        first_last: set[str] = set()
+        for part in parts if self.first_last_8bit else ():
+            first, last = _first_and_last(Roles(model, part.graph))
+            # what reads features of regions comes after the layers that made the features
+            first_last |= last if part.path else first | last
+        return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
+
+    def _quantize(self, arithmetic: Arithmetic, all_bits: Bits) -> QuantizedModel:
+        """One graph with its quantizers; ``all_bits`` names the layers of the others too."""
+        bits = {layer: all_bits[layer] for layer in _called_layers(arithmetic)}
+        names = []
+        for place in find_places(Roles(arithmetic.model, arithmetic.graph), self.preset):
+            names += self._insert(arithmetic, place, bits)
         opaque_inputs = self._quantize_opaque(arithmetic, bits)
         for layer, (weight_bits, _) in bits.items():
             if weight_bits is not None:
-                self._quantize_weight(model, layer, weight_bits)
-        model.requires_grad_(False)
-        return self._assemble(arithmetic, bits, opaque_inputs)
+                self._quantize_weight(arithmetic.model, layer, weight_bits)
+        return self._assemble(arithmetic, bits, [*names, *opaque_inputs.values()], opaque_inputs)
 
-    def _assemble(self, arithmetic: Arithmetic, bits: Bits, opaque_inputs: dict[str, str]) -> QuantizedModel:
+    def _assemble(
+        self, arithmetic: Arithmetic, bits: Bits, names: Sequence[str], opaque_inputs: dict[str, str]
+    ) -> QuantizedModel:
         model = arithmetic.model
-        quantizers = {
-            f'{ACTIVATION_QUANTIZERS}.{name}': module
-            for name, module in model.get_submodule(ACTIVATION_QUANTIZERS).named_children()
-            if isinstance(module, FakeQuantize)
-        }
+        found = {name: model.get_submodule(name) for name in names}
+        quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
         blocks = find_blocks(model, self.blocks)
         cut = partial(cut_units, model, arithmetic.graph, quantized, set(quantizers), blocks)
@@ -120,16 +135,20 @@ class BRECQQuantizer:
             opaque_inputs, observers,
         )  # fmt: skip
 
-    def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> None:
+    def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> list[str]:
+        """Puts the quantizer of a place into the graph; returns its path, nothing where the values stay in float."""
         place_bits = self._place_bits(place.layers, bits)
         if place_bits is None:
-            return
-        path = self._add_quantizer(arithmetic.model, place.name, place_bits, place.non_negative, place.nodes[0])
+            return []
+        name = f'{arithmetic.path.replace(".", "_")}_{place.name}' if arithmetic.path else place.name
+        path = self._add_quantizer(arithmetic.model, name, place_bits, place.non_negative, place.nodes[0])
         for node in place.nodes:
             with arithmetic.graph.inserting_after(node):
                 new = arithmetic.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            node.replace_all_uses_with(new, delete_user_cb=partial(operator.is_not, new))
+            # a value that also leaves the network does so in float
+            node.replace_all_uses_with(new, delete_user_cb=partial(_is_other_reader, new))
+        return [path]
 
     def _place_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
         """Bits of a value: the most that a reader asks for, the default where no layer reads it."""
@@ -173,6 +192,10 @@ class BRECQQuantizer:
         correct_bias(module)
 
 
+def _is_other_reader(quantizer: fx.Node, user: fx.Node) -> bool:
+    return user is not quantizer and user.op != 'output'
+
+
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (quantizer(args[0]), *args[1:])
 
@@ -189,7 +212,7 @@ def _called_layers(arithmetic: Arithmetic) -> list[str]:
     return list(found)
 
 
-def _first_and_last(roles: Roles) -> set[str]:
+def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:
     """Layers that no other layer precedes, and layers that no other layer follows."""
     weighted = [n for n in roles.graph.nodes if roles.is_weighted(n)]
     preceded: set[fx.Node] = set()
@@ -200,14 +223,18 @@ def _first_and_last(roles: Roles) -> set[str]:
     for node in reversed(list(roles.graph.nodes)):
         if any(n in follows or roles.is_weighted(n) for n in node.users):
             follows.add(node)
-    return {str(n.target) for n in weighted if n not in preceded or n not in follows}
+    first = {str(n.target) for n in weighted if n not in preceded}
+    return first, {str(n.target) for n in weighted if n not in follows}
 
 
 def _list_layers(arithmetic: Arithmetic, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
     unit_of = {layer: unit.name for unit in units for layer in unit.layers}
     layers = []
+    elsewhere = [] if arithmetic.path else [head.path for head in region_heads(arithmetic.model)]
     for name, module in arithmetic.model.named_modules():
-        if not isinstance(module, WEIGHTED):
+        if not isinstance(module, WEIGHTED) or not is_below(name, arithmetic.path):
+            continue
+        if any(is_below(name, path) for path in elsewhere):
             continue
         weight_bits, activation_bits = bits.get(name, (None, None))
         reason = None

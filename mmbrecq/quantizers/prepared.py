@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction, round_bias
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
-from mmbrecq.graph.arithmetic import Arithmetic, plug
+from mmbrecq.graph.arithmetic import Arithmetic
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
 
@@ -41,18 +42,19 @@ class LayerInfo:
 
 @dataclass
 class QuantizedModel:
-    """What :meth:`BRECQQuantizer.prepare` returns.
+    """What :meth:`BRECQQuantizer.prepare` returns: one graph, and for each head of a two-stage detector another.
 
     Args:
         model: The OpenMMLab model, its components replaced by the graph.
         arithmetic: The graph with its activation quantizers.
         preset: The rules it was prepared for.
-        layers: Every convolution and linear layer.
+        layers: Every convolution and linear layer that the graph stands for.
         units: In the order of execution.
         cut: Gives the units of another granularity.
         quantizers: Activation quantizers by module path.
         opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
         observers: Configs of the range estimators: ``weight`` and ``activation``.
+        heads: Of a two-stage detector, one for each head that reads features of regions; they have no heads themselves.
     """
 
     model: nn.Module
@@ -64,10 +66,21 @@ class QuantizedModel:
     quantizers: dict[str, FakeQuantize]
     opaque_inputs: dict[str, str] = field(default_factory=dict)
     observers: dict[str, dict[str, object]] = field(default_factory=dict)
+    heads: list[QuantizedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.compiled = self.arithmetic.compile()
-        plug(self.model, self.compiled)
+        self.arithmetic.plug(self.compiled)
+
+    @property
+    def parts(self) -> list[QuantizedModel]:
+        """This graph and those of the heads."""
+        return [self, *self.heads]
+
+    @property
+    def all_layers(self) -> list[LayerInfo]:
+        """Layers of this graph and of those of the heads."""
+        return [layer for part in self.parts for layer in part.layers]
 
     def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
         """Path, module and fake quantizer of every quantized weight that is not packed yet."""
@@ -90,11 +103,11 @@ class QuantizedModel:
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
         """Switches fake quantization of all weights and of all activations; what was before is put back."""
         switches: list[WeightFakeQuantize | BiasCorrection | FakeQuantize] = []
-        for _, module, weight_quantizer in self.weights():
+        for _, module, weight_quantizer in chain.from_iterable(part.weights() for part in self.parts):
             correction = bias_correction(module)
             switches += [weight_quantizer] if correction is None else [weight_quantizer, correction]
         states = [(fq, fq.enabled, weights) for fq in switches]
-        states += [(fq, fq.enabled, activations) for fq in self.quantizers.values()]
+        states += [(fq, fq.enabled, activations) for part in self.parts for fq in part.quantizers.values()]
         try:
             for fake_quant, _, state in states:
                 fake_quant.enabled = state
@@ -105,6 +118,8 @@ class QuantizedModel:
 
     def pack(self) -> None:
         """Finishes the model: integers in place of float weights, all quantization on for good."""
+        for head in self.heads:
+            head.pack()
         inputs = self._input_quantizers() if self.preset.bias_rounded else {}
         for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
@@ -127,6 +142,6 @@ class QuantizedModel:
             if source in self.quantizers and not others
         }
 
-    def __call__(self, images: Tensor) -> object:
-        """Raw outputs for preprocessed images, in the present state of the switches."""
-        return self.compiled(images)
+    def __call__(self, inputs: Tensor) -> object:
+        """Raw outputs for preprocessed images, or features of regions, in the present state of the switches."""
+        return self.compiled(inputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mmbrecq.errors import NonFiniteError
-from mmbrecq.graph.arithmetic import plug
+from mmbrecq.graph.components import plug
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 

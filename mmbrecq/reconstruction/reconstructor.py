@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmbrecq.building import build
 from mmbrecq.calibration.calibrator import observing
+from mmbrecq.calibration.regions import REGIONS_PER_IMAGE, RegionCapture
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
@@ -59,6 +60,11 @@ class Task:
     seed: int
     directory: Path
 
+    @property
+    def regions(self) -> RegionCapture:
+        """Gives the inputs of the heads of a two-stage detector."""
+        return RegionCapture(self.model, self.images, self.batches, self.seed)
+
 
 class BaseReconstructor:
     """Runs stages over all units.
@@ -90,14 +96,18 @@ class BaseReconstructor:
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
-        graph = task.model.arithmetic.graph
-        count = len(task.images)
-        sizes = {
-            n.name: 4 * count * n.meta['example'][0].numel() for n in graph.nodes if _is_batched(n.meta.get('example'))
-        }
-        images = next(n.name for n in graph.nodes if n.op == 'placeholder')
-        fisher = self.loss.needs_fisher
-        needed, unit = max(peak_bytes(_units(task, stage), sizes, images, fisher) for stage in self.stages)
+        peaks = []
+        for part in task.model.parts:
+            is_head = part is not task.model
+            count = len(task.images) * (REGIONS_PER_IMAGE if is_head else 1)
+            nodes = [n for n in part.arithmetic.graph.nodes if _is_batched(n.meta.get('example'))]
+            sizes = {n.name: 4 * count * n.meta['example'][0].numel() for n in nodes}
+            inputs = next(n.name for n in nodes if n.op == 'placeholder')
+            if is_head:
+                sizes[inputs] *= 2  # other features in either stream
+            fisher = self.loss.needs_fisher and not is_head
+            peaks += [peak_bytes(_units(part, stage), sizes, inputs, fisher) for stage in self.stages]
+        needed, unit = max(peaks)
         return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
 
     def run(self, task: Task, plan: CachePlan, listener: Listener) -> list[UnitResult]:
@@ -109,31 +119,37 @@ class BaseReconstructor:
             if self.loss.needs_fisher:
                 fisher = fisher_weights(task.model, task.batches(), task.images, task.task_loss, cache)
             for stage in self.stages:
-                if stage.name == 'activations' and not task.model.quantizers:
+                if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
-                units = _units(task, stage)
-                listener.before_stage(stage, units)
-                results += self._run_stage(task, stage, units, cache, fisher, listener)
+                listener.before_stage(stage, [unit for part in task.model.parts for unit in _units(part, stage)])
+                results += self._run_stage(task, task.model, stage, task.images, None, cache, fisher, listener)
+                for head in task.model.heads:
+                    inputs = task.regions.pairs(head, weights=True, activations=stage.quantizes_activations)
+                    results += self._run_stage(task, head, _for_regions(stage), *inputs, cache, None, listener)
                 listener.after_stage(stage)
         return results
 
     def _run_stage(
         self,
         task: Task,
+        model: QuantizedModel,
         stage: Stage,
-        units: Sequence[ReconstructionUnit],
+        inputs: Tensor,
+        quantized_inputs: Tensor | None,
         cache: ActivationCache,
         fisher: dict[str, Tensor] | None,
         listener: Listener,
     ) -> list[UnitResult]:
+        """All units of one graph."""
         results = []
-        streams = Streams(task.model, units, task.images, cache, stage.options.batch_size)
+        units = _units(model, stage)
+        streams = Streams(model, units, inputs, cache, stage.options.batch_size, quantized_inputs)
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
             if not unit.is_quantized:
-                inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
-                outputs = streams.run(unit, inputs, weights=True, activations=activations)
+                unit_inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
+                outputs = streams.run(unit, unit_inputs, weights=True, activations=activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
             data = UnitData(
@@ -143,7 +159,7 @@ class BaseReconstructor:
                 None if fisher is None or stage.granularity else [fisher[name] for name in unit.outputs],
             )
             listener.before_unit(stage, unit)
-            before, after, outputs, steps = self._reconstruct(task, stage, streams, unit, data, listener)
+            before, after, outputs, steps = self._reconstruct(task, model, stage, streams, unit, data, listener)
             streams.advance(index, float_outputs, outputs)
             kept = steps > 0 and not after < before
             after = before if kept else after
@@ -155,6 +171,7 @@ class BaseReconstructor:
     def _reconstruct(
         self,
         task: Task,
+        model: QuantizedModel,
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
@@ -162,7 +179,7 @@ class BaseReconstructor:
         listener: Listener,
     ) -> tuple[float, float, list[Tensor], int]:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
-        model, activations = task.model, stage.quantizes_activations
+        activations = stage.quantizes_activations
         weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
         # at the outputs of the network there is nothing behind them for Fisher weights to stand for
         loss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
@@ -200,8 +217,13 @@ def _mean_loss(outputs: Sequence[Tensor], data: UnitData, loss: UnitLoss, batch_
     return total / count
 
 
-def _units(task: Task, stage: Stage) -> list[ReconstructionUnit]:
-    return task.model.units if stage.granularity is None else task.model.cut(stage.granularity)
+def _units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
+    return model.units if stage.granularity is None else model.cut(stage.granularity)
+
+
+def _for_regions(stage: Stage) -> Stage:
+    """The stage with steps of as many images as before, each with all its regions."""
+    return replace(stage, options=replace(stage.options, batch_size=stage.options.batch_size * REGIONS_PER_IMAGE))
 
 
 def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:

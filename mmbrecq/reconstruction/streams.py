@@ -21,24 +21,26 @@ class Streams:
     Args:
         model: The prepared model.
         units: Its units in the order of execution.
-        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        inputs (Tensor): What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
         cache: Where activations are kept.
         batch_size: Images per forward pass.
+        quantized_inputs (Tensor | None): What it reads in the quantized stream, where that is not the same.
     """
 
     def __init__(
         self,
         model: QuantizedModel,
         units: Sequence[ReconstructionUnit],
-        images: Tensor,
+        inputs: Tensor,
         cache: ActivationCache,
         batch_size: int,
+        quantized_inputs: Tensor | None = None,
     ) -> None:
         self.model, self.units, self.cache, self.batch_size = model, units, cache, batch_size
         name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
-        self.images = images
-        self.float_values: dict[str, Tensor] = {name: images}
-        self.quantized_values: dict[str, Tensor] = {name: images}
+        self.count = len(inputs)
+        self.float_values: dict[str, Tensor] = {name: inputs}
+        self.quantized_values: dict[str, Tensor] = {name: inputs if quantized_inputs is None else quantized_inputs}
         self._last = last_readers(units)
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
@@ -51,7 +53,7 @@ class Streams:
 
     def run(self, unit: ReconstructionUnit, inputs: Sequence[Tensor], weights: bool, activations: bool) -> list[Tensor]:
         """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
-        count, device = len(self.images), self.cache.device
+        count, device = self.count, self.cache.device
         outputs: list[Tensor] = []
         with torch.no_grad(), self.model.quantization(weights, activations):
             for start in range(0, count, self.batch_size):

@@ -80,6 +80,9 @@ def _caption(summary: Summary) -> str:
     kept = sum(unit.kept_nearest for unit in rounded)
     if kept:
         parts.append(f'{kept} of {len(rounded)} units kept at nearest rounding')
+    metrics = metric_names(result_rows(summary))
+    if len(metrics) > SHOWN_METRICS:
+        parts.append(f'the report has {len(metrics) - SHOWN_METRICS} more metrics')
     return '; '.join(parts)
 
 

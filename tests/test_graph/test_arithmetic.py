@@ -7,7 +7,8 @@ import torch
 from small_models import classifier, conv, images, net, relative_error, run
 from torch import Tensor, nn
 
-from mmbrecq.graph.arithmetic import components_of, evaluation_mode, plug, trace_arithmetic
+from mmbrecq.graph.arithmetic import evaluation_mode, trace_arithmetic
+from mmbrecq.graph.components import components_of, plug
 
 
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'regnet', 'vgg'])

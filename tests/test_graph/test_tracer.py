@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.arithmetic import trace_arithmetic
+from mmbrecq.graph.components import ImageArithmetic
 from mmbrecq.graph.tracer import ConcreteTracer
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> tuple[fx.GraphModule, ConcreteTracer]:
     tracer = ConcreteTracer(images(2) if example is None else example)
-    return fx.GraphModule(model, tracer.trace_model(model)), tracer
+    return fx.GraphModule(model, tracer.trace_model(model, ImageArithmetic(model))), tracer
 
 
 def _flatten_by_size(self: Any, x: Tensor) -> Tensor:

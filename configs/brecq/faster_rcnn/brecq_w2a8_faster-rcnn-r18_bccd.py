@@ -1,0 +1,7 @@
+_base_ = [
+    '../../_base_/models/faster_rcnn_r18_bccd.py',
+    '../../_base_/datasets/bccd.py',
+    '../../_base_/quant/brecq_w2a8.py',
+]
+calibration = dict(num_samples=256)
+reconstructor = dict(weights=dict(iterations=400, lr=3e-3), activations=dict(iterations=100))

@@ -1,0 +1,8 @@
+_base_ = [
+    'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
+    '../../_base_/quant/brecq_w8a8_openvino.py',
+]
+float_checkpoint = 'https://download.openmmlab.com/mmdetection/v2.0/retinanet/retinanet_r18_fpn_1x_coco/retinanet_r18_fpn_1x_coco_20220407_171055-614fd399.pth'
+# Images of up to 1333x800
+calibration = dict(num_samples=256, batch_size=4)
+reconstructor = dict(weights=dict(batch_size=4), activations=dict(batch_size=4))

@@ -1,0 +1,136 @@
+"""Features of regions, captured from a running two-stage detector: what its heads are calibrated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import DataError
+from mmbrecq.graph.components import RegionHead, region_heads, set_forward
+from mmbrecq.quantizers.prepared import QuantizedModel
+
+REGIONS_PER_IMAGE = 32
+"""Regions that are drawn of each image."""
+
+
+class RegionCapture:
+    """Runs a detector over the calibration images and takes the inputs of its heads.
+
+    Args:
+        model: The prepared detector.
+        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        batches: Gives the calibration data again, in the order of ``images``.
+        seed: Of the draw of regions.
+    """
+
+    def __init__(self, model: QuantizedModel, images: Tensor, batches: Callable[[], Iterable[Any]], seed: int) -> None:
+        self.model, self.images, self.batches, self.seed = model, images, batches, seed
+        self._heads = {head.path: head for head in region_heads(model.model)}
+
+    def observe(self) -> None:
+        """Runs the float detector, so that whatever observes its heads sees all that its RPN proposes."""
+        with torch.no_grad(), self.model.quantization(weights=False, activations=False):
+            for images, samples in self._data():
+                self._predict(images, samples)
+
+    def pairs(self, head: QuantizedModel, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
+        """Features of the same regions in the float and in the quantized stream.
+
+        The regions are those that the quantized detector proposes, as they will be; the float features are cut out of
+        the float feature maps at the same places, so that both streams of a head are about the same thing.
+
+        Args:
+            head: Whose input it is.
+            weights: Whether weights are quantized in the quantized stream.
+            activations: Whether activations are.
+
+        Returns:
+            Float and quantized features, both ``(R, C, h, w)``, R at most :data:`REGIONS_PER_IMAGE` times N.
+
+        Raises:
+            DataError: No region is proposed on any image.
+        """
+        path = head.arithmetic.path
+        generator = torch.Generator().manual_seed(_seed(self.seed, path))
+        found: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for images, samples in self._data():
+                with self.model.quantization(weights=False, activations=False):
+                    float_maps = self.model(images)
+                with self.model.quantization(weights, activations), self._recording(path) as calls:
+                    self._predict(images, samples)
+                for regions, features in calls:
+                    chosen = _draw(regions[:, 0], len(images), generator)
+                    floats = self._extract(self._heads[path], float_maps, regions[chosen])
+                    found.append((floats, features[chosen]))
+        if not found:
+            raise no_regions(head)
+        return torch.cat([floats for floats, _ in found]), torch.cat([quantized for _, quantized in found])
+
+    def _data(self) -> Iterator[tuple[Tensor, Any]]:
+        start = 0
+        for batch in self.batches():
+            samples = self.model.model.data_preprocessor(batch, False)['data_samples']  # type: ignore[operator]
+            images = self.images[start : start + len(samples)]
+            start += len(samples)
+            for sample in samples:
+                sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
+            yield images, samples
+
+    def _predict(self, images: Tensor, samples: Any) -> None:
+        self.model.model(images, samples, mode='predict')
+
+    def _extract(self, head: RegionHead, outputs: Any, regions: Tensor) -> Tensor:
+        extractor: Any = self.model.model.get_submodule(head.extractor)
+        features: Tensor = extractor(outputs[0][: extractor.num_inputs], regions)
+        return features
+
+    @contextmanager
+    def _recording(self, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Lists regions, ``(R, 5)`` with the image's number first, and features of every call of the head ``path``."""
+        head = self.model.model.get_submodule(path)
+        extractor = self.model.model.get_submodule(self._heads[path].extractor)
+        extract, run = extractor.forward, head.forward
+        latest: list[tuple[Tensor, Tensor]] = []
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def extract_and_note(maps: Any, regions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            features: Tensor = extract(maps, regions, *args, **kwargs)
+            latest[:] = [(regions, features)]
+            return features
+
+        def note_and_run(features: Tensor) -> Any:
+            calls.extend(latest)
+            return run(features)
+
+        set_forward(extractor, extract_and_note)
+        set_forward(head, note_and_run)
+        try:
+            yield calls
+        finally:
+            object.__delattr__(extractor, 'forward')
+            set_forward(head, run)
+
+
+def no_regions(head: QuantizedModel) -> DataError:
+    """What to raise where the input of a head is not to be had."""
+    path = head.arithmetic.path
+    return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
+
+
+def _draw(image_of: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
+    drawn = []
+    for image in range(count):
+        own = (image_of == image).nonzero()[:, 0]
+        drawn.append(own[torch.randperm(len(own), generator=generator)[:REGIONS_PER_IMAGE].to(own.device)])
+    return torch.cat(drawn)
+
+
+def _seed(seed: int, path: str) -> int:
+    return int.from_bytes(hashlib.sha256(f'{seed}/{path}'.encode()).digest()[:7], 'big')

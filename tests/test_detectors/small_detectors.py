@@ -1,0 +1,87 @@
+"""Small detectors of mmdet with random weights; their post-processing needs mmcv's compiled operations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+HEIGHT, WIDTH = 64, 96
+BACKBONE = {
+    'type': 'ResNet', 'depth': 18, 'base_channels': 8, 'stem_channels': 8, 'num_stages': 4, 'out_indices': (0, 1, 2, 3),
+    'norm_cfg': {'type': 'BN'}, 'style': 'pytorch',
+}  # fmt: skip
+NECK = {'in_channels': [8, 16, 32, 64], 'out_channels': 8}
+
+
+def config(name: str) -> dict[str, Any]:
+    """mmdet's own config of a detector, its layers made narrow."""
+    from mmengine.config import Config
+
+    files = {'retinanet': 'retinanet_r50_fpn', 'faster_rcnn': 'faster-rcnn_r50_fpn', 'mask_rcnn': 'mask-rcnn_r50_fpn'}
+    model: dict[str, Any] = Config.fromfile(_path(f'_base_/models/{files[name]}.py')).model
+    model['backbone'] = BACKBONE
+    model['neck'].update(NECK)
+    if name == 'retinanet':
+        model['bbox_head'].update(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=3)
+        return model
+    model['rpn_head'].update(in_channels=8, feat_channels=8)
+    model['test_cfg']['rpn'].update(nms_pre=40, max_per_img=12)
+    model['test_cfg']['rcnn'].update(score_thr=0.0, max_per_img=10)
+    heads = model['roi_head']
+    heads['bbox_roi_extractor'].update(out_channels=8)
+    heads['bbox_head'].update(in_channels=8, fc_out_channels=16, num_classes=3)
+    if name == 'mask_rcnn':
+        heads['mask_roi_extractor'].update(out_channels=8)
+        heads['mask_head'].update(in_channels=8, conv_out_channels=8, num_convs=2, num_classes=3)
+    return model
+
+
+def _path(name: str) -> str:
+    import mmdet
+
+    return str(Path(mmdet.__file__).parent / '.mim' / 'configs' / name)
+
+
+def build(name: str) -> nn.Module:
+    pytest.importorskip('mmcv.ops', reason='mmcv is installed without its compiled operations')
+    import mmdet.models  # noqa: F401 - registers the types
+    from mmdet.registry import MODELS
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model: nn.Module = MODELS.build(config(name))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    for layer in model.modules():
+        # as they are made, heads start so near to 0 that all scores are alike
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight)
+    return model.eval()
+
+
+def data(count: int = 4, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> dict[str, Any]:
+    """A batch as mmdet's pipeline packs it."""
+    from mmdet.structures import DetDataSample
+
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, height // 8, width // 8, generator=generator)
+    images = nn.functional.interpolate(coarse, (height, width), mode='bilinear') * 60 + 120
+    meta = {'img_shape': (height, width), 'ori_shape': (height, width), 'scale_factor': (1.0, 1.0), 'img_id': 0}
+    return {
+        'inputs': [image.clamp(0, 255).to(torch.uint8) for image in images],
+        'data_samples': [DetDataSample(metainfo=dict(meta)) for _ in range(count)],
+    }
+
+
+def predict(model: nn.Module, batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Boxes, scores, labels and masks of every image, as ``model.test_step`` gives them."""
+    with torch.no_grad():
+        found: Any = model.test_step(batch)  # type: ignore[operator]
+    return [dict(sample.pred_instances.items()) for sample in found]
