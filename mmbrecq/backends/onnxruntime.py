@@ -54,7 +54,7 @@ class ONNXRuntimeBackend(BaseBackend):
         options = self._options()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
-        self._session = self._open(str(self.path), options)
+        self._session = self._open(self._shareless() if self.exact_products else str(self.path), options)
         self._version: str = onnxruntime.__version__
 
     def _options(self) -> Any:
@@ -67,6 +67,17 @@ class ONNXRuntimeBackend(BaseBackend):
         if self.exact_products:
             options.add_session_config_entry('session.x64quantprecision', '1')
         return options
+
+    def _shareless(self) -> bytes | str:
+        """The file, with a copy of every quantized weight for each reader where several share it.
+
+        To be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
+        the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share.
+        """
+        import onnx
+
+        model = onnx.load(str(self.path))
+        return model.SerializeToString() if unshare_weights(model) else str(self.path)
 
     @staticmethod
     def _open(model: str | bytes, options: Any) -> Any:
@@ -102,6 +113,7 @@ class ONNXRuntimeBackend(BaseBackend):
         import onnx
 
         model = onnx.load(str(self.path))
+        unshare_weights(model)
         # Nodes are matched by name, and ONNX does not ask for names
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f'{node.op_type}_{index}'
@@ -129,3 +141,25 @@ class ONNXRuntimeBackend(BaseBackend):
             optimized = onnx.load(options.optimized_model_filepath)
         names = {node.name for node in optimized.graph.node if node.op_type in INTEGER_OPS}
         return names | {name.rsplit('/', 1)[0] for name in names if name.endswith('Fusion')}
+
+
+def unshare_weights(model: Any) -> bool:
+    """Gives every DequantizeLinear integers and zero-point of its own; tells whether there was something to copy."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    read: set[str] = set()
+    copies: dict[str, Any] = {}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type != 'DequantizeLinear' or node.input[0] not in constants:
+            continue
+        shared = node.input[0] in read
+        read.add(node.input[0])
+        for place in (0, 2) if shared else ():
+            if place < len(node.input) and node.input[place] in constants:
+                name = f'{node.input[place]}/{index}'
+                copies[name] = constants[node.input[place]]
+                node.input[place] = name
+    for name, tensor in copies.items():
+        copy = model.graph.initializer.add()
+        copy.CopyFrom(tensor)
+        copy.name = name
+    return bool(copies)

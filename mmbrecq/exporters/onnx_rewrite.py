@@ -63,12 +63,20 @@ def clip_signed_values(proto: Any) -> None:
 
 
 def _drop_aliases(graph: Any) -> None:
-    """Lets the readers of an Identity of an initializer read the initializer: the form in which torch shares them."""
-    constants, outputs = {t.name for t in graph.initializer}, {value.name for value in graph.output}
-    aliases = {}
+    """Lets the readers of a copy of an initializer read the initializer.
+
+    Torch shares equal initializers by an Identity, and a quantizer that is called twice reads its scale the second time
+    through a Cast to the type that it has.
+    """
+    types, outputs = {t.name: t.data_type for t in graph.initializer}, {value.name for value in graph.output}
+    aliases: dict[str, str] = {}
     for node in list(graph.node):
-        if node.op_type == 'Identity' and node.input[0] in constants and node.output[0] not in outputs:
-            aliases[node.output[0]] = node.input[0]
+        source = aliases.get(node.input[0], node.input[0]) if node.input else ''
+        if source not in types or node.output[0] in outputs:
+            continue
+        casts = [a.i for a in node.attribute if node.op_type == 'Cast' and a.name == 'to']
+        if node.op_type == 'Identity' or casts == [types[source]]:
+            aliases[node.output[0]] = source
             graph.node.remove(node)
     for node in graph.node:
         for index, name in enumerate(node.input):

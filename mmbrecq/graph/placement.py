@@ -23,12 +23,15 @@ class Place:
         nodes: Producers of the values; several where a concatenation demands equal scales.
         layers: Paths of the convolutions and linear layers that read the values.
         non_negative: Whether no value can be negative.
+        float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
+            float, and where the target computes an activation function within a layer, nothing comes between the two.
     """
 
     name: str
     nodes: tuple[fx.Node, ...]
     layers: tuple[str, ...]
     non_negative: bool
+    float_readers: frozenset[fx.Node] = frozenset()
 
 
 def find_places(roles: Roles, preset: Preset) -> list[Place]:
@@ -39,7 +42,8 @@ def find_places(roles: Roles, preset: Preset) -> list[Place]:
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
-        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative))
+        readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
+        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative, readers))
     return places
 
 
@@ -60,6 +64,12 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
         return any(_is_shortcut(node, add, roles) for add in consumers)
     return False
+
+
+def _is_inner(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    """Whether the target computes ``user`` within the layer ``node``, whose value something else reads too."""
+    fuses = preset.fuses is not None and not preset.conv_outputs and roles.kind(user) in preset.fuses
+    return fuses and roles.is_weighted(node) and roles.is_activation(user)
 
 
 def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:

@@ -146,8 +146,7 @@ class BRECQQuantizer:
             with arithmetic.graph.inserting_after(node):
                 new = arithmetic.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            # a value that also leaves the network does so in float
-            node.replace_all_uses_with(new, delete_user_cb=partial(_is_other_reader, new))
+            node.replace_all_uses_with(new, delete_user_cb=partial(_moves, place.float_readers | {new}))
         return [path]
 
     def _place_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
@@ -192,8 +191,8 @@ class BRECQQuantizer:
         correct_bias(module)
 
 
-def _is_other_reader(quantizer: fx.Node, user: fx.Node) -> bool:
-    return user is not quantizer and user.op != 'output'
+def _moves(stays: frozenset[fx.Node], user: fx.Node) -> bool:
+    return user not in stays
 
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_detectors import build, data, predict
-from torch import Tensor, nn
+from small_detectors import build, data, predict, preprocess, same
+from torch import nn
 
 from mmbrecq.backends import DeployedModel
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
@@ -18,11 +18,6 @@ from mmbrecq.reconstruction import QDropReconstructor, Task
 
 HEADS = {'faster_rcnn': ['bbox_head'], 'mask_rcnn': ['bbox_head', 'mask_head']}
 OBSERVER = {'type': 'MinMaxObserver'}
-
-
-def preprocess(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    images: Tensor = model.data_preprocessor(batch, False)['inputs']  # type: ignore[operator]
-    return images
 
 
 def capture(model: QuantizedModel, batch: dict[str, Any]) -> RegionCapture:
@@ -40,15 +35,6 @@ def prepare(model: nn.Module, weight_bits: int = 8, activation_bits: int = 8) ->
     calibrate_activations(prepared, [preprocess(model, batch)])
     calibrate_regions(prepared, capture(prepared, batch))
     return prepared
-
-
-def same(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> None:
-    for a, b in zip(found, wanted, strict=True):
-        assert a.keys() == b.keys() and len(a['scores']) == len(b['scores']) > 0
-        # folding moves the last bits of features, and boxes and scores of random weights amplify that
-        torch.testing.assert_close(a['scores'], b['scores'], rtol=2e-3, atol=1e-4)
-        torch.testing.assert_close(a['bboxes'], b['bboxes'], rtol=1e-3, atol=2e-2)
-        assert torch.equal(a['labels'], b['labels'])
 
 
 @pytest.mark.parametrize('name', HEADS)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from small_models import conv, images, net, packed
 from torch import Tensor
 
-from mmbrecq.backends import as_arithmetic, open_backend
+from mmbrecq.backends import ONNXRuntimeBackend, as_arithmetic, open_backend
+from mmbrecq.backends.onnxruntime import unshare_weights
 from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.exporters.base import count_quantized_calls
 from mmbrecq.quantizers import QuantizedModel
@@ -65,3 +66,39 @@ def test_a_classifier_keeps_its_height_and_width(tmp_path: Path) -> None:
     shape = [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
     assert shape == ['batch', *images(2).shape[1:]]
     assert [v.name for v in proto.graph.output] == ['output']
+
+
+def test_a_quantizer_that_two_values_share(tmp_path: Path) -> None:
+    """TensorRT wants equal scales of what is concatenated, so one quantizer is called for each."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        one, other = F.silu(self.one(x)), F.silu(self.other(x))
+        return self.last(torch.cat([one, other], 1))
+
+    model = packed(net(forward, one=conv(), other=conv(), last=conv(8, 3, 1)), 'tensorrt')
+    assert len(model.quantizers) == 2
+    path = ONNXExporter().export(model, images(2), tmp_path)
+    x = images(3, seed=1)
+    with torch.no_grad():
+        wanted: Any = model(x)
+    torch.testing.assert_close(
+        open_backend(path, num_threads=1)(x)[0], wanted, rtol=0, atol=float(wanted.abs().max()) / 50
+    )
+
+
+@pytest.mark.parametrize('preset', ['onnxruntime', 'tensorrt'])
+def test_weights_that_levels_share(preset: str, tmp_path: Path) -> None:
+    """The file has them once; ONNX Runtime, asked for exact products, opens it on any processor."""
+    layers = {'stem': conv(), 'down': conv(4, 4, stride=2), 'scores': conv(4, 2, 1), 'boxes': conv(4, 4, 1)}
+    path = ONNXExporter().export(packed(net(pyramid, **layers), preset), images(2), tmp_path)
+    proto = onnx.load(path)
+    weights = [node.input[0] for node in proto.graph.node if node.op_type == 'DequantizeLinear']
+    assert sum(name.startswith('backbone.scores.') for name in weights) == 2
+    assert len({name for name in weights if name.startswith('backbone.scores.')}) == 1
+    backend = ONNXRuntimeBackend(path, num_threads=1, exact_products=True)
+    plain = ONNXRuntimeBackend(path, num_threads=1, optimize=False)
+    x = images(2, seed=1)
+    for found, wanted in zip(backend(x), plain(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) / 25)
+    assert backend.integer_kernels().quantized == 6
+    assert unshare_weights(proto) and not unshare_weights(proto)
