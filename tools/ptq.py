@@ -15,7 +15,7 @@ from mmbrecq.engine.config import add_common_arguments, build_runner, load_confi
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file: a base config of mmpretrain, a float checkpoint, a preset')
+    parser.add_argument('config', help='config file: a base config of mmpretrain or mmdet, a checkpoint, a preset')
     add_common_arguments(parser)
     return parser.parse_args()
 
