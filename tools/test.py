@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, run_tool
+from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.errors import CheckpointError
 
 
@@ -15,6 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file with which the model was quantized')
     parser.add_argument('checkpoint', help='quantized.pth, or an exported .onnx or .xml')
+    parser.add_argument('--show-dir', help='draw float and quantized predictions of some images side by side, here')
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -27,6 +28,9 @@ def main() -> None:
         raise CheckpointError(f'{args.checkpoint}: expected a checkpoint or an exported file, but there is none')
     cfg.launcher = args.launcher
     loop = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': args.checkpoint, 'quantizer': cfg.quantizer}
+    if args.show_dir:
+        loop['show_dir'] = args.show_dir
+        loop['float_checkpoint'] = resolve_checkpoint(cfg.float_checkpoint, args.config)
     build_runner(cfg, args.config, loop).test()
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
-from mmbrecq.checkpoint import load_quantized_checkpoint, read_checkpoint
+from mmbrecq.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.engine.drawing import SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
@@ -34,6 +35,8 @@ class QuantizedTestLoop(BaseLoop):
         evaluator: The test evaluator.
         checkpoint: ``quantized.pth``, or an exported ``.onnx`` or ``.xml``.
         quantizer: Config of the quantizer that made it.
+        float_checkpoint: Path or URL of the float weights, for ``show_dir``.
+        show_dir: Where predictions of the float and of the quantized model are drawn side by side; None draws nothing.
     """
 
     def __init__(
@@ -43,22 +46,37 @@ class QuantizedTestLoop(BaseLoop):
         evaluator: Evaluator | dict[str, Any] | list[Any],
         checkpoint: str,
         quantizer: Mapping[str, Any],
+        float_checkpoint: str | None = None,
+        show_dir: str | None = None,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
         self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
         self.checkpoint, self.quantizer = checkpoint, dict(quantizer)
+        self.float_checkpoint = float_checkpoint
+        self.drawing = None
+        if show_dir is not None:
+            visualizer = build_visualizer(runner.cfg.get('default_scope') or 'mmpretrain')
+            self.drawing = SideBySide(self.dataloader.dataset, visualizer, Path(show_dir))
 
     def run(self) -> dict[str, float]:
         """Returns the metrics."""
         self.runner.call_hook('before_test')
+        model = self.runner.model
+        float_predictions = []
+        if self.drawing is not None and self.float_checkpoint is not None:
+            load_float_checkpoint(model, self.float_checkpoint)
+            float_predictions = self.drawing.predict(model)
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
-            DeployedModel(self.runner.model, Path(self.checkpoint)).plug()
+            DeployedModel(model, Path(self.checkpoint)).plug()
         else:
-            load_quantized(self.runner.model, self.quantizer, self.checkpoint)
-        metrics = evaluate(self.runner.model, self.dataloader, self.evaluator, 'evaluation')
+            load_quantized(model, self.quantizer, self.checkpoint)
+        metrics = evaluate(model, self.dataloader, self.evaluator, 'evaluation')
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
+        if self.drawing is not None:
+            pictures = self.drawing.draw(float_predictions, self.drawing.predict(model), ('float', 'quantized'))
+            self.runner.logger.info(f'{len(pictures)} pictures of both predictions in {self.drawing.folder}')
         self.runner.call_hook('after_test')
         return metrics
 

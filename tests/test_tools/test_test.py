@@ -7,7 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
+
+from mmbrecq.engine.drawing import build_visualizer
+from mmbrecq.errors import ConfigError
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -87,3 +91,21 @@ def test_files_that_are_no_result_of_a_run(demo_run: Any, call: Any, demo: Path,
         cut = tmp_path / f'cut{source.suffix}'
         cut.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
         assert str(cut) in call('test', demo, cut).error
+
+
+def test_predictions_are_drawn_side_by_side(demo_run: Any, call: Any, demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / 'pictures'
+    outcome = call('test', demo, demo_run.folder / 'deploy' / 'model.onnx', '--show-dir', folder)
+    assert printed(outcome) == metrics_of(demo_run.folder)['deployed']['ONNX Runtime']['accuracy/top1']
+    pictures = sorted(folder.iterdir())
+    assert len(pictures) == 10
+    picture = cv2.imread(str(pictures[0]))
+    assert picture is not None and picture.shape == (224 + 24, 2 * 224, 3)
+    left, right = picture[24:, :224].astype(int), picture[24:, 224:].astype(int)
+    # the same image under two texts
+    assert 0.5 < float((left == right).all(2).mean()) <= 1
+
+
+def test_a_family_without_pictures_is_refused() -> None:
+    with pytest.raises(ConfigError, match="to be 'mmpretrain' or 'mmdet', but got 'mmseg'"):
+        build_visualizer('mmseg')

@@ -1,0 +1,101 @@
+"""Predictions of the float and of the quantized model, drawn side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import VISUALIZERS
+from torch import nn
+
+from mmbrecq.errors import ConfigError, StorageError
+from mmbrecq.graph.arithmetic import evaluation_mode
+
+SHOWN = 10
+"""Images that are drawn, evenly spread over the dataset: many are sorted by class."""
+
+VISUALIZER_TYPES = {'mmpretrain': 'mmpretrain.UniversalVisualizer', 'mmdet': 'mmdet.DetLocalVisualizer'}
+
+HEADER, SMALLEST = 24, 224
+"""Pixels: height of the line above an image, and the least that its longer side is drawn with."""
+
+
+class SideBySide:
+    """Draws what two models say of the same images.
+
+    Args:
+        dataset: The test set.
+        visualizer: Of :func:`build_visualizer`.
+        folder: Where the pictures are written; made where it is missing.
+    """
+
+    def __init__(self, dataset: Any, visualizer: Any, folder: Path) -> None:
+        self.visualizer, self.folder = visualizer, folder
+        visualizer.dataset_meta = dataset.metainfo
+        count = min(SHOWN, len(dataset))
+        self.data = [dataset[i * len(dataset) // count] for i in range(count)]
+
+    def predict(self, model: nn.Module) -> list[Any]:
+        """What ``model`` says of the images, a data sample each."""
+        with evaluation_mode(model):
+            return [model.test_step(pseudo_collate([data]))[0].cpu() for data in self.data]  # type: ignore[operator]
+
+    def draw(self, left: list[Any], right: list[Any], titles: tuple[str, str]) -> list[Path]:
+        """Writes a picture of every image; returns their paths.
+
+        Raises:
+            StorageError: A picture cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, (data, *samples) in enumerate(zip(self.data, left, right, strict=True)):
+            image = _image_of(data, samples[0])
+            pair = zip(samples, titles, strict=True)
+            halves = [_titled(self._drawn(image.copy(), sample), title) for sample, title in pair]
+            name = Path(str(samples[0].metainfo.get('img_path', f'image{number}'))).stem
+            paths.append(self.folder / f'{number:02d}_{name}.png')
+            if not cv2.imwrite(str(paths[-1]), np.concatenate(halves, axis=1)[..., ::-1]):
+                raise StorageError(f'cannot write {paths[-1]}')
+        return paths
+
+    def _drawn(self, image: np.ndarray[Any, Any], sample: Any) -> np.ndarray[Any, Any]:
+        if not hasattr(self.visualizer, 'visualize_cls'):
+            self.visualizer.add_datasample('', image, sample, draw_gt=False)
+        else:
+            self.visualizer.visualize_cls(image, sample, draw_gt='gt_label' in sample)
+        drawn: np.ndarray[Any, Any] = self.visualizer.get_image()
+        return drawn
+
+
+def build_visualizer(scope: str) -> Any:
+    """The visualizer of predictions that belongs to ``scope``, the config's ``default_scope``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if scope not in VISUALIZER_TYPES:
+        known = ' or '.join(map(repr, VISUALIZER_TYPES))
+        raise ConfigError(f'expected the default_scope of what is drawn to be {known}, but got {scope!r}')
+    return VISUALIZERS.build({'type': VISUALIZER_TYPES[scope], 'name': 'side_by_side'})
+
+
+def _image_of(data: Any, sample: Any) -> np.ndarray[Any, Any]:
+    """The image, ``(H, W, 3)`` RGB: the file itself where there is one, since boxes are in its pixels."""
+    path = sample.metainfo.get('img_path')
+    image = None if path is None else cv2.imread(str(path))
+    if image is None:
+        image = data['inputs'].permute(1, 2, 0).numpy()
+    image = np.ascontiguousarray(image[..., ::-1])
+    factor = SMALLEST / max(image.shape[:2])
+    if path is None or 'pred_instances' not in sample:
+        image = cv2.resize(image, None, fx=max(factor, 1), fy=max(factor, 1), interpolation=cv2.INTER_NEAREST)
+    return image
+
+
+def _titled(image: np.ndarray[Any, Any], title: str) -> np.ndarray[Any, Any]:
+    header = np.full((HEADER, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(header, title, (6, HEADER - 7), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([header, image], axis=0)
