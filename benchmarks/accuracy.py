@@ -54,9 +54,11 @@ def spread(values: list[float]) -> str:
     """``mean ± sample standard deviation``; the lone value of a single run."""
     if not values:
         return ''
+    # percentages with two digits, fractions such as COCO's AP with three
+    digits = 3 if max(values) <= 1 else 2
     if len(values) == 1:
-        return f'{values[0]:.2f}'
-    return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}'
+        return f'{values[0]:.{digits}f}'
+    return f'{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}'
 
 
 def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list[str]:

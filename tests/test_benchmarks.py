@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -40,3 +41,13 @@ def test_accuracy_prints_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     assert cells[2] == cells[4] == '' and re.fullmatch(r'\d+\.\d\d ± \d+\.\d\d', cells[5])
     memory = re.search(r'^peak RSS of the imports alone: (\d+\.\d\d) MB$', out, re.MULTILINE)
     assert memory is not None and 100 < float(memory[1]) < float(cells[-1].split()[0])
+
+
+def test_spread_has_digits_for_percentages_and_for_fractions() -> None:
+    spec = importlib.util.spec_from_file_location('accuracy', ROOT / 'benchmarks' / 'accuracy.py')
+    assert spec is not None and spec.loader is not None
+    accuracy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(accuracy)
+    assert accuracy.spread([81.0, 82.0, 83.0]) == '82.00 ± 1.00'
+    assert accuracy.spread([0.55, 0.57]) == '0.560 ± 0.014'
+    assert accuracy.spread([0.5]) == '0.500' and accuracy.spread([]) == ''

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmbrecq.errors import DataError
+from mmbrecq.errors import DataError, GraphError
 from mmbrecq.graph.components import RegionHead, region_heads, set_forward
 from mmbrecq.quantizers.prepared import QuantizedModel
 
@@ -54,6 +54,7 @@ class RegionCapture:
 
         Raises:
             DataError: No region is proposed on any image.
+            GraphError: The head reads something else than the features that were cut out.
         """
         path = head.arithmetic.path
         generator = torch.Generator().manual_seed(_seed(self.seed, path))
@@ -105,6 +106,8 @@ class RegionCapture:
             return features
 
         def note_and_run(features: Tensor) -> Any:
+            if not latest or latest[0][1] is not features:
+                raise GraphError(f"expected '{path}' to read features as they are cut out, but something changes them")
             calls.extend(latest)
             return run(features)
 

@@ -132,6 +132,14 @@ def test_a_shared_head_is_refused() -> None:
         BRECQQuantizer({'bits': 8}).prepare(model, preprocess(model, data(2)))
 
 
+def test_features_that_are_changed_before_the_head_are_refused() -> None:
+    prepared, batch = prepare(build('faster_rcnn')), data()
+    extractor: Any = prepared.model.get_submodule('roi_head.bbox_roi_extractor')
+    extractor.register_forward_hook(lambda module, args, features: 2 * features)
+    with pytest.raises(GraphError, match=r"expected 'roi_head\.bbox_head' to read features as they are cut out"):
+        capture(prepared, batch).pairs(prepared.heads[0], weights=True, activations=True)
+
+
 class Silent:
     """Listens to a reconstruction."""
 
