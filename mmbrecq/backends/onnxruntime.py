@@ -75,8 +75,12 @@ class ONNXRuntimeBackend(BaseBackend):
         the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share.
         """
         import onnx
+        from google.protobuf.message import DecodeError
 
-        model = onnx.load(str(self.path))
+        try:
+            model = onnx.load(str(self.path))
+        except DecodeError:
+            return str(self.path)  # the runtime says what is wrong with the file
         return model.SerializeToString() if unshare_weights(model) else str(self.path)
 
     @staticmethod
