@@ -4,7 +4,7 @@ _base_ = [
     '../../_base_/quant/brecq_w4a4.py',
 ]
 calibration = dict(selection='first')
-# Measured closest to the float outputs: rounding learned with dropped activations, then a last pass over the network
+# As MobileNetV2's; here no variant stands out, see benchmarks/README.md
 reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
