@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmbrecq.build_errors import explain_build_error
+from mmbrecq.calibration.annotations import annotations_first
 from mmbrecq.calibration.data_errors import explain_data_error, last_line
 from mmbrecq.errors import ConfigError, DataError, MMBrecqError
 
@@ -47,6 +48,7 @@ def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline:
     _refuse_test_files(cfg, sources)
     if pipeline is None:
         pipeline = _test_pipeline(cfg)
+    pipeline = annotations_first(pipeline)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return [_build({**copy.deepcopy(dict(source)), 'pipeline': copy.deepcopy(pipeline)}) for source in sources]
 

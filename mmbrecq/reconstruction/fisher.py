@@ -1,4 +1,8 @@
-"""Diagonal Fisher information of the task loss at the outputs of the units."""
+"""How much each element of a unit's output matters: squared gradients at it, of the task loss where there is one.
+
+Without annotations there is no task loss. What stands in for it is the distance of the outputs of the network, its
+weights rounded to nearest, from those of the float network: of the float network alone that distance has no gradient.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def fisher_weights(
+def task_fisher(
     model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss, cache: ActivationCache
 ) -> dict[str, Tensor]:
     """Squared gradients of the float model's task loss at every unit output, normalised to mean 1.
@@ -52,37 +56,94 @@ def fisher_weights(
     Raises:
         NonFiniteError: A gradient is not finite, or all are zero.
     """
-    names = {name for unit in model.units if unit.is_quantized for name in unit.outputs}
-    weights: dict[str, Tensor] = {}
-    recorder = _Recorder(model.compiled, names)
+    squares = _Squares(model, len(images), cache)
     start = 0
-    plug(model.model, recorder.run)
+    plug(model.model, squares.run)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
                 stop = start + _batch_size(batch)
                 x = images[start:stop].to(cache.device).requires_grad_(True)
-                loss = task_loss(batch, x)
-                values = list(recorder.recorded.items())
                 # the loss is a mean over the batch: undo it, so that every image counts by itself
-                gradients = torch.autograd.grad(
-                    loss * (stop - start), [value for _, value in values], allow_unused=True, materialize_grads=True
-                )
-                for (name, _), gradient in zip(values, gradients, strict=True):
-                    if name not in weights:
-                        weights[name] = cache.allocate((len(images), *gradient.shape[1:]))
-                    weights[name][start:stop].copy_(gradient.square())
+                squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
                 start = stop
     finally:
         plug(model.model, model.compiled)
-    for name, weight in weights.items():
-        mean = float(weight.mean(dtype=torch.float64))
-        if not 0 < mean < float('inf'):
-            raise NonFiniteError(
-                f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"
-            )
-        weight.div_(mean)
-    return weights
+    return squares.normalised()
+
+
+def output_fisher(
+    model: QuantizedModel, inputs: Tensor, quantized_inputs: Tensor, cache: ActivationCache, batch_size: int
+) -> dict[str, Tensor]:
+    """Squared gradients of the distance between quantized and float outputs, normalised to mean 1.
+
+    The distance is the sum over the outputs of their squared differences, each output in units of its own mean square:
+    class scores and box deltas differ in scale.
+
+    Args:
+        model: The prepared model, or a head of regions.
+        inputs (Tensor): Of the float network, ``(N, ...)``.
+        quantized_inputs (Tensor): Of the quantized one; the images are the same in both.
+        cache: Where the weights are kept.
+        batch_size: Of the passes.
+
+    Returns:
+        ``{output name: (N, ...)}``.
+
+    Raises:
+        NonFiniteError: A gradient is not finite, or all are zero.
+    """
+    squares = _Squares(model, len(inputs), cache)
+    for start in range(0, len(inputs), batch_size):
+        index = slice(start, min(start + batch_size, len(inputs)))
+        with torch.no_grad(), model.quantization(weights=False, activations=False):
+            targets = _tensors(model(inputs[index].to(cache.device)))
+        with torch.enable_grad(), model.quantization(weights=True, activations=False):
+            outputs = _tensors(squares.run(quantized_inputs[index].to(cache.device).requires_grad_(True)))
+            pairs = zip(outputs, targets, strict=True)
+            squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
+    return squares.normalised()
+
+
+class _Squares:
+    """Squared gradients at the outputs of the units of a graph, over all calibration images."""
+
+    def __init__(self, model: QuantizedModel, count: int, cache: ActivationCache) -> None:
+        names = {name for unit in model.units if unit.is_quantized for name in unit.outputs}
+        self._recorder = _Recorder(model.compiled, names)
+        self._count, self._cache = count, cache
+        self._weights: dict[str, Tensor] = {}
+
+    def run(self, inputs: Tensor) -> Any:
+        """The outputs of the graph; values at the outputs of the units are kept for :meth:`add`."""
+        return self._recorder.run(inputs)
+
+    def add(self, loss: Any, index: slice) -> None:
+        """Takes the gradients of ``loss``, a scalar, for the images ``index``, which ran last."""
+        values = list(self._recorder.recorded.items())
+        gradients = torch.autograd.grad(loss, [value for _, value in values], allow_unused=True, materialize_grads=True)
+        for (name, _), gradient in zip(values, gradients, strict=True):
+            if name not in self._weights:
+                self._weights[name] = self._cache.allocate((self._count, *gradient.shape[1:]))
+            self._weights[name][index].copy_(gradient.square())
+
+    def normalised(self) -> dict[str, Tensor]:
+        """The squares of each output over their mean."""
+        for name, weight in self._weights.items():
+            mean = float(weight.mean(dtype=torch.float64))
+            if not 0 < mean < float('inf'):
+                raise NonFiniteError(
+                    f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"
+                )
+            weight.div_(mean)
+        return self._weights
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of nested outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)]
 
 
 def _batch_size(batch: Any) -> int:

@@ -20,7 +20,7 @@ from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
-from mmbrecq.reconstruction.fisher import TaskLoss, fisher_weights
+from mmbrecq.reconstruction.fisher import TaskLoss, output_fisher, task_fisher
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult
@@ -28,6 +28,9 @@ from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.variables import Snapshot
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
+
+FISHER_BATCH = 16
+"""Images per pass of the whole network that takes gradients at the outputs of its units."""
 
 
 class Listener(Protocol):
@@ -48,7 +51,8 @@ class Task:
         model: Prepared, with calibrated grids.
         images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
         batches: Gives the calibration data with annotations again, in the order of ``images``.
-        task_loss: The task loss through the model; only a Fisher-weighted loss needs it.
+        task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
+            distance of the outputs.
         seed: Of all random draws.
         directory: Where a cache on disk is written.
     """
@@ -56,7 +60,7 @@ class Task:
     model: QuantizedModel
     images: Tensor
     batches: Callable[[], Iterable[Any]]
-    task_loss: TaskLoss
+    task_loss: TaskLoss | None
     seed: int
     directory: Path
 
@@ -105,19 +109,27 @@ class BaseReconstructor:
             inputs = next(n.name for n in nodes if n.op == 'placeholder')
             if is_head:
                 sizes[inputs] *= 2  # other features in either stream
-            fisher = self.loss.needs_fisher and not is_head
-            peaks += [peak_bytes(_units(part, stage), sizes, inputs, fisher) for stage in self.stages]
+            peaks += [peak_bytes(_units(part, s), sizes, inputs, self.loss.needs_fisher) for s in self.stages]
         needed, unit = max(peaks)
         return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
+
+    def describe_loss(self, task: Task) -> str:
+        """The loss in words: what it weighs by is decided by the data."""
+        name = type(self.loss).__name__
+        if not self.loss.needs_fisher:
+            return name
+        if task.task_loss is None:
+            return f'{name}, by the distance of quantized from float outputs, for there are no annotations'
+        heads = ', '.join(head.arithmetic.path for head in task.model.heads)
+        of_heads = f'; {heads}: by the distance of quantized from float outputs' if heads else ''
+        return f'{name}, by the task loss on annotated images{of_heads}'
 
     def run(self, task: Task, plan: CachePlan, listener: Listener) -> list[UnitResult]:
         """Reconstructs every unit; the model ends with learned codes and step sizes, its switches off."""
         device = next(task.model.model.parameters()).device
         results = []
         with ActivationCache(plan, device, task.directory) as cache:
-            fisher = None
-            if self.loss.needs_fisher:
-                fisher = fisher_weights(task.model, task.batches(), task.images, task.task_loss, cache)
+            fisher = self._fisher(task, cache)
             for stage in self.stages:
                 if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
@@ -125,9 +137,22 @@ class BaseReconstructor:
                 results += self._run_stage(task, task.model, stage, task.images, None, cache, fisher, listener)
                 for head in task.model.heads:
                     inputs = task.regions.pairs(head, weights=True, activations=stage.quantizes_activations)
-                    results += self._run_stage(task, head, _for_regions(stage), *inputs, cache, None, listener)
+                    head_stage = _for_regions(stage)
+                    weights = None
+                    if self.loss.needs_fisher:
+                        # the task loss is about regions chosen by the annotations, not about these
+                        weights = output_fisher(head, *inputs, cache, head_stage.options.batch_size)
+                    results += self._run_stage(task, head, head_stage, *inputs, cache, weights, listener)
                 listener.after_stage(stage)
         return results
+
+    def _fisher(self, task: Task, cache: ActivationCache) -> dict[str, Tensor] | None:
+        """Fisher weights of the graph of the images, None where the loss needs none."""
+        if not self.loss.needs_fisher:
+            return None
+        if task.task_loss is None:
+            return output_fisher(task.model, task.images, task.images, cache, FISHER_BATCH)
+        return task_fisher(task.model, task.batches(), task.images, task.task_loss, cache)
 
     def _run_stage(
         self,

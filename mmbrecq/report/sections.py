@@ -237,7 +237,7 @@ def provenance(summary: Summary) -> str:
     pairs = [('Config', summary.config), ('Seed', '' if summary.seed is None else str(summary.seed))]
     if calibration.num_samples:
         pairs += [('Calibration images', f'{calibration.num_samples:,}'), ('Their ids', calibration.ids_file)]
-    pairs += list(summary.versions.items())
+    pairs += [('Reconstruction loss', summary.loss), *summary.versions.items()]
     rows = [_pair_row(name, value, mono=True) for name, value in pairs if value]
     return section('To run it again', html_table([('What', ''), ('Value', '')], rows)) if rows else ''
 

@@ -139,6 +139,7 @@ class Summary:
         bits: Layer name to bits.
         float_layers: ``'<layer>: why'`` for each conv or linear that stays in float.
         calibration: The calibration draw.
+        loss: The reconstruction loss, and what it weighs by.
         warnings: What the user should know, one sentence each.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
@@ -157,6 +158,7 @@ class Summary:
     bits: dict[str, LayerBits] = field(default_factory=dict)
     float_layers: list[str] = field(default_factory=list)
     calibration: Calibration = field(default_factory=Calibration)
+    loss: str = ''
     warnings: list[str] = field(default_factory=list)
     verify: dict[str, str] = field(default_factory=dict)
     integer_kernels: dict[str, KernelCount] = field(default_factory=dict)

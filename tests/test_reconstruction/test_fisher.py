@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction import Task
+from mmbrecq.reconstruction import BRECQReconstructor, Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
-from mmbrecq.reconstruction.fisher import fisher_weights
+from mmbrecq.reconstruction.fisher import output_fisher, task_fisher
 
 Prepare = Callable[..., QuantizedModel]
 MakeTask = Callable[..., Task]
@@ -43,7 +43,7 @@ def test_squared_gradients_of_every_image(
     work = task(prepared())
     expected = reference(classifier, work.images, targets)
     with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        weights = fisher_weights(work.model, work.batches(), work.images, work.task_loss, cache)
+        weights = task_fisher(work.model, work.batches(), work.images, work.task_loss, cache)
         # none for the unit without layers
         assert set(weights) == set(expected)
         for name, weight in weights.items():
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was(prepared: Prepare, task: MakeTask, host: Ac
     model = work.model
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     expected = model(work.images)
-    fisher_weights(model, work.batches(), work.images, work.task_loss, host)
+    task_fisher(model, work.batches(), work.images, work.task_loss, host)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.model.parameters())
     assert torch.equal(model.model(work.images, mode='tensor'), expected)
@@ -78,7 +78,7 @@ def test_the_model_survives_an_error(prepared: Prepare, task: MakeTask, host: Ac
         raise RuntimeError('no labels')
 
     with pytest.raises(RuntimeError, match='no labels'):
-        fisher_weights(work.model, work.batches(), work.images, fail, host)
+        task_fisher(work.model, work.batches(), work.images, fail, host)
     assert torch.equal(work.model.model(work.images, mode='tensor'), expected)
     assert not any(fake_quant.enabled for _, _, fake_quant in work.model.weights())
 
@@ -93,6 +93,42 @@ def test_gradients_that_say_nothing(
         match=rf"^expected finite gradients at 'activation_quantizers_relu' that are not all zero, "
         rf'but their mean square is {mean}$',
     ):
-        fisher_weights(
-            work.model, work.batches(), work.images, lambda batch, x: factor * work.task_loss(batch, x), host
-        )
+        task_fisher(work.model, work.batches(), work.images, lambda batch, x: factor * work.task_loss(batch, x), host)
+
+
+def test_without_annotations_the_distance_of_the_outputs(
+    prepared: Prepare, classifier: nn.Module, task: MakeTask, host: ActivationCache
+) -> None:
+    """Reference: the model's own layers with the weights rounded to nearest; the last batch is smaller."""
+    work = task(prepared())
+    with work.model.quantization(True, False):
+        rounded = {name: module.weight.detach().clone() for name, module, _ in work.model.weights()}
+    weights = output_fisher(work.model, work.images, work.images, host, batch_size=10)
+
+    expected_logits = classifier(work.images).detach()
+    for name, weight in rounded.items():
+        classifier.get_submodule(name).weight.data.copy_(weight)
+    backbone = classifier.backbone
+    x = torch.relu(backbone.stem(work.images))
+    values = {'activation_quantizers_relu': x}
+    values['activation_quantizers_relu_2'] = x = backbone.first(x)
+    values['activation_quantizers_relu_4'] = x = backbone.second(backbone.pool(x))
+    values['head_fc'] = logits = classifier.head(x)
+    scales = torch.cat([part.square().mean().expand(len(part)) for part in expected_logits.split(10)])
+    distance = ((logits - expected_logits).square().sum(1) / scales).sum()
+    gradients = torch.autograd.grad(distance, list(values.values()))
+    assert set(weights) == set(values)
+    for name, gradient in zip(values, gradients, strict=True):
+        expected = gradient**2 / (gradient**2).mean()
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_says_what_it_weighs_by(prepared: Prepare, task: MakeTask) -> None:
+    work = task(prepared())
+    reconstructor = BRECQReconstructor(loss={'type': 'FisherLoss'})
+    assert reconstructor.describe_loss(work) == 'FisherLoss, by the task loss on annotated images'
+    work.task_loss = None
+    assert reconstructor.describe_loss(work) == (
+        'FisherLoss, by the distance of quantized from float outputs, for there are no annotations'
+    )
+    assert BRECQReconstructor().describe_loss(work) == 'MSELoss'
