@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
-from mmbrecq.calibration import build_calibration_set
+from mmbrecq.calibration import CalibrationSet, build_calibration_set
+from mmbrecq.calibration.annotations import has_annotations
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
+from mmbrecq.calibration.equalization import equalize
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.evaluation import check_runs, evaluate
@@ -118,7 +120,9 @@ class PTQLoop(BaseLoop):
         check_runs(self.runner.model, images[:2])
         self._evaluate('float')
         model = self._prepare(images)
-        task = Task(model, images, calibration.batches, self._task_loss, self.runner.seed or 0, self.folder)
+        task_loss = self._task_loss if self._has_task_loss(calibration) else None
+        task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
+        self.summary.loss = self.reconstructor.describe_loss(task)
         self._calibrate(task)
         plan = self.reconstructor.plan(task)
         self._save_inputs(model, calibration.ids)
@@ -176,6 +180,7 @@ class PTQLoop(BaseLoop):
     def _calibrate(self, task: Task) -> None:
         model = task.model
         with self._timed('calibrate'):
+            self._equalize(task)
             for part in model.parts:
                 calibrate_weights(part)
             calibrate_activations(model, list(track(task.images.split(64), 'calibration')))
@@ -183,7 +188,18 @@ class PTQLoop(BaseLoop):
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
+    def _equalize(self, task: Task) -> None:
+        def run() -> None:
+            for batch in track(task.images.split(64), 'ranges of channels'):
+                task.model(batch)
+
+        count = equalize(task.model, run)
+        count += sum(equalize(head, task.regions.observe) for head in task.model.heads)
+        if task.model.equalization:
+            self.runner.logger.info(f'channels of {count} groups of values are equalised')
+
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
+        self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
         self.runner.logger.info(
             f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
         )
@@ -248,6 +264,10 @@ class PTQLoop(BaseLoop):
         shown = ', '.join(f'{key} {value:.4g}' for key, value in metrics.items())
         self.runner.logger.info(f'{title}: {shown} ({spent:.1f} s)')
         return metrics
+
+    def _has_task_loss(self, calibration: CalibrationSet) -> bool:
+        """Whether the loss asks for the task loss, which is to be had where images are annotated."""
+        return self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
 
     def _task_loss(self, batch: Any, images: Tensor) -> Tensor:
         samples = self.runner.model.data_preprocessor(batch, False)['data_samples']

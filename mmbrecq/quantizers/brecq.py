@@ -49,6 +49,7 @@ class BRECQQuantizer:
         overrides: Options of :class:`Override`, applied in order.
         granularity: ``layer``, ``block``, ``stage`` or ``net``.
         blocks: Module types or path patterns that are blocks; None for the known types.
+        equalization: How far the ranges of channels are made alike before grids are found, from 0, not at all, to 1.
 
     Raises:
         ConfigError: An option is unknown or out of range.
@@ -63,6 +64,7 @@ class BRECQQuantizer:
         overrides: Sequence[Mapping[str, Any]] = (),
         granularity: str = 'block',
         blocks: Sequence[str] | None = None,
+        equalization: float = 0.0,
     ) -> None:
         self.preset = get_preset(preset)
         self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
@@ -76,7 +78,10 @@ class BRECQQuantizer:
             raise ConfigError(
                 f'expected quantizer.granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}'
             )
+        if isinstance(equalization, bool) or not isinstance(equalization, (int, float)) or not 0 <= equalization <= 1:
+            raise ConfigError(f'expected quantizer.equalization to be a number in [0, 1], but got {equalization!r}')
         self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
+        self.equalization = float(equalization)
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
         """Turns ``model`` into a quantized one; its grids are still to be calibrated.
@@ -132,7 +137,7 @@ class BRECQQuantizer:
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(
             model, arithmetic, self.preset, _list_layers(arithmetic, bits, units), units, cut, quantizers,
-            opaque_inputs, observers,
+            opaque_inputs, observers, self.equalization,
         )  # fmt: skip
 
     def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> list[str]:

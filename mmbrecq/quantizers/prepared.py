@@ -54,6 +54,7 @@ class QuantizedModel:
         quantizers: Activation quantizers by module path.
         opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
         observers: Configs of the range estimators: ``weight`` and ``activation``.
+        equalization: How far the ranges of channels are to be made alike before grids are found, 0 to 1.
         heads: Of a two-stage detector, one for each head that reads features of regions; they have no heads themselves.
     """
 
@@ -66,6 +67,7 @@ class QuantizedModel:
     quantizers: dict[str, FakeQuantize]
     opaque_inputs: dict[str, str] = field(default_factory=dict)
     observers: dict[str, dict[str, object]] = field(default_factory=dict)
+    equalization: float = 0.0
     heads: list[QuantizedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
