@@ -19,8 +19,8 @@ class Preset:
     Args:
         name: As the config names it.
         weight_symmetric: Zero-point 0 for weights.
-        activation: ``asymmetric`` (unsigned, any zero-point), ``unsigned`` (uint8; zero-point 0 where values cannot be
-            negative), ``auto`` (uint8 with zero-point 0 there, int8 with zero-point 0 elsewhere) or ``int8``.
+        activation: ``unsigned`` (zero-point 0 where values cannot be negative, else any), ``auto`` (uint8 with
+            zero-point 0 there, int8 with zero-point 0 elsewhere) or ``int8``.
         fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
             between the two; None for all of them.
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
@@ -38,7 +38,7 @@ class Preset:
 
     name: str
     weight_symmetric: bool
-    activation: Literal['asymmetric', 'unsigned', 'auto', 'int8']
+    activation: Literal['unsigned', 'auto', 'int8']
     fuses: tuple[str, ...] | None = None
     add_operands: Literal['none', 'shortcut', 'all'] = 'none'
     conv_outputs: bool = False
@@ -70,13 +70,13 @@ class Preset:
             raise ConfigError(f"expected activations per tensor for the preset '{self.name}', but got per_channel=True")
         if symmetric is False and kind in ('auto', 'int8'):
             raise ConfigError(f"expected symmetric activations for the preset '{self.name}', but got symmetric=False")
-        if symmetric and kind in ('asymmetric', 'unsigned'):
+        if symmetric and kind == 'unsigned':
             kind = 'auto'
         if kind == 'int8':
             # an int8 container has room for an unsigned grid of up to 7 bits
             unsigned = non_negative and bits < MAX_BITS
             return QType(bits, symmetric=True, signed=not unsigned, ch_axis=ch_axis, int8_only=True)
-        if kind == 'asymmetric' or (kind == 'unsigned' and not non_negative):
+        if kind == 'unsigned' and not non_negative:
             return QType(bits, symmetric=False, signed=False, ch_axis=ch_axis)
         return QType(bits, symmetric=True, signed=not non_negative, ch_axis=ch_axis)
 
@@ -84,7 +84,7 @@ class Preset:
 _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 
 _ALL = (
-    Preset('academic', weight_symmetric=False, activation='asymmetric', equal_concat=False, bias_apart='all'),
+    Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
     Preset(
         'onnxruntime',
         weight_symmetric=True,

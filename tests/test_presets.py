@@ -35,11 +35,11 @@ def test_an_unknown_preset() -> None:
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
 def test_the_papers_setting(bits: int) -> None:
-    """Weights per channel and asymmetric, activations per tensor and asymmetric."""
+    """Weights per channel and asymmetric, activations per tensor and asymmetric: from 0 where none is negative."""
     expected = QType(bits, symmetric=False, signed=False, ch_axis=0)
     assert weight('academic', bits) == expected
     for non_negative in (True, False):
-        assert activation('academic', bits, non_negative) == QType(bits, symmetric=False, signed=False)
+        assert activation('academic', bits, non_negative) == QType(bits, symmetric=non_negative, signed=False)
     assert weight('academic', bits, symmetric=True) == QType(bits, symmetric=True, signed=True, ch_axis=0)
 
 

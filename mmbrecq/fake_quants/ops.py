@@ -47,8 +47,12 @@ class FakeQuantizeFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
         step, offset = (expand(v.to(x.dtype), x.dim(), qtype.ch_axis) for v in (scale, zero_point))
-        codes = (x / step).round_().add_(offset).clamp_(qtype.quant_min, qtype.quant_max)
-        out = codes.sub_(offset).mul_(step)
+        codes = (x / step).round_()
+        if qtype.symmetric:
+            codes.clamp_(qtype.quant_min, qtype.quant_max)
+        else:
+            codes.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
+        out = codes.mul_(step)
         if keep is not None:
             out = torch.lerp(x, out, keep)
         ctx.qtype = qtype
@@ -60,7 +64,9 @@ class FakeQuantizeFunction(torch.autograd.Function):
         (grad,) = grads
         x, step, offset, out, keep = ctx.saved_tensors
         qtype: QType = ctx.qtype
-        place = (x / step).add_(offset)
+        place = x / step
+        if not qtype.symmetric:
+            place.add_(offset)
         grad_x = torch.ops.aten.hardtanh_backward(grad, place, qtype.quant_min - 0.5, qtype.quant_max + 0.5)
         if keep is not None:
             grad_x = torch.lerp(grad, grad_x, keep)
