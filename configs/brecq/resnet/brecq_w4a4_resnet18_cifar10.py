@@ -4,11 +4,10 @@ _base_ = [
     '../../_base_/quant/brecq_w4a4.py',
 ]
 calibration = dict(selection='first')
-# As MobileNetV2's; here no variant stands out, see benchmarks/README.md
+quantizer = dict(equalization=0.75)
 reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
-    joint=dict(iterations=1000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
-    network=dict(iterations=250),
+    joint=dict(iterations=2000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
     loss=dict(type='MSELoss'),
 )
