@@ -1,4 +1,7 @@
-"""Trains the demo's float classifier and writes its checkpoint: weights and a little meta data."""
+"""Trains a float model of a demo and writes its checkpoint: weights and a little meta data.
+
+With --config configs/demo/retinanet_scenes.py --out configs/demo/retinanet_scenes.pth it is the small RetinaNet.
+"""
 
 from __future__ import annotations
 

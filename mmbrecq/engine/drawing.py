@@ -14,8 +14,8 @@ from torch import nn
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.arithmetic import evaluation_mode
 
-SHOWN = 10
-"""Images that are drawn, evenly spread over the dataset: many are sorted by class."""
+SHOWN, REPORTED = 10, 4
+"""Images that are drawn, and those that a report shows, evenly spread over the dataset: many are sorted by class."""
 
 VISUALIZER_TYPES = {'mmpretrain': 'mmpretrain.UniversalVisualizer', 'mmdet': 'mmdet.DetLocalVisualizer'}
 
@@ -30,12 +30,13 @@ class SideBySide:
         dataset: The test set.
         visualizer: Of :func:`build_visualizer`.
         folder: Where the pictures are written; made where it is missing.
+        count: Number of images, at most.
     """
 
-    def __init__(self, dataset: Any, visualizer: Any, folder: Path) -> None:
+    def __init__(self, dataset: Any, visualizer: Any, folder: Path, count: int = SHOWN) -> None:
         self.visualizer, self.folder = visualizer, folder
         visualizer.dataset_meta = dataset.metainfo
-        count = min(SHOWN, len(dataset))
+        count = min(count, len(dataset))
         self.data = [dataset[i * len(dataset) // count] for i in range(count)]
 
     def predict(self, model: nn.Module) -> list[Any]:
@@ -80,6 +81,34 @@ def build_visualizer(scope: str) -> Any:
         known = ' or '.join(map(repr, VISUALIZER_TYPES))
         raise ConfigError(f'expected the default_scope of what is drawn to be {known}, but got {scope!r}')
     return VISUALIZERS.build({'type': VISUALIZER_TYPES[scope], 'name': 'side_by_side'})
+
+
+class ReportPictures:
+    """Pictures for a run's report: what the float model said first, and the quantized one in the end.
+
+    Args:
+        dataset: The test set.
+        scope: The config's ``default_scope``; there are no pictures where nothing draws its predictions.
+        folder: The run's.
+    """
+
+    def __init__(self, dataset: Any, scope: str, folder: Path) -> None:
+        self._drawing = None
+        if scope in VISUALIZER_TYPES:
+            self._drawing = SideBySide(dataset, build_visualizer(scope), folder / 'pictures', REPORTED)
+        self._float: list[Any] = []
+
+    def note_float(self, model: nn.Module) -> None:
+        """Takes the predictions of the float model."""
+        if self._drawing is not None:
+            self._float = self._drawing.predict(model)
+
+    def draw(self, model: nn.Module) -> list[str]:
+        """Draws both models' predictions; returns the paths, from the folder of the run."""
+        if self._drawing is None or not self._float:
+            return []
+        paths = self._drawing.draw(self._float, self._drawing.predict(model), ('float', 'quantized'))
+        return [str(path.relative_to(self._drawing.folder.parent)) for path in paths]
 
 
 def _image_of(data: Any, sample: Any) -> np.ndarray[Any, Any]:

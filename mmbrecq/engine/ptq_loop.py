@@ -23,6 +23,7 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regi
 from mmbrecq.calibration.equalization import equalize
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_runs, evaluate
 from mmbrecq.engine.grids import grids_of
 from mmbrecq.engine.hooks import (
@@ -118,7 +119,9 @@ class PTQLoop(BaseLoop):
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         images = collect_images(self.runner.model, calibration)
         check_runs(self.runner.model, images[:2])
+        pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         self._evaluate('float')
+        pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = self._task_loss if self._has_task_loss(calibration) else None
         task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
@@ -130,6 +133,7 @@ class PTQLoop(BaseLoop):
         example = images[:2].clone()
         del images, task
         self._finish(model, example)
+        self.summary.pictures = pictures.draw(self.runner.model)
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
         self.summary.seconds.total = time.perf_counter() - start

@@ -10,13 +10,16 @@ from mmbrecq.report.charts import escape
 from mmbrecq.report.style import CSS
 from mmbrecq.report.summary import Summary
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-def render_html(summary: Summary, date: str = '') -> str:
+
+def render_html(summary: Summary, date: str = '', folder: Path | None = None) -> str:
     """Returns the page: inline style and SVG, no script, nothing loaded from anywhere.
 
     Args:
         summary: The run; what it has not measured yet is left out.
         date: When the run took place, as it shall be shown.
+        folder: The run's, where its pictures are; None for none.
     """
     title = ' '.join(part for part in (summary.bits_label, summary.model or Path(summary.config).stem) if part)
     title = title or 'Quantization'
@@ -25,6 +28,7 @@ def render_html(summary: Summary, date: str = '') -> str:
         sections.tiles(summary),
         sections.warnings(summary),
         sections.results(summary),
+        '' if folder is None else sections.pictures(summary, folder),
         sections.side_by_side(sections.times(summary), sections.sizes(summary)),
         sections.reconstruction(summary),
         sections.layer_bits(summary),
@@ -34,7 +38,7 @@ def render_html(summary: Summary, date: str = '') -> str:
     # The policy makes "nothing loaded from anywhere" hold even for text that slipped through unescaped.
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)} - mmbrecq</title><style>{CSS}</style></head>\n'
         f'<body><main>{"".join(part + chr(10) for part in body if part)}'
@@ -50,7 +54,7 @@ def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '')
     """
     from mmbrecq.storage import write_text_atomic
 
-    write_text_atomic(render_html(summary, date), Path(path))
+    write_text_atomic(render_html(summary, date, Path(path).parent), Path(path))
 
 
 def _header(summary: Summary, title: str, date: str) -> str:

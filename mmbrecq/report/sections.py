@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from mmbrecq.report.charts import bits_bar, escape, loss_chart, meter, stacked_bar
 from mmbrecq.report.rows import (
@@ -108,6 +110,18 @@ def results(summary: Summary) -> str:
     ]
     note = '<p class="note">Small: the difference to float. Nearest rounding has the same bits.</p>'
     return section('Results', note, html_table(head, body, compact=False)) if rows else ''
+
+
+def pictures(summary: Summary, folder: Path) -> str:
+    """Returns the pictures of predictions, within the page; '' where there are none."""
+    found = [folder / name for name in summary.pictures if (folder / name).is_file()]
+    images = [
+        f'<img alt="Predictions on {escape(path.stem)}" src="data:image/png;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in found
+    ]
+    note = '<p class="note">Left: the float model. Right: the quantized model, simulated.</p>'
+    return section('What the two models see', note, f'<div class="pictures">{"".join(images)}</div>') if images else ''
 
 
 def _metric_cell(row: ResultRow, rows: list[ResultRow], metric: str, summary: Summary) -> str:

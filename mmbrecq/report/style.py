@@ -86,6 +86,8 @@ section .legend { padding: 0; }
 .t0 { fill: var(--t0); } .t1 { fill: var(--t1); } .t2 { fill: var(--t2); } .t3 { fill: var(--t3); }
 .t4 { fill: var(--t4); } .t5 { fill: var(--t5); }
 .ok { color: var(--good); font-weight: 600; } .failed { color: var(--bad); font-weight: 600; }
+.pictures { display: flex; flex-wrap: wrap; gap: 12px; margin: 8px 0 4px; }
+.pictures img { max-width: 100%; height: auto; border: 1px solid var(--line); }
 footer { color: var(--faint); font-size: 13px; margin-top: 24px; }
 @media print {
   main { max-width: none; padding: 0; } section, .tile { break-inside: auto; border-color: #ccc; }

@@ -143,6 +143,7 @@ class Summary:
         warnings: What the user should know, one sentence each.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
+        pictures: Paths, from the run's folder, of pictures of float and quantized predictions.
     """
 
     config: str = ''
@@ -162,6 +163,7 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     verify: dict[str, str] = field(default_factory=dict)
     integer_kernels: dict[str, KernelCount] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from mmbrecq.report import render_html, write_report
 from mmbrecq.report.summary import LayerBits, Metrics, ModelSize, Seconds, Summary, UnitRecord
 
-VOID = {'meta'}
+VOID = {'meta', 'img'}
 LOADS = {'src', 'href', 'xlink:href', 'srcset', 'data', 'action', 'poster', 'background'}
 
 
@@ -194,3 +195,18 @@ def test_report_file_is_written_whole(summary: Summary, tmp_path: Path) -> None:
     write_report(summary, path, '2025-11-21')
     assert path.read_text(encoding='utf-8') == render_html(summary, '2025-11-21')
     assert [entry.name for entry in tmp_path.iterdir()] == ['report.html']
+
+
+def test_pictures_are_within_the_page(summary: Summary, tmp_path: Path) -> None:
+    """The bytes of the files themselves; one that is gone is left out, and a page without a folder has none."""
+    content = b'\x89PNG any bytes'
+    (tmp_path / 'pictures').mkdir()
+    (tmp_path / 'pictures' / '00_cell.png').write_bytes(content)
+    summary.pictures = ['pictures/00_cell.png', 'pictures/01_gone.png']
+    write_report(summary, tmp_path / 'report.html')
+    images = [attrs for tag, attrs in Page((tmp_path / 'report.html').read_text()).tags if tag == 'img']
+    assert [attrs['alt'] for attrs in images] == ['Predictions on 00_cell']
+    kind, _, encoded = str(images[0]['src']).partition(',')
+    assert kind == 'data:image/png;base64'
+    assert base64.b64decode(encoded) == content
+    assert not [tag for tag, _ in Page(render_html(summary)).tags if tag == 'img']

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,19 @@ def test_the_console_shows_the_work_and_the_log_everything(demo_run: Any) -> Non
 
 
 def test_what_a_run_leaves(demo_run: Any) -> None:
-    assert set(demo_run.contents()) == {
+    pictures = {name for name in demo_run.contents() if name.startswith('pictures/')}
+    assert len(pictures) == 4
+    assert set(demo_run.contents()) - pictures == {
         'calibration_ids.txt', 'deploy/model.bin', 'deploy/model.onnx', 'deploy/model.xml', 'layers.txt',
         'quantized.pth', 'reconstruction.pth', 'report.html', 'resnet_digits_w2a4.py', 'summary.json',
         'deploy/notes.txt', 'notes.txt',
     }  # fmt: skip
+
+
+def test_the_report_shows_predictions(demo_run: Any) -> None:
+    pictures = [content for name, content in demo_run.contents().items() if name.startswith('pictures/')]
+    page = (demo_run.folder / 'report.html').read_text()
+    assert sorted(re.findall('base64,([^"]+)"', page)) == sorted(base64.b64encode(p).decode() for p in pictures)
 
 
 def test_foreign_files_of_the_work_dir_stay(demo_run: Any) -> None:
@@ -209,6 +219,7 @@ def test_fisher_weighted_loss(demo_run: Any, call: Any, demo: Path, tmp_path: Pa
     options = ('exporters=[]', 'evaluations=[quantized]', 'reconstructor.loss.type=FisherLoss')
     outcome = call('ptq', demo, *SHORT, *options, 'reconstructor.weights.iterations=2')
     assert outcome.status == 0, outcome.err
+    assert summary_of(tmp_path / 'work')['loss'] == 'FisherLoss, by the task loss on annotated images'
     units = summary_of(tmp_path / 'work')['units']
     assert all(0 < unit['loss_after'] <= unit['loss_before'] for unit in units) and len(units) == 20
     # the same images, the same nearest rounding: weights of mean 1 keep the magnitude of the loss, but are not all 1
