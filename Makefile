@@ -23,13 +23,19 @@ FULL := $(VENV)/.mmcv-full
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test lint env env-full clean
+.PHONY: help demo demo-detection test lint env env-full clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env  ## Quantize a small ResNet to 2-bit weights and 4-bit activations (no compiler needed)
 	@$(BIN)/python tools/ptq.py configs/demo/resnet_digits_w2a4.py --work-dir $(WORK_DIR)
+
+demo-detection: env-full  ## Quantize a small RetinaNet and a small Faster R-CNN, heads included (builds mmcv the first time)
+	@$(BIN)/python tools/make_digit_scenes.py --out work_dirs/digit_scenes
+	@for name in retinanet_scenes_w4a8 retinanet_scenes_w2a8 faster_rcnn_scenes_w4a8 faster_rcnn_scenes_w2a8; do \
+		$(BIN)/python tools/ptq.py configs/demo/$$name.py --work-dir work_dirs/demo-detection/$$name; \
+	done
 
 test: env-full  ## Run the tests (the first time builds mmcv with its ops, about 15 minutes)
 	@# a process of their own: after all other tests in one, with mmcv's compiled operations, the interpreter crashed

@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader
 
 from mmbrecq.backends.base import first_line
 from mmbrecq.calibration.data_errors import explain_data_error
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import ConfigError, DataError, GraphError
 from mmbrecq.graph.arithmetic import evaluation_mode
 from mmbrecq.graph.components import ImageArithmetic
 from mmbrecq.progress import track
+
+_OTHER_IMAGES = 'Results do not correspond to current coco set'
+"""What COCO's evaluator says of images that its annotation file does not have."""
 
 
 def check_runs(model: nn.Module, images: Tensor) -> None:
@@ -37,6 +40,33 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
             raise GraphError(f'{where}: {first_line(error)}') from error
 
 
+def check_classes(model: nn.Module, dataset: Any) -> None:
+    """Holds the classes of the test data against its annotations, and against those that the model tells apart.
+
+    Raises:
+        ConfigError: They differ in number; what differs and both numbers are named.
+    """
+    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    if classes is None:
+        return
+    # of COCO's format: the categories whose names are classes
+    found = getattr(dataset, 'cat_ids', None)
+    if found is not None and len(found) != len(classes):
+        raise ConfigError(
+            f'expected the {len(classes)} classes of {type(dataset).__name__} among the categories of '
+            f'{dataset.ann_file}, but {len(found)} of them are there; they start with {classes[0]!r}'
+        )
+    for name, module in model.named_modules():
+        # an RPN tells objects from background, whatever the classes
+        is_head = name.endswith('head') and not name.endswith('rpn_head')
+        count = getattr(module, 'num_classes', None) if is_head else None
+        if isinstance(count, int) and count not in (0, -1, len(classes)):
+            raise ConfigError(
+                f"expected '{name}' to have the {len(classes)} classes of {type(dataset).__name__}, "
+                f'but num_classes is {count}'
+            )
+
+
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
     """Metrics of ``model`` over all images, named as the evaluator names them.
 
@@ -55,7 +85,14 @@ def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator
             raise explained from error
         # COCO's evaluator prints its progress and a table of its own
         with redirect_stdout(io.StringIO()):
-            metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
+            try:
+                metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
+            except AssertionError as error:
+                if _OTHER_IMAGES not in str(error):
+                    raise
+                raise DataError(
+                    'expected the annotation file of the evaluator to be that of the test data, but it has other images'
+                ) from error
     return {name: float(value) for name, value in metrics.items() if _is_number(value)}
 
 

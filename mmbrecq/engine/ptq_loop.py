@@ -24,7 +24,7 @@ from mmbrecq.calibration.equalization import equalize
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.drawing import ReportPictures
-from mmbrecq.engine.evaluation import check_runs, evaluate
+from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
 from mmbrecq.engine.grids import grids_of
 from mmbrecq.engine.hooks import (
     HookCaller,
@@ -115,6 +115,7 @@ class PTQLoop(BaseLoop):
         """Does the whole job; returns the metrics of the quantized model."""
         start = time.perf_counter()
         self.runner.call_hook('before_test')
+        check_classes(self.runner.model, self.dataloader.dataset)
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         images = collect_images(self.runner.model, calibration)

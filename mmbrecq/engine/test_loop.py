@@ -17,7 +17,7 @@ from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.engine.drawing import SideBySide, build_visualizer
-from mmbrecq.engine.evaluation import evaluate
+from mmbrecq.engine.evaluation import check_classes, evaluate
 from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
 from mmbrecq.registry import LOOPS, QUANTIZERS
@@ -63,6 +63,7 @@ class QuantizedTestLoop(BaseLoop):
         """Returns the metrics."""
         self.runner.call_hook('before_test')
         model = self.runner.model
+        check_classes(model, self.dataloader.dataset)
         float_predictions = []
         if self.drawing is not None and self.float_checkpoint is not None:
             load_float_checkpoint(model, self.float_checkpoint)

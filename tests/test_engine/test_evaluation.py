@@ -11,8 +11,8 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from torch import nn
 
-from mmbrecq.engine.evaluation import evaluate
-from mmbrecq.errors import DataError
+from mmbrecq.engine.evaluation import check_classes, evaluate
+from mmbrecq.errors import ConfigError, DataError
 
 
 class Doubling(nn.Module):
@@ -68,3 +68,25 @@ def test_an_image_that_cannot_be_read_is_named() -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError):
         evaluate(Doubling(), Batches(ZeroDivisionError()), Evaluator([Mean()]), 'test')  # type: ignore[arg-type]
+
+
+class Head(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+
+class Cells:
+    metainfo = {'classes': ('red', 'white', 'platelet')}  # noqa: RUF012
+
+
+def test_other_classes_than_the_head_has() -> None:
+    """An RPN has one class whatever the data; a dataset that does not name its classes is taken as it is."""
+    model = nn.ModuleDict({'rpn_head': Head(1), 'backbone': Head(7), 'bbox_head': Head(3)})
+    check_classes(model, Cells())
+    check_classes(nn.ModuleDict({'bbox_head': Head(80)}), range(5))
+    model['bbox_head'] = Head(80)
+    with pytest.raises(
+        ConfigError, match="^expected 'bbox_head' to have the 3 classes of Cells, but num_classes is 80$"
+    ):
+        check_classes(model, Cells())
