@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -29,3 +36,80 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
             signal.signal(signal.SIGXFSZ, handler)
 
     return limited
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a tool ended and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr of a tool that refused its input."""
+        assert self.status == 2, (self.status, self.err)
+        assert 'Traceback' not in self.out + self.err
+        (line,) = self.err.splitlines()
+        assert line.startswith('error: ')
+        return line.removeprefix('error: ')
+
+
+@pytest.fixture(scope='session')
+def outcome() -> type[Outcome]:
+    """The class, for fixtures that run tools in another way."""
+    return Outcome
+
+
+@pytest.fixture(scope='session')
+def environment() -> Iterator[None]:
+    """One thread, as the runs are short; no usage reports over the network, for which OpenVINO would wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (('CI', 'true'), ('OMP_NUM_THREADS', '1'), ('PYTHONPATH', str(ROOT))):
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def call(
+    environment: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Outcome]]:
+    """Runs a tool in this process: ``call('ptq', CONFIG, 'seed=1')``; what holds a ``=`` is a config option.
+
+    Results go to ``tmp_path / 'work'`` unless ``work_dir`` says otherwise.
+    """
+    from mmengine.logging import MMLogger
+
+    from mmbrecq.engine.config import run_tool
+
+    def start(name: str, *args: object, work_dir: Path | None = None) -> Outcome:
+        words = [str(arg) for arg in args]
+        # mmengine keeps one logger for each experiment, and names experiments by the second
+        options = [word for word in words if '=' in word] + [f'experiment_name=run{next(_NUMBERS)}']
+        positional = [word for word in words if '=' not in word]
+        folder = work_dir or tmp_path / 'work'
+        monkeypatch.setattr(sys, 'argv', [name, *positional, '--work-dir', str(folder), '--cfg-options', *options])
+        capsys.readouterr()
+        try:
+            status = run_tool(_load(name).main)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    yield start
+    for logger in MMLogger._instance_dict.values():
+        # they write to this test's stdout, which closes now
+        logger.handlers.clear()
+
+
+_NUMBERS = iter(range(10**6))
+
+
+def _load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

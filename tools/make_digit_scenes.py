@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/digit_scenes'), help='folder (%(default)s)')
     parser.add_argument('--train', type=int, default=800, help='training scenes (%(default)s)')
-    parser.add_argument('--val', type=int, default=200, help='validation scenes (%(default)s)')
+    parser.add_argument('--val', type=int, default=100, help='validation scenes (%(default)s)')
     return parser.parse_args()
 
 

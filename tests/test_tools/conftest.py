@@ -1,13 +1,12 @@
-"""Runs of the tools: in a process of their own where that is the point, else in this one, which saves the imports."""
+"""Runs of the tools on the demo's classifier."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from mmengine.logging import MMLogger
 
 pytest.importorskip('mmpretrain', reason='the tools are tried on a classifier of mmpretrain')
-
-from mmbrecq.engine.config import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / 'configs' / 'demo' / 'resnet_digits_w2a4.py'
@@ -29,25 +25,7 @@ LOG_FOLDER = re.compile(r'\d{8}_\d{6}')
 """mmengine makes a new folder of this name for the log of every run."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a tool ended and what it said."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line on stderr of a tool that refused its input."""
-        assert self.status == 2, (self.status, self.err)
-        assert 'Traceback' not in self.out + self.err
-        (line,) = self.err.splitlines()
-        assert line.startswith('error: ')
-        return line.removeprefix('error: ')
-
-
-Call = Callable[..., Outcome]
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ class Finished:
     """A work dir that a run of the demo has left."""
 
     folder: Path
-    outcome: Outcome
+    outcome: Any
 
     def contents(self) -> dict[str, bytes]:
         """Bytes of every file but the logs, by its path."""
@@ -65,12 +43,8 @@ class Finished:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def environment() -> Iterator[None]:
-    """One thread, as the runs are short; no usage reports over the network, for which OpenVINO would wait."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (('CI', 'true'), ('OMP_NUM_THREADS', '1'), ('PYTHONPATH', str(ROOT))):
-            patch.setenv(name, value)
-        yield
+def _everywhere(environment: None) -> None:
+    """The environment of all tests here."""
 
 
 @pytest.fixture(scope='session')
@@ -79,46 +53,15 @@ def demo() -> Path:
 
 
 @pytest.fixture(scope='session')
-def run(environment: None) -> Call:
+def run(environment: None, outcome: Any) -> Call:
     """Runs a tool as a user does: ``run('ptq', CONFIG, '--help')``."""
 
-    def start(name: str, *args: object) -> Outcome:
+    def start(name: str, *args: object) -> Any:
         command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        return outcome(done.returncode, done.stdout, done.stderr)
 
     return start
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Call]:
-    """Runs a tool in this process: ``call('ptq', CONFIG, 'seed=1')``; what holds a ``=`` is a config option.
-
-    Results go to ``tmp_path / 'work'`` unless ``work_dir`` says otherwise.
-    """
-
-    def start(name: str, *args: object, work_dir: Path | None = None) -> Outcome:
-        words = [str(arg) for arg in args]
-        # mmengine keeps one logger for each experiment, and names experiments by the second
-        options = [word for word in words if '=' in word] + [f'experiment_name=run{next(_NUMBERS)}']
-        positional = [word for word in words if '=' not in word]
-        folder = work_dir or tmp_path / 'work'
-        monkeypatch.setattr(sys, 'argv', [name, *positional, '--work-dir', str(folder), '--cfg-options', *options])
-        capsys.readouterr()
-        try:
-            status = run_tool(_load(name).main)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(status, captured.out, captured.err)
-
-    yield start
-    for logger in MMLogger._instance_dict.values():
-        # they write to this test's stdout, which closes now
-        logger.handlers.clear()
-
-
-_NUMBERS = iter(range(10**6))
 
 
 @pytest.fixture(scope='session')
@@ -184,11 +127,3 @@ test_dataloader = val_dataloader
 calibration = dict(num_samples=40, batch_size=20)
 """
     return config(text), root
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT / 'tools' / f'{name}.py')
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
