@@ -1,6 +1,5 @@
 """Scenes of handwritten digits, drawn by tools/make_digit_scenes.py, and how the demo's detectors are trained."""
 
-custom_imports = dict(imports=['mmbrecq.datasets'], allow_failed_imports=False)
 default_scope = 'mmdet'
 data_root = 'work_dirs/digit_scenes/'
 metainfo = dict(classes=tuple('0123456789'))

@@ -5,7 +5,7 @@ float_checkpoint = 'retinanet_scenes.pth'
 seed = 0
 quantizer = dict(
     type='BRECQQuantizer',
-    preset='academic',
+    preset='openvino',
     weight=dict(bits=4),
     activation=dict(bits=8),
     first_last_8bit=True,
@@ -13,7 +13,8 @@ quantizer = dict(
 calibration = dict(num_samples=128, batch_size=32)
 reconstructor = dict(
     type='BRECQReconstructor',
-    weights=dict(iterations=200, batch_size=16, lr=3e-3),
+    weights=dict(iterations=150, batch_size=16, lr=1e-3),
     activations=dict(iterations=50, batch_size=16),
 )
-exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]
+exporters = [dict(type='OpenVINOExporter')]
+evaluations = ['float', 'nearest', 'quantized', 'deployed']

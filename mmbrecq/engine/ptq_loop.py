@@ -92,7 +92,7 @@ class PTQLoop(BaseLoop):
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
         self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
-        self.exporters = [build(EXPORTERS, dict(exporter)) for exporter in exporters]
+        self.exporters = [build(EXPORTERS, exporter) for exporter in exporters]
         for exporter in self.exporters:
             _check_runtime(exporter.suffix)
         self.calibration = dict(calibration)
