@@ -14,7 +14,7 @@ calibration = dict(num_samples=128, batch_size=32)
 reconstructor = dict(
     type='BRECQReconstructor',
     weights=dict(iterations=150, batch_size=16, lr=3e-3),
-    activations=dict(iterations=50, batch_size=16),
+    activations=dict(iterations=30, batch_size=16),
 )
 exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]
 evaluations = ['float', 'nearest', 'quantized', 'deployed']

@@ -13,8 +13,8 @@ quantizer = dict(
 calibration = dict(num_samples=128, batch_size=32)
 reconstructor = dict(
     type='BRECQReconstructor',
-    weights=dict(iterations=150, batch_size=16, lr=1e-3),
-    activations=dict(iterations=50, batch_size=16),
+    weights=dict(iterations=100, batch_size=16, lr=1e-3),
+    activations=dict(iterations=30, batch_size=16),
 )
 exporters = [dict(type='OpenVINOExporter')]
 evaluations = ['float', 'nearest', 'quantized', 'deployed']

@@ -114,7 +114,8 @@ class ReportPictures:
 def _image_of(data: Any, sample: Any) -> np.ndarray[Any, Any]:
     """The image, ``(H, W, 3)`` RGB: the file itself where there is one, since boxes are in its pixels."""
     path = sample.metainfo.get('img_path')
-    image = None if path is None else cv2.imread(str(path))
+    # a dataset in memory has names that are no files
+    image = cv2.imread(str(path)) if path is not None and Path(path).is_file() else None
     if image is None:
         image = data['inputs'].permute(1, 2, 0).numpy()
     image = np.ascontiguousarray(image[..., ::-1])
