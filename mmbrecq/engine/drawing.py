@@ -11,6 +11,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import VISUALIZERS
 from torch import nn
 
+from mmbrecq.calibration.data_errors import explain_data_error
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.arithmetic import evaluation_mode
 
@@ -31,13 +32,22 @@ class SideBySide:
         visualizer: Of :func:`build_visualizer`.
         folder: Where the pictures are written; made where it is missing.
         count: Number of images, at most.
+
+    Raises:
+        DataError: An image cannot be read.
     """
 
     def __init__(self, dataset: Any, visualizer: Any, folder: Path, count: int = SHOWN) -> None:
         self.visualizer, self.folder = visualizer, folder
         visualizer.dataset_meta = dataset.metainfo
         count = min(count, len(dataset))
-        self.data = [dataset[i * len(dataset) // count] for i in range(count)]
+        try:
+            self.data = [dataset[i * len(dataset) // count] for i in range(count)]
+        except Exception as error:
+            explained = explain_data_error(error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def predict(self, model: nn.Module) -> list[Any]:
         """What ``model`` says of the images, a data sample each."""

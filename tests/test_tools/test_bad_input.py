@@ -316,6 +316,13 @@ def test_a_work_dir_that_cannot_be_made(call: Any, demo: Path, tmp_path: Path) -
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
+def test_an_image_of_the_report_that_cannot_be_read(call: Any, folder_config: tuple[Path, Path]) -> None:
+    """The first test image is one that the report draws, evaluated or not."""
+    config, root = folder_config
+    sorted((root / 'val').rglob('*.png'))[0].write_bytes(b'no image')
+    assert 'cannot be read' in call('ptq', config, *QUICK).error
+
+
 def test_ctrl_c_keeps_what_was_saved(finished: Any, demo: Path) -> None:
     kept = finished.contents()
     options = ('reconstructor.weights.iterations=100', *QUICK)
