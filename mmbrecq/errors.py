@@ -45,3 +45,8 @@ class DependencyError(MMBrecqError, ImportError):
 
 class StorageError(MMBrecqError):
     """Raised when a file or a cache cannot be written: no space left, or no permission."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a message to be quoted in another; the type of an error that has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmbrecq.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
-from mmbrecq.graph.components import head_file, plug, region_heads, set_forward
+from mmbrecq.graph.components import head_file, plug, region_heads
+from mmbrecq.graph.modules import set_forward
 from mmbrecq.graph.structure import nest_outputs
 from mmbrecq.registry import BACKENDS
 

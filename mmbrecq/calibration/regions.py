@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import DataError, GraphError
-from mmbrecq.graph.components import RegionHead, region_heads, set_forward
+from mmbrecq.graph.components import RegionHead, region_heads
+from mmbrecq.graph.modules import set_forward
 from mmbrecq.quantizers.prepared import QuantizedModel
 
 REGIONS_PER_IMAGE = 32

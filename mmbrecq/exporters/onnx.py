@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmbrecq.errors import ExportError
+from mmbrecq.errors import ExportError, first_line
 from mmbrecq.exporters.base import BaseExporter
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.registry import EXPORTERS
 
 INPUT_NAME = 'images'
+
+STANDARD_DOMAINS = ('', 'ai.onnx')
+"""Whose operations every runtime has."""
 
 
 @EXPORTERS.register_module()
@@ -64,11 +67,21 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
                 dynamic_axes=_free_axes(outputs), opset_version=opset, do_constant_folding=False, **options,
             )  # fmt: skip
     except Exception as error:
-        raise ExportError(f'the graph cannot be written as ONNX: {str(error).splitlines()[0]}') from error
+        raise ExportError(f'the graph cannot be written as ONNX: {first_line(error)}') from error
     proto = onnx.load_from_string(buffer.getvalue())
+    _expect_standard_operations(proto)
     rewrite_for(proto, model.preset)
     onnx.checker.check_model(proto)
     return proto
+
+
+def _expect_standard_operations(proto: Any) -> None:
+    """No runtime has the operations that mmcv compiles for torch."""
+    for node in proto.graph.node:
+        if node.domain not in STANDARD_DOMAINS:
+            place = node.name.strip('/').rpartition('/')[0].replace('/', '.')
+            operation = f"'{node.domain}.{node.op_type}'" + (f' in {place}' if place else '')
+            raise ExportError(f'the graph cannot be written as ONNX: no standard operation does what {operation} does')
 
 
 def _free_axes(outputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:

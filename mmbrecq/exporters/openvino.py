@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.errors import BackendError, ExportError, first_line
 from mmbrecq.exporters.base import BaseExporter
 from mmbrecq.exporters.onnx import onnx_model
 from mmbrecq.exporters.onnx_rewrite import clip_signed_values
@@ -48,7 +48,7 @@ class OpenVINOExporter(BaseExporter):
                     graph = openvino.convert_model(source)
                 openvino.save_model(graph, path, compress_to_fp16=False)
             except RuntimeError as error:
-                raise ExportError(f'OpenVINO cannot convert the graph: {str(error).splitlines()[0]}') from error
+                raise ExportError(f'OpenVINO cannot convert the graph: {first_line(error)}') from error
 
 
 @contextmanager

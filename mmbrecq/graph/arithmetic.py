@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mmbrecq.errors import GraphError
-from mmbrecq.graph.components import ImageArithmetic, RegionArithmetic, RegionHead, plug, region_shape, set_forward
+from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.components import ImageArithmetic, RegionArithmetic, RegionHead, plug, region_shape
+from mmbrecq.graph.modules import graph_module, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import ConcreteTracer
@@ -58,7 +59,7 @@ class Arithmetic:
 
     def compile(self) -> fx.GraphModule:
         """A module that runs the graph as it stands now, on the modules of the model."""
-        return fx.GraphModule(self.model, self.graph, class_name='Arithmetic')
+        return graph_module(self.model, self.graph, 'Arithmetic')
 
 
 def trace_arithmetic(model: nn.Module, example: Tensor) -> Arithmetic:
@@ -89,7 +90,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> Ar
     try:
         graph = tracer.trace_model(model, entry)
     except Exception as error:
-        raise GraphError(f'{name} cannot be traced: {str(error).splitlines()[0]}') from error
+        raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
     drop_identities(model, graph)
     make_out_of_place(model, graph)
     folded = fold_batch_norms(model, graph)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError
+from mmbrecq.graph.modules import set_forward
 
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
@@ -145,11 +146,6 @@ def plug(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
     for component in others:
         is_rpn = is_two_stage(model) and component is model.rpn_head
         set_forward(component, _rpn_outputs if is_rpn else _hand_through)
-
-
-def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Puts ``forward`` in the place of a module's own."""
-    object.__setattr__(module, 'forward', forward)
 
 
 def _hand_through(value: Any) -> Any:

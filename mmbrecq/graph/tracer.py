@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.components import components_of
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
@@ -91,8 +93,32 @@ class ConcreteTracer(fx.Tracer):
             entry: Computes with them; its one attribute that is a module, ``model``, is theirs.
         """
         self._model = model
-        with torch.no_grad():
+        with torch.no_grad(), self._recording(components_of(model)):
             return self.trace(entry)
+
+    @contextmanager
+    def _recording(self, components: list[nn.Module]) -> Iterator[None]:
+        """Makes ``component.forward(x)``, which mmdet's detectors write, the recorded call that ``component(x)`` is."""
+        before = [vars(component).get('forward') for component in components]
+        for component in components:
+            object.__setattr__(component, 'forward', self._recorded(component))
+        try:
+            yield
+        finally:
+            for component, forward in zip(components, before, strict=True):
+                if forward is None:
+                    del component.forward
+                else:
+                    object.__setattr__(component, 'forward', forward)
+
+    def _recorded(self, component: nn.Module) -> Callable[..., Any]:
+        forward = component.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            is_entered = self._evaluating or self._owners[-1] == self.path_of_module(component)
+            return forward(*args, **kwargs) if is_entered else component(*args, **kwargs)
+
+        return call
 
     def path_of_module(self, mod: nn.Module) -> str:
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
@@ -118,8 +144,8 @@ class ConcreteTracer(fx.Tracer):
             if any(not isinstance(v, (Tensor, fx.Proxy)) for v in _leaves((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
-            self.opaque[path] = f'{type(m).__name__} cannot be traced: {str(error).splitlines()[0]}'
-            return self.create_proxy('call_module', path, args, kwargs)
+            self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
+            return _unpacked(self.create_proxy('call_module', path, args, kwargs))
         finally:
             self._owners.pop()
 
@@ -174,6 +200,14 @@ class ConcreteTracer(fx.Tracer):
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
+
+
+def _unpacked(value: ConcreteProxy) -> Any:
+    """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
+    if not isinstance(value.example, (list, tuple)):
+        return value
+    items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
+    return items if isinstance(value.example, list) else tuple(items)
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import ConfigError, PatternError
+from mmbrecq.graph.modules import graph_module
 
 GRANULARITIES = ('layer', 'block', 'stage', 'net')
 
@@ -214,7 +215,7 @@ class _UnitBuilder:
             self._copy(node)
         by_name = {node.name: copy for node, copy in self.copies.items()}
         self.graph.output(tuple(by_name[name] for name in outputs))
-        return fx.GraphModule(self.model, self.graph, class_name='Unit')
+        return graph_module(self.model, self.graph, 'Unit')
 
     def _copy(self, node: fx.Node) -> Any:
         if node not in self.copies:

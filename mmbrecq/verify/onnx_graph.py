@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.errors import BackendError, ExportError, first_line
 from mmbrecq.verify.violation import ExpectedQuantization
 
 Array = npt.NDArray[Any]
@@ -283,5 +283,4 @@ def read_onnx(path: Path, expected: ExpectedQuantization | None = None) -> OnnxG
     except ExportError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f'{path}: expected an ONNX model, but could not read it ({reason})') from error
+        raise ExportError(f'{path}: expected an ONNX model, but could not read it ({first_line(error)})') from error

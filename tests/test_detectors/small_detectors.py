@@ -21,6 +21,8 @@ FILES = {
     'fcos': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
     'ssdlite': 'ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py',
     'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
+    'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+    'vfnet': 'vfnet/vfnet_r50_fpn_1x_coco.py',
 }
 NECK = {'in_channels': [8, 16, 32, 64], 'out_channels': 8}
 
@@ -30,13 +32,17 @@ def config(name: str) -> dict[str, Any]:
     from mmengine.config import Config
 
     model: dict[str, Any] = Config.fromfile(_path(FILES[name])).model
-    if name in ('ssdlite', 'yolox'):
+    if name == 'rtmdet':
+        model['backbone'].update(init_cfg=None, deepen_factor=0.1, widen_factor=0.125)
+        model['neck'].update(in_channels=[32, 64, 128], out_channels=32)
+        model['bbox_head'].update(in_channels=32, feat_channels=16, num_classes=3)
+    if name in ('ssdlite', 'yolox', 'rtmdet'):
         return model
     model['backbone'] = BACKBONE
     model['neck'].update(NECK)
-    if name in ('retinanet', 'fcos'):
+    if name in ('retinanet', 'fcos', 'vfnet'):
         model['bbox_head'].update(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=3)
-        if name == 'fcos':
+        if name != 'retinanet':
             # groups of one channel have nothing to normalise on a level of one pixel
             model['bbox_head']['norm_cfg'] = {'type': 'GN', 'num_groups': 2}
         return model

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from mmbrecq.backends import DeployedModel, ONNXRuntimeBackend, as_arithmetic, open_backend
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
+from mmbrecq.errors import ExportError
 from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 
-DETECTORS = ('retinanet', 'fcos', 'ssdlite', 'yolox')
+DETECTORS = ('retinanet', 'fcos', 'ssdlite', 'yolox', 'rtmdet')
 OBSERVER = {'type': 'MinMaxObserver'}
 
 
@@ -48,6 +49,34 @@ def test_prepared_without_quantization_is_the_float_detector(name: str) -> None:
     same(predict(model, batch) if predicts else [], wanted)
     weighted = {n for n, m in model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
     assert {layer.name for layer in prepared.layers if layer.unit and not layer.float_reason} == weighted
+
+
+def test_a_head_that_cannot_be_traced_is_quantized_within_one_call(tmp_path: Path) -> None:
+    """VFNet writes into slices and calls a deformable convolution, which ONNX does not know."""
+    model, batch = build('vfnet'), data(3, seed=1)
+    images = preprocess(model, batch)
+    with torch.no_grad():
+        raw: Any = model(images, mode='tensor')
+    wanted = predict(model, batch)
+    prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}).prepare(model, preprocess(model, data(2)))
+    assert list(prepared.arithmetic.opaque) == ['bbox_head']
+    with torch.no_grad():
+        found = flatten_outputs(prepared(images))
+    for name, value in flatten_outputs(raw).items():
+        assert relative_error(found[name], value) < 1e-5
+    same(predict(model, batch), wanted)
+    (unit,) = [u for u in prepared.units if 'bbox_head.vfnet_cls' in u.layers]
+    assert len(unit.inputs) == 5 and len(unit.outputs) == 10
+    assert {layer for layer in unit.layers if layer in prepared.opaque_inputs} >= {'bbox_head.vfnet_reg_conv.conv'}
+    calibrate_weights(prepared)
+    calibrate_activations(prepared, [images])
+    with torch.no_grad(), prepared.quantization(weights=True, activations=True):
+        quantized = flatten_outputs(prepared(images))
+    moved = [relative_error(quantized[name], value) for name, value in flatten_outputs(raw).items()]
+    assert 1e-3 < max(moved) < 0.2
+    prepared.pack()
+    with pytest.raises(ExportError, match="no standard operation does what 'mmcv.MMCVDeformConv2d'"):
+        ONNXExporter().export_all(prepared, preprocess(model, data(2)), tmp_path)
 
 
 def test_a_head_shared_over_levels_is_one_unit_with_an_input_per_level() -> None:

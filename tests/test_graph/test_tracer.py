@@ -123,6 +123,50 @@ def test_module_that_cannot_be_traced_is_one_opaque_call() -> None:
     torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
 
 
+def test_tensors_of_an_opaque_module_are_nodes_of_their_own() -> None:
+    class Pair(_Assigns):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return y, [y + 1, y + 2]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        first, (second, third) = self.odd(self.first(x))
+        return self.last(first) + second[:, :2] * third[:, :2]
+
+    model = net(forward, first=conv(), odd=Pair(), last=conv(4, 2))
+    traced, tracer = trace(model)
+    assert list(tracer.opaque) == ['backbone.odd']
+    x = images(5, seed=1)
+    torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
+    read = [n for n in traced.graph.nodes if str(n.target) == 'backbone.last' for n in n.all_input_nodes]
+    assert all(isinstance(n.meta['example'], Tensor) for n in read)
+
+
+def test_a_component_called_by_its_forward_is_recorded_as_a_call() -> None:
+    """As mmdet's one-stage detectors write it; a component that cannot be traced is one call then, not an error."""
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.bbox_head = conv(), _Assigns()
+
+        def forward(self, inputs: Tensor, mode: str = 'tensor') -> Any:
+            head: Any = self.bbox_head
+            return head.forward(self.backbone(inputs))
+
+    model = Detector().eval()
+    x = images(5, seed=1)
+    wanted = model(x)
+    traced, tracer = trace(model)
+    assert list(tracer.opaque) == ['bbox_head']
+    torch.testing.assert_close(run(traced, x), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+    # in the place of the head runs the graph, and in the graph the head
+    arithmetic = trace_arithmetic(model, images(2))
+    arithmetic.plug(arithmetic.compile())
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
+
+
 def test_only_the_innermost_module_is_opaque() -> None:
     def outer(self: Any, x: Tensor) -> Tensor:
         return self.relu(self.odd(x)) + x
