@@ -51,3 +51,9 @@ def test_spread_has_digits_for_percentages_and_for_fractions() -> None:
     assert accuracy.spread([81.0, 82.0, 83.0]) == '82.00 ± 1.00'
     assert accuracy.spread([0.55, 0.57]) == '0.560 ± 0.014'
     assert accuracy.spread([0.5]) == '0.500' and accuracy.spread([]) == ''
+
+
+def test_coverage_counts_the_layers_of_a_model() -> None:
+    out = run('coverage.py', 'mmpretrain::resnet/resnet18_8xb32_in1k.py', '--size', '64', '64')
+    # 17 convolutions, 3 of shortcuts, and the classifier
+    assert '| mmpretrain::resnet/resnet18_8xb32_in1k.py | 21 | 21 | 0 |  |' in out.splitlines()
