@@ -48,5 +48,8 @@ class StorageError(MMBrecqError):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a message to be quoted in another; the type of an error that has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """First line of an error's text that says something, without a final full stop; the type of one without text."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    # OpenVINO opens each message with the C++ source line that raised it
+    telling = [line for line in lines if line and not line.startswith(('Exception from', 'Check '))]
+    return (telling or [line for line in lines if line] or [type(error).__name__])[0].rstrip('.')

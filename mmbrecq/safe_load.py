@@ -24,7 +24,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from mmbrecq.errors import CheckpointError
+from mmbrecq.errors import CheckpointError, first_line
 
 # NumPy 2 renamed numpy.core, and warns of the old name
 _numpy_core: Any = import_module('numpy._core.multiarray' if np.__version__ >= '2' else 'numpy.core.multiarray')
@@ -77,7 +77,7 @@ def _download(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=os.isatty(2))
         except Exception as error:  # URLError, HTTPException, timeouts, a full disk: all end the same way
-            raise CheckpointError(f'cannot download {url} to {path}: {_first_line(error)}') from error
+            raise CheckpointError(f'cannot download {url} to {path}: {_told(error)}') from error
     return path
 
 
@@ -87,7 +87,7 @@ def _explain(error: Exception, path: Path) -> str:
     if refused is None:
         return (
             f'checkpoint {path} ({path.stat().st_size} bytes) is truncated or no checkpoint: torch.load says '
-            f'{type(error).__name__}: {_first_line(error)}'
+            f'{type(error).__name__}: {_told(error)}'
         )
     if not hasattr(torch.serialization, 'add_safe_globals'):
         return (
@@ -97,13 +97,10 @@ def _explain(error: Exception, path: Path) -> str:
     return f'checkpoint {path} asks for {refused[1]}, which is not on the list of safe types: the file was refused'
 
 
-def _first_line(error: Exception) -> str:
-    message = str(error)
+def _told(error: Exception) -> str:
     # torch puts two paragraphs of advice, one of them to switch the check off, before what the unpickler met
-    if isinstance(error, UnpicklingError) and 'WeightsUnpickler error: ' in message:
-        message = message.split('WeightsUnpickler error: ', 1)[1]
-    lines = message.strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    _, found, told = str(error).partition('WeightsUnpickler error: ')
+    return first_line(UnpicklingError(told) if found else error)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmbrecq.errors import BackendError
+from mmbrecq.errors import BackendError, first_line
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,3 @@ class BaseBackend(metaclass=ABCMeta):
     @abstractmethod
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         """Runs float32 C-contiguous arrays, ordered as ``input_names``; returns arrays ordered as ``output_names``."""
-
-
-def first_line(error: BaseException) -> str:
-    """First line of an error's text that says something, without a final full stop."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    # OpenVINO opens each message with the C++ source line that raised it
-    telling = [line for line in lines if line and not line.startswith(('Exception from', 'Check '))]
-    return (telling or [line for line in lines if line] or [type(error).__name__])[0].rstrip('.')

@@ -11,9 +11,8 @@ from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends.base import first_line
 from mmbrecq.calibration.data_errors import explain_data_error
-from mmbrecq.errors import ConfigError, DataError, GraphError
+from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
 from mmbrecq.graph.arithmetic import evaluation_mode
 from mmbrecq.graph.components import ImageArithmetic
 from mmbrecq.progress import track

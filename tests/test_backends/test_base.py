@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmbrecq.backends.base import BaseBackend, KernelCount, first_line
+from mmbrecq.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
 
 
@@ -86,16 +86,3 @@ def test_refused_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Doubling, 'failure', RuntimeError('bad magic.'))
     with pytest.raises(BackendError, match=r'Doubling refuses .*model\.dbl: bad magic$'):
         Doubling(file)
-
-
-@pytest.mark.parametrize(
-    ('text', 'line'),
-    [
-        ('\n  one.\ntwo', 'one'),
-        ('Exception from src/core.cpp:90:\nCheck \'x\' failed at y.cpp:3:\nUnable to read the model', 'Unable to read the model'),  # noqa: E501
-        ('Check failed', 'Check failed'),
-        ('', 'RuntimeError'),
-    ],
-)  # fmt: skip
-def test_first_line(text: str, line: str) -> None:
-    assert first_line(RuntimeError(text)) == line
