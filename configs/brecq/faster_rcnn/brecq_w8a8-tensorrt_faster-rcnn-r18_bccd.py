@@ -4,4 +4,6 @@ _base_ = [
     '../../_base_/quant/brecq_w8a8_tensorrt.py',
 ]
 calibration = dict(num_samples=256)
-reconstructor = dict(weights=dict(iterations=400, lr=3e-3), activations=dict(iterations=100))
+reconstructor = dict(
+    weights=dict(iterations=400, batch_size=8, lr=3e-3), activations=dict(iterations=100, batch_size=8)
+)
