@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,12 @@ def test_ctrl_c_keeps_what_was_saved(finished: Any, demo: Path) -> None:
     options = ('reconstructor.weights.iterations=100', *QUICK)
     command = [sys.executable, str(ROOT / 'tools' / 'ptq.py'), str(demo), '--work-dir', str(finished.folder)]
     tool = subprocess.Popen(
-        [*command, '--cfg-options', *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, '--cfg-options', *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts what runs in its background deaf to Ctrl-C, and children inherit that
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert tool.stdout is not None
     for line in tool.stdout:
