@@ -1,7 +1,9 @@
 """Prepares models of mmdet and mmpretrain with random weights and prints a Markdown table of what is quantized.
 
-python benchmarks/coverage.py
-python benchmarks/coverage.py mmdet::atss/atss_r50_fpn_1x_coco.py mmpretrain::convnext/convnext-tiny_32xb128_in1k.py
+Nothing is downloaded, and no accuracy is measured.
+
+    python benchmarks/coverage.py
+    python benchmarks/coverage.py mmdet::atss/atss_r50_fpn_1x_coco.py mmpretrain::convnext/convnext-tiny_32xb128_in1k.py
 """
 
 from __future__ import annotations
