@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
-from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction, random_mask
+from mmbrecq.fake_quants.masks import RandomMasks
+from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
 from mmbrecq.functional import short_scale
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
@@ -32,9 +33,8 @@ class FakeQuantize(nn.Module):
         self.qtype, self.integer_clip = qtype, integer_clip
         self.enabled = False
         self.observer: BaseObserver | None = None
-        # probability of passing the float value on, drawn per element while it is > 0
-        self.drop_prob = 0.0
-        self.generator: torch.Generator | None = None
+        # where there are some, the float value is passed on wherever a mask has a zero
+        self.masks: RandomMasks | None = None
         shape = () if qtype.ch_axis is None else (channels,)
         self._register_scale(torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=qtype.container))
@@ -61,9 +61,7 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return x
         clip = self._clip() if torch.onnx.is_in_onnx_export() else None
-        keep = None
-        if self.drop_prob > 0 and torch.is_grad_enabled():
-            keep = random_mask(x, 1 - self.drop_prob, self.generator)
+        keep = self.masks.draw(x) if self.masks is not None and torch.is_grad_enabled() else None
         return FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip, keep)
 
     def _clip(self) -> Clip | None:

@@ -95,19 +95,6 @@ def _inner(a: Tensor, b: Tensor, ch_axis: int | None) -> Tensor:
     return (a * b).sum([axis for axis in range(a.dim()) if axis != ch_axis])
 
 
-def random_mask(like: Tensor, prob: float, generator: torch.Generator | None) -> Tensor:
-    """Ones with probability ``prob``, to the next of 1/256 .. 1, and zeros; shape, dtype and device of ``like``.
-
-    One 64-bit draw serves eight elements: on a CPU draws come one by one, and would take most of a training step.
-    """
-    count = like.numel()
-    draws = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
-    draws.random_(-(2**63), None, generator=generator)
-    # 256 would not fit the bytes that it is compared with
-    ones = draws.view(torch.uint8)[:count] <= max(round(prob * 256), 1) - 1
-    return ones.to(like.dtype).view(like.shape)
-
-
 class DequantizeFunction(torch.autograd.Function):
     """Integers to real values; in ONNX one ``DequantizeLinear`` over an integer initializer."""
 

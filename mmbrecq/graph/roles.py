@@ -32,6 +32,8 @@ _MOVES_CALLS = (
     'expand', 'clone', *_CONCAT,
 )  # fmt: skip
 
+_NEAREST = ('nearest', 'nearest-exact')
+
 
 class Roles:
     """Answers questions about the nodes of one graph.
@@ -74,8 +76,9 @@ class Roles:
         return self._calls(node, _ACTIVATION_CALLS)
 
     def moves_only(self, node: fx.Node) -> bool:
-        """Moves or selects values: pooling by maximum, reshaping, concatenation."""
-        return isinstance(self.module(node), _MOVES) or self._calls(node, _MOVES_CALLS)
+        """Moves or selects values: pooling by maximum, reshaping, concatenation, resizing to nearest."""
+        moves = isinstance(self.module(node), _MOVES) or self._calls(node, _MOVES_CALLS)
+        return moves or self._resizes_to_nearest(node)
 
     def kind(self, node: fx.Node) -> str:
         """Class name of the module, or name of the function."""
@@ -101,6 +104,15 @@ class Roles:
                 yield from self.consumers(user)
             else:
                 yield user
+
+    def _resizes_to_nearest(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if isinstance(module, nn.Upsample):
+            return str(module.mode) in _NEAREST
+        if not self._calls(node, (F.interpolate,)):
+            return False
+        mode = node.args[3] if len(node.args) > 3 else node.kwargs.get('mode', 'nearest')
+        return mode in _NEAREST
 
     def _calls(self, node: fx.Node, targets: tuple[Any, ...]) -> bool:
         return node.op in ('call_function', 'call_method') and node.target in targets

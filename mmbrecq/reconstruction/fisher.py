@@ -106,10 +106,11 @@ def output_fisher(
 
 
 class _Squares:
-    """Squared gradients at the outputs of the units of a graph, over all calibration images."""
+    """Squared gradients at the outputs of the units and of the whole graph, over all calibration images."""
 
     def __init__(self, model: QuantizedModel, count: int, cache: ActivationCache) -> None:
-        names = {name for unit in model.units if unit.is_quantized for name in unit.outputs}
+        units = [*model.units, *model.cut('net')]
+        names = {name for unit in units if unit.is_quantized for name in unit.outputs}
         self._recorder = _Recorder(model.compiled, names)
         self._count, self._cache = count, cache
         self._weights: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.ops import random_mask
+from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
@@ -147,25 +147,23 @@ class _Dropping:
     def __init__(
         self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator, device: torch.device
     ) -> None:
-        self.quantizers, self.prob, self.device = quantizers, prob, device
-        self.generator = generator
-        if device.type != 'cpu' and prob > 0:
-            self.generator = torch.Generator(device).manual_seed(generator.initial_seed())
+        self.quantizers, self.device = quantizers, device
+        self.masks = RandomMasks(1 - prob, generator) if prob > 0 else None
 
     def __enter__(self) -> None:
         for quantizer in self.quantizers:
-            quantizer.drop_prob, quantizer.generator = self.prob, self.generator
+            quantizer.masks = self.masks
 
     def __exit__(self, *exc: object) -> None:
         for quantizer in self.quantizers:
-            quantizer.drop_prob, quantizer.generator = 0.0, None
+            quantizer.masks = None
 
     def inputs(self, data: UnitData, index: Tensor) -> list[Tensor]:
         """The inputs of the images ``index``, quantized and float ones mixed element by element."""
         mixed = []
         for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
             x = quantized[index].to(self.device)
-            if self.prob > 0 and quantized is not floating:
-                x = torch.lerp(floating[index].to(self.device), x, random_mask(x, 1 - self.prob, self.generator))
+            if self.masks is not None and quantized is not floating:
+                x = torch.lerp(floating[index].to(self.device), x, self.masks.draw(x))
             mixed.append(x)
         return mixed

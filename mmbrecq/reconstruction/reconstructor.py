@@ -134,12 +134,14 @@ class BaseReconstructor:
                 if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
                 listener.before_stage(stage, [unit for part in task.model.parts for unit in _units(part, stage)])
-                results += self._run_stage(task, task.model, stage, task.images, None, cache, fisher, listener)
+                # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
+                known = fisher if stage.granularity is None or task.task_loss is not None else None
+                results += self._run_stage(task, task.model, stage, task.images, None, cache, known, listener)
                 for head in task.model.heads:
                     inputs = task.regions.pairs(head, weights=True, activations=stage.quantizes_activations)
                     head_stage = _for_regions(stage)
                     weights = None
-                    if self.loss.needs_fisher:
+                    if self.loss.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
                         weights = output_fisher(head, *inputs, cache, head_stage.options.batch_size)
                     results += self._run_stage(task, head, head_stage, *inputs, cache, weights, listener)
@@ -181,7 +183,7 @@ class BaseReconstructor:
                 streams.quantized_inputs(unit),
                 streams.float_inputs(unit),
                 float_outputs,
-                None if fisher is None or stage.granularity else [fisher[name] for name in unit.outputs],
+                None if fisher is None else [fisher[name] for name in unit.outputs],
             )
             listener.before_unit(stage, unit)
             before, after, outputs, steps = self._reconstruct(task, model, stage, streams, unit, data, listener)
@@ -206,7 +208,6 @@ class BaseReconstructor:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         activations = stage.quantizes_activations
         weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
-        # at the outputs of the network there is nothing behind them for Fisher weights to stand for
         loss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed

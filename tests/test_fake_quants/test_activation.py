@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants import LSQ, FakeQuantize
+from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.observers.minmax import MinMaxObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -138,7 +139,7 @@ def test_dropping_passes_the_float_value_on(prob: float) -> None:
     fake_quant = on(LSQ(QType(2)), 0.8)
     x = noise(64, 8, 8, 8)
     quantized = fake_quant(x).detach()
-    fake_quant.drop_prob, fake_quant.generator = prob, torch.Generator().manual_seed(1)
+    fake_quant.masks = RandomMasks(1 - prob, torch.Generator().manual_seed(1))
     mixed = fake_quant(x).detach()
     is_float, is_quantized = mixed == x, mixed == quantized
     assert (is_float | is_quantized).all()
@@ -155,18 +156,17 @@ def test_dropping_is_for_training_alone() -> None:
     fake_quant = on(LSQ(QType(2)), 0.8)
     x = noise(4, 8)
     quantized = fake_quant(x).detach()
-    fake_quant.drop_prob = 0.5
+    fake_quant.masks = RandomMasks(0.5, torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(fake_quant(x), quantized)
 
 
 def test_dropping_draws_from_its_generator() -> None:
     fake_quant = on(LSQ(QType(2)), 0.8)
-    fake_quant.drop_prob = 0.5
     x = noise(4, 64)
     draws = []
     for seed in (1, 1, 2):
-        fake_quant.generator = torch.Generator().manual_seed(seed)
+        fake_quant.masks = RandomMasks(0.5, torch.Generator().manual_seed(seed))
         draws.append(fake_quant(x).detach())
         torch.rand(3)  # the global generator plays no part
     assert torch.equal(draws[0], draws[1])
@@ -177,7 +177,7 @@ def test_gradients_where_dropped() -> None:
     """A float value takes the whole gradient and gives none to the scale."""
     fake_quant = on(LSQ(QType(2)), 0.8)
     (scale,) = fake_quant.start()
-    fake_quant.drop_prob, fake_quant.generator = 0.5, torch.Generator().manual_seed(0)
+    fake_quant.masks = RandomMasks(0.5, torch.Generator().manual_seed(0))
     x = torch.full((1000,), 50.0, requires_grad=True)
     fake_quant(x).sum().backward()
     assert x.grad is not None

@@ -12,7 +12,6 @@ from mmbrecq.fake_quants.ops import (
     FakeQuantizeFunction,
     SoftRoundFunction,
     initial_alpha,
-    random_mask,
     soft_rounding,
 )
 from mmbrecq.qtype import QType
@@ -103,19 +102,6 @@ def test_fake_quantize_leaves_its_input_alone() -> None:
     before = x.clone()
     FakeQuantizeFunction.apply(x, torch.tensor(0.3), torch.tensor(0), QType(2), None, None)
     assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize('shape', [(1,), (3, 5, 7), (100, 80)])
-@pytest.mark.parametrize('prob', [0.001, 0.25, 0.8, 0.999, 1.0])
-def test_random_mask(shape: tuple[int, ...], prob: float) -> None:
-    like = torch.zeros(shape, dtype=torch.float64)
-    mask, again = (random_mask(like, prob, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert (mask.shape, mask.dtype) == (like.shape, like.dtype)
-    assert torch.equal(mask, again)
-    assert ((mask == 0) | (mask == 1)).all()
-    # five standard deviations, and the step of the probability
-    deviation = 5 * (prob * (1 - prob) / mask.numel()) ** 0.5 + 1 / 256
-    assert float(mask.mean()) == pytest.approx(prob, abs=deviation)
 
 
 def naive_soft_round(alpha: Tensor, low: Tensor, step: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:

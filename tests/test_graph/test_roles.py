@@ -88,10 +88,18 @@ def test_activation_functions(function: Any, expected: bool) -> None:
         (lambda self, x: self.average(x), False),
         (lambda self, x: x + x.abs(), False),
         (lambda self, x: F.relu(x), False),
+        (lambda self, x: self.upsample(x), True),
+        (lambda self, x: self.bilinear(x), False),
+        (lambda self, x: F.interpolate(x, scale_factor=2), True),
+        (lambda self, x: F.interpolate(x, size=(4, 4), mode='nearest'), True),
+        (lambda self, x: F.interpolate(x, (4, 4), None, 'nearest-exact'), True),
+        (lambda self, x: F.interpolate(x, (4, 4), None, 'bilinear'), False),
+        (lambda self, x: F.interpolate(x, size=(4, 4), mode='bicubic'), False),
     ],
 )
 def test_moves_leave_values_on_their_grid(function: Any, expected: bool) -> None:
-    roles, node = last_node(function, pool=nn.MaxPool2d(2), average=nn.AvgPool2d(2))
+    resizes = {'upsample': nn.Upsample(scale_factor=2), 'bilinear': nn.Upsample(scale_factor=2, mode='bilinear')}
+    roles, node = last_node(function, pool=nn.MaxPool2d(2), average=nn.AvgPool2d(2), **resizes)
     assert roles.moves_only(node) == expected
 
 

@@ -1,0 +1,37 @@
+"""Random masks for the dropping of quantization (QDrop, Wei et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PLACES = 2**16
+"""Places of the pool at which a mask may begin."""
+ALIGNMENT = 16
+"""Elements from one place to the next: a cache line of float32."""
+
+
+class RandomMasks:
+    """Masks of ones with a given probability, and zeros.
+
+    On a CPU random numbers come one by one and would take a good part of a training step. So they are drawn once, into
+    a pool a little larger than the largest tensor, and a mask is a view of the pool that begins at a random place.
+    Masks are read only; those of different steps and tensors share memory, also in the backward pass.
+
+    Args:
+        prob: Probability of a one, in (0, 1].
+        generator: Source of all draws, on the CPU.
+    """
+
+    def __init__(self, prob: float, generator: torch.Generator) -> None:
+        self.prob, self.generator = prob, generator
+        self._pool = torch.empty(0)
+
+    def draw(self, like: Tensor) -> Tensor:
+        """A mask with the shape, dtype and device of ``like``."""
+        size = like.numel() + PLACES * ALIGNMENT
+        if self._pool.numel() < size or (self._pool.dtype, self._pool.device) != (like.dtype, like.device):
+            pool = torch.empty(size).bernoulli_(self.prob, generator=self.generator)
+            self._pool = pool.to(like.device, like.dtype)
+        start = ALIGNMENT * int(torch.randint(PLACES, (), generator=self.generator))
+        return self._pool[start : start + like.numel()].view(like.shape)
