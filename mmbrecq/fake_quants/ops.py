@@ -35,7 +35,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
     With ``r = round(x / scale)``, inside the range d/dx = 1 and d/dscale = r - x / scale; outside d/dx = 0 and
     d/dscale is the bound, ``quant_min - zero_point`` or ``quant_max - zero_point`` (Esser et al., ICLR 2020, eq. 3).
     Where ``keep`` is 0 the output is ``x`` itself: d/dx = 1, d/dscale = 0 (QDrop, Wei et al., ICLR 2022). Over all
-    elements that makes ``dscale = (<grad_x, output - x> + <grad - grad_x, output>) / scale``.
+    elements that makes ``dscale = (<grad, output> - <grad_x, x>) / scale``.
 
     In ONNX it is ``QuantizeLinear -> DequantizeLinear``; where the grid is smaller than its 8-bit container a Clip cuts
     the integers between the two, or the real values before them. Both give the same numbers.
@@ -54,7 +54,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
             codes.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
         out = codes.mul_(step)
         if keep is not None:
-            out = torch.lerp(x, out, keep)
+            torch.lerp(x, out, keep, out=out)
         ctx.qtype = qtype
         ctx.save_for_backward(x, step, offset, out, keep)
         return out
@@ -67,13 +67,14 @@ class FakeQuantizeFunction(torch.autograd.Function):
         place = x / step
         if not qtype.symmetric:
             place.add_(offset)
-        grad_x = torch.ops.aten.hardtanh_backward(grad, place, qtype.quant_min - 0.5, qtype.quant_max + 0.5)
+        low, high = qtype.quant_min - 0.5, qtype.quant_max + 0.5
+        grad_x = torch.ops.aten.hardtanh_backward(grad, place, low, high, grad_input=place)
         if keep is not None:
-            grad_x = torch.lerp(grad, grad_x, keep)
+            torch.lerp(grad, grad_x, keep, out=grad_x)
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            inside, outside = _inner(grad_x, out - x, qtype.ch_axis), _inner(grad - grad_x, out, qtype.ch_axis)
-            grad_scale = (inside + outside).div_(step.reshape(inside.shape))
+            total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
+            grad_scale = total.div_(step.reshape(total.shape))
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
 
     @staticmethod

@@ -164,6 +164,6 @@ class _Dropping:
         for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
             x = quantized[index].to(self.device)
             if self.masks is not None and quantized is not floating:
-                x = torch.lerp(floating[index].to(self.device), x, self.masks.draw(x))
+                torch.lerp(floating[index].to(self.device), x, self.masks.draw(x), out=x)
             mixed.append(x)
         return mixed
