@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class ConcreteTracer(fx.Tracer):
     """Traces the arithmetic of an OpenMMLab model without its pre- and post-processing.
 
     Every node gets ``meta['example']``, its value for ``example``, and ``meta['owner']``, the dotted path of the
-    module whose ``forward`` made it.
+    module whose ``forward`` made it. The call of a module gets ``meta['layers']``, the paths of the convolutions and
+    linear layers that it ran.
 
     Args:
         example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
@@ -182,11 +184,28 @@ class ConcreteTracer(fx.Tracer):
         if node.op == 'get_attr':
             return operator.attrgetter(str(node.target))(self._model)
         if node.op == 'call_module':
-            return self._model.get_submodule(str(node.target))(*args, **kwargs)
+            with self._noting_layers(node):
+                return self._model.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == 'call_method':
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    @contextmanager
+    def _noting_layers(self, node: fx.Node) -> Iterator[None]:
+        """Notes which layers the call runs: an opaque module may own some that it does not."""
+        target, called = str(node.target), node.meta.setdefault('layers', [])
+        layers = [
+            (name, module)
+            for name, module in self._model.get_submodule(target).named_modules(prefix=target)
+            if isinstance(module, WEIGHTED)
+        ]
+        hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def proxy(self, node: fx.Node) -> ConcreteProxy:
         return ConcreteProxy(node, self)
@@ -200,6 +219,11 @@ class ConcreteTracer(fx.Tracer):
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
+
+
+def _note(called: list[str], name: str, *call: Any) -> None:
+    if name not in called:
+        called.append(name)
 
 
 def _unpacked(value: ConcreteProxy) -> Any:

@@ -205,15 +205,8 @@ def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ..
 
 
 def _called_layers(arithmetic: Arithmetic) -> list[str]:
-    """Paths of the layers that the graph calls, within opaque modules too, in the order of their first call."""
-    found: dict[str, None] = {}
-    for node in arithmetic.graph.nodes:
-        if node.op == 'call_module':
-            target = str(node.target)
-            for name, module in arithmetic.model.get_submodule(target).named_modules(prefix=target):
-                if isinstance(module, WEIGHTED):
-                    found[name] = None
-    return list(found)
+    """Paths of the layers that the graph runs, within opaque modules too, in the order of their first call."""
+    return list(dict.fromkeys(layer for node in arithmetic.graph.nodes for layer in node.meta.get('layers', ())))
 
 
 def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:

@@ -159,6 +159,30 @@ def test_layer_in_an_opaque_module_is_quantized_at_its_input() -> None:
     assert len(seen[0].unique()) <= 16
 
 
+class _OpaqueReader(_Opaque):
+    """Reads the weight of a layer that it never calls, as TOOD's head does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = conv(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum('oi,nihw->nohw', self.read.weight[:, :, 0, 0], super().forward(x))
+
+
+def test_a_layer_that_an_opaque_module_does_not_call_stays_in_float() -> None:
+    model = net(lambda self, x: self.odd(self.first(x)), first=conv(), odd=_OpaqueReader())
+    weight = model.backbone.odd.read.weight.detach().clone()
+    prepared = calibrate(prepare(model, 'academic', 2, 4))
+    reasons = {layer.name: layer.float_reason for layer in prepared.all_layers}
+    assert reasons == {
+        'backbone.first': None, 'backbone.odd.inner': None, 'backbone.odd.read': 'the forward pass does not call it'
+    }  # fmt: skip
+    with prepared.quantization(weights=True, activations=True):
+        assert torch.equal(prepared.model.backbone.odd.read.weight, weight)
+        run(prepared, images())
+
+
 def test_weights_per_channel_and_per_tensor() -> None:
     transposed = nn.ConvTranspose2d(4, 6, 2, stride=2)
     grouped = nn.ConvTranspose2d(6, 6, 2, groups=2)
