@@ -26,9 +26,9 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
             not have, or lacks one that it needs.
     """
     if not isinstance(cfg, dict):
-        raise ConfigError(f'expected the config of a {registry.name} to be a dict, but got {cfg!r}')
+        raise ConfigError(f'expected the config of {_a(registry)} to be a dict, but got {cfg!r}')
     if 'type' not in cfg:
-        raise ConfigError(f"expected the config of a {registry.name} to have the key 'type', but got {dict(cfg)}")
+        raise ConfigError(f"expected the config of {_a(registry)} to have the key 'type', but got {dict(cfg)}")
     cls = find(registry, cfg['type'])
     given = {key for key in cfg if key not in ('type', '_scope_')}
     _check_options(cls, given, set(defaults))
@@ -45,12 +45,17 @@ def find(registry: Registry, name: Any) -> Any:
     if not isinstance(name, str):
         if callable(name):
             return name
-        raise ConfigError(f'expected the type of a {registry.name} to be a name or a class, but got {name!r}')
+        raise ConfigError(f'expected the type of {_a(registry)} to be a name or a class, but got {name!r}')
     found = registry.get(name)
     if found is None:
         valid = ', '.join(sorted(registry.module_dict)) or 'none are registered'
         raise ConfigError(f'unknown {registry.name} type {name!r}: expected one of {valid}')
     return found
+
+
+def _a(registry: Registry) -> str:
+    """What the registry holds, with its article."""
+    return f'{"an" if registry.name[0] in "aeiou" else "a"} {registry.name}'
 
 
 def _check_options(cls: Any, given: set[str], defaults: set[str]) -> None:
