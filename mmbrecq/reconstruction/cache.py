@@ -40,22 +40,20 @@ def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
 
 
 def peak_bytes(
-    units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, fisher: bool
+    units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, standing: int = 0
 ) -> tuple[int, str]:
     """Most bytes cached at once over a run, and the unit at which that is.
 
     Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
-    as they were before learning and after it; the images are the same in both. Fisher weights are there for every
-    output from the start.
+    as they were before learning and after it; the images are the same in both.
 
     Args:
         units: In the order of execution.
         sizes: Bytes of each value over all calibration images.
         images: Name of the network's input.
-        fisher: Whether Fisher weights are kept.
+        standing: Bytes of what is there from the start to the end: Fisher weights.
     """
     last = last_readers(units)
-    standing = sum(sizes[name] for unit in units if unit.is_quantized for name in unit.outputs) if fisher else 0
     live: set[str] = {images}
     worst, where = 0, ''
     for index, unit in enumerate(units):

@@ -105,13 +105,16 @@ def output_fisher(
     return squares.normalised()
 
 
+def weighted_outputs(model: QuantizedModel) -> set[str]:
+    """Names of the outputs that have Fisher weights: those of the units, and of the whole graph."""
+    return {name for unit in (*model.units, *model.cut('net')) if unit.is_quantized for name in unit.outputs}
+
+
 class _Squares:
-    """Squared gradients at the outputs of the units and of the whole graph, over all calibration images."""
+    """Squared gradients at the weighted outputs of a graph, over all calibration images."""
 
     def __init__(self, model: QuantizedModel, count: int, cache: ActivationCache) -> None:
-        units = [*model.units, *model.cut('net')]
-        names = {name for unit in units if unit.is_quantized for name in unit.outputs}
-        self._recorder = _Recorder(model.compiled, names)
+        self._recorder = _Recorder(model.compiled, weighted_outputs(model))
         self._count, self._cache = count, cache
         self._weights: dict[str, Tensor] = {}
 

@@ -20,7 +20,7 @@ from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
-from mmbrecq.reconstruction.fisher import TaskLoss, output_fisher, task_fisher
+from mmbrecq.reconstruction.fisher import TaskLoss, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult
@@ -109,7 +109,8 @@ class BaseReconstructor:
             inputs = next(n.name for n in nodes if n.op == 'placeholder')
             if is_head:
                 sizes[inputs] *= 2  # other features in either stream
-            peaks += [peak_bytes(_units(part, s), sizes, inputs, self.loss.needs_fisher) for s in self.stages]
+            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
+            peaks += [peak_bytes(_units(part, s), sizes, inputs, weights) for s in self.stages]
         needed, unit = max(peaks)
         return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
 

@@ -47,12 +47,12 @@ def test_last_readers() -> None:
 
 
 def test_the_peak_counts_what_lives_at_once() -> None:
-    peak, where = peak_bytes(UNITS, SIZES, 'x', fisher=False)
+    peak, where = peak_bytes(UNITS, SIZES, 'x')
     # both streams share the images, and carry each its own of all else
     assert where == 'one'
     assert peak >= 1000 + 2 * 100
     others = {**SIZES, 'x': 1, 'c': 50}
-    peak, where = peak_bytes(UNITS, others, 'x', fisher=False)
+    peak, where = peak_bytes(UNITS, others, 'x')
     # `a` is there until the last unit; the images are not there any more
     assert where == 'three'
     assert peak >= 2 * (100 + 10 + 50)
@@ -61,13 +61,11 @@ def test_the_peak_counts_what_lives_at_once() -> None:
 def test_what_no_later_unit_reads_is_not_counted() -> None:
     chain = [unit(str(i), [f'v{i}'], [f'v{i + 1}']) for i in range(50)]
     sizes = {f'v{i}': 100 for i in range(51)}
-    assert peak_bytes(chain, sizes, 'v0', fisher=False)[0] <= 100 * 2 * 3
+    assert peak_bytes(chain, sizes, 'v0')[0] <= 100 * 2 * 3
 
 
-def test_fisher_weights_are_there_from_the_start() -> None:
-    """One for every output of a unit that has layers."""
-    without, with_fisher = (peak_bytes(UNITS, SIZES, 'x', fisher=fisher)[0] for fisher in (False, True))
-    assert with_fisher == without + 100 + 10
+def test_what_stands_from_the_start_is_added() -> None:
+    assert peak_bytes(UNITS, SIZES, 'x', standing=110)[0] == peak_bytes(UNITS, SIZES, 'x')[0] + 110
 
 
 @pytest.mark.parametrize(

@@ -364,7 +364,12 @@ def test_a_memory_limit_sends_activations_to_the_disk(prepared: Prepare, task: M
     assert (plan.place, plan.peak_unit) == ('disk', 'backbone.first')
 
 
-def test_no_more_is_cached_than_was_planned(prepared: Prepare, task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    'options', [{}, {'loss': {'type': 'FisherLoss'}, 'network': ACTIVATIONS}], ids=['mse', 'fisher']
+)
+def test_no_more_is_cached_than_was_planned(
+    options: dict[str, Any], prepared: Prepare, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytes of all tensors that the cache has given and that are still referred to."""
     work = task(prepared())
     allocate = ActivationCache.allocate
@@ -383,7 +388,7 @@ def test_no_more_is_cached_than_was_planned(prepared: Prepare, task: MakeTask, m
         return tensor
 
     monkeypatch.setattr(ActivationCache, 'allocate', counted)
-    reconstructor = brecq({'iterations': 2}, {'iterations': 2}, cache='host')
+    reconstructor = brecq({'iterations': 2}, {'iterations': 2}, cache='host', **options)
     plan = reconstructor.plan(work)
     reconstructor.run(work, plan, Diary())
     assert peak <= plan.peak_bytes
