@@ -107,8 +107,12 @@ def test_what_is_left_measures_the_same_again(
     outcome = call('test', CONFIGS / f'{name}.py', work_dir / file, '--show-dir', pictures)
     assert outcome.status == 0, outcome.err
     metrics = summary_of(work_dir)['metrics']
-    expected = metrics['quantized'] if stage is None else metrics['deployed'][stage]
-    assert f'coco/bbox_mAP: {expected["coco/bbox_mAP"]!r}' in outcome.out
+    (measured,) = map(float, re.findall(r'coco/bbox_mAP: ([\d.]+)', outcome.out))
+    if stage is None:
+        assert measured == metrics['quantized']['coco/bbox_mAP']
+    else:
+        # not to the last digit: a runtime owes no bitwise equality between a process with one thread and this one
+        assert abs(measured - metrics['deployed'][stage]['coco/bbox_mAP']) < 0.02
     drawn = [cv2.imread(str(path)) for path in pictures.iterdir()]
     assert len(drawn) == 8
     assert all(picture.shape[1] == 2 * 96 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50 for picture in drawn)
