@@ -23,14 +23,15 @@ class FakeQuantize(nn.Module):
         channels: Number of channels, where the grid has one scale per channel.
         integer_clip: Where an exported grid is cut that is smaller than its container: at the integers between Q and
             DQ, else at the real values before Q.
+        full_scale: Whether the scale keeps all its bits, not 8 of them.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, qtype: QType, channels: int = 1, integer_clip: bool = True) -> None:
+    def __init__(self, qtype: QType, channels: int = 1, integer_clip: bool = True, full_scale: bool = False) -> None:
         super().__init__()
-        self.qtype, self.integer_clip = qtype, integer_clip
+        self.qtype, self.integer_clip, self.full_scale = qtype, integer_clip, full_scale
         self.enabled = False
         self.observer: BaseObserver | None = None
         # where there are some, the float value is passed on wherever a mask has a zero
@@ -50,10 +51,14 @@ class FakeQuantize(nn.Module):
         """Ends the optimisation."""
 
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Sets scale, to its 8 most significant bits, and zero-point, both ``()`` or ``(C,)``."""
+        """Sets the scale, to the bits that it keeps, and the zero-point, both ``()`` or ``(C,)``."""
         with torch.no_grad():
-            self.scale.copy_(short_scale(scale))
+            self.scale.copy_(self._kept(scale))
             self.zero_point.copy_(zero_point)
+
+    def _kept(self, scale: Tensor) -> Tensor:
+        """The scale as it is stored."""
+        return scale if self.full_scale else short_scale(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -96,6 +101,6 @@ class LSQ(FakeQuantize):
 
     def finish(self) -> None:
         with torch.no_grad():
-            self.scale.copy_(short_scale(self.scale))
+            self.scale.copy_(self._kept(self.scale))
         self.scale.requires_grad_(False)
         self.scale.grad = None

@@ -25,6 +25,7 @@ class Place:
         non_negative: Whether no value can be negative.
         float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
             float, and where the target computes an activation function within a layer, nothing comes between the two.
+        full_scale: Whether the scale keeps all its bits, see `Preset.integer_sums`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Place:
     layers: tuple[str, ...]
     non_negative: bool
     float_readers: frozenset[fx.Node] = frozenset()
+    full_scale: bool = False
 
 
 def find_places(roles: Roles, preset: Preset) -> list[Place]:
@@ -43,7 +45,8 @@ def find_places(roles: Roles, preset: Preset) -> list[Place]:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
         readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
-        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative, readers))
+        full_scale = preset.integer_sums and any(_combines_grids(n, set(quantized), roles) for n in group)
+        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative, readers, full_scale))
     return places
 
 
@@ -64,6 +67,14 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
         return any(_is_shortcut(node, add, roles) for add in consumers)
     return False
+
+
+def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> bool:
+    """Whether the value is computed from quantized values alone, and by no layer."""
+    if roles.is_weighted(node):
+        return False
+    inputs = [n for n in node.all_input_nodes if roles.is_tensor(n)]
+    return bool(inputs) and all(n in quantized or _combines_grids(n, quantized, roles) for n in inputs)
 
 
 def _is_inner(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:

@@ -105,6 +105,14 @@ class Roles:
             else:
                 yield user
 
+    def sources(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Nodes that compute what ``node`` reads, found through those that only move it."""
+        for source in node.all_input_nodes:
+            if self.moves_only(source):
+                yield from self.sources(source)
+            else:
+                yield source
+
     def _resizes_to_nearest(self, node: fx.Node) -> bool:
         module = self.module(node)
         if isinstance(module, nn.Upsample):

@@ -146,7 +146,9 @@ class BRECQQuantizer:
         if place_bits is None:
             return []
         name = f'{arithmetic.path.replace(".", "_")}_{place.name}' if arithmetic.path else place.name
-        path = self._add_quantizer(arithmetic.model, name, place_bits, place.non_negative, place.nodes[0])
+        path = self._add_quantizer(
+            arithmetic.model, name, place_bits, place.non_negative, place.nodes[0], place.full_scale
+        )
         for node in place.nodes:
             with arithmetic.graph.inserting_after(node):
                 new = arithmetic.graph.call_module(path, (node,))
@@ -161,14 +163,21 @@ class BRECQQuantizer:
         return max((b for b in (bits[layer][1] for layer in layers) if b is not None), default=None)
 
     def _add_quantizer(
-        self, model: nn.Module, name: str, bits: int, non_negative: bool, node: fx.Node | None = None
+        self,
+        model: nn.Module,
+        name: str,
+        bits: int,
+        non_negative: bool,
+        node: fx.Node | None = None,
+        full_scale: bool = False,
     ) -> str:
         options = self.activation
         qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
         channels = node.meta['example'].shape[1] if node is not None and options.per_channel else 1
         quantizer = build(
-            FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels, integer_clip=self.preset.integer_clip
-        )
+            FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
+            integer_clip=self.preset.integer_clip, full_scale=full_scale,
+        )  # fmt: skip
         model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
 

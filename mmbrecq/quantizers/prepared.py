@@ -13,6 +13,7 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction, round_bias
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
 from mmbrecq.graph.arithmetic import Arithmetic
+from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
 
@@ -134,10 +135,11 @@ class QuantizedModel:
 
     def _input_quantizers(self) -> dict[str, FakeQuantize]:
         """The quantizer of the input of every layer that the graph calls; a layer that reads several has none."""
+        roles = Roles(self.arithmetic.model, self.arithmetic.graph)
         read: dict[str, set[str]] = {}
         for node in self.arithmetic.graph.nodes:
-            if node.op == 'call_module':
-                read.setdefault(str(node.target), set()).update(str(n.target) for n in node.all_input_nodes)
+            if roles.is_weighted(node):
+                read.setdefault(str(node.target), set()).update(str(n.target) for n in roles.sources(node))
         return {
             layer: self.quantizers[source]
             for layer, (source, *others) in read.items()

@@ -88,6 +88,15 @@ def test_integer_kernels_give_the_simulated_integers(tmp_path: Path, bits: tuple
     assert int((distance > 0).sum()) <= 4
 
 
+@pytest.mark.parametrize('bits', BITS[:2], ids=lambda bits: f'W{bits[0]}A{bits[1]}')
+def test_integer_kernels_compute_a_whole_network_as_simulated(tmp_path: Path, bits: tuple[int, int]) -> None:
+    """None of the 16 images differs where this was written; one may where sums are added up in another order."""
+    model = packed(classifier('resnet'), 'onnxruntime', *bits)
+    path = ONNXExporter().export(model, images(2), tmp_path)
+    x = images(16, seed=1)
+    assert moved_images(ONNXRuntimeBackend(path, 1)(x)[0], run(model, x)) <= 1
+
+
 @pytest.mark.parametrize(
     ('name', 'weight_bits', 'activation_bits'), [('resnet', *b) for b in BITS] + [('mobilenetv2', 8, 8)]
 )

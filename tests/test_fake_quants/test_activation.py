@@ -84,6 +84,16 @@ def test_a_scale_keeps_eight_significant_bits(cls: type[FakeQuantize]) -> None:
 
 
 @BOTH
+def test_a_full_scale_keeps_all_its_bits(cls: type[FakeQuantize]) -> None:
+    fake_quant = on(cls(QType(4), full_scale=True), 1.003)
+    assert float(fake_quant.scale) == float(np.float32(1.003))
+    for scale in fake_quant.start():
+        scale.data.fill_(1.005)
+        fake_quant.finish()
+        assert float(fake_quant.scale) == float(np.float32(1.005))
+
+
+@BOTH
 def test_the_observer_sees_the_float_values(cls: type[FakeQuantize]) -> None:
     fake_quant = on(cls(QType(2)), 0.1)
     observer = MinMaxObserver(fake_quant.qtype)

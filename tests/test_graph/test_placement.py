@@ -47,6 +47,12 @@ def test_residual_block(preset: str, expected: list[str]) -> None:
     assert len({place.name for place in found}) == len(found)
 
 
+@pytest.mark.parametrize('preset', PRESETS)
+def test_sums_of_integers_have_full_scales(preset: str) -> None:
+    full = targets([place for place in places(residual(), preset) if place.full_scale])
+    assert full == (['out_relu', 'gap'] if preset == 'onnxruntime' else [])
+
+
 def test_places_know_their_readers_and_their_sign() -> None:
     found = dict(zip(BEFORE_LAYERS, places(residual(), 'academic'), strict=True))
     readers = {name: [layer.removeprefix('backbone.') for layer in place.layers] for name, place in found.items()}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import calibrate, classifier, images, packed, prepare, relative_error, residual, run
+from small_models import calibrate, classifier, conv, images, net, packed, prepare, relative_error, residual, run
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.bias import bias_correction
@@ -110,6 +110,25 @@ def test_packing_rounds_biases_as_the_runtime_does() -> None:
         wanted = np.round(before[name] / step) * step
         np.testing.assert_allclose(getattr(body, name).bias.detach(), wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(body.fc.bias.detach(), before['fc'])
+
+
+def test_packing_rounds_the_bias_behind_a_pooling() -> None:
+    """Pooling by maximum moves values of the grid before it, so the layer behind reads that grid."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return torch.flatten(self.gap(self.after(self.pool(self.relu(self.stem(x))))), 1)
+
+    model = net(
+        forward, stem=conv(), relu=nn.ReLU(), pool=nn.MaxPool2d(2), after=conv(4, 6), gap=nn.AdaptiveAvgPool2d(1)
+    )
+    prepared = calibrate(prepare(model, 'onnxruntime', 4, 8))
+    scale = {name.rpartition('.')[2]: fq.scale.double() for name, _, fq in prepared.weights()}['after']
+    before = model.backbone.after.bias.detach().double()
+    prepared.pack()
+    step = scale * prepared.quantizers['activation_quantizers.backbone_relu'].scale.double()
+    wanted = torch.round(before / step) * step
+    assert (wanted - before).abs().max() > 1e-6
+    torch.testing.assert_close(model.backbone.after.bias.detach().double(), wanted, rtol=1e-5, atol=1e-8)
 
 
 def test_packed_model_stores_integers_in_place_of_weights() -> None:
