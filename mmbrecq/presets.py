@@ -34,9 +34,6 @@ class Preset:
             ONNX Runtime rounds the bias of a quantized layer to int32 in units of input scale times weight scale,
             which is coarse at low bits; it leaves a bias alone that is added apart.
         bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does.
-        integer_sums: The target adds and averages quantized values by the ratio of their scales, itself rounded. With
-            short scales every two hundredth of the results lies midway between two integers, where the rounding of
-            the ratio decides; the scales of such results therefore keep all bits of a float32.
     """
 
     name: str
@@ -50,7 +47,6 @@ class Preset:
     integer_clip: bool = True
     bias_apart: Literal['none', 'linear', 'all'] = 'none'
     bias_rounded: bool = False
-    integer_sums: bool = False
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
         """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
@@ -99,7 +95,6 @@ _ALL = (
         spare_weight_bit=True,
         bias_apart='linear',
         bias_rounded=True,
-        integer_sums=True,
     ),
     Preset('openvino', weight_symmetric=True, activation='auto', spare_weight_bit=True),
     Preset(

@@ -25,7 +25,8 @@ class Place:
         non_negative: Whether no value can be negative.
         float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
             float, and where the target computes an activation function within a layer, nothing comes between the two.
-        full_scale: Whether the scale keeps all its bits, see `Preset.integer_sums`.
+        full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
+            every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
     """
 
     name: str
@@ -45,7 +46,7 @@ def find_places(roles: Roles, preset: Preset) -> list[Place]:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
         readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
-        full_scale = preset.integer_sums and any(_combines_grids(n, set(quantized), roles) for n in group)
+        full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
         places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative, readers, full_scale))
     return places
 

@@ -48,9 +48,21 @@ def test_residual_block(preset: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_sums_of_integers_have_full_scales(preset: str) -> None:
+def test_what_is_computed_from_grids_alone_has_a_full_scale(preset: str) -> None:
+    """The add is, where both convolutions before it are quantized."""
     full = targets([place for place in places(residual(), preset) if place.full_scale])
-    assert full == (['out_relu', 'gap'] if preset == 'onnxruntime' else [])
+    assert full == (['out_relu', 'gap'] if preset == 'onnxruntime' else ['gap'])
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_sum_of_two_activations_has_a_full_scale(preset: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        return self.last(F.silu(self.conv(x)) + x)
+
+    model = net(forward, stem=conv(), conv=conv(4, 4), last=conv(4, 2))
+    full = targets([place for place in places(model, preset) if place.full_scale])
+    assert full == (['silu', 'silu_1', 'add'] if preset == 'onnxruntime' else ['add'])
 
 
 def test_places_know_their_readers_and_their_sign() -> None:
