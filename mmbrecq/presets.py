@@ -116,3 +116,7 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(f'expected preset to be one of {sorted(PRESETS)}, but got {name!r}')
     return PRESETS[name]
+
+
+IR_PRESET = ('mmbrecq', 'preset')
+"""Where the runtime information of an OpenVINO IR names the preset that it was made for."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmbrecq.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
+from mmbrecq.presets import IR_PRESET
 from mmbrecq.registry import BACKENDS
 
 # Operations of the IR that have integer kernels; all take their weight as input 1
@@ -27,7 +28,9 @@ INTEGER_TYPES = frozenset({'i8', 'u8', 'i4', 'u4'})
 class OpenVINOBackend(BaseBackend):
     """Runs an OpenVINO IR (``.xml`` with its ``.bin`` beside it) in the CPU plugin, compiled once.
 
-    All that is not quantized runs in float32, never in the plugin's default bfloat16.
+    All that is not quantized runs in float32, never in the plugin's default bfloat16. A file of ours that was made for
+    another preset than ``openvino`` runs as it is written, without the plugin's low-precision transformations: those
+    take the inputs of a concatenation to one scale, which is another network where the preset gave each its own.
 
     Args:
         path: The exported ``.xml`` file.
@@ -52,6 +55,9 @@ class OpenVINOBackend(BaseBackend):
         if self.num_threads is not None:
             options['INFERENCE_NUM_THREADS'] = self.num_threads
         self._model = core.read_model(str(self.path))
+        if self._model.has_rt_info(list(IR_PRESET)):
+            preset = self._model.get_rt_info(list(IR_PRESET)).astype(str)
+            options['LP_TRANSFORMS_MODE'] = preset == 'openvino'
         self._compiled = core.compile_model(self._model, 'CPU', options)
         self._version: str = openvino.__version__
 

@@ -14,6 +14,7 @@ from mmbrecq.errors import BackendError, ExportError, first_line
 from mmbrecq.exporters.base import BaseExporter
 from mmbrecq.exporters.onnx import onnx_model
 from mmbrecq.exporters.onnx_rewrite import clip_signed_values
+from mmbrecq.presets import IR_PRESET
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.registry import EXPORTERS
 
@@ -21,6 +22,8 @@ from mmbrecq.registry import EXPORTERS
 @EXPORTERS.register_module()
 class OpenVINOExporter(BaseExporter):
     """Writes an IR, ``.xml`` and ``.bin``, converted from the ONNX graph; weights stay 8-bit integers.
+
+    Its runtime information names the preset, at `IR_PRESET`.
 
     Args:
         filename: Name of the ``.xml``.
@@ -46,6 +49,7 @@ class OpenVINOExporter(BaseExporter):
             try:
                 with _no_usage_reports():
                     graph = openvino.convert_model(source)
+                graph.set_rt_info(model.preset.name, list(IR_PRESET))
                 openvino.save_model(graph, path, compress_to_fp16=False)
             except RuntimeError as error:
                 raise ExportError(f'OpenVINO cannot convert the graph: {first_line(error)}') from error
