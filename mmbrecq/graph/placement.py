@@ -129,16 +129,10 @@ def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]
         return node
 
     for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
-        sources = [s for n in concat.all_input_nodes for s in _sources(n, roles) if s in leader]
+        sources = [s for s in roles.sources(concat) if s in leader]
         for other in sources[1:]:
             leader[find(other)] = find(sources[0])
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in quantized:
         groups.setdefault(find(node), []).append(node)
     return list(groups.values())
-
-
-def _sources(node: fx.Node, roles: Roles) -> list[fx.Node]:
-    if not roles.moves_only(node):
-        return [node]
-    return [s for n in node.all_input_nodes if roles.is_tensor(n) for s in _sources(n, roles)]
