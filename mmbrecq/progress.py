@@ -1,9 +1,11 @@
-"""Progress bars: on a terminal a bar with a message and the time left, elsewhere nothing."""
+"""What the terminal shows: on a terminal a bar with a message and the time left, elsewhere nothing."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
 
 from rich.console import Console
@@ -51,3 +53,10 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
         for done, item in enumerate(items, start=1):
             yield item
             bar.update(done)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Keeps off the terminal what libraries print: COCO's API announces and times each of its steps."""
+    with redirect_stdout(io.StringIO()):
+        yield

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmbrecq.calibration.data_errors import last_line
 from mmbrecq.calibration.source import build_source_datasets
 from mmbrecq.errors import ConfigError, DataError
+from mmbrecq.progress import without_chatter
 
 _SELECTIONS = ('random', 'first')
 
@@ -81,7 +82,8 @@ def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> Calibrati
         DataError: A folder is missing or empty, holds fewer images than asked for, or is the test set's.
     """
     options = CalibrationOptions.from_config(calibration)
-    images = _Images(build_source_datasets(cfg, options.dataset, options.pipeline))
+    with without_chatter():
+        images = _Images(build_source_datasets(cfg, options.dataset, options.pipeline))
     if len(images) < options.num_samples:
         raise DataError(
             f'expected at least {options.num_samples} images for calibration, but got {len(images)} in {images.where}'

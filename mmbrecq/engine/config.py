@@ -18,6 +18,7 @@ from mmbrecq.build_errors import explain_build_error
 from mmbrecq.calibration.data_errors import explain_data_error
 from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
+from mmbrecq.progress import without_chatter
 
 KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'seed')
 """Top-level keys of a config that are mmbrecq's own."""
@@ -126,7 +127,8 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
         runner = ToolRunner.from_cfg(runner_cfg)
         # the loop draws calibration images from the training data, which the runner itself is not to build
         runner.cfg = cfg
-        runner._test_loop = runner.build_test_loop(loop)
+        with without_chatter():
+            runner._test_loop = runner.build_test_loop(loop)
     except MMBrecqError:
         raise
     except Exception as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from mmbrecq.calibration.data_errors import explain_data_error
 from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
 from mmbrecq.graph.arithmetic import evaluation_mode
 from mmbrecq.graph.components import ImageArithmetic
-from mmbrecq.progress import track
+from mmbrecq.progress import track, without_chatter
 
 _OTHER_IMAGES = 'Results do not correspond to current coco set'
 """What COCO's evaluator says of images that its annotation file does not have."""
@@ -82,8 +80,7 @@ def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator
             if explained is None:
                 raise
             raise explained from error
-        # COCO's evaluator prints its progress and a table of its own
-        with redirect_stdout(io.StringIO()):
+        with without_chatter():
             try:
                 metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]
             except AssertionError as error:

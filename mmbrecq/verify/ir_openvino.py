@@ -1,4 +1,4 @@
-"""V1 to V6: what OpenVINO asks of an IR to run it in int8.
+"""V1 to V7: what OpenVINO asks of an IR to run it in int8.
 
 Source: OpenVINO's specification of FakeQuantize and its pages on low-precision transformations.
 """
@@ -94,3 +94,19 @@ def check_network_outputs(graph: IRGraph) -> Iterator[Violation]:
         for quant in graph.quantized_sources(result.inputs[0]) or []:
             message = f'expected a float network output, but it quantizes output {result.name!r}'
             yield Violation('V6', quant.end.name, message)
+
+
+def check_concats(graph: IRGraph) -> Iterator[Violation]:
+    """V7: the quantized inputs of a Concat have one range: OpenVINO takes them to one, whatever the file says."""
+    for concat in graph.of_type('Concat'):
+        judged = [quant for maker in concat.inputs for quant in graph.quantized_sources(maker) or [] if quant.usable]
+        if not all(_same_range(quant, judged[0]) for quant in judged):
+            ranges = ', '.join(f'{np.ravel(q.out_low)[0]:g}..{np.ravel(q.out_high)[0]:g}' for q in judged)
+            yield Violation('V7', concat.name, f'expected one range on all quantized inputs, but got {ranges}')
+
+
+def _same_range(first: FakeQuant, second: FakeQuant) -> bool:
+    if first.levels != second.levels or first.out_step.size != second.out_step.size:
+        return False
+    offsets = (np.ravel(first.out_low - second.out_low), np.ravel(first.out_high - second.out_high))
+    return all(bool((np.abs(offset) <= RANGE_TOLERANCE * np.ravel(second.out_step)).all()) for offset in offsets)

@@ -1,4 +1,4 @@
-"""V1 to V6 on the Q/DQ ONNX file that OpenVINO's IR is converted from.
+"""V1 to V7 on the Q/DQ ONNX file that OpenVINO's IR is converted from.
 
 Source: OpenVINO's specification of FakeQuantize and its pages on low-precision transformations.
 """
@@ -71,3 +71,13 @@ def check_network_outputs(graph: OnnxGraph) -> Iterator[Violation]:
     for tensor in graph.outputs:
         for dq in graph.quantized_sources(tensor) or []:
             yield Violation('V6', dq.name, f'expected a float network output, but it quantizes output {tensor!r}')
+
+
+def check_concats(graph: OnnxGraph) -> Iterator[Violation]:
+    """V7: the quantized inputs of a Concat have one grid: OpenVINO takes them to one, whatever the file says."""
+    for concat in graph.of_type('Concat'):
+        sources = [dq for tensor in concat.inputs for dq in graph.quantized_sources(tensor) or []]
+        scales = {dq: scale for dq in sources if (scale := graph.scale(dq)) is not None and np.isfinite(scale).all()}
+        if not all(graph.same_grid(dq, next(iter(scales))) for dq in scales):
+            values = ', '.join(f'{np.ravel(scale)[0]:g}' for scale in scales.values())
+            yield Violation('V7', concat.name, f'expected one grid on all quantized inputs, but got scales {values}')

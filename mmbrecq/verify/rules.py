@@ -63,6 +63,8 @@ RULES: dict[str, Rule] = {
     'V5': Rule('activations per tensor', _OV, onnx_openvino.check_per_tensor, ir_openvino.check_per_tensor),
     'V6': Rule('no quantization on the network output', _OV,
                onnx_openvino.check_network_outputs, ir_openvino.check_network_outputs),
+    'V7': Rule('quantized inputs of a concatenation have one grid', _OV,
+               onnx_openvino.check_concats, ir_openvino.check_concats),
 }  # fmt: skip
 
 # Preset -> first letters of the rules it asks for.

@@ -146,6 +146,15 @@ def test_float_layer_and_quantized_output(tmp_path: Path) -> None:
     assert found(path, 'openvino', ExpectedQuantization(1)) == {('V4', 'conv1/WithoutBiases'), ('V6', 'out_DQ_out')}
 
 
+@pytest.mark.parametrize(('name', 'value'), [('a1_scale', np.float32(0.1)), ('a2_zero', np.int8(-128))])
+def test_concatenation_of_two_ranges(tmp_path: Path, name: str, value: np.generic) -> None:
+    model = graphs.concat()
+    graphs.set_tensor(model, name, value)
+    path = convert(model, tmp_path)
+    assert found(path) == {('V7', 'cat')}
+    assert found(path, 'academic') == set()
+
+
 def test_weights_along_input_channels(tmp_path: Path) -> None:
     model = graphs.chain()
     graphs.set_attribute(model, 'conv1_w_DQ', axis=1)

@@ -369,6 +369,29 @@ def test_broken_openvino_rule(tmp_path: Path, case: int) -> None:
         assert {v for v in found(model, tmp_path, 'openvino') if v[0][0] == 'V'} == {(rule, name)}
 
 
+@pytest.mark.parametrize(
+    ('name', 'value'), [('a1_scale', np.float32(0.1)), ('a2_zero', np.int8(-128)), ('a1_zero', np.uint8(0))]
+)
+def test_concatenation_of_two_grids(tmp_path: Path, name: str, value: np.generic) -> None:
+    model = graphs.concat()
+    graphs.set_tensor(model, name, value)
+    assert found(model, tmp_path, 'openvino') == {('V7', 'cat')}
+    assert found(model, tmp_path, 'academic') == set()
+
+
+def test_grids_of_a_concatenation_are_found_behind_a_pool(tmp_path: Path) -> None:
+    model = graphs.concat()
+    graphs.set_tensor(model, 'a1_scale', np.float32(0.1))
+    graphs.insert(model, 'MaxPool', 'pool', 'cat', kernel_shape=[1, 1])
+    assert found(model, tmp_path, 'openvino') == {('V7', 'cat')}
+
+
+def test_float_input_of_a_concatenation(tmp_path: Path) -> None:
+    model = graphs.concat()
+    graphs.rewire(model, 'cat', 0, 'relu1_out')
+    assert found(model, tmp_path, 'openvino') == {('V4', 'conv3')}
+
+
 def test_quantized_network_output(tmp_path: Path) -> None:
     b = graphs.Builder()
     model = b.model(b.qdq(b.conv(b.qdq('x', 'in'), 'conv1'), 'out'))
