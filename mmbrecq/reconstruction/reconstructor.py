@@ -79,6 +79,8 @@ class BaseReconstructor:
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
         loss: Config of the reconstruction loss.
+        mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions of
+            the images as they are.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
         memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
     """
@@ -88,6 +90,7 @@ class BaseReconstructor:
         stages: Sequence[Stage],
         network: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
+        mirror: bool = False,
         cache: str = 'auto',
         memory_limit: int | None = None,
     ) -> None:
@@ -96,14 +99,19 @@ class BaseReconstructor:
             options = _options(network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
-        self.cache, self.memory_limit = cache, memory_limit
+        if mirror and self.loss.needs_fisher:
+            raise ConfigError(
+                'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
+                f'but got {type(self.loss).__name__}'
+            )
+        self.mirror, self.cache, self.memory_limit = mirror, cache, memory_limit
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
         peaks = []
         for part in task.model.parts:
             is_head = part is not task.model
-            count = len(task.images) * (REGIONS_PER_IMAGE if is_head else 1)
+            count = len(task.images) * (REGIONS_PER_IMAGE if is_head else 1 + self.mirror)
             nodes = [n for n in part.arithmetic.graph.nodes if _is_batched(n.meta.get('example'))]
             sizes = {n.name: 4 * count * n.meta['example'][0].numel() for n in nodes}
             inputs = next(n.name for n in nodes if n.op == 'placeholder')
@@ -129,6 +137,7 @@ class BaseReconstructor:
         """Reconstructs every unit; the model ends with learned codes and step sizes, its switches off."""
         device = next(task.model.model.parameters()).device
         results = []
+        images = torch.cat([task.images, task.images.flip(-1)]) if self.mirror else task.images
         with ActivationCache(plan, device, task.directory) as cache:
             fisher = self._fisher(task, cache)
             for stage in self.stages:
@@ -137,7 +146,7 @@ class BaseReconstructor:
                 listener.before_stage(stage, [unit for part in task.model.parts for unit in _units(part, stage)])
                 # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
-                results += self._run_stage(task, task.model, stage, task.images, None, cache, known, listener)
+                results += self._run_stage(task, task.model, stage, images, None, cache, known, listener)
                 for head in task.model.heads:
                     inputs = task.regions.pairs(head, weights=True, activations=stage.quantizes_activations)
                     head_stage = _for_regions(stage)
@@ -285,6 +294,7 @@ class BRECQReconstructor(BaseReconstructor):
         activations: Mapping[str, Any] | None = None,
         network: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
+        mirror: bool = False,
         cache: str = 'auto',
         memory_limit: int | None = None,
     ) -> None:
@@ -292,7 +302,7 @@ class BRECQReconstructor(BaseReconstructor):
             Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
             Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
         )
-        super().__init__(stages, network, loss, cache, memory_limit)
+        super().__init__(stages, network, loss, mirror, cache, memory_limit)
 
 
 @RECONSTRUCTORS.register_module()
@@ -309,8 +319,9 @@ class QDropReconstructor(BaseReconstructor):
         joint: Mapping[str, Any] | None = None,
         network: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
+        mirror: bool = False,
         cache: str = 'auto',
         memory_limit: int | None = None,
     ) -> None:
         options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
-        super().__init__([Stage('joint', options, True, True)], network, loss, cache, memory_limit)
+        super().__init__([Stage('joint', options, True, True)], network, loss, mirror, cache, memory_limit)

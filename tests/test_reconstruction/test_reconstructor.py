@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.errors import NonFiniteError, StorageError
+from mmbrecq.errors import ConfigError, NonFiniteError, StorageError
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task, UnitResult
 from mmbrecq.reconstruction.cache import ActivationCache
@@ -406,6 +406,27 @@ def test_fisher_loss_lowers_every_unit(prepared: Prepare, task: MakeTask, images
     ]
     assert all(r.loss_after <= r.loss_before for r in results)
     assert squared_error(outputs(work.model, images), target) < 0.5 * before
+
+
+@pytest.mark.parametrize('make', [brecq, qdrop])
+def test_mirror_images_are_learned_from_like_others(prepared: Prepare, task: MakeTask, make: Any) -> None:
+    plain, mirrored, doubled = task(prepared()), task(prepared()), task(prepared())
+    images = plain.images
+    assert not torch.equal(images, images.flip(-1))
+    run(make(), plain)
+    extended = make()
+    extended.mirror = True
+    results = run(extended, mirrored)
+    expected = run(make(), replace(doubled, images=torch.cat([images, images.flip(-1)])))
+    assert same(state_of(mirrored), state_of(doubled))
+    assert not same(state_of(mirrored), state_of(plain))
+    assert [(r.name, r.loss_after) for r in results] == [(r.name, r.loss_after) for r in expected]
+    assert extended.plan(mirrored).peak_bytes == 2 * make().plan(plain).peak_bytes
+
+
+def test_mirror_images_have_no_fisher_weights() -> None:
+    with pytest.raises(ConfigError, match='with reconstructor.mirror, such as MSELoss, but got FisherLoss'):
+        QDropReconstructor(loss={'type': 'FisherLoss'}, mirror=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(prepared: Prepare, task: MakeTask, tmp_path: Path) -> None:
