@@ -46,7 +46,7 @@ if __name__ == '__main__':
     # An editable install finds both in the checkout
     if {'sdist', 'bdist_wheel'} & set(sys.argv):
         copy_mim_files()
-    extras = {name: read_requirements(name) for name in ('mim', 'deploy', 'demo', 'tests')}
+    extras = {name: read_requirements(name) for name in ('mim', 'deploy', 'demo', 'search', 'tests')}
     setup(
         name='mmbrecq',
         version=read_version(),

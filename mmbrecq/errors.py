@@ -47,6 +47,14 @@ class StorageError(MMBrecqError):
     """Raised when a file or a cache cannot be written: no space left, or no permission."""
 
 
+class TableError(MMBrecqError):
+    """Raised when a table of losses or costs lacks a layer, or holds what no loss or cost can be."""
+
+
+class BudgetError(MMBrecqError):
+    """Raised when no choice of bits keeps a budget."""
+
+
 def first_line(error: BaseException) -> str:
     """First line of an error's text that says something, without a final full stop; the type of one without text."""
     lines = [line.strip() for line in str(error).splitlines()]

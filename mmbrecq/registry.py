@@ -29,3 +29,7 @@ LOSSES = Registry('reconstruction loss', scope='mmbrecq', locations=['mmbrecq.re
 EXPORTERS = Registry('exporter', scope='mmbrecq', locations=['mmbrecq.exporters'])
 # Runtimes that execute the exported files
 BACKENDS = Registry('backend', scope='mmbrecq', locations=['mmbrecq.backends'])
+# Algorithms that choose the bits of every layer
+SEARCHERS = Registry('searcher', scope='mmbrecq', locations=['mmbrecq.search'])
+# What bits cost: bytes, bit operations, time
+COST_MODELS = Registry('cost model', scope='mmbrecq', locations=['mmbrecq.costs'])

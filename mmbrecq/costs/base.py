@@ -1,0 +1,49 @@
+"""The contract of all cost models."""
+
+from __future__ import annotations
+
+import math
+from abc import ABCMeta, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmbrecq.costs.layers import Bits, LayerShape
+from mmbrecq.errors import TableError
+
+
+class BaseCostModel(metaclass=ABCMeta):
+    """What the bits of a network cost: a sum over its layers."""
+
+    name: str
+    """By which budgets name the cost."""
+    unit: str
+
+    @abstractmethod
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        """Cost of one layer, for one image.
+
+        Args:
+            layer: Its shapes.
+            bits: Of its weight and of its input, None for float.
+        """
+
+    def table(self, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> NDArray[np.float64]:
+        """Costs of all layers at all candidates, ``(layers, candidates)``.
+
+        Raises:
+            TableError: A cost is negative or not finite; its layer is named.
+        """
+        return np.array([[self._checked(layer, bits) for bits in candidates] for layer in layers])
+
+    def _checked(self, layer: LayerShape, bits: Bits) -> float:
+        cost = float(self.layer_cost(layer, bits))
+        if not 0 <= cost < math.inf:
+            raise TableError(f"expected the {self.name} of layer '{layer.name}' at {show(bits)} to be >= 0, got {cost}")
+        return cost
+
+
+def show(bits: Bits) -> str:
+    """Bits as tables name them: ``W4A8``, with 32 for float."""
+    return f'W{bits[0] or 32}A{bits[1] or 32}'

@@ -1,0 +1,135 @@
+"""The choice of bits as a problem of tables: what each choice loses, and what it costs.
+
+    min_c  L(c)   subject to   H_k(c) <= budget_k
+
+``L(c) = sum_i loss[i, c_i] + sum_(i, j) pair[i, j][c_i, c_j]`` (Li et al., ICLR 2021, section 3.4): what each layer
+loses alone, and what two layers of one block lose beyond that together. Costs are sums over layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmbrecq.errors import BudgetError, TableError
+
+Choices = NDArray[np.int64]
+"""Index of the chosen candidate of every layer, ``(..., layers)``."""
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a choice costs in one unit of measure, and how much it may.
+
+    Args:
+        table: ``(layers, candidates)``, finite, >= 0.
+        budget: Most that may be spent, with ``fixed``.
+        fixed: What is spent whatever is chosen.
+        unit: For messages.
+    """
+
+    table: Table
+    budget: float = math.inf
+    fixed: float = 0.0
+    unit: str = ''
+
+
+@dataclass(frozen=True)
+class BitProblem:
+    """Tables over layers and candidates; raises TableError where a table does not fit.
+
+    Args:
+        layers: Names.
+        candidates: What each layer may have, the same number for all, such as ``((2, 8), (4, 8), (8, 8))``.
+        loss: ``(layers, candidates)``, the rise of the loss with that layer alone at that candidate.
+        pairs: For two layers, by index and in this order, ``(candidates, candidates)``: the rise of the loss with both,
+            beyond the sum of the two.
+        costs: By name.
+        allowed: ``(layers, candidates)`` of bool, what may be chosen; None for everything.
+    """
+
+    layers: Sequence[str]
+    candidates: Sequence[tuple[int | None, int | None]]
+    loss: Table
+    pairs: Mapping[tuple[int, int], Table] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    allowed: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), len(self.candidates))
+        self._check('the loss', self.loss, shape)
+        for name, cost in self.costs.items():
+            self._check(f'cost {name!r}', cost.table, shape)
+            if (cost.table < 0).any():
+                layer = self.layers[int(np.argwhere(cost.table < 0)[0][0])]
+                raise TableError(f"expected cost {name!r} of layer '{layer}' to be >= 0, but got {cost.table.min():g}")
+        for (i, j), table in self.pairs.items():
+            if not 0 <= i < j < len(self.layers):
+                raise TableError(f'expected two layers in order, but got the indices {i} and {j}')
+            where = f"the loss of '{self.layers[i]}' with '{self.layers[j]}'"
+            if table.shape != (shape[1], shape[1]) or not np.isfinite(table).all():
+                raise TableError(f'expected {where} to be {shape[1]} x {shape[1]} finite numbers')
+        if self.allowed is not None and not self.allowed.any(1).all():
+            layer = self.layers[int(np.argmin(self.allowed.any(1)))]
+            raise TableError(f"expected a candidate that layer '{layer}' may have, but it may have none")
+
+    def _check(self, what: str, table: Table, shape: tuple[int, int]) -> None:
+        if table.shape != shape:
+            raise TableError(f'expected {what} to be a table of shape {shape}, but got {table.shape}')
+        bad = np.argwhere(~np.isfinite(table))
+        if len(bad):
+            layer = self.layers[int(bad[0][0])]
+            raise TableError(f"expected finite numbers, but {what} of layer '{layer}' is {table[tuple(bad[0])]}")
+
+    @property
+    def options(self) -> list[NDArray[np.int64]]:
+        """Candidates that each layer may have, as indices."""
+        count = len(self.candidates)
+        if self.allowed is None:
+            return [np.arange(count) for _ in self.layers]
+        return [np.flatnonzero(row) for row in self.allowed]
+
+    def losses(self, choices: Choices) -> Table:
+        """Predicted loss of ``(..., layers)`` choices, ``(...)``."""
+        total = np.asarray(self.loss[np.arange(len(self.layers)), choices].sum(-1))
+        for (i, j), table in self.pairs.items():
+            total = total + table[choices[..., i], choices[..., j]]
+        return np.asarray(total)
+
+    def spent(self, name: str, choices: Choices) -> Table:
+        """What choices cost by the name of the cost, ``(...)``."""
+        cost = self.costs[name]
+        return np.asarray(cost.table[np.arange(len(self.layers)), choices].sum(-1) + cost.fixed)
+
+    def feasible(self, choices: Choices) -> NDArray[np.bool_]:
+        """Whether choices keep every budget, ``(...)``."""
+        kept = np.ones(choices.shape[:-1], bool)
+        for name, cost in self.costs.items():
+            kept &= self.spent(name, choices) <= cost.budget * (1 + 1e-12)
+        return kept
+
+    def cheapest(self, name: str) -> Choices:
+        """The choice that costs least, ``(layers,)``."""
+        table = self.costs[name].table
+        return np.array([options[np.argmin(table[i, options])] for i, options in enumerate(self.options)])
+
+    @property
+    def lossless(self) -> Choices:
+        """The choice in which every layer alone loses least, ``(layers,)``."""
+        return np.array([options[np.argmin(self.loss[i, options])] for i, options in enumerate(self.options)])
+
+    def check_budgets(self) -> None:
+        """Raises BudgetError where a budget lies below the least cost, and says what that is."""
+        for name, cost in self.costs.items():
+            least = float(self.spent(name, self.cheapest(name)))
+            if least > cost.budget * (1 + 1e-12):
+                unit = f' {cost.unit}' if cost.unit else ''
+                raise BudgetError(
+                    f'expected a budget of {name} that can be kept, but got {cost.budget:.6g}{unit}: the least cost of '
+                    f'these layers and candidates is {least:.6g}{unit}'
+                )
