@@ -79,8 +79,8 @@ class BaseReconstructor:
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
         loss: Config of the reconstruction loss.
-        mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions of
-            the images as they are.
+        mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions
+            of the images as they are.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
         memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
     """
