@@ -75,7 +75,8 @@ def environment() -> Iterator[None]:
 def call(
     environment: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Callable[..., Outcome]]:
-    """Runs a tool in this process: ``call('ptq', CONFIG, 'seed=1')``; what holds a ``=`` is a config option.
+    """Runs a tool in this process: ``call('ptq', CONFIG, 'seed=1')``; what holds a ``=`` is a config option,
+    but for ``--name=value``.
 
     Results go to ``tmp_path / 'work'`` unless ``work_dir`` says otherwise.
     """
@@ -86,8 +87,9 @@ def call(
     def start(name: str, *args: object, work_dir: Path | None = None) -> Outcome:
         words = [str(arg) for arg in args]
         # mmengine keeps one logger for each experiment, and names experiments by the second
-        options = [word for word in words if '=' in word] + [f'experiment_name=run{next(_NUMBERS)}']
-        positional = [word for word in words if '=' not in word]
+        given = [word for word in words if '=' in word and not word.startswith('--')]
+        options = [*given, f'experiment_name=run{next(_NUMBERS)}']
+        positional = [word for word in words if word not in given]
         folder = work_dir or tmp_path / 'work'
         monkeypatch.setattr(sys, 'argv', [name, *positional, '--work-dir', str(folder), '--cfg-options', *options])
         capsys.readouterr()

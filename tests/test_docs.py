@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 
 from mmbrecq.building import build
 from mmbrecq.calibration.sampling import CalibrationOptions
+from mmbrecq.costs import BitSerialAccelerator, LatencyTable
 from mmbrecq.engine.config import KEYS, NEEDED
 from mmbrecq.engine.hooks import ReconstructionCheckpointHook
 from mmbrecq.engine.ptq_loop import EVALUATIONS
@@ -30,6 +31,8 @@ from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOption
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, QDropReconstructor, StageOptions
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.search import GeneticSearcher, IntegerProgram, SearchOptions
+from mmbrecq.sensitivity import AnalysisOptions
 from mmbrecq.verify import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,12 @@ REFERENCE = {
     'Reconstructor: `QDropReconstructor`': QDropReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
+    '`search`, the analysis': AnalysisOptions,
+    '`search`, the choice': SearchOptions,
+    'Searcher: `GeneticSearcher`': GeneticSearcher,
+    'Searcher: `IntegerProgram`': IntegerProgram,
+    'Cost model: `LatencyTable`': LatencyTable,
+    'Cost model: `BitSerialAccelerator`': BitSerialAccelerator,
     '`calibration`': CalibrationOptions,
     'Exporter: `ONNXExporter`': ONNXExporter,
     'Exporter: `OpenVINOExporter`': OpenVINOExporter,

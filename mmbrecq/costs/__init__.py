@@ -4,9 +4,9 @@ from mmbrecq.costs.accelerator import BitSerialAccelerator
 from mmbrecq.costs.base import BaseCostModel
 from mmbrecq.costs.counted import BitOperations, ModelSize
 from mmbrecq.costs.latency_table import LatencyTable
-from mmbrecq.costs.layers import Call, LayerShape, layer_shapes
+from mmbrecq.costs.layers import Call, LayerShape, layer_shapes, other_bytes
 
 __all__ = [
     'BaseCostModel', 'BitOperations', 'BitSerialAccelerator', 'Call', 'LatencyTable', 'LayerShape', 'ModelSize',
-    'layer_shapes',
+    'layer_shapes', 'other_bytes',
 ]  # fmt: skip

@@ -35,9 +35,10 @@ class BaseCostModel(metaclass=ABCMeta):
         Raises:
             TableError: A cost is negative or not finite; its layer is named.
         """
-        return np.array([[self._checked(layer, bits) for bits in candidates] for layer in layers])
+        return np.array([[self.cost(layer, bits) for bits in candidates] for layer in layers])
 
-    def _checked(self, layer: LayerShape, bits: Bits) -> float:
+    def cost(self, layer: LayerShape, bits: Bits) -> float:
+        """Cost of one layer, see :meth:`layer_cost`; TableError where it is negative or not finite."""
         cost = float(self.layer_cost(layer, bits))
         if not 0 <= cost < math.inf:
             raise TableError(f"expected the {self.name} of layer '{layer.name}' at {show(bits)} to be >= 0, got {cost}")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.fake_quants.weight import weight_fake_quant
+from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.bias import BiasCorrection
+from mmbrecq.fake_quants.weight import original_weight, weight_fake_quant
 from mmbrecq.quantizers.prepared import QuantizedModel
 
 REGIONS = 1000
@@ -101,6 +103,15 @@ def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
                 )
             )  # fmt: skip
     return found
+
+
+def other_bytes(model: QuantizedModel) -> int:
+    """Bytes of the parameters that are no weight of a quantized layer, all of them float."""
+    quantized = [original_weight(module) for part in model.parts for _, module, _ in part.weights()]
+    quantizers = [m for m in model.model.modules() if isinstance(m, (FakeQuantize, BiasCorrection))]
+    added = {id(p) for module in quantizers for p in module.parameters()}
+    total = sum(p.numel() for p in model.model.parameters() if id(p) not in added)
+    return 4 * (total - sum(weight.numel() for weight in quantized))
 
 
 @contextmanager

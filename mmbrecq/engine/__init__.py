@@ -1,5 +1,6 @@
 """The loops that quantize and test, the hooks around every reconstructed unit, and what the tools share."""
 
+from mmbrecq.engine.analysis_loop import AnalysisLoop
 from mmbrecq.engine.hooks import (
     ReconstructionCheckpointHook,
     ReconstructionHook,
@@ -10,6 +11,7 @@ from mmbrecq.engine.ptq_loop import PTQLoop
 from mmbrecq.engine.test_loop import QuantizedTestLoop
 
 __all__ = [
+    'AnalysisLoop',
     'PTQLoop',
     'QuantizedTestLoop',
     'ReconstructionCheckpointHook',

@@ -20,13 +20,15 @@ from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 from mmbrecq.progress import without_chatter
 
-KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'seed')
+KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'search', 'seed')
 """Top-level keys of a config that are mmbrecq's own."""
 
 NEEDED = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration')
 
 _KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(('model', 'test_dataloader', 'quantizer', 'reconstructor', 'calibration'), (Mapping, 'a dict')),
+    **dict.fromkeys(
+        ('model', 'test_dataloader', 'quantizer', 'reconstructor', 'calibration', 'search'), (Mapping, 'a dict')
+    ),
     **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
     'float_checkpoint': (str, 'a path or URL'),
     'seed': (int, 'an integer'),

@@ -33,6 +33,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionProgressHook,
 )
 from mmbrecq.engine.measure import model_size, peak_memory, versions
+from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -124,7 +125,7 @@ class PTQLoop(BaseLoop):
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
-        task_loss = self._task_loss if self._has_task_loss(calibration) else None
+        task_loss = task_loss_of(self.runner.model) if self._has_task_loss(calibration) else None
         task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
         self.summary.loss = self.reconstructor.describe_loss(task)
         self._calibrate(task)
@@ -273,14 +274,6 @@ class PTQLoop(BaseLoop):
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
         """Whether the loss asks for the task loss, which is to be had where images are annotated."""
         return self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
-
-    def _task_loss(self, batch: Any, images: Tensor) -> Tensor:
-        samples = self.runner.model.data_preprocessor(batch, False)['data_samples']
-        for sample in samples:
-            # the images may have been padded further than those of this batch alone
-            sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
-        total, _ = self.runner.model.parse_losses(self.runner.model.loss(images, samples))
-        return total
 
     def _save_inputs(self, model: QuantizedModel, ids: Sequence[str]) -> None:
         """Writes the first files, once config, checkpoint and images are known to be good.

@@ -55,6 +55,7 @@ class Task:
             distance of the outputs.
         seed: Of all random draws.
         directory: Where a cache on disk is written.
+        done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
     """
 
     model: QuantizedModel
@@ -63,6 +64,7 @@ class Task:
     task_loss: TaskLoss | None
     seed: int
     directory: Path
+    done: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def regions(self) -> RegionCapture:
@@ -148,7 +150,9 @@ class BaseReconstructor:
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
                 results += self._run_stage(task, task.model, stage, images, None, cache, known, listener)
                 for head in task.model.heads:
-                    inputs = task.regions.pairs(head, weights=True, activations=stage.quantizes_activations)
+                    inputs = task.regions.pairs(
+                        head, weights=not stage.independent, activations=stage.quantizes_activations
+                    )
                     head_stage = _for_regions(stage)
                     weights = None
                     if self.loss.needs_fisher and stage.granularity is None:
@@ -184,10 +188,11 @@ class BaseReconstructor:
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
-            if not unit.is_quantized:
+            if not unit.is_quantized or (stage.name, unit.name) in task.done:
                 unit_inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
-                outputs = streams.run(unit, unit_inputs, weights=True, activations=activations)
-                streams.advance(index, float_outputs, outputs)
+                if not stage.independent:
+                    outputs = streams.run(unit, unit_inputs, weights=True, activations=activations)
+                streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
                 continue
             data = UnitData(
                 streams.quantized_inputs(unit),
@@ -197,7 +202,7 @@ class BaseReconstructor:
             )
             listener.before_unit(stage, unit)
             before, after, outputs, steps = self._reconstruct(task, model, stage, streams, unit, data, listener)
-            streams.advance(index, float_outputs, outputs)
+            streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             kept = steps > 0 and not after < before
             after = before if kept else after
             seconds = time.perf_counter() - start

@@ -71,6 +71,7 @@ class Stage:
         learns_scale: Optimises the step sizes of activations.
         granularity: Into what the network is cut for this pass; None for the units of the quantizer.
         observes: Step sizes start from the observer's range over the quantized stream, not from where they are.
+        independent: Every unit reads the float stream, so that what it learns does not depend on the units before it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Stage:
     learns_scale: bool
     granularity: str | None = None
     observes: bool = True
+    independent: bool = False
 
     @property
     def quantizes_activations(self) -> bool:

@@ -35,14 +35,25 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
         sections.side_by_side(sections.float_layers(summary), sections.deployment(summary)),
         sections.provenance(summary),
     )
+    return page(title, ''.join(part + chr(10) for part in body if part), 'summary.json')
+
+
+def page(title: str, body: str, numbers: str) -> str:
+    """A whole page in the style of the report.
+
+    Args:
+        title: As text.
+        body: As markup.
+        numbers: Name of the file that has the same numbers.
+    """
     # The policy makes "nothing loaded from anywhere" hold even for text that slipped through unescaped.
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)} - mmbrecq</title><style>{CSS}</style></head>\n'
-        f'<body><main>{"".join(part + chr(10) for part in body if part)}'
-        '<footer>Written by mmbrecq; the same numbers are in summary.json.</footer></main></body></html>\n'
+        f'<body><main>{body}'
+        f'<footer>Written by mmbrecq; the same numbers are in {escape(numbers)}.</footer></main></body></html>\n'
     )
 
 

@@ -66,9 +66,9 @@ tr.quantized > * { font-weight: 650; }
 .bits { display: flex; align-items: center; gap: 8px; min-width: 110px; }
 .bits svg { flex: 1; height: 12px; min-width: 60px; } .bits b { font-weight: 500; min-width: 3.2ch; text-align: right; }
 .bits .track { fill: var(--track); }
-.bits .b2 { fill: var(--b2); } .bits .b3 { fill: var(--b3); } .bits .b4 { fill: var(--b4); }
-.bits .b5 { fill: var(--b5); }
-.bits .b6 { fill: var(--b6); } .bits .b7 { fill: var(--b7); } .bits .b8 { fill: var(--b8); }
+.b2 { fill: var(--b2); } .b3 { fill: var(--b3); } .b4 { fill: var(--b4); }
+.b5 { fill: var(--b5); }
+.b6 { fill: var(--b6); } .b7 { fill: var(--b7); } .b8 { fill: var(--b8); }
 .chart { display: block; width: 100%; min-width: 560px; height: auto; margin: 8px 0 4px; }
 .chart text { font-size: 12px; fill: var(--soft); font-family: inherit; }
 .chart .name, .chart .factor { fill: var(--ink); } .chart .grid { stroke: var(--line); stroke-width: 1; }

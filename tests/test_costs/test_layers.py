@@ -6,7 +6,7 @@ import pytest
 from small_models import classifier, images, prepare
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmbrecq.costs import ModelSize, layer_shapes
+from mmbrecq.costs import ModelSize, layer_shapes, other_bytes
 from mmbrecq.engine.measure import model_size
 
 
@@ -25,7 +25,8 @@ def test_multiplications_are_what_torch_counts(name: str) -> None:
 def test_sizes_add_up_to_that_of_the_report(preset: str) -> None:
     model = prepare(classifier('resnet'), preset)
     layers, size = layer_shapes(model), model_size(model)
-    rest = size.float - 4 * sum(layer.weights for layer in layers)
+    rest = other_bytes(model)
+    assert rest + 4 * sum(layer.weights for layer in layers) == size.float
     assert round(rest + sum(ModelSize().layer_cost(layer, layer.bits) for layer in layers)) == size.quantized
     assert {layer.name for layer in layers} == {layer.name for layer in model.layers}
 

@@ -1,0 +1,43 @@
+"""The config file that a search writes: the config it was asked for, with the bits of every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmbrecq.storage import write_text_atomic
+
+
+def write_bit_config(
+    path: Path,
+    base: Path,
+    float_checkpoint: str,
+    bits: Mapping[str, int],
+    overrides: Sequence[Mapping[str, Any]],
+    comment: str,
+) -> None:
+    """Writes a config that inherits ``base`` and that ``tools/ptq.py`` takes as it is.
+
+    Args:
+        path: The file.
+        base: The config whose layers the bits are of; named relative to ``path``.
+        float_checkpoint: Path from the working directory, or a URL.
+        bits: Of the weight of every layer that was searched, by its path.
+        overrides: Those of ``base``, which stay.
+        comment: First line of the file.
+    """
+    inherited = _relative(base, path)
+    # a path within a config is looked for beside it, and the new one stands elsewhere
+    checkpoint = float_checkpoint if '://' in float_checkpoint else _relative(Path(float_checkpoint), path)
+    lines = [repr(dict(override)) for override in overrides]
+    lines += [f'dict(pattern={name!r}, weight_bits={number})' for name, number in bits.items()]
+    body = ''.join(f'        {line},\n' for line in lines)
+    head = f'# {comment}\n_base_ = [{inherited!r}]\nfloat_checkpoint = {checkpoint!r}\n'
+    text = f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n'
+    write_text_atomic(text, path)
+
+
+def _relative(target: Path, path: Path) -> str:
+    return os.path.relpath(target.resolve(), path.parent.resolve())

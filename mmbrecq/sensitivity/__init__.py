@@ -1,0 +1,6 @@
+"""Sensitivities: what every layer loses at every number of bits, measured after its reconstruction."""
+
+from mmbrecq.sensitivity.analyzer import STAGE, AnalysisOptions, Analyzer, split_search
+from mmbrecq.sensitivity.table import SensitivityTable
+
+__all__ = ['STAGE', 'AnalysisOptions', 'Analyzer', 'SensitivityTable', 'split_search']

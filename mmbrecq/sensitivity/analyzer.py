@@ -1,0 +1,203 @@
+"""The sensitivities of layers: reconstruct every unit at every number of bits, and measure layer by layer.
+
+Li et al., ICLR 2021, section 3.4: the loss of a choice of bits is that of each layer alone, and within a block that of
+two layers together at the fewest bits; more bits hardly interact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmbrecq.costs.layers import layer_shapes, other_bytes
+from mmbrecq.errors import ConfigError
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.progress import track
+from mmbrecq.qtype import MAX_BITS, MIN_BITS
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor, Listener, Task
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.sensitivity.measure import OutputLoss
+from mmbrecq.sensitivity.states import load_layers, save_unit, state_path
+from mmbrecq.sensitivity.table import SensitivityTable
+
+STAGE = 'sensitivity'
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """Options of an analysis, as a config gives them.
+
+    Args:
+        candidates: Numbers of bits of weights, 2 to 8.
+        pairs: Whether two layers of a unit are measured together, at the fewest bits.
+        images: How many of the calibration images the losses are measured on; None for all.
+    """
+
+    candidates: Sequence[int] = (2, 4, 8)
+    pairs: bool = True
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.candidates, Sequence) and len(set(self.candidates)) == len(self.candidates) >= 2
+        if not good or not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in self.candidates):
+            raise ConfigError(
+                f'expected search.candidates to be two or more different integers in {MIN_BITS}..{MAX_BITS}, but got '
+                f'{self.candidates!r}'
+            )
+        if self.images is not None and (type(self.images) is not int or self.images < 1):
+            raise ConfigError(f'expected search.images to be an integer >= 1, but got {self.images!r}')
+
+
+def split_search(search: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of the config's ``search`` is the analysis's, and what the search's.
+
+    Raises:
+        ConfigError: It is not a dict.
+    """
+    if not isinstance(search, Mapping):
+        raise ConfigError(f"expected 'search' to be a dict, but got {search!r}")
+    names = {f.name for f in fields(AnalysisOptions)}
+    own = {key: value for key, value in search.items() if key in names}
+    return own, {key: value for key, value in search.items() if key not in names}
+
+
+@dataclass
+class Analyzer:
+    """Measures one model.
+
+    Args:
+        prepare: Gives a task with the model prepared at a number of bits, its weights calibrated.
+        reconstructor: Learns the rounding of every unit; its first pass must be independent.
+        options: See :class:`AnalysisOptions`.
+        folder: Where the table and the states are kept.
+        inputs: What the figures depend on.
+        listener: Is told of every unit that is reconstructed.
+    """
+
+    prepare: Callable[[int], Task]
+    reconstructor: BaseReconstructor
+    options: AnalysisOptions
+    folder: Path
+    inputs: dict[str, Any]
+    listener: Listener
+    table: SensitivityTable = field(init=False)
+
+    @property
+    def path(self) -> Path:
+        """The table's file."""
+        return self.folder / 'sensitivity.json'
+
+    def run(self) -> SensitivityTable:
+        """Measures what the file does not have yet; it is written after every number of bits."""
+        candidates = sorted(self.options.candidates)
+        first = self.prepare(candidates[0])
+        self._begin(first, self.prepare(candidates[1]), candidates)
+        for bits in candidates:
+            task = first if bits == candidates[0] else self.prepare(bits)
+            self._reconstruct(task, bits)
+            self._measure(task, bits)
+            self.table.save(self.path)
+        return self.table
+
+    def _begin(self, fewest: Task, next_bits: Task, candidates: list[int]) -> None:
+        """Takes up the table of an earlier run, or starts one."""
+        if self.path.exists():
+            self.table = SensitivityTable.load(self.path)
+            self._check_inputs()
+            return
+        model = fewest.model
+        shapes, others = layer_shapes(model), {layer.name: layer.bits for layer in layer_shapes(next_bits.model)}
+        # layers whose bits the config fixes have the same whatever the default is
+        chosen = [(layer.bits[0], others[layer.name][0]) for layer in shapes]
+        searched = [layer.name for layer, bits in zip(shapes, chosen, strict=True) if bits == tuple(candidates[:2])]
+        if not searched:
+            raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
+        units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
+        kind = OutputLoss(model, fewest.images[:1]).kind
+        self.table = SensitivityTable(kind, candidates, shapes, searched, units, other_bytes(model), self.inputs)
+
+    def _check_inputs(self) -> None:
+        for key in sorted({*self.inputs, *self.table.inputs}):
+            if self.inputs.get(key) != self.table.inputs.get(key):
+                raise ConfigError(
+                    f'{self.path} is of another analysis: {key} was {self.table.inputs.get(key)!r} and is '
+                    f'{self.inputs.get(key)!r} now; choose another --work-dir, or remove the file and '
+                    'the states beside it'
+                )
+
+    def _reconstruct(self, task: Task, bits: int) -> None:
+        """Learns the rounding of every unit that has layers to choose bits for; finished ones are loaded."""
+        done = set()
+        for part in task.model.parts:
+            for unit in part.units:
+                path = state_path(self.folder / 'states', unit.name, bits)
+                if not set(unit.layers) & set(self.table.searched):
+                    done.add((STAGE, unit.name))
+                elif path.exists():
+                    load_layers(task.model.model, unit.layers, path)
+                    done.add((STAGE, unit.name))
+        keeper = _Keeper(self.listener, task.model, lambda unit: state_path(self.folder / 'states', unit, bits))
+        task = replace(task, done=frozenset(done))
+        self.reconstructor.run(task, self.reconstructor.plan(task), keeper)
+
+    def _measure(self, task: Task, bits: int) -> None:
+        """The loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
+        for part in task.model.parts:
+            own = {layer.name for layer in part.layers} & set(self.table.searched)
+            missing = [name for name in self.table.searched if name in own]
+            missing = [name for name in missing if bits not in self.table.loss.get(name, {})]
+            pairs = list(self._pairs(part, own)) if self.options.pairs and bits == self.table.candidates[0] else []
+            pairs = [pair for pair in pairs if bits not in self.table.pairs.get(pair, {})]
+            if not missing and not pairs:
+                continue
+            loss = OutputLoss(part, self._inputs(task, part))
+            for name in track(missing, f'layers at {bits} bits'):
+                self.table.loss.setdefault(name, {})[bits] = loss.of({name})
+            for first, second in track(pairs, f'pairs of layers at {bits} bits'):
+                alone = self.table.loss[first][bits] + self.table.loss[second][bits]
+                self.table.pairs.setdefault((first, second), {})[bits] = loss.of({first, second}) - alone
+
+    def _pairs(self, part: QuantizedModel, layers: set[str]) -> Iterator[tuple[str, str]]:
+        for unit in part.units:
+            yield from combinations([name for name in self.table.searched if name in layers & set(unit.layers)], 2)
+
+    def _inputs(self, task: Task, part: QuantizedModel) -> Tensor:
+        if part is task.model:
+            return task.images[: self.options.images]
+        return task.regions.pairs(part, weights=False, activations=False)[0]
+
+
+class _Keeper:
+    """Keeps the state of every unit that is done, and hands on what it is told.
+
+    Args:
+        listener: Is told everything.
+        model: Whose units they are.
+        path_of: Where the state of a unit goes.
+    """
+
+    def __init__(self, listener: Listener, model: QuantizedModel, path_of: Callable[[str], Path]) -> None:
+        self._listener, self._model, self._path_of = listener, model, path_of
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self._listener.before_stage(stage, units)
+
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
+        self._listener.before_unit(stage, unit)
+
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
+        self._listener.after_step(stage, unit, step, loss)
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
+        save_unit(self._model.model, unit, self._path_of(unit.name))
+        self._listener.after_unit(stage, unit, result)
+
+    def after_stage(self, stage: Stage) -> None:
+        self._listener.after_stage(stage)

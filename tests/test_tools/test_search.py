@@ -1,0 +1,167 @@
+"""From sensitivities to a config of bits to a quantized model, on the demo's network with few images and iterations."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmbrecq.costs import Call, LayerShape
+from mmbrecq.sensitivity import SensitivityTable
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / 'configs' / 'demo' / 'resnet_digits_w2a4.py'
+SHORT = (
+    'calibration.num_samples=64', 'reconstructor.weights.iterations=4', 'reconstructor.activations.iterations=2',
+)  # fmt: skip
+
+
+@pytest.fixture
+def analysed(call: Any, tmp_path: Path) -> Path:
+    """The work dir of an analysis."""
+    folder = tmp_path / 'analysis'
+    outcome = call('analyze', DEMO, *SHORT, work_dir=folder)
+    assert outcome.status == 0, outcome.err
+    return folder
+
+
+def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path, tmp_path: Path) -> None:
+    table = SensitivityTable.load(analysed / 'sensitivity.json')
+    assert len(table.layers) == 21
+    # the first and the last layer keep their 8 bits
+    assert {layer.name for layer in table.layers} - set(table.searched) == {'backbone.conv1', 'head.fc'}
+    assert set(table.pairs) >= {('backbone.layer1.0.conv1', 'backbone.layer1.0.conv2')}
+    assert all(
+        table.loss[name][2] > table.loss[name][8] for name in ('backbone.layer4.0.conv1', 'backbone.layer3.1.conv2')
+    )
+    assert (analysed / 'sensitivity.html').read_text().count('<circle') == 3 * 19 + 3
+
+    outcome = call('search', DEMO, '--budget=size=0.11x', work_dir=analysed)
+    assert outcome.status == 0, outcome.err
+    (predicted,) = re.findall(r'size: ([\d.]+) kB', outcome.out)
+    assert set(re.findall(r'^backbone\S+ +(\d)', outcome.out, re.MULTILINE)) == {'2', '4', '8'}
+
+    outcome = call('ptq', analysed / 'bits.py', *SHORT, 'evaluations=[]', 'exporters=[]', work_dir=tmp_path / 'ptq')
+    assert outcome.status == 0, outcome.err
+    summary = json.loads((tmp_path / 'ptq' / 'summary.json').read_text())
+    size = summary['model_size_bytes']
+    assert size['quantized'] <= 0.11 * size['float']
+    assert f'{size["quantized"] / 1e3:.1f}' == predicted
+    assert {bits['weight'] for bits in summary['bits'].values()} == {2, 4, 8}
+
+
+def test_an_analysis_goes_on_where_it_stopped(call: Any, analysed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = analysed / 'sensitivity.json'
+    before = path.read_text()
+    states = {state: state.stat().st_mtime_ns for state in (analysed / 'states').iterdir()}
+    assert len(states) == 3 * 8
+    lost = next(state for state in states if 'layer2.0-w4' in state.name)
+    lost.unlink()
+    content = json.loads(before)
+    del content['loss']['backbone.layer2.0.conv1']['4']
+    path.write_text(json.dumps(content))
+    outcome = call('analyze', DEMO, *SHORT, work_dir=analysed)
+    assert outcome.status == 0, outcome.err
+    assert json.loads(path.read_text()) == json.loads(before)
+    changed = [state for state in states if state.stat().st_mtime_ns != states[state]]
+    assert changed == [lost]
+
+
+def test_an_analysis_of_something_else_is_not_taken_up(call: Any, analysed: Path) -> None:
+    before = (analysed / 'sensitivity.json').read_text()
+    outcome = call('analyze', DEMO, *SHORT, 'seed=1', work_dir=analysed)
+    assert (
+        'sensitivity.json is of another analysis: seed was 0 and is 1 now; choose another --work-dir' in outcome.error
+    )
+    assert (analysed / 'sensitivity.json').read_text() == before
+
+
+def save_table(folder: Path) -> None:
+    """Three layers, of which the bits of two are to be chosen."""
+    calls = (Call((3, 8, 8), (4, 8, 8)),)
+    shapes = [LayerShape(name, 'Conv2d', (4, 3, 3, 3), calls, (8, 8), 4, True) for name in 'abc']
+    loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
+    table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
+    table.save(folder / 'sensitivity.json')
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ((), 'expected --budget NAME=AMOUNT, or search.budgets in the config, but got neither'),
+        (
+            ('--budget=size=tiny',),
+            'expected the budget of size to be a number above 0, such as 1.2MB, 3ms or 0.1x of the',
+        ),
+        (('--budget=size=0x',), "but got '0x'"),
+        (('search.budgets.size=0.1q',), "but got '0.1q'"),
+        (('--budget=speed=3',), "expected budgets of the costs size, bitops, but got one of 'speed'"),
+        (
+            (
+                '--budget=size=0.01x',
+            ),  # biases, a layer at 8 bits, two at 2, with their scales: 100 + (108 + 16) + 2 * (27 + 16)
+            'the least cost of these layers and candidates is 310 bytes',
+        ),
+        (('--budget=size',), "expected --budget as NAME=AMOUNT, each name once, such as size=0.1x, but got 'size'"),
+        (('search.searcher.type=Greedy', '--budget=size=1x'), "unknown searcher type 'Greedy'"),
+        (('search.generations=3', '--budget=size=1x'), 'expected the keys of search to be among'),
+        (('--table=none.json', '--budget=size=1x'), 'none.json: cannot be read: No such file or directory'),
+    ],
+)
+def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    shapes = [
+        LayerShape(name, 'Conv2d', (4, 3, 3, 3), (Call((3, 8, 8), (4, 8, 8)),), (8, 8), 4, True) for name in 'abc'
+    ]
+    loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
+    table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
+    table.save(tmp_path / 'work' / 'sensitivity.json')
+    assert re.search(message, call('search', DEMO, *words).error)
+    assert not (tmp_path / 'work' / 'bits.py').exists()
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ('search.candidates=[2]', r'search.candidates to be two or more different integers in 2..8, but got \[2\]'),
+        (
+            'search.candidates=[2,9]',
+            r'search.candidates to be two or more different integers in 2..8, but got \[2, 9\]',
+        ),
+        ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
+        ('search=3', "expected 'search' to be a dict, but got 3"),
+    ],
+)
+def test_bad_options_of_an_analysis(call: Any, option: str, message: str) -> None:
+    assert re.search(message, call('analyze', DEMO, *SHORT, option).error)
+
+
+@pytest.mark.parametrize(
+    ('tool', 'line', 'message'),
+    [
+        (
+            'analyze',
+            "quantizer = dict(overrides=[dict(pattern='*', weight_bits=4)])",
+            'the config fixes those of all layers',
+        ),
+        (
+            'search',
+            "search = dict(costs=[dict(type='Price')], budgets=dict(size='1x'))",
+            "unknown cost model type 'Price'",
+        ),
+        (
+            'search',
+            "search = dict(costs=[dict(type='ModelSize')] * 2, budgets=dict(size='1x'))",
+            'cost models of different names',
+        ),
+    ],
+)
+def test_configs_that_leave_nothing_to_choose(call: Any, tmp_path: Path, tool: str, line: str, message: str) -> None:
+    config = tmp_path / 'config.py'
+    checkpoint = DEMO.with_name('resnet_digits.pth')
+    config.write_text(f'_base_ = [{str(DEMO)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\n{line}\n')
+    if tool == 'search':
+        save_table(tmp_path / 'work')
+    assert message in call(tool, config, *SHORT).error
