@@ -58,6 +58,7 @@ class AnalysisLoop(BaseLoop):
     ) -> None:
         super().__init__(runner, dataloader)
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
+        build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
         self.options = parse_options(AnalysisOptions, search, 'search')
         passes = ('weights', 'joint')

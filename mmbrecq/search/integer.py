@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import BudgetError, ConfigError
+from mmbrecq.errors import BackendError, BudgetError, ConfigError
 from mmbrecq.registry import SEARCHERS
 from mmbrecq.search.problem import BitProblem, Choices
 
@@ -38,10 +38,15 @@ class IntegerProgram:
         """The best choice, ``(layers,)``; ``seed`` plays no part.
 
         Raises:
+            BackendError: SciPy is not installed.
             BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
+        try:
+            from scipy.optimize import Bounds, LinearConstraint, milp
+        except ImportError as error:
+            raise BackendError(
+                'expected SciPy for IntegerProgram, but it is not installed: pip install scipy'
+            ) from error
         problem.check_budgets()
         products = _products(problem)
         singles, size = problem.loss.size, problem.loss.size + len(products)

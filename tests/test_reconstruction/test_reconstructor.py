@@ -17,6 +17,7 @@ from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task, UnitResult
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
+from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.registry import RECONSTRUCTORS
 
 Prepare = Callable[..., QuantizedModel]
@@ -234,6 +235,39 @@ def test_the_seed_decides_and_nothing_else(prepared: Prepare, task: MakeTask, ma
     assert same(states[0], states[1])
     assert losses[0] == losses[1]
     assert not same(states[0], states[2])
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_units_that_are_done_are_passed(prepared: Prepare, task: MakeTask, count: int) -> None:
+    whole, rest = task(prepared()), task(prepared())
+    results = run(qdrop(), whole)
+    done = {name: tensor for name, tensor in state_of(whole).items() if not name.startswith('head')}
+    names = frozenset(('joint', unit) for unit in UNITS[:count])
+    if count == 3:
+        rest.model.model.load_state_dict(done, strict=False)
+    diary = Diary()
+    remaining = run(qdrop(), replace(rest, done=names), diary)
+    assert [r.name for r in remaining] == UNITS[count:]
+    assert [event[2] for event in diary.events if event[0] == 'before_unit'] == UNITS[count:]
+    if count == 3:
+        assert same(state_of(rest), state_of(whole))
+        assert (remaining[0].loss_before, remaining[0].loss_after) == (results[-1].loss_before, results[-1].loss_after)
+    else:
+        assert remaining[0].loss_before != results[1].loss_before, 'the first unit kept its nearest rounding'
+
+
+def test_independent_units_learn_the_same_whatever_the_others_did(prepared: Prepare, task: MakeTask) -> None:
+    def learned(independent: bool, done: frozenset[tuple[str, str]]) -> tuple[UnitResult, dict[str, Tensor]]:
+        stage = Stage('weights', StageOptions(**WEIGHTS), True, False, independent=independent)
+        work = replace(task(prepared()), done=done)
+        results = run(BaseReconstructor([stage]), work)
+        return results[-1], {name: t for name, t in state_of(work).items() if name.startswith('head')}
+
+    before = frozenset(('weights', unit) for unit in UNITS[:3])
+    (first, state), (second, other) = learned(True, frozenset()), learned(True, before)
+    assert (first.loss_before, first.loss_after) == (second.loss_before, second.loss_after)
+    assert same(state, other)
+    assert learned(False, frozenset())[0].loss_before != learned(False, before)[0].loss_before
 
 
 def test_a_unit_draws_by_seed_stage_and_name() -> None:

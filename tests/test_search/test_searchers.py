@@ -132,6 +132,9 @@ def test_the_front_holds_the_best_for_every_size() -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'scipy.optimize', None)
+    with pytest.raises(BackendError, match='expected SciPy for IntegerProgram, but it is not installed'):
+        IntegerProgram().search(random_problem(3, 0, 1.0))
     monkeypatch.setitem(sys.modules, 'pymoo.algorithms.moo.nsga2', None)
     with pytest.raises(
         BackendError, match='expected pymoo for NSGA2Searcher, but it is not installed: pip install pymoo'
