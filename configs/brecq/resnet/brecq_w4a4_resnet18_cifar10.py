@@ -10,5 +10,4 @@ reconstructor = dict(
     type='QDropReconstructor',
     joint=dict(iterations=2000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
     loss=dict(type='MSELoss'),
-    mirror=True,
 )
