@@ -99,7 +99,8 @@ def test_config_does_what_its_name_says(path: Path, configs: dict[Path, Config])
     assert quantizer.preset is PRESETS[preset]
     assert quantizer.first_last_8bit and quantizer.granularity == 'block'
     # QDrop and a pass over the network where that was measured to be better
-    joint = (path.stem.startswith('brecq_w4a4') and data in ('cifar10', 'bccd')) or (model, data) == ('yolox', 'bccd')
+    few_bits = (model, data) == ('yolox', 'bccd') and weight_bits < 8
+    joint = (path.stem.startswith('brecq_w4a4') and data in ('cifar10', 'bccd')) or few_bits
     names = ['joint', 'network'] if joint else ['weights', 'activations']
     if joint and model == 'resnet18':
         # equalised channels here, behind which the pass over the network brought nothing
@@ -169,7 +170,14 @@ def test_bccd_configs_read_the_data_folder_and_take_500_steps(path: Path, config
     for loader, file in (('train', 'train.json'), ('val', 'val.json'), ('test', 'val.json')):
         dataset = cfg[f'{loader}_dataloader'].dataset
         assert (Path(dataset.data_root), dataset.ann_file) == (root, file)
-    assert sum(stage.options.iterations for stage in build(RECONSTRUCTORS, cfg.reconstructor).stages) == 500
+    learns_steps = cfg.quantizer.activation.get('fake_quant', {'type': 'LSQ'})['type'] == 'LSQ'
+    taken = 0
+    for stage in build(RECONSTRUCTORS, cfg.reconstructor).stages:
+        options = stage.options
+        # a pass with nothing to learn takes no step
+        if stage.learns_rounding or learns_steps or options.bias_lr or options.weight_scale_lr:
+            taken += options.iterations
+    assert taken == 500
 
 
 @pytest.mark.parametrize(('model', 'name'), ZOO_DETECTORS.items())
