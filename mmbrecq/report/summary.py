@@ -172,11 +172,14 @@ class Summary:
 
     @property
     def bits_label(self) -> str:
-        """The bits most layers have, as ``'W2A4'``; float is 32; empty while no layer is known."""
+        """The bits most layers have, as ``'W2A4'``; float is 32; empty while no layer is known.
+
+        Three or more numbers of bits are more than a first and a last layer that differ: ``'W2-8A4'``.
+        """
         if not self.bits:
             return ''
-        weight = _most_common(bits.weight for bits in self.bits.values())
-        activation = _most_common(bits.activation for bits in self.bits.values())
+        weight = _shown_bits([bits.weight for bits in self.bits.values()])
+        activation = _shown_bits([bits.activation for bits in self.bits.values()])
         return f'W{weight}A{activation}'
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,6 +224,8 @@ class Summary:
             raise ConfigError(f'{os.fspath(path)}: {error}') from error
 
 
-def _most_common(bits: Iterable[int | None]) -> int:
+def _shown_bits(bits: Iterable[int | None]) -> str:
     counts = Counter(32 if b is None else b for b in bits)
-    return min(counts, key=lambda b: (-counts[b], b))
+    if len(counts) > 2:
+        return f'{min(counts)}-{max(counts)}'
+    return str(min(counts, key=lambda b: (-counts[b], b)))

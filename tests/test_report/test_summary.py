@@ -113,6 +113,8 @@ def test_bad_file_is_named(tmp_path: Path, text: str | None) -> None:
         ([(8, 4), (2, 4), (2, 4), (8, 8)], 'W2A4'),
         ([(4, None), (4, None), (8, None)], 'W4A32'),
         ([(8, 8), (2, 4), (2, 4)], 'W2A4'),
+        ([(8, 8), (2, 4), (4, 4), (8, 4)], 'W2-8A4'),
+        ([(4, 8), (2, 4), (None, 8), (2, 8)], 'W2-32A8'),
     ],
 )
 def test_bits_label_is_what_most_layers_have(bits: list[tuple[int, int | None]], label: str) -> None:
