@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
+from mmbrecq.quantizers.options import parse_options
 from mmbrecq.report.sensitivity import write_sensitivities
+from mmbrecq.search import SearchOptions
 from mmbrecq.sensitivity import split_search
 
 
@@ -29,7 +31,8 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg.launcher = args.launcher
-    analysis, _ = split_search(cfg.get('search', {}))
+    analysis, choice = split_search(cfg.get('search', {}))
+    parse_options(SearchOptions, choice, 'search')
     loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
     loop.update(
         type='mmbrecq.AnalysisLoop',

@@ -112,6 +112,11 @@ class Analyzer:
             self.table = SensitivityTable.load(self.path)
             self._check_inputs()
             return
+        states = self.folder / 'states'
+        if states.exists():
+            raise ConfigError(
+                f'expected {self.path} beside {states}, to tell what those states are of, but there is none'
+            )
         model = fewest.model
         shapes, others = layer_shapes(model), {layer.name: layer.bits for layer in layer_shapes(next_bits.model)}
         # layers whose bits the config fixes have the same whatever the default is
@@ -122,6 +127,8 @@ class Analyzer:
         units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
         kind = OutputLoss(model, fewest.images[:1]).kind
         self.table = SensitivityTable(kind, candidates, shapes, searched, units, other_bytes(model), self.inputs)
+        # before any state, which it tells the origin of
+        self.table.save(self.path)
 
     def _check_inputs(self) -> None:
         for key in sorted({*self.inputs, *self.table.inputs}):

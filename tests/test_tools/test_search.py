@@ -77,6 +77,10 @@ def test_an_analysis_of_something_else_is_not_taken_up(call: Any, analysed: Path
         'sensitivity.json is of another analysis: seed was 0 and is 1 now; choose another --work-dir' in outcome.error
     )
     assert (analysed / 'sensitivity.json').read_text() == before
+    (analysed / 'sensitivity.json').unlink()
+    assert (
+        'to tell what those states are of, but there is none' in call('analyze', DEMO, *SHORT, work_dir=analysed).error
+    )
 
 
 def save_table(folder: Path) -> None:
@@ -131,6 +135,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
             r'search.candidates to be two or more different integers in 2..8, but got \[2, 9\]',
         ),
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
+        ('search.generations=3', 'expected the keys of search to be among'),
         ('search=3', "expected 'search' to be a dict, but got 3"),
     ],
 )
