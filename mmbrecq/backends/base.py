@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from abc import ABCMeta, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import BackendError, first_line
+
+WARM_UP, FEWEST_RUNS = 2, 3
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,23 @@ class BaseBackend(metaclass=ABCMeta):
             shapes = ', '.join(f'{name} {list(a.shape)}' for name, a in zip(self.input_names, arrays, strict=True))
             raise BackendError(f'{self.name} cannot run {self.path} on {shapes}: {first_line(error)}') from error
         return [torch.from_numpy(np.array(out, dtype=np.float32)) for out in outputs]
+
+    def seconds(self, *inputs: Tensor, burst: float = 0.02) -> float:
+        """Median time of a run, after two that are not timed; copies of inputs and outputs to torch are not in it.
+
+        Args:
+            *inputs (Tensor): As for a call.
+            burst: Seconds that it runs for, three runs at least.
+        """
+        arrays = [x.detach().to('cpu', torch.float32).contiguous().numpy() for x in inputs]
+        for _ in range(WARM_UP):
+            self._run(arrays)
+        spent: list[float] = []
+        while len(spent) < FEWEST_RUNS or sum(spent) < burst:
+            start = time.perf_counter()
+            self._run(arrays)
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
 
     @property
     @abstractmethod

@@ -5,8 +5,9 @@ from mmbrecq.costs.base import BaseCostModel
 from mmbrecq.costs.counted import BitOperations, ModelSize
 from mmbrecq.costs.latency_table import LatencyTable
 from mmbrecq.costs.layers import Call, LayerShape, layer_shapes, other_bytes
+from mmbrecq.costs.measured import MeasuredLatency
 
 __all__ = [
-    'BaseCostModel', 'BitOperations', 'BitSerialAccelerator', 'Call', 'LatencyTable', 'LayerShape', 'ModelSize',
-    'layer_shapes', 'other_bytes',
+    'BaseCostModel', 'BitOperations', 'BitSerialAccelerator', 'Call', 'LatencyTable', 'LayerShape', 'MeasuredLatency',
+    'ModelSize', 'layer_shapes', 'other_bytes',
 ]  # fmt: skip

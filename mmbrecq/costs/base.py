@@ -29,12 +29,16 @@ class BaseCostModel(metaclass=ABCMeta):
             bits: Of its weight and of its input, None for float.
         """
 
+    def prepare(self, layers: Sequence[LayerShape]) -> None:  # noqa: B027, most have nothing to prepare
+        """Does at once what all layers of a network need before their costs are asked for; by default nothing."""
+
     def table(self, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> NDArray[np.float64]:
         """Costs of all layers at all candidates, ``(layers, candidates)``.
 
         Raises:
             TableError: A cost is negative or not finite; its layer is named.
         """
+        self.prepare(layers)
         return np.array([[self.cost(layer, bits) for bits in candidates] for layer in layers])
 
     def cost(self, layer: LayerShape, bits: Bits) -> float:

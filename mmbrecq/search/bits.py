@@ -55,6 +55,7 @@ def build_problem(
         raise ConfigError(f'expected cost models of different names, but got {", ".join(names)}')
     costs = {}
     for model in models:
+        model.prepare(table.layers)
         cost_table, fixed = _tables(table, model)
         limit = np.inf
         if model.name in budgets:
