@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 
 from mmbrecq.building import build
 from mmbrecq.calibration.sampling import CalibrationOptions
-from mmbrecq.costs import BitSerialAccelerator, LatencyTable
+from mmbrecq.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
 from mmbrecq.engine.config import KEYS, NEEDED
 from mmbrecq.engine.hooks import ReconstructionCheckpointHook
 from mmbrecq.engine.ptq_loop import EVALUATIONS
@@ -56,6 +56,7 @@ REFERENCE = {
     'Searcher: `GeneticSearcher`': GeneticSearcher,
     'Searcher: `IntegerProgram`': IntegerProgram,
     'Cost model: `LatencyTable`': LatencyTable,
+    'Cost model: `MeasuredLatency`': MeasuredLatency,
     'Cost model: `BitSerialAccelerator`': BitSerialAccelerator,
     '`calibration`': CalibrationOptions,
     'Exporter: `ONNXExporter`': ONNXExporter,

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
-from mmbrecq.quantizers.options import parse_options
-from mmbrecq.report.sensitivity import write_sensitivities
-from mmbrecq.search import SearchOptions
-from mmbrecq.sensitivity import split_search
+from mmbrecq.engine.config import add_common_arguments, load_config, run_tool
+from mmbrecq.engine.mixed_precision import analyze
 
 
 def parse_args() -> argparse.Namespace:
@@ -31,16 +27,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg.launcher = args.launcher
-    analysis, choice = split_search(cfg.get('search', {}))
-    parse_options(SearchOptions, choice, 'search')
-    loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
-    loop.update(
-        type='mmbrecq.AnalysisLoop',
-        float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
-        search=analysis,
-    )
-    table = build_runner(cfg, args.config, loop).test()
-    write_sensitivities(table, args.config, Path(cfg.work_dir) / 'sensitivity.html')
+    analyze(cfg, args.config)
 
 
 if __name__ == '__main__':

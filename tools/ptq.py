@@ -2,6 +2,9 @@
 
 The work dir then holds quantized.pth, deploy/ (the exported files), report.html, summary.json, layers.txt, the ids of
 the calibration images and the log.
+
+With search=dict(budgets=dict(size='0.1x')) in the config, the bits of every layer are chosen first: what
+tools/analyze.py and tools/search.py do, in the folder search of the work dir.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import sys
 
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
+from mmbrecq.engine.mixed_precision import chosen_bits, search_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,6 +29,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg.launcher = args.launcher
+    searched = chosen_bits(cfg, args.config)
     keys = ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations')
     loop = {key: cfg[key] for key in keys if key in cfg}
     loop.update(
@@ -32,6 +37,8 @@ def main() -> None:
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
         config_name=args.config,
     )
+    if searched is not None:
+        loop.update(search_result=str(searched), reuse_states=search_options(cfg).reuse)
     build_runner(cfg, args.config, loop).test()
 
 

@@ -16,12 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
+from mmbrecq.progress import track
 from mmbrecq.quantizers.prepared import QuantizedModel
+
+BATCH = 64
+"""Images per pass."""
 
 SMALLEST = 0.01
 """Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""
+
+
+def equalize_parts(model: QuantizedModel, images: Tensor, regions: RegionCapture) -> int:
+    """Equalises a model and its heads, see :func:`equalize`.
+
+    Args:
+        model: The prepared model.
+        images: Preprocessed calibration images.
+        regions: Gives the inputs of the heads.
+    """
+
+    def run() -> None:
+        for batch in track(images.split(BATCH), 'ranges of channels'):
+            model(batch)
+
+    return equalize(model, run) + sum(equalize(head, regions.observe) for head in model.heads)
 
 
 def equalize(model: QuantizedModel, run: Callable[[], None]) -> int:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmbrecq.building import build
 from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.annotations import has_annotations
 from mmbrecq.calibration.calibrator import calibrate_weights
+from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.evaluation import check_classes, check_runs
@@ -28,6 +27,7 @@ from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.registry import LOOPS, QUANTIZERS
 from mmbrecq.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
+from mmbrecq.sensitivity.inputs import describe_inputs
 
 
 @LOOPS.register_module()
@@ -81,19 +81,30 @@ class AnalysisLoop(BaseLoop):
         check_runs(model, images[:2])
         annotated = self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
 
-        def prepare(bits: int) -> Task:
+        def prepare(bits: int, activation_bits: int | None) -> Task:
             own = copy.deepcopy(model)
-            weight = {**self.quantizer['weight'], 'bits': bits}
-            prepared = build(QUANTIZERS, {**self.quantizer, 'weight': weight}).prepare(own, images[:2])
+            changed: dict[str, Any] = {'weight': {**self.quantizer['weight'], 'bits': bits}}
+            if activation_bits is not None:
+                changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
+            prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(own, images[:2])
+            loss = task_loss_of(own) if annotated else None
+            seed = self.runner.seed or 0
+            task = Task(prepared, images, calibration.batches, loss, seed, Path(self.runner.work_dir))
+            equalize_parts(prepared, images, task.regions)
             for part in prepared.parts:
                 calibrate_weights(part)
-            loss = task_loss_of(own) if annotated else None
-            return Task(prepared, images, calibration.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
+            return task
 
+        inputs = {
+            **describe_inputs(self.runner.cfg, model, images, self.runner.seed or 0),
+            'overrides': str(self.quantizer.get('overrides', ())),
+            'candidates': str(sorted(self.options.candidates, key=str)),
+            'activation candidates': str(sorted(self.options.activation_candidates)),
+            'images': f'{self.options.images or len(images)} of {len(images)}',
+        }
         analyzer = Analyzer(
-            prepare, self.reconstructor, self.options, Path(self.runner.work_dir), self._inputs(model, images),
-            HookCaller(self.runner),
-        )  # fmt: skip
+            prepare, self.reconstructor, self.options, Path(self.runner.work_dir), inputs, HookCaller(self.runner)
+        )
         table = analyzer.run()
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
         return table
@@ -103,20 +114,3 @@ class AnalysisLoop(BaseLoop):
 
     def measure_weights(self, stage: Stage) -> None:
         """An analysis has a measure of its own."""
-
-    def _inputs(self, model: nn.Module, images: Tensor) -> dict[str, Any]:
-        """What the figures depend on: settings in the config's words, weights and images by their hash."""
-        cfg = self.runner.cfg
-        weights = hashlib.sha256()
-        for name, tensor in model.state_dict().items():
-            weights.update(name.encode())
-            weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return {
-            'quantizer': str({**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': None}}),
-            'reconstructor': str(cfg.reconstructor),
-            'candidates': str(sorted(self.options.candidates)),
-            'images': f'{self.options.images or len(images)} of {len(images)}',
-            'seed': self.runner.seed or 0,
-            'float weights': weights.hexdigest()[:16],
-            'calibration images': hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16],
-        }

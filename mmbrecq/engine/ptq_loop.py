@@ -20,9 +20,10 @@ from mmbrecq.building import build
 from mmbrecq.calibration import CalibrationSet, build_calibration_set
 from mmbrecq.calibration.annotations import has_annotations
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
-from mmbrecq.calibration.equalization import equalize
+from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
 from mmbrecq.engine.grids import grids_of
@@ -45,6 +46,7 @@ from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table, write_report
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
+from mmbrecq.sensitivity.inputs import describe_inputs
 from mmbrecq.storage import save_atomic, write_text_atomic
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
@@ -68,6 +70,8 @@ class PTQLoop(BaseLoop):
         exporters: Configs of the exporters.
         evaluations: What is measured, among :data:`EVALUATIONS`.
         config_name: For the report.
+        search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
+        reuse_states: Whether the rounding that its analysis has learned is taken.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class PTQLoop(BaseLoop):
         exporters: Sequence[Mapping[str, Any]] = (),
         evaluations: Sequence[str] = EVALUATIONS,
         config_name: str = '',
+        search_result: str | None = None,
+        reuse_states: bool = True,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
@@ -107,6 +113,9 @@ class PTQLoop(BaseLoop):
             seed=runner.seed,
             versions=versions(),
         )
+        self.task: Task | None = None
+        self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
+        self.summary.search = None if self.choice is None else self.choice.result
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
             if hook.__name__ not in known:
@@ -122,6 +131,7 @@ class PTQLoop(BaseLoop):
         images = collect_images(self.runner.model, calibration)
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
+        inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
@@ -129,11 +139,14 @@ class PTQLoop(BaseLoop):
         task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
         self.summary.loss = self.reconstructor.describe_loss(task)
         self._calibrate(task)
+        self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
         self._save_inputs(model, calibration.ids)
         self._reconstruct(task, plan)
+        self._measure_choice(task, last=True)
         example = images[:2].clone()
         del images, task
+        self.task = None
         self._finish(model, example)
         self.summary.pictures = pictures.draw(self.runner.model)
         self._deploy(model, example)
@@ -163,9 +176,32 @@ class PTQLoop(BaseLoop):
 
     def measure_weights(self, stage: Stage) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
+        if not stage.quantizes_activations and self.task is not None:
+            self._measure_choice(self.task, last=False)
         if not stage.quantizes_activations and any(part.quantizers for part in self.model.parts):
             with self.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
+
+    def _take_up(self, task: Task, inputs: Mapping[str, str]) -> Task:
+        """The task with the rounding that the analysis of a search has learned, where there is one that fits."""
+        if self.choice is None:
+            return task
+        stage = self.reconstructor.stages[0]
+        obstacle = self.choice.obstacle(stage, inputs)
+        if obstacle is not None:
+            self.runner.logger.info(f'every unit is reconstructed again: {obstacle}')
+            return task
+        task = self.choice.take_up(task, stage)
+        self.runner.logger.info(f'the rounding of {len(task.done)} units is that of the analysis')
+        return task
+
+    def _measure_choice(self, task: Task, last: bool) -> None:
+        """Measures what a choice of bits was predicted to lose, as soon as all that was searched is quantized."""
+        if self.choice is None or self.choice.result.measured is not None:
+            return
+        if last or not self.choice.result.activation_bits:
+            self.choice.result.measured = self.choice.measure(task)
+            self._write_summary()
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
@@ -195,12 +231,7 @@ class PTQLoop(BaseLoop):
             self._evaluate('nearest')
 
     def _equalize(self, task: Task) -> None:
-        def run() -> None:
-            for batch in track(task.images.split(64), 'ranges of channels'):
-                task.model(batch)
-
-        count = equalize(task.model, run)
-        count += sum(equalize(head, task.regions.observe) for head in task.model.heads)
+        count = equalize_parts(task.model, task.images, task.regions)
         if task.model.equalization:
             self.runner.logger.info(f'channels of {count} groups of values are equalised')
 

@@ -133,18 +133,27 @@ class QuantizedModel:
             quantizer.enabled = True
             quantizer.observer = None
 
+    def read_quantizers(self) -> dict[str, set[str]]:
+        """Paths of the quantizers of what every layer of the graph reads; one that levels share may read several."""
+        read = {layer: sources & set(self.quantizers) for layer, sources in self._sources().items()}
+        return {**read, **{layer: {path} for layer, path in self.opaque_inputs.items()}}
+
     def _input_quantizers(self) -> dict[str, FakeQuantize]:
         """The quantizer of the input of every layer that the graph calls; a layer that reads several has none."""
+        return {
+            layer: self.quantizers[source]
+            for layer, (source, *others) in self._sources().items()
+            if source in self.quantizers and not others
+        }
+
+    def _sources(self) -> dict[str, set[str]]:
+        """What every layer reads, by name."""
         roles = Roles(self.arithmetic.model, self.arithmetic.graph)
         read: dict[str, set[str]] = {}
         for node in self.arithmetic.graph.nodes:
             if roles.is_weighted(node):
                 read.setdefault(str(node.target), set()).update(str(n.target) for n in roles.sources(node))
-        return {
-            layer: self.quantizers[source]
-            for layer, (source, *others) in read.items()
-            if source in self.quantizers and not others
-        }
+        return read
 
     def __call__(self, inputs: Tensor) -> object:
         """Raw outputs for preprocessed images, or features of regions, in the present state of the switches."""

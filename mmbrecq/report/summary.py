@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mmbrecq.errors import ConfigError
-from mmbrecq.report.schema import decode, encode
+from mmbrecq.schema import decode, encode
+from mmbrecq.search.result import SearchResult
 
 # Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
 MetricValues = dict[str, float]
@@ -143,6 +144,7 @@ class Summary:
         warnings: What the user should know, one sentence each.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
+        search: The choice of bits; None where no search was made.
         pictures: Paths, from the run's folder, of pictures of float and quantized predictions.
     """
 
@@ -163,6 +165,7 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     verify: dict[str, str] = field(default_factory=dict)
     integer_kernels: dict[str, KernelCount] = field(default_factory=dict)
+    search: SearchResult | None = None
     pictures: list[str] = field(default_factory=list)
 
     @property

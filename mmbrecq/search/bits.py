@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,24 +10,8 @@ from mmbrecq.costs import BaseCostModel, ModelSize
 from mmbrecq.errors import ConfigError
 from mmbrecq.search.options import parse_budget
 from mmbrecq.search.problem import BitProblem, Choices, Cost, Table
+from mmbrecq.search.result import SearchResult
 from mmbrecq.sensitivity.table import SensitivityTable
-
-
-@dataclass(frozen=True)
-class ChosenBits:
-    """What a search has chosen.
-
-    Args:
-        bits: Of the weight of every searched layer.
-        loss: Predicted rise of the loss.
-        spent: Cost by name, with what does not depend on the choice.
-        float_costs: What the float model costs.
-    """
-
-    bits: dict[str, int]
-    loss: float
-    spent: dict[str, float]
-    float_costs: dict[str, float]
 
 
 def build_problem(
@@ -36,8 +19,8 @@ def build_problem(
 ) -> BitProblem:
     """The problem of the searched layers.
 
-    A layer reads activations of the bits that it was prepared with. What is not searched keeps its bits, and its cost
-    is spent whatever is chosen.
+    A layer whose input is not searched reads activations of the bits that it was prepared with. What is not searched
+    keeps its bits, and its cost is spent whatever is chosen.
 
     Args:
         table: Complete, see :meth:`SensitivityTable.check_complete`.
@@ -62,13 +45,20 @@ def build_problem(
             limit = parse_budget(budgets[model.name], float_cost(table, model), model.name)
         costs[model.name] = Cost(cost_table, limit, fixed, model.unit)
     index = {name: i for i, name in enumerate(table.searched)}
+    choices = table.choices
+    weight_bits = np.array([weight for weight, _ in choices], float)
     pairs = {}
     for (first, second), row in table.pairs.items():
-        extra = np.zeros((len(table.candidates), len(table.candidates)))
+        extra = np.zeros((len(choices), len(choices)))
         for bits, value in row.items():
-            extra[table.candidates.index(bits), table.candidates.index(bits)] = value
+            extra[np.ix_(weight_bits == bits, weight_bits == bits)] = value
         pairs[index[first], index[second]] = extra
-    return BitProblem(table.searched, [(bits, None) for bits in table.candidates], table.losses(), pairs, costs)
+    read = {layer for group in table.values.values() for layer in group.layers}
+    first_input = [activation == choices[0][1] for _, activation in choices]
+    # to a layer whose input is not searched, all of these are one
+    allowed = np.array([[True] * len(choices) if name in read else first_input for name in table.searched])
+    ties = [[index[layer] for layer in group.layers] for group in table.values.values()]
+    return BitProblem(table.searched, choices, table.losses(), pairs, costs, allowed, ties)
 
 
 def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
@@ -77,22 +67,32 @@ def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
     return rest + sum(model.cost(layer, (None, None)) for layer in table.layers)
 
 
-def chosen_bits(
+def describe_choice(
     table: SensitivityTable, models: Sequence[BaseCostModel], problem: BitProblem, choice: Choices
-) -> ChosenBits:
+) -> SearchResult:
     """The solution ``choice`` of ``problem`` in words."""
-    bits = {name: table.candidates[index] for name, index in zip(table.searched, choice, strict=True)}
-    spent = {model.name: float(problem.spent(model.name, choice)) for model in models}
-    return ChosenBits(bits, float(problem.losses(choice)), spent, {m.name: float_cost(table, m) for m in models})
+    chosen = {name: table.choices[index] for name, index in zip(table.searched, choice, strict=True)}
+    read = {layer for group in table.values.values() for layer in group.layers}
+    return SearchResult(
+        kind=table.kind,
+        bits={name: weight for name, (weight, _) in chosen.items()},
+        activation_bits={name: bits for name, (_, bits) in chosen.items() if name in read and bits is not None},
+        predicted=float(problem.losses(choice)),
+        budgets={name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)},
+        spent={model.name: float(problem.spent(model.name, choice)) for model in models},
+        float_costs={model.name: float_cost(table, model) for model in models},
+        units={model.name: model.unit for model in models},
+    )
 
 
 def _tables(table: SensitivityTable, model: BaseCostModel) -> tuple[Table, float]:
     """Costs of the searched layers, and the sum of the others."""
     rows, fixed = [], float(table.other_bytes if isinstance(model, ModelSize) else 0)
-    searched = set(table.searched)
+    read = {layer for group in table.values.values() for layer in group.layers}
     for layer in table.layers:
-        if layer.name in searched:
-            rows.append([model.cost(layer, (bits, layer.bits[1])) for bits in table.candidates])
+        if layer.name in table.searched:
+            own = layer.name in read
+            rows.append([model.cost(layer, (weight, bits if own else layer.bits[1])) for weight, bits in table.choices])
         else:
             fixed += model.cost(layer, layer.bits)
     return np.array(rows), fixed

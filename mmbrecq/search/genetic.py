@@ -96,23 +96,32 @@ class _Draws:
     """
 
     def __init__(self, problem: BitProblem, generator: np.random.Generator) -> None:
-        self._options, self._generator = problem.options, generator
+        self._problem, self._options, self._generator = problem, problem.options, generator
 
     def anew(self, count: int) -> Choices:
         """Every layer at random."""
-        return np.stack([self._generator.choice(options, count) for options in self._options], 1)
+        return self._tied(self._draw(count))
 
     def crossed(self, parents: Choices, count: int) -> Choices:
         """Each layer from one of two parents."""
         mothers, fathers = self._generator.integers(len(parents), size=(2, count))
         from_mother = self._generator.random((count, parents.shape[1])) < 0.5
-        return np.where(from_mother, parents[mothers], parents[fathers])
+        return self._tied(np.where(from_mother, parents[mothers], parents[fathers]))
 
     def mutated(self, parents: Choices, probability: float, count: int) -> Choices:
         """One parent, each of its layers drawn anew with ``probability``."""
         chosen = parents[self._generator.integers(len(parents), size=count)]
         drawn = self._generator.random(chosen.shape) < probability
-        return np.where(drawn, self.anew(count), chosen)
+        return self._tied(np.where(drawn, self._draw(count), chosen))
+
+    def _draw(self, count: int) -> Choices:
+        return np.stack([self._generator.choice(options, count) for options in self._options], 1)
+
+    def _tied(self, choices: Choices) -> Choices:
+        """Layers that read the same values follow a random one of them."""
+        ties = self._problem.ties
+        leaders = {index: self._generator.integers(len(tie), size=len(choices)) for index, tie in enumerate(ties)}
+        return self._problem.follow(choices, leaders)
 
 
 def _best(problem: BitProblem, choices: Choices, count: int) -> Choices:

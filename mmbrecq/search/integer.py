@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,11 @@ def _constraints(problem: BitProblem, products: list[Product]) -> Iterator[tuple
             # in units of the budget, so that the solver's absolute tolerance means the same everywhere
             scaled = cost.table.ravel() / max(cost.budget - cost.fixed, 1e-300)
             yield [dict(enumerate(scaled.tolist()))], -np.inf, 1
+    for tie in problem.ties:
+        for second in dict.fromkeys(second for _, second in problem.candidates):
+            same = [c for c, candidate in enumerate(problem.candidates) if candidate[1] == second]
+            for i, j in pairwise(tie):
+                yield [{**{i * count + c: 1.0 for c in same}, **{j * count + c: -1.0 for c in same}}], 0, 0
     for column, (a, b, _) in enumerate(products, start=layers * count):
         yield [{column: 1.0, a: -1.0}, {column: 1.0, b: -1.0}], -np.inf, 0
         yield [{column: -1.0, a: 1.0, b: 1.0}], -np.inf, 1

@@ -51,11 +51,9 @@ def descend(problem: BitProblem, choice: Choices) -> Choices:
 
 
 def single_changes(problem: BitProblem, choice: Choices) -> Choices:
-    """Every choice that differs in one layer, ``(changes, layers)``."""
+    """Every choice that differs in one layer and those tied to it, ``(changes, layers)``."""
     layers, options = _moves(problem, choice)
-    changed = np.repeat(choice[None], len(layers), 0)
-    changed[np.arange(len(layers)), layers] = options
-    return changed
+    return _changed(problem, np.repeat(choice[None], len(layers), 0), layers, options)
 
 
 def _double_changes(problem: BitProblem, choice: Choices) -> Choices:
@@ -64,11 +62,18 @@ def _double_changes(problem: BitProblem, choice: Choices) -> Choices:
     first, second = np.triu_indices(len(layers), 1)
     apart = layers[first] != layers[second]
     first, second = first[apart], second[apart]
-    changed = np.repeat(choice[None], len(first), 0)
-    rows = np.arange(len(first))
-    changed[rows, layers[first]] = options[first]
-    changed[rows, layers[second]] = options[second]
-    return changed
+    changed = _changed(problem, np.repeat(choice[None], len(first), 0), layers[first], options[first])
+    return _changed(problem, changed, layers[second], options[second])
+
+
+def _changed(problem: BitProblem, choices: Choices, layers: Choices, options: Choices) -> Choices:
+    """Each of the choices with one layer changed; those that are tied to it follow."""
+    choices[np.arange(len(choices)), layers] = options
+    for index, tie in enumerate(problem.ties):
+        for place, layer in enumerate(tie):
+            rows = np.flatnonzero(layers == layer)
+            choices[rows] = problem.follow(choices[rows], {index: np.full(len(rows), place)})
+    return choices
 
 
 def _moves(problem: BitProblem, choice: Choices) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -48,7 +48,9 @@ class NSGA2Searcher:
 def decode(problem: BitProblem, genes: Any) -> Choices:
     """Choices from positions in the lists of what each layer may have, ``(..., layers)``."""
     columns = [options[genes[..., i].astype(int)] for i, options in enumerate(problem.options)]
-    return np.stack(columns, -1)
+    choices = np.stack(columns, -1)
+    # layers that read the same values follow the first of them
+    return problem.follow(choices, {index: np.zeros(choices.shape[:-1], int) for index in range(len(problem.ties))})
 
 
 def _pymoo(problem: BitProblem, population: int, mutation: float, generator: np.random.Generator) -> tuple[Any, ...]:

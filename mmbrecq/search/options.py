@@ -34,11 +34,15 @@ class SearchOptions:
         costs: Configs of the cost models; one for every name that has a budget.
         searcher: Config of the searcher.
         budgets: ``{name of a cost: budget}``, see :func:`parse_budget`.
+        result: A choice that has been made, as a file beside the config; then there is nothing to search.
+        reuse: Whether ``tools/ptq.py`` takes the rounding that the analysis has learned for the chosen bits.
     """
 
     costs: Sequence[Mapping[str, Any]] = ({'type': 'ModelSize'}, {'type': 'BitOperations'})
     searcher: Mapping[str, Any] = field(default_factory=lambda: {'type': 'GeneticSearcher'})
     budgets: Mapping[str, str | float] = field(default_factory=dict)
+    result: str = ''
+    reuse: bool = True
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:

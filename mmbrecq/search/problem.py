@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,8 @@ class BitProblem:
             beyond the sum of the two.
         costs: By name.
         allowed: ``(layers, candidates)`` of bool, what may be chosen; None for everything.
+        ties: Groups of layers, by index, that read the same values: the second number of their candidates is the same.
+            The candidates are then all pairs of some first and some second numbers, and these layers may have all.
     """
 
     layers: Sequence[str]
@@ -59,6 +62,7 @@ class BitProblem:
     pairs: Mapping[tuple[int, int], Table] = field(default_factory=dict)
     costs: Mapping[str, Cost] = field(default_factory=dict)
     allowed: NDArray[np.bool_] | None = None
+    ties: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.candidates))
@@ -85,6 +89,15 @@ class BitProblem:
         if len(bad):
             layer = self.layers[int(bad[0][0])]
             raise TableError(f"expected finite numbers, but {what} of layer '{layer}' is {table[tuple(bad[0])]}")
+
+        tied = [i for tie in self.ties for i in tie]
+        if len(set(tied)) < len(tied):
+            raise TableError('expected every layer in one group of layers that read the same values at most')
+        pairs = {(first, second) for first, _ in self.candidates for _, second in self.candidates}
+        if self.ties and pairs != set(self.candidates):
+            raise TableError(f'expected all pairs of weight and input bits as candidates, but got {self.candidates}')
+        if self.allowed is not None and not self.allowed[tied].all():
+            raise TableError('expected layers that read the same values to have all candidates')
 
     @property
     def options(self) -> list[NDArray[np.int64]]:
@@ -113,15 +126,47 @@ class BitProblem:
             kept &= self.spent(name, choices) <= cost.budget * (1 + 1e-12)
         return kept
 
+    def follow(self, choices: Choices, leaders: Mapping[int, Choices]) -> Choices:
+        """Choices in which the layers of every tie have the second number of one of them, ``(..., layers)``.
+
+        Args:
+            choices: Of all layers.
+            leaders: For ties, by index, the place within the tie of the layer that the others follow, ``(...)``.
+        """
+        choices = choices.copy()
+        for index, places in leaders.items():
+            tie = np.asarray(self.ties[index])
+            leader = np.take_along_axis(choices[..., tie], np.asarray(places)[..., None], -1)
+            choices[..., tie] = self._joined[choices[..., tie], leader]
+        return choices
+
+    @cached_property
+    def _joined(self) -> Choices:
+        """``(candidates, candidates)``: the candidate with the first number of one and the second of another."""
+        index = {candidate: i for i, candidate in enumerate(self.candidates)}
+        return np.array([[index[first[0], second[1]] for second in self.candidates] for first in self.candidates])
+
     def cheapest(self, name: str) -> Choices:
         """The choice that costs least, ``(layers,)``."""
-        table = self.costs[name].table
-        return np.array([options[np.argmin(table[i, options])] for i, options in enumerate(self.options)])
+        return self._least(self.costs[name].table)
 
     @property
     def lossless(self) -> Choices:
         """The choice in which every layer alone loses least, ``(layers,)``."""
-        return np.array([options[np.argmin(self.loss[i, options])] for i, options in enumerate(self.options)])
+        return self._least(self.loss)
+
+    def _least(self, table: Table) -> Choices:
+        """The choice with the least sum over a table."""
+        chosen = np.array([options[np.argmin(table[i, options])] for i, options in enumerate(self.options)])
+        seconds = [second for _, second in self.candidates]
+        for tie in self.ties:
+            alternatives = []
+            for second in dict.fromkeys(seconds):
+                same = np.flatnonzero([value == second for value in seconds])
+                own = same[np.argmin(table[list(tie)][:, same], 1)]
+                alternatives.append((float(table[list(tie), own].sum()), own))
+            chosen[list(tie)] = min(alternatives, key=lambda alternative: alternative[0])[1]
+        return chosen
 
     def check_budgets(self) -> None:
         """Raises BudgetError where a budget lies below the least cost, and says what that is."""

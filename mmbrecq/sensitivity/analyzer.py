@@ -19,13 +19,16 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
+from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, Listener, Task
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.sensitivity.activations import measure_activations
 from mmbrecq.sensitivity.measure import OutputLoss
 from mmbrecq.sensitivity.states import load_layers, save_unit, state_path
-from mmbrecq.sensitivity.table import SensitivityTable
+from mmbrecq.sensitivity.table import FLOAT_BITS, SensitivityTable
+from mmbrecq.sensitivity.values import value_groups
 
 STAGE = 'sensitivity'
 
@@ -35,24 +38,44 @@ class AnalysisOptions:
     """Options of an analysis, as a config gives them.
 
     Args:
-        candidates: Numbers of bits of weights, 2 to 8.
+        candidates: Numbers of bits of weights, 2 to 8, and ``'float'``.
+        activation_candidates: Numbers of bits of activations, 2 to 8; empty leaves them as the config has them.
         pairs: Whether two layers of a unit are measured together, at the fewest bits.
         images: How many of the calibration images the losses are measured on; None for all.
     """
 
-    candidates: Sequence[int] = (2, 4, 8)
+    candidates: Sequence[int | str] = (2, 4, 8)
+    activation_candidates: Sequence[int] = ()
     pairs: bool = True
     images: int | None = None
 
     def __post_init__(self) -> None:
-        good = isinstance(self.candidates, Sequence) and len(set(self.candidates)) == len(self.candidates) >= 2
-        if not good or not all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in self.candidates):
+        numbers = [b for b in self.candidates if b != FLOAT] if _distinct(self.candidates) else []
+        if not numbers or len(self.candidates) < 2 or not _all_bits(numbers):
             raise ConfigError(
-                f'expected search.candidates to be two or more different integers in {MIN_BITS}..{MAX_BITS}, but got '
-                f'{self.candidates!r}'
+                f'expected search.candidates to be two or more different integers in {MIN_BITS}..{MAX_BITS}, one of '
+                f"which may be '{FLOAT}', but got {self.candidates!r}"
+            )
+        if not _distinct(self.activation_candidates) or not _all_bits(self.activation_candidates):
+            raise ConfigError(
+                f'expected search.activation_candidates to be different integers in {MIN_BITS}..{MAX_BITS}, but got '
+                f'{self.activation_candidates!r}'
             )
         if self.images is not None and (type(self.images) is not int or self.images < 1):
             raise ConfigError(f'expected search.images to be an integer >= 1, but got {self.images!r}')
+
+    @property
+    def bits(self) -> list[int]:
+        """The candidates that are numbers, the fewest bits first."""
+        return sorted(b for b in self.candidates if isinstance(b, int))
+
+
+def _distinct(values: Any) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str) and len(set(values)) == len(values)
+
+
+def _all_bits(values: Sequence[Any]) -> bool:
+    return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values)
 
 
 def split_search(search: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,7 +96,8 @@ class Analyzer:
     """Measures one model.
 
     Args:
-        prepare: Gives a task with the model prepared at a number of bits, its weights calibrated.
+        prepare: Gives a task with the model prepared at a number of bits of weights, and one of activations or None for
+            the config's; its weights are calibrated.
         reconstructor: Learns the rounding of every unit; its first pass must be independent.
         options: See :class:`AnalysisOptions`.
         folder: Where the table and the states are kept.
@@ -81,7 +105,7 @@ class Analyzer:
         listener: Is told of every unit that is reconstructed.
     """
 
-    prepare: Callable[[int], Task]
+    prepare: Callable[[int, int | None], Task]
     reconstructor: BaseReconstructor
     options: AnalysisOptions
     folder: Path
@@ -96,17 +120,21 @@ class Analyzer:
 
     def run(self) -> SensitivityTable:
         """Measures what the file does not have yet; it is written after every number of bits."""
-        candidates = sorted(self.options.candidates)
-        first = self.prepare(candidates[0])
-        self._begin(first, self.prepare(candidates[1]), candidates)
+        candidates = self.options.bits
+        first = self.prepare(candidates[0], None)
+        self._begin(first)
         for bits in candidates:
-            task = first if bits == candidates[0] else self.prepare(bits)
+            task = first if bits == candidates[0] else self.prepare(bits, None)
             self._reconstruct(task, bits)
             self._measure(task, bits)
             self.table.save(self.path)
+        for bits in self.table.activation_candidates:
+            if any(bits not in self.table.activation_loss.get(name, {}) for name in self.table.values):
+                measure_activations(self.prepare(candidates[0], bits), self.table, bits, self._inputs)
+                self.table.save(self.path)
         return self.table
 
-    def _begin(self, fewest: Task, next_bits: Task, candidates: list[int]) -> None:
+    def _begin(self, fewest: Task) -> None:
         """Takes up the table of an earlier run, or starts one."""
         if self.path.exists():
             self.table = SensitivityTable.load(self.path)
@@ -117,25 +145,45 @@ class Analyzer:
             raise ConfigError(
                 f'expected {self.path} beside {states}, to tell what those states are of, but there is none'
             )
-        model = fewest.model
-        shapes, others = layer_shapes(model), {layer.name: layer.bits for layer in layer_shapes(next_bits.model)}
-        # layers whose bits the config fixes have the same whatever the default is
-        chosen = [(layer.bits[0], others[layer.name][0]) for layer in shapes]
-        searched = [layer.name for layer, bits in zip(shapes, chosen, strict=True) if bits == tuple(candidates[:2])]
-        if not searched:
-            raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
+        model, bits = fewest.model, self.options.bits
+        shapes = layer_shapes(model)
+        searched = self._searched(model)
         units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
         kind = OutputLoss(model, fewest.images[:1]).kind
-        self.table = SensitivityTable(kind, candidates, shapes, searched, units, other_bytes(model), self.inputs)
+        self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
+        self.table.images = self.options.images
+        if FLOAT in self.options.candidates:
+            self.table.candidates = [*bits, FLOAT_BITS]
+            self.table.loss = {name: {FLOAT_BITS: 0.0} for name in searched}
+        if self.options.activation_candidates:
+            self.table.activation_candidates = sorted(self.options.activation_candidates)
+            groups = [group for part in model.parts for group in value_groups(part, searched)]
+            if not groups:
+                raise ConfigError(
+                    'expected activations whose bits are to be chosen for search.activation_candidates, but the config '
+                    'fixes those of all layers, or has them in float'
+                )
+            self.table.values = {group.layers[0]: group for group in groups}
         # before any state, which it tells the origin of
         self.table.save(self.path)
+
+    def _searched(self, model: QuantizedModel) -> list[str]:
+        """Layers whose bits the config does not fix: they have others when the default is another."""
+        fewest = self.options.bits[0]
+        default = MAX_BITS if fewest < MAX_BITS else MIN_BITS
+        others = {layer.name: layer.weight_bits for layer in self.prepare(default, None).model.all_layers}
+        weights = [layer.name for part in model.parts for layer in part.layers if layer.weight_bits == fewest]
+        searched = [name for name in weights if others[name] == default]
+        if not searched:
+            raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
+        return searched
 
     def _check_inputs(self) -> None:
         for key in sorted({*self.inputs, *self.table.inputs}):
             if self.inputs.get(key) != self.table.inputs.get(key):
                 raise ConfigError(
-                    f'{self.path} is of another analysis: {key} was {self.table.inputs.get(key)!r} and is '
-                    f'{self.inputs.get(key)!r} now; choose another --work-dir, or remove the file and '
+                    f'{self.path} is of another analysis: {key} was {self.table.inputs.get(key)} and is '
+                    f'{self.inputs.get(key)} now; choose another --work-dir, or remove the file and '
                     'the states beside it'
                 )
 

@@ -50,10 +50,12 @@ class OutputLoss:
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
         self._power = [float(sum(batch[i].square().sum() for batch in self._targets)) for i in range(len(outputs))]
 
-    def of(self, layers: Collection[str]) -> float:
-        """The loss with the weights of ``layers`` quantized, everything else in float."""
+    def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
+        """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
         total = 0.0
         with quantizing(self._model, layers):
+            for path in quantizers:
+                self._model.quantizers[path].enabled = True
             for outputs, targets in zip(self._outputs(), self._targets, strict=True):
                 total += self._batch_loss(outputs, targets)
         return total / len(self._inputs) if self.kind == 'divergence' else total

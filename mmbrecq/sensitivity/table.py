@@ -13,7 +13,11 @@ import numpy as np
 
 from mmbrecq.costs.layers import Call, LayerShape
 from mmbrecq.errors import TableError
+from mmbrecq.sensitivity.values import ValueGroup
 from mmbrecq.storage import write_text_atomic
+
+FLOAT_BITS = 32
+"""In the place of a candidate: the weight of the layer stays in float."""
 
 
 @dataclass
@@ -22,7 +26,7 @@ class SensitivityTable:
 
     Args:
         kind: Of the loss, see :class:`~mmbrecq.sensitivity.measure.OutputLoss`.
-        candidates: Numbers of bits of weights.
+        candidates: Numbers of bits of weights; 32 is float.
         layers: Shapes of all quantized layers, in the order of the network.
         searched: Names of those whose bits are to be chosen; the others keep theirs, the first and the last for one.
         units: Unit of every layer.
@@ -30,6 +34,10 @@ class SensitivityTable:
         inputs: What the figures depend on; an analysis goes on only where it is the same.
         loss: ``{layer: {bits: rise}}``.
         pairs: ``{"layer layer": {bits: rise of both}}``, beyond the sum of the two.
+        images: How many calibration images the losses are of; None for all.
+        activation_candidates: Numbers of bits of activations; empty where they are not searched.
+        values: Activations whose bits are to be chosen, by the first layer that reads them.
+        activation_loss: ``{first layer: {bits: rise}}`` with the activations of one group alone.
     """
 
     kind: str
@@ -41,6 +49,10 @@ class SensitivityTable:
     inputs: dict[str, Any]
     loss: dict[str, dict[int, float]] = field(default_factory=dict)
     pairs: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    images: int | None = None
+    activation_candidates: list[int] = field(default_factory=list)
+    values: dict[str, ValueGroup] = field(default_factory=dict)
+    activation_loss: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -60,11 +72,17 @@ class SensitivityTable:
             table = cls(**{**content, 'layers': [_layer(values) for values in content['layers']]})
             table.loss = {name: _by_bits(row) for name, row in content['loss'].items()}
             table.pairs = {(first, second): _by_bits(row) for first, second, row in _pairs(content['pairs'])}
+            table.values = {
+                name: ValueGroup(tuple(group['quantizers']), tuple(group['layers']))
+                for name, group in content.get('values', {}).items()
+            }
+            table.activation_loss = {n: _by_bits(row) for n, row in content.get('activation_loss', {}).items()}
         except OSError as error:
             raise TableError(f'{path}: cannot be read: {error.strerror}') from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TableError(f'{path}: expected what tools/analyze.py writes, but it is not: {error}') from error
         rows = [*table.loss.items(), *((' '.join(pair), row) for pair, row in table.pairs.items())]
+        rows += [(f'the input of {name}', row) for name, row in table.activation_loss.items()]
         for name, row in rows:
             for bits, value in row.items():
                 if not math.isfinite(value):
@@ -77,10 +95,30 @@ class SensitivityTable:
             for bits in self.candidates:
                 if bits not in self.loss.get(name, {}):
                     raise TableError(f"{path}: expected the loss of layer '{name}' at {bits} bits, but it has none")
+        for name in self.values:
+            for bits in self.activation_candidates:
+                if bits not in self.activation_loss.get(name, {}):
+                    raise TableError(
+                        f"{path}: expected the loss of the input of layer '{name}' at {bits} bits, but it has none"
+                    )
+
+    @property
+    def choices(self) -> list[tuple[int | None, int | None]]:
+        """What a layer may have: bits of its weight and of its input; None is a float weight, or an input as it is."""
+        weights = [None if bits == FLOAT_BITS else bits for bits in self.candidates]
+        inputs: list[int | None] = [*self.activation_candidates]
+        return [(w, a) for w in weights for a in inputs or [None]]
 
     def losses(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """``(searched layers, candidates)``."""
-        return np.array([[self.loss[name][bits] for bits in self.candidates] for name in self.searched])
+        """``(searched layers, choices)``; the layers of a group share what its activations lose."""
+        group_of = {layer: name for name, group in self.values.items() for layer in group.layers}
+        rows = []
+        for layer in self.searched:
+            name = group_of.get(layer)
+            inputs = {} if name is None else self.activation_loss[name]
+            share = 0.0 if name is None else 1 / len(self.values[name].layers)
+            rows.append([self.loss[layer][w or FLOAT_BITS] + share * inputs.get(a or 0, 0.0) for w, a in self.choices])
+        return np.array(rows)
 
 
 def _layer(values: Mapping[str, Any]) -> LayerShape:

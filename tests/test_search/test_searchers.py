@@ -46,6 +46,10 @@ def random_problem(layers: int, seed: int, share: float, pairs: bool = True, tim
 def best_of_all(problem: BitProblem) -> float:
     """The least loss, by looking at every choice."""
     choices = np.array(list(itertools.product(*problem.options)))
+    inputs = np.array([second or 0 for _, second in problem.candidates])[choices]
+    for tie in problem.ties:
+        alike = (inputs[:, tie] == inputs[:, tie[:1]]).all(1)
+        choices, inputs = choices[alike], inputs[alike]
     return float(problem.losses(choices[problem.feasible(choices)]).min())
 
 
@@ -70,6 +74,54 @@ def test_only_what_a_layer_may_have_is_chosen(searcher: str) -> None:
     found = build(SEARCHERS, {'type': searcher}).search(problem)
     assert found[[0, 6]].tolist() == [2, 2]
     np.testing.assert_allclose(problem.losses(found), best_of_all(problem), rtol=1e-9)
+
+
+def tied_problem(layers: int, seed: int, share: float) -> BitProblem:
+    """Bits of weights and of activations, some of which two or three layers read; operations cost their product."""
+    draw = np.random.default_rng(seed)
+    candidates = [(w, a) for w in (2, 4, 8) for a in (4, 8)]
+    bits = np.array(candidates, float)
+    work = draw.lognormal(0, 1, (layers, 1)) * bits.prod(1)
+    weights = draw.lognormal(0, 1.5, (layers, 1)) * np.exp2(-2 * bits[:, 0])
+    inputs = draw.lognormal(0, 1.5, (layers, 1)) * np.exp2(-2 * bits[:, 1]) * 8
+    extra = {(0, 1): np.outer(bits[:, 0] == 2, bits[:, 0] == 2) * 0.05}
+    least = work.min(1).sum()
+    costs = {'bitops': Cost(work, least + share * (work.max(1).sum() - least))}
+    ties = [[i, i + 1, i + 2][: 2 + i % 2] for i in range(1, layers - 2, 3)]
+    return BitProblem([f'layer{i}' for i in range(layers)], candidates, weights + inputs, extra, costs, None, ties)
+
+
+def assert_tied(problem: BitProblem, choices: np.ndarray) -> None:
+    inputs = np.array([second for _, second in problem.candidates])[choices]
+    assert problem.ties
+    for tie in problem.ties:
+        assert (inputs[..., tie] == inputs[..., tie[:1]]).all()
+
+
+@pytest.mark.parametrize('searcher', ['IntegerProgram', 'GeneticSearcher'])
+@pytest.mark.parametrize('share', [0.0, 0.05, 0.2, 0.5, 1.0])
+def test_layers_that_read_the_same_values_choose_together(searcher: str, share: float) -> None:
+    for seed in range(2):
+        problem = tied_problem(6, seed, share)
+        found = build(SEARCHERS, {'type': searcher}).search(problem, seed)
+        assert_tied(problem, found)
+        assert problem.feasible(found)
+        np.testing.assert_allclose(problem.losses(found), best_of_all(problem), rtol=1e-9)
+
+
+def test_the_genetic_search_comes_close_with_activations_too() -> None:
+    problem = tied_problem(40, 0, 0.15)
+    exact = problem.losses(IntegerProgram().search(problem))
+    found = GeneticSearcher().search(problem, 0)
+    assert_tied(problem, found)
+    assert exact <= problem.losses(found) <= 1.005 * exact
+
+
+def test_the_front_ties_layers_too() -> None:
+    problem = tied_problem(6, 1, 0.5)
+    front = NSGA2Searcher(iterations=60).front(problem, 0)
+    assert_tied(problem, front)
+    np.testing.assert_allclose(problem.losses(front)[0], best_of_all(problem), rtol=1e-9)
 
 
 @pytest.mark.parametrize('layers', [21, 53])

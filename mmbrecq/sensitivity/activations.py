@@ -1,0 +1,39 @@
+"""What the activations of every group lose at a number of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
+from mmbrecq.progress import track
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.reconstructor import Task
+from mmbrecq.sensitivity.measure import BATCH, OutputLoss
+from mmbrecq.sensitivity.table import SensitivityTable
+
+
+def measure_activations(
+    task: Task, table: SensitivityTable, bits: int, inputs_of: Callable[[Task, QuantizedModel], Tensor]
+) -> None:
+    """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
+
+    Their grids are those of a calibration on float values; the loss is that with one group quantized, all else float.
+
+    Args:
+        task: The model prepared with activations of ``bits``.
+        table: Takes the losses.
+        bits: Of the activations.
+        inputs_of: Gives the inputs of a graph that the losses are measured on.
+    """
+    calibrate_activations(task.model, task.images.split(BATCH))
+    calibrate_regions(task.model, task.regions)
+    for part in task.model.parts:
+        own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
+        missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
+        if missing:
+            loss = OutputLoss(part, inputs_of(task, part))
+            for name in track(missing, f'activations at {bits} bits'):
+                quantizers = table.values[name].quantizers
+                table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)

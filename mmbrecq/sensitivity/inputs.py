@@ -1,0 +1,42 @@
+"""What reconstructed states depend on, so that none is taken up by another run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
+    """Settings in the config's words, weights and images by their hash; the bits of layers are no part of it.
+
+    Args:
+        cfg: The config.
+        model: With its float weights, not prepared yet.
+        images: Preprocessed calibration images.
+        seed: Of the run.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
+    settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
+    return {
+        'quantizer': _in_words(settings),
+        'reconstructor': _in_words(cfg['reconstructor']),
+        'seed': str(seed),
+        'float weights': weights.hexdigest()[:16],
+        'calibration images': hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def _in_words(value: Any) -> str:
+    """A config value, its keys in order."""
+    if isinstance(value, Mapping):
+        return '{' + ', '.join(f'{key}: {_in_words(value[key])}' for key in sorted(value)) + '}'
+    if isinstance(value, (list, tuple)):
+        return '[' + ', '.join(map(_in_words, value)) + ']'
+    return repr(value)
