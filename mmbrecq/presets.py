@@ -19,8 +19,8 @@ class Preset:
     Args:
         name: As the config names it.
         weight_symmetric: Zero-point 0 for weights.
-        activation: ``unsigned`` (zero-point 0 where values cannot be negative, else any), ``auto`` (uint8 with
-            zero-point 0 there, int8 with zero-point 0 elsewhere) or ``int8``.
+        activation: ``unsigned`` (zero-point 0 where values cannot be negative, else any; asked to be symmetric, int8
+            with zero-point 0 in the place of the latter) or ``int8``.
         fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
             between the two; None for all of them.
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
@@ -38,7 +38,7 @@ class Preset:
 
     name: str
     weight_symmetric: bool
-    activation: Literal['unsigned', 'auto', 'int8']
+    activation: Literal['unsigned', 'int8']
     fuses: tuple[str, ...] | None = None
     add_operands: Literal['none', 'shortcut', 'all'] = 'none'
     conv_outputs: bool = False
@@ -68,15 +68,13 @@ class Preset:
         kind, ch_axis = self.activation, 1 if per_channel else None
         if per_channel and self.name != 'academic':
             raise ConfigError(f"expected activations per tensor for the preset '{self.name}', but got per_channel=True")
-        if symmetric is False and kind in ('auto', 'int8'):
+        if symmetric is False and kind == 'int8':
             raise ConfigError(f"expected symmetric activations for the preset '{self.name}', but got symmetric=False")
-        if symmetric and kind == 'unsigned':
-            kind = 'auto'
         if kind == 'int8':
             # an int8 container has room for an unsigned grid of up to 7 bits
             unsigned = non_negative and bits < MAX_BITS
             return QType(bits, symmetric=True, signed=not unsigned, ch_axis=ch_axis, int8_only=True)
-        if kind == 'unsigned' and not non_negative:
+        if not symmetric and not non_negative:
             return QType(bits, symmetric=False, signed=False, ch_axis=ch_axis)
         return QType(bits, symmetric=True, signed=not non_negative, ch_axis=ch_axis)
 
@@ -96,7 +94,7 @@ _ALL = (
         bias_apart='linear',
         bias_rounded=True,
     ),
-    Preset('openvino', weight_symmetric=True, activation='auto', spare_weight_bit=True),
+    Preset('openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True),
     Preset(
         'tensorrt',
         weight_symmetric=True,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
+from mmbrecq.engine.mixed_precision import search_options
 from mmbrecq.errors import CheckpointError
 
 
@@ -27,7 +28,10 @@ def main() -> None:
     if not Path(args.checkpoint).is_file():
         raise CheckpointError(f'{args.checkpoint}: expected a checkpoint or an exported file, but there is none')
     cfg.launcher = args.launcher
+    options = search_options(cfg)
     loop = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': args.checkpoint, 'quantizer': cfg.quantizer}
+    # where tools/ptq.py itself has searched, the bits are in the checkpoint alone
+    loop['own_bits'] = bool(options.budgets) and not options.result
     if args.show_dir:
         loop['show_dir'] = args.show_dir
         loop['float_checkpoint'] = resolve_checkpoint(cfg.float_checkpoint, args.config)

@@ -20,6 +20,7 @@ from mmbrecq.engine.drawing import SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate
 from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
+from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.registry import LOOPS, QUANTIZERS
 
 DEPLOYED_SUFFIXES = ('.onnx', '.xml')
@@ -35,6 +36,7 @@ class QuantizedTestLoop(BaseLoop):
         evaluator: The test evaluator.
         checkpoint: ``quantized.pth``, or an exported ``.onnx`` or ``.xml``.
         quantizer: Config of the quantizer that made it.
+        own_bits: Whether the checkpoint says which bits layers have: a search chose them, so the config does not.
         float_checkpoint: Path or URL of the float weights, for ``show_dir``.
         show_dir: Where predictions of the float and of the quantized model are drawn side by side; None draws nothing.
     """
@@ -46,6 +48,7 @@ class QuantizedTestLoop(BaseLoop):
         evaluator: Evaluator | dict[str, Any] | list[Any],
         checkpoint: str,
         quantizer: Mapping[str, Any],
+        own_bits: bool = False,
         float_checkpoint: str | None = None,
         show_dir: str | None = None,
     ) -> None:
@@ -53,7 +56,7 @@ class QuantizedTestLoop(BaseLoop):
         self.evaluator = runner.build_evaluator(evaluator)
         self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
         self.checkpoint, self.quantizer = checkpoint, dict(quantizer)
-        self.float_checkpoint = float_checkpoint
+        self.own_bits, self.float_checkpoint = own_bits, float_checkpoint
         self.drawing = None
         if show_dir is not None:
             visualizer = build_visualizer(runner.cfg.get('default_scope') or 'mmpretrain')
@@ -71,7 +74,7 @@ class QuantizedTestLoop(BaseLoop):
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
             DeployedModel(model, Path(self.checkpoint)).plug()
         else:
-            load_quantized(model, self.quantizer, self.checkpoint)
+            load_quantized(model, self.quantizer, self.checkpoint, self.own_bits)
         metrics = evaluate(model, self.dataloader, self.evaluator, 'evaluation')
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
@@ -82,8 +85,14 @@ class QuantizedTestLoop(BaseLoop):
         return metrics
 
 
-def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str) -> None:
+def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str, own_bits: bool = False) -> None:
     """Turns a float ``model`` into the quantized one that ``path`` holds.
+
+    Args:
+        model: The float model.
+        quantizer: Config of the quantizer.
+        path: What ``tools/ptq.py`` wrote.
+        own_bits: Whether layers have the bits that the checkpoint names, in the place of the config's.
 
     Raises:
         CheckpointError: The file is no checkpoint of ``tools/ptq.py``, or of another model or quantizer.
@@ -94,6 +103,12 @@ def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str) ->
     if shape is None or grids is None:
         raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
     example: Tensor = torch.zeros(shape, device=next(model.parameters()).device)
+    if own_bits:
+        bits = {
+            name: {'pattern': name, 'weight_bits': weight or FLOAT, 'activation_bits': activation or FLOAT}
+            for name, (weight, activation) in meta['bits'].items()
+        }
+        quantizer = {**quantizer, 'overrides': list(bits.values())}
     prepared = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
     prepared.pack()
     load_quantized_checkpoint(model, path)

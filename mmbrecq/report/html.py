@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmbrecq.report import sections
 from mmbrecq.report.charts import escape
+from mmbrecq.report.choice import choice_of_bits
 from mmbrecq.report.style import CSS
 from mmbrecq.report.summary import Summary
 
@@ -31,6 +32,7 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
         '' if folder is None else sections.pictures(summary, folder),
         sections.side_by_side(sections.times(summary), sections.sizes(summary)),
         sections.reconstruction(summary),
+        choice_of_bits(summary),
         sections.layer_bits(summary),
         sections.side_by_side(sections.float_layers(summary), sections.deployment(summary)),
         sections.provenance(summary),

@@ -74,6 +74,7 @@ tr.quantized > * { font-weight: 650; }
 .chart .name, .chart .factor { fill: var(--ink); } .chart .grid { stroke: var(--line); stroke-width: 1; }
 .span { fill: var(--accent-soft); } .after { fill: var(--accent); }
 .before { fill: var(--card); stroke: var(--before); stroke-width: 2; }
+.measured { fill: var(--kept); }
 .kept .span { fill: var(--kept-soft); } .kept .after { fill: var(--kept); }
 .chart .kept .factor, .badge { fill: var(--kept); color: var(--kept); }
 .badge { font-size: 12px; font-weight: 600; white-space: nowrap; }

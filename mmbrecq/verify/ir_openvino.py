@@ -32,11 +32,11 @@ def check_levels(graph: IRGraph) -> Iterator[Violation]:
 
 
 def check_signed(graph: IRGraph) -> Iterator[Violation]:
-    """V2: a range below 0 is -128..127 steps, or symmetric in 255 levels."""
+    """V2: a range below 0 has 0 among its 256 levels, or is symmetric in 255."""
     for quant in _judged(graph):
-        if (quant.out_low < 0).any() and not _is_signed(quant):
+        if (quant.out_low < 0).any() and not (_has_zero(quant) if quant.levels == 256 else _is_signed(quant)):
             low, high = float(np.ravel(quant.out_low)[0]), float(np.ravel(quant.out_high)[0])
-            message = 'expected a range of -128..127 steps, or a symmetric one in 255 levels'
+            message = 'expected 0 among the levels of the range, or a symmetric one in 255 levels'
             yield Violation('V2', quant.end.name, f'{message}, but got {low:g}..{high:g} in {quant.levels}')
 
 
@@ -55,6 +55,12 @@ def _judged(graph: IRGraph) -> Iterator[FakeQuant]:
 
 def _is_signed(quant: FakeQuant) -> bool:
     return bool((np.abs(quant.out_low / quant.out_step + SIGNED_LOW[quant.levels]) <= RANGE_TOLERANCE).all())
+
+
+def _has_zero(quant: FakeQuant) -> bool:
+    steps = quant.out_low / quant.out_step
+    within = (steps >= 1 - quant.levels - RANGE_TOLERANCE).all()
+    return bool(within and (np.abs(steps - np.rint(steps)) <= RANGE_TOLERANCE).all())
 
 
 def check_layer_inputs(graph: IRGraph) -> Iterator[Violation]:

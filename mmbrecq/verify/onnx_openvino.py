@@ -25,19 +25,11 @@ def check_levels(graph: OnnxGraph) -> Iterator[Violation]:
 
 
 def check_signed(graph: OnnxGraph) -> Iterator[Violation]:
-    """V2: the range of a signed activation is -128..127 steps."""
+    """V2: int8 activations have zero-point 0, their range is -128..127 steps."""
     for node in graph.activation_quantizers():
         low = _lowest(graph, node)
         if graph.zero_point_range(node) == (-128, 127) and low not in (-128, 0):
             yield Violation('V2', node.name, f'expected a range of -128..127 steps, but got {low}..{low + 255}')
-
-
-def check_unsigned(graph: OnnxGraph) -> Iterator[Violation]:
-    """V3: the range of an unsigned activation starts at 0."""
-    for node in graph.activation_quantizers():
-        low = _lowest(graph, node)
-        if graph.zero_point_range(node) == (0, 255) and low not in (-128, 0):
-            yield Violation('V3', node.name, f'expected a range that starts at 0, but it starts at {low} steps')
 
 
 def _lowest(graph: OnnxGraph, node: Node) -> int:

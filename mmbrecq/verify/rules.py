@@ -55,9 +55,10 @@ RULES: dict[str, Rule] = {
     'O2': Rule('uint8 with zero-point 0 after a ReLU', _ORT, onnx_ort.check_relu_grids),
     'O3': Rule('max-pool has one scale and zero-point on both sides', _ORT, onnx_ort.check_pools),
     'V1': Rule('255 or 256 levels', _OV, onnx_openvino.check_levels, ir_openvino.check_levels),
-    'V2': Rule('signed ranges are -128..127 steps, or symmetric in 255 levels', _OV,
+    'V2': Rule('ranges below 0 have 0 among 256 levels, int8 at zero-point 0, or are symmetric in 255', _OV,
                onnx_openvino.check_signed, ir_openvino.check_signed),
-    'V3': Rule('unsigned ranges start at 0', _OV, onnx_openvino.check_unsigned, ir_openvino.check_unsigned),
+    # an unsigned zero-point is a level, so no file in ONNX can break it
+    'V3': Rule('ranges without values below 0 start at 0', _OV, ir=ir_openvino.check_unsigned),
     'V4': Rule('input and weight of a layer are both quantized, or neither, and weights are symmetric', _OV,
                onnx_openvino.check_layer_inputs, ir_openvino.check_layer_inputs),
     'V5': Rule('activations per tensor', _OV, onnx_openvino.check_per_tensor, ir_openvino.check_per_tensor),

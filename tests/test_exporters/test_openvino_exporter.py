@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import classifier, conv, images, net, packed, residual, run
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmbrecq.backends.openvino import OpenVINOBackend
 from mmbrecq.errors import ExportError
@@ -79,6 +79,32 @@ def test_inputs_of_a_concatenation_keep_their_grids(tmp_path: Path, preset: str,
     path = OpenVINOExporter().export(model, images(2), tmp_path)
     x = images(8, seed=1)
     assert moved_images(OpenVINOBackend(path, num_threads=1)(x)[0], run(model, x)) <= 1
+
+
+@pytest.mark.parametrize('symmetric', [None, True])
+@pytest.mark.parametrize('bits', [*BITS, (4, 4)], ids=lambda bits: f'W{bits[0]}A{bits[1]}')
+def test_values_below_zero_run_in_integers(tmp_path: Path, bits: tuple[int, int], symmetric: bool | None) -> None:
+    """With a zero-point that padding has to have too, in all forms of convolution, an addition and a linear layer."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.silu(self.conv1(x))
+        x = F.leaky_relu(x + self.depthwise(x), 0.2)
+        x = F.silu(self.strided(x))
+        return self.fc(F.hardswish(self.conv2(x)).mean((2, 3)))
+
+    layers = {
+        'conv1': conv(3, 8), 'depthwise': nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        'strided': nn.Conv2d(8, 8, 3, stride=2, padding=1), 'conv2': conv(8, 8), 'fc': nn.Linear(8, 5),
+    }  # fmt: skip
+    model = packed(net(forward, **layers), 'openvino', *bits, symmetric=symmetric)
+    path = OpenVINOExporter().export(model, images(2), tmp_path)
+    assert verify_file(path, 'openvino', ExpectedQuantization(5)) == []
+    zero_points = [float(quantizer.zero_point) for quantizer in model.quantizers.values()]
+    assert any(zero_points) == (symmetric is None)
+    x = images(8, seed=1)
+    backend = OpenVINOBackend(path, num_threads=1)
+    assert backend.integer_kernels().float_layers == []
+    assert moved_images(backend(x)[0], run(model, x)) <= 1
 
 
 def test_onnx_file_of_the_preset_runs_the_same_in_openvino(tmp_path: Path) -> None:

@@ -129,13 +129,20 @@ def images(count: int = 4, seed: int = 0, size: int = 32) -> Tensor:
 
 
 def prepare(
-    model: nn.Module, preset: str, weight_bits: int = 8, activation_bits: int | None = 8, **options: Any
+    model: nn.Module,
+    preset: str,
+    weight_bits: int = 8,
+    activation_bits: int | None = 8,
+    symmetric: bool | None = None,
+    **options: Any,
 ) -> QuantizedModel:
-    """Prepares ``model`` with min-max grids."""
+    """Prepares ``model`` with min-max grids; ``symmetric`` is that of activations."""
     observer = {'type': 'MinMaxObserver'}
-    activation = None if activation_bits is None else {'bits': activation_bits, 'observer': observer}
+    activation = {'bits': activation_bits, 'observer': observer, 'symmetric': symmetric}
     weight = {'bits': weight_bits, 'observer': observer}
-    return BRECQQuantizer(weight, activation, preset, **options).prepare(model, images(2))
+    return BRECQQuantizer(weight, None if activation_bits is None else activation, preset, **options).prepare(
+        model, images(2)
+    )
 
 
 def calibrate(model: QuantizedModel, batches: Sequence[Tensor] | None = None) -> QuantizedModel:

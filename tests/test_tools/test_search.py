@@ -51,6 +51,71 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
     assert size['quantized'] <= 0.11 * size['float']
     assert f'{size["quantized"] / 1e3:.1f}' == predicted
     assert {bits['weight'] for bits in summary['bits'].values()} == {2, 4, 8}
+    # the rounding is the analysis's; what the config fixes is reconstructed
+    assert [unit['name'] for unit in summary['units'] if unit['phase'] == 'weights'] == ['backbone.conv1', 'head.fc']
+    search = summary['search']
+    assert search['bits'] == {name: bits['weight'] for name, bits in summary['bits'].items() if name in search['bits']}
+    assert len(search['bits']) == 19
+    assert 0.3 * search['predicted'] < search['measured'] < 3 * search['predicted']
+    assert search['spent']['size'] == size['quantized'] <= search['budgets']['size'] == 0.11 * size['float']
+    costs, losses = zip(*search['front'], strict=True)
+    assert sorted(costs) == list(costs) and sorted(losses, reverse=True) == list(losses)
+    assert (
+        min(loss for cost, loss in search['front'] if cost <= search['budgets']['size']) <= search['predicted'] * 1.02
+    )
+    assert 'Choice of bits' in (tmp_path / 'ptq' / 'report.html').read_text()
+
+    # of another seed, or when told to, everything is reconstructed
+    for option, reason in (('search.reuse=False', 'search.reuse is False'), ('seed=1', 'analysis was of another seed')):
+        outcome = call(
+            'ptq', analysed / 'bits.py', *SHORT, option, 'evaluations=[]', 'exporters=[]', work_dir=tmp_path / option
+        )
+        assert outcome.status == 0, outcome.err
+        summary = json.loads((tmp_path / option / 'summary.json').read_text())
+        assert len([unit for unit in summary['units'] if unit['phase'] == 'weights']) == 10
+        assert summary['search']['measured'] > 0
+        (log,) = (tmp_path / option).glob('*/*.log')
+        assert reason in log.read_text()
+
+
+def test_one_command_chooses_bits_of_weights_and_activations(call: Any, tmp_path: Path) -> None:
+    config, work = tmp_path / 'config.py', tmp_path / 'work'
+    checkpoint = DEMO.with_name('resnet_digits.pth')
+    search = (
+        "dict(candidates=[2, 8, 'float'], activation_candidates=[4, 8], pairs=False, images=32,"
+        " budgets=dict(size='0.5x', bitops='0.05x'))"
+    )
+    config.write_text(f'_base_ = [{str(DEMO)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = {search}\n')
+    outcome = call('ptq', config, *SHORT, 'evaluations=[quantized]', work_dir=work)
+    assert outcome.status == 0, outcome.err
+    summary = json.loads((work / 'summary.json').read_text())
+    search = summary['search']
+    assert set(search['bits'].values()) <= {2, 8, None}
+    assert {2, 8} <= set(search['bits'].values())
+    assert set(search['activation_bits'].values()) == {4, 8}
+    for name, bits in summary['bits'].items():
+        if name in search['bits']:
+            assert bits['weight'] == search['bits'][name]
+            # the value that the first two layers of a stage read has one number of bits
+            assert bits['activation'] == search['activation_bits'].get(name, bits['activation'])
+    shared = [f'backbone.layer2.0.{name}' for name in ('conv1', 'downsample.0')]
+    assert len({summary['bits'][name]['activation'] for name in shared}) == 1
+    assert all(search['spent'][name] <= search['budgets'][name] for name in ('size', 'bitops'))
+    assert search['measured'] > 0
+    top1 = summary['metrics']['quantized']['accuracy/top1']
+    outcome = call('test', config, work / 'quantized.pth', work_dir=tmp_path / 'test')
+    assert f'accuracy/top1: {top1!r}' in outcome.out + outcome.err
+
+
+def test_a_choice_that_is_missing_or_no_choice(call: Any, tmp_path: Path) -> None:
+    config = tmp_path / 'config.py'
+    checkpoint = DEMO.with_name('resnet_digits.pth')
+    config.write_text(
+        f"_base_ = [{str(DEMO)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = dict(result='search.json')\n"
+    )
+    assert 'expected the file of search.result, but there is none' in call('ptq', config, *SHORT).error
+    (tmp_path / 'search.json').write_text('{"kind": 3}')
+    assert 'search.json: expected what tools/search.py writes, but it is not' in call('ptq', config, *SHORT).error
 
 
 def test_an_analysis_goes_on_where_it_stopped(call: Any, analysed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +194,17 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
 @pytest.mark.parametrize(
     ('option', 'message'),
     [
-        ('search.candidates=[2]', r'search.candidates to be two or more different integers in 2..8, but got \[2\]'),
         (
-            'search.candidates=[2,9]',
-            r'search.candidates to be two or more different integers in 2..8, but got \[2, 9\]',
+            'search.candidates=[2]',
+            r"two or more different integers in 2..8, one of which may be 'float', but got \[2\]",
         ),
+        ('search.candidates=[2,9]', r'search.candidates to be two or more different integers in 2..8, .* \[2, 9\]'),
+        ('search.candidates=[float,float]', r"but got \['float', 'float'\]"),
+        (
+            'search.activation_candidates=[4,4]',
+            r'activation_candidates to be different integers in 2..8, but got \[4, 4',
+        ),
+        ('search.activation_candidates=8', 'activation_candidates to be different integers in 2..8, but got 8'),
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
         ('search.generations=3', 'expected the keys of search to be among'),
         ('search=3', "expected 'search' to be a dict, but got 3"),

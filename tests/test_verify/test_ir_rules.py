@@ -79,7 +79,6 @@ def test_pool_between_q_and_dq(tmp_path: Path) -> None:
         ('C1', 'conv1_w_DQ', 'conv1_w_scale', np.float32([0.1, -1, 0.1, 0.1])),
         ('C1', 'conv1_w_DQ', 'conv1_w_scale', np.float32([0.1, 'inf', 0.1, 0.1])),
         ('C7', 'a1_clip', 'a1_h', np.float32(14.5 * graphs.SCALE)),
-        ('V2', 'a1_DQ', 'a1_zero', np.uint8(3)),
         ('V4', 'conv1_w_DQ', 'conv1_w_zero', np.int8([0, 1, 0, 0])),
     ],
 )
@@ -91,16 +90,13 @@ def test_broken_constant(tmp_path: Path, rule: str, node: str, tensor: str, valu
 
 
 @pytest.mark.parametrize(
-    ('rule', 'node', 'tensor', 'value'),
-    [
-        ('C1', 'a1_DQ', 'a1_scale', np.float32(0)),
-        ('V2', 'a1_DQ', 'a1_zero', np.uint8(3)),
-    ],
+    ('tensor', 'value', 'broken'),
+    [('a1_scale', np.float32(0), {('C1', 'a1_DQ')}), ('a1_zero', np.uint8(3), set())],
 )
-def test_broken_constant_with_clamps_of_integers(tmp_path: Path, rule: str, node: str, tensor: str, value: Any) -> None:
+def test_constants_with_clamps_of_integers(tmp_path: Path, tensor: str, value: Any, broken: set) -> None:
     model = graphs.chain(bits=4, integer=True)
     graphs.set_tensor(model, tensor, value)
-    assert found(convert(model, tmp_path), 'openvino', ExpectedQuantization(3)) == {(rule, node)}
+    assert found(convert(model, tmp_path), 'openvino', ExpectedQuantization(3)) == broken
 
 
 def test_clip_of_integers_that_is_no_clamp(tmp_path: Path) -> None:
@@ -206,6 +202,10 @@ def one_conv(folder: Path, weight: Any = None, **quantizer: Any) -> Path:
         (dict(low=-1.28, high=1.27), set()),
         (dict(low=-1.27, high=1.27, levels=255), set()),
         (dict(high=1.5, levels=16), {('V1', 'fq')}),
+        (dict(low=-0.28, high=2.27), set()),
+        (dict(low=-2.55, high=0), set()),
+        (dict(low=-0.285, high=2.265), {('V2', 'fq')}),
+        (dict(low=-2.65, high=-0.1), {('V2', 'fq')}),
         (dict(low=-1.27, high=1.27), {('V2', 'fq')}),
         (dict(low=-1.28, high=1.27, levels=255), {('V2', 'fq')}),
         (dict(low=0.1), {('V3', 'fq')}),

@@ -354,7 +354,6 @@ def test_broken_onnxruntime_rule(tmp_path: Path, case: int) -> None:
 V_CASES: list[tuple[str, str, bool, Change]] = [
     ('V1', 'a1_Q', False, lambda m: graphs.set_tensor(m, 'a1_zero', np.uint16(0))),
     ('V2', 'a1_Q', True, lambda m: graphs.set_tensor(m, 'a1_zero', np.int8(5))),
-    ('V3', 'a1_Q', False, lambda m: graphs.set_tensor(m, 'a1_zero', np.uint8(5))),
     ('V4', 'conv2', False, lambda m: graphs.rewire(m, 'conv2', 0, 'relu1_out')),
     ('V4', 'conv1_w_DQ', False, lambda m: graphs.set_tensor(m, 'conv1_w_zero', np.int8([0, 4, 0, 0]))),
     ('V5', 'a1_Q', False, lambda m: graphs.set_grid(m, 'a1', np.full(4, 0.1, np.float32), np.zeros(4, np.uint8))),
