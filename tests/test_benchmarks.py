@@ -57,3 +57,14 @@ def test_coverage_counts_the_layers_of_a_model() -> None:
     out = run('coverage.py', 'mmpretrain::resnet/resnet18_8xb32_in1k.py', '--size', '64', '64')
     # 17 convolutions, 3 of shortcuts, and the classifier
     assert '| mmpretrain::resnet/resnet18_8xb32_in1k.py | 21 | 21 | 0 |  |' in out.splitlines()
+
+
+def test_mixed_precision_prints_its_three_comparisons(tmp_path: Path) -> None:
+    options = ['reconstructor.weights.iterations=4', 'calibration.num_samples=32', 'search.pairs=False']
+    out = run(
+        'mixed_precision.py', CONFIG, '--choices', '6', '--budgets', '2', '--rounds', '1', '--work-dir', str(tmp_path),
+        '--cfg-options', *options,
+    )  # fmt: skip
+    assert float(re.findall(r'6 random choices: rank correlation (-?[\d.]+)', out)[0]) > 0.5
+    assert re.search(r'19 layers of 2, 4, 8 bits, 2 budgets: at most \d\.\d+% above the integer program', out)
+    assert len(re.findall(r'latencies of 21 layers in \w+, measured twice: rank correlation', out)) == 2

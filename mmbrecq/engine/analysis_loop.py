@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,41 +73,51 @@ class AnalysisLoop(BaseLoop):
 
     def run(self) -> SensitivityTable:
         """Returns what was measured."""
-        model = self.runner.model
-        check_classes(model, self.dataloader.dataset)
-        load_float_checkpoint(model, self.float_checkpoint)
-        calibration = build_calibration_set(self.runner.cfg, self.calibration)
-        images = collect_images(model, calibration)
-        check_runs(model, images[:2])
-        annotated = self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
-
-        def prepare(bits: int, activation_bits: int | None) -> Task:
-            own = copy.deepcopy(model)
-            changed: dict[str, Any] = {'weight': {**self.quantizer['weight'], 'bits': bits}}
-            if activation_bits is not None:
-                changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
-            prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(own, images[:2])
-            loss = task_loss_of(own) if annotated else None
-            seed = self.runner.seed or 0
-            task = Task(prepared, images, calibration.batches, loss, seed, Path(self.runner.work_dir))
-            equalize_parts(prepared, images, task.regions)
-            for part in prepared.parts:
-                calibrate_weights(part)
-            return task
-
+        self.load()
+        count = len(self.images)
         inputs = {
-            **describe_inputs(self.runner.cfg, model, images, self.runner.seed or 0),
+            **describe_inputs(self.runner.cfg, self.runner.model, self.images, self.runner.seed or 0),
             'overrides': str(self.quantizer.get('overrides', ())),
             'candidates': str(sorted(self.options.candidates, key=str)),
             'activation candidates': str(sorted(self.options.activation_candidates)),
-            'images': f'{self.options.images or len(images)} of {len(images)}',
+            'images': f'{self.options.images or count} of {count}',
         }
-        analyzer = Analyzer(
-            prepare, self.reconstructor, self.options, Path(self.runner.work_dir), inputs, HookCaller(self.runner)
-        )
+        folder = Path(self.runner.work_dir)
+        analyzer = Analyzer(self.prepare, self.reconstructor, self.options, folder, inputs, HookCaller(self.runner))
         table = analyzer.run()
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
         return table
+
+    def load(self) -> None:
+        """Loads the float weights and the calibration images."""
+        model = self.runner.model
+        check_classes(model, self.dataloader.dataset)
+        load_float_checkpoint(model, self.float_checkpoint)
+        self._set = build_calibration_set(self.runner.cfg, self.calibration)
+        self.images = collect_images(model, self._set)
+        check_runs(model, self.images[:2])
+        self._annotated = self.reconstructor.loss.needs_fisher and has_annotations(self._set.batches())
+
+    def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
+        """A copy of the model, prepared, its weights calibrated, after :meth:`load`.
+
+        Args:
+            bits: Of weights.
+            activation_bits: Of activations; None for the config's.
+            overrides: Bits of layers, beside the config's.
+        """
+        model = copy.deepcopy(self.runner.model)
+        changed: dict[str, Any] = {'weight': {**self.quantizer['weight'], 'bits': bits}}
+        changed['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
+        if activation_bits is not None:
+            changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
+        prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(model, self.images[:2])
+        loss = task_loss_of(model) if self._annotated else None
+        task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
+        equalize_parts(prepared, self.images, task.regions)
+        for part in prepared.parts:
+            calibrate_weights(part)
+        return task
 
     def record(self, result: UnitResult) -> None:
         """Units are kept as files; there is no summary to take them into."""
