@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -236,3 +237,30 @@ def test_images_smaller_than_the_stride(scenes: Path, quantize: Callable[..., An
     outcome = quantize(*tiny, *options, name=name)
     assert outcome.status == 0, outcome.err
     assert all(unit['iterations'] > 0 for unit in summary_of(tmp_path / 'work')['units'])
+
+
+@pytest.mark.parametrize(('name', 'bitops'), [('retinanet_scenes_w4a8', 0.05), ('faster_rcnn_scenes_w4a8', 0.03)])
+def test_bits_are_chosen_in_one_command(
+    run: Callable[..., Any], folder: Path, tmp_path: Path, name: str, bitops: float
+) -> None:
+    """The layers of heads that read features of regions among them."""
+    path, checkpoint = CONFIGS / f'{name}.py', CONFIGS / f'{name.removesuffix("_w4a8")}.pth'
+    config, work = tmp_path / 'config.py', tmp_path / 'work'
+    budgets = {'size': '0.2x', 'bitops': f'{bitops}x'}
+    search = {'candidates': [2, 8], 'activation_candidates': [4, 8], 'pairs': False, 'budgets': budgets}
+    config.write_text(f'_base_ = [{str(path)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = {search}\n')
+    run('ptq', folder, config, '--work-dir', work, '--cfg-options', *QUICK)
+    summary = summary_of(work)
+    chosen = summary['search']
+    assert chosen['kind'] == 'distance'
+    assert set(chosen['bits'].values()) == {2, 8}
+    assert set(chosen['activation_bits'].values()) == {4, 8}
+    assert summary['model_size_bytes']['quantized'] == chosen['spent']['size'] <= chosen['budgets']['size']
+    assert chosen['spent']['bitops'] <= chosen['budgets']['bitops']
+    assert 0 < chosen['measured'] < math.inf
+    if name.startswith('faster'):
+        assert any('roi_head' in layer for layer in chosen['bits'])
+    first = [unit['name'] for unit in summary['units'] if unit['phase'] == 'weights']
+    searched = set(chosen['bits'])
+    assert first, 'what the config fixes is reconstructed'
+    assert not any(set(unit['layers']) & searched for unit in summary['units'] if unit['name'] in first)
