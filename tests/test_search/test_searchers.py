@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from mmbrecq.building import build
 from mmbrecq.errors import BackendError, BudgetError, ConfigError
 from mmbrecq.registry import SEARCHERS
-from mmbrecq.search import BitProblem, Cost, GeneticSearcher, IntegerProgram, NSGA2Searcher
+from mmbrecq.search import BitProblem, Cost, GeneticSearcher, IntegerProgram, NSGA2Searcher, find_front
 
 CANDIDATES = ((2, 8), (4, 8), (8, 8))
 
@@ -210,3 +212,25 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(SEARCHERS, options)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_no_choice_is_better_than_the_front_of_the_report(tied: bool) -> None:
+    problem = tied_problem(6, 3, 0.2) if tied else random_problem(7, 4, 0.2)
+    name = 'bitops' if tied else 'size'
+    front = find_front(problem, name)
+    costs, losses = np.array(front).T
+    assert (np.diff(costs) > 0).all() and (np.diff(losses) < 0).all()
+    for cost, loss in front:
+        budget = replace(problem, costs={name: Cost(problem.costs[name].table, cost)})
+        np.testing.assert_allclose(loss, best_of_all(budget), rtol=1e-9)
+
+
+def test_the_front_of_a_large_network_takes_seconds() -> None:
+    problem = random_problem(60, 0, 0.2)
+    start = time.perf_counter()
+    front = find_front(problem, 'size')
+    assert time.perf_counter() - start < 60
+    cost, loss = front[len(front) // 2]
+    budget = replace(problem, costs={'size': Cost(problem.costs['size'].table, cost)})
+    assert loss <= 1.05 * float(budget.losses(IntegerProgram().search(budget)))
