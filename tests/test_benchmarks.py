@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -68,3 +69,17 @@ def test_mixed_precision_prints_its_three_comparisons(tmp_path: Path) -> None:
     assert float(re.findall(r'6 random choices: rank correlation (-?[\d.]+)', out)[0]) > 0.5
     assert re.search(r'19 layers of 2, 4, 8 bits, 2 budgets: at most \d\.\d+% above the integer program', out)
     assert len(re.findall(r'latencies of 21 layers in \w+, measured twice: rank correlation', out)) == 2
+
+
+def test_agreement_compares_simulation_and_deployed_files(tmp_path: Path) -> None:
+    options = ['reconstructor.weights.iterations=2', 'reconstructor.activations.iterations=2']
+    options += ['calibration.num_samples=32', 'calibration.batch_size=32', 'evaluations=[quantized]']
+    run('../tools/ptq.py', CONFIG, '--work-dir', str(tmp_path), '--cfg-options', *options)
+    out = run('agreement.py', CONFIG, str(tmp_path), '--images', '64')
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
+    assert [row[0] for row in rows[2:]] == ['simulation', 'one thread', 'without oneDNN', 'model.onnx', 'model.xml']
+    assert float(rows[2][2]) == 0
+    quantized = json.loads((tmp_path / 'summary.json').read_text())['metrics']['quantized']['accuracy/top1']
+    assert rows[2][1] == f'accuracy/top1 {quantized:.4g}'
+    for row in rows[3:]:
+        assert float(row[2]) < 0.1 * float(row[3]), 'far nearer to the simulation than to float'
