@@ -26,7 +26,6 @@ from mmbrecq.checkpoint import load_float_checkpoint
 from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
-from mmbrecq.engine.grids import grids_of
 from mmbrecq.engine.hooks import (
     HookCaller,
     ReconstructionCheckpointHook,
@@ -34,6 +33,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionProgressHook,
 )
 from mmbrecq.engine.measure import model_size, peak_memory, versions
+from mmbrecq.engine.run_files import RunFiles
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.progress import track
@@ -44,10 +44,9 @@ from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
-from mmbrecq.report import Summary, print_table, write_report
+from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
 from mmbrecq.sensitivity.inputs import describe_inputs
-from mmbrecq.storage import save_atomic, write_text_atomic
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
@@ -116,6 +115,7 @@ class PTQLoop(BaseLoop):
         self.task: Task | None = None
         self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
+        self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
             if hook.__name__ not in known:
@@ -141,7 +141,7 @@ class PTQLoop(BaseLoop):
         self._calibrate(task)
         self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
-        self._save_inputs(model, calibration.ids)
+        self.files.write_inputs(model, calibration.ids)
         self._reconstruct(task, plan)
         self._measure_choice(task, last=True)
         example = images[:2].clone()
@@ -152,7 +152,7 @@ class PTQLoop(BaseLoop):
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
         self.summary.seconds.total = time.perf_counter() - start
-        self._write_summary()
+        self.files.write_summary()
         print_table(self.summary)
         self.runner.logger.info(f'report: {self.folder / "report.html"}')
         self.runner.call_hook('after_test')
@@ -172,7 +172,7 @@ class PTQLoop(BaseLoop):
                 result.kept_nearest,
             )
         )
-        self._write_summary()
+        self.files.write_summary()
 
     def measure_weights(self, stage: Stage) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
@@ -201,7 +201,7 @@ class PTQLoop(BaseLoop):
             return
         if last or not self.choice.result.activation_bits:
             self.choice.result.measured = self.choice.measure(task)
-            self._write_summary()
+            self.files.write_summary()
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
@@ -254,24 +254,15 @@ class PTQLoop(BaseLoop):
         # the evaluation after the first pass is no part of the reconstruction
         spent = (self.summary.seconds.evaluate or 0.0) - evaluated
         self.summary.seconds.reconstruct = (self.summary.seconds.reconstruct or 0.0) - spent
-        self._write_summary()
+        self.files.write_summary()
 
     def _finish(self, model: QuantizedModel, example: Tensor) -> None:
         model.pack()
-        meta = {
-            'config': self.config_text,
-            'seed': self.runner.seed,
-            'versions': self.summary.versions,
-            'bits': {name: [bits.weight, bits.activation] for name, bits in self.summary.bits.items()},
-            'grids': grids_of(model.model),
-            'calibration_ids_file': self.summary.calibration.ids_file,
-            'example_shape': list(example.shape),
-        }
-        save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, self.folder / 'quantized.pth')
+        self.files.write_checkpoint(model, example)
         self._evaluate('quantized')
         if not any(part.quantizers for part in model.parts):
             self.summary.metrics.weights = dict(self.summary.metrics.quantized)
-        self._write_summary()
+        self.files.write_summary()
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
         with self._timed('export'):
@@ -306,23 +297,6 @@ class PTQLoop(BaseLoop):
         """Whether the loss asks for the task loss, which is to be had where images are annotated."""
         return self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
 
-    def _save_inputs(self, model: QuantizedModel, ids: Sequence[str]) -> None:
-        """Writes the first files, once config, checkpoint and images are known to be good.
-
-        Until here the files of an earlier run stay as they are.
-        """
-        if self.summary.config:
-            write_text_atomic(self.config_text, self.folder / Path(self.summary.config).name)
-        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
-        write_text_atomic('\n'.join(ids) + '\n', self.folder / 'calibration_ids.txt')
-        self.summary.calibration.num_samples = len(ids)
-        self.summary.calibration.ids_file = 'calibration_ids.txt'
-        self._write_summary()
-
-    def _write_summary(self) -> None:
-        self.summary.save(self.folder / 'summary.json')
-        write_report(self.summary, self.folder / 'report.html', time.strftime('%Y-%m-%d'))
-
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -338,14 +312,3 @@ def _check_runtime(suffix: str) -> None:
                 f'expected {backend.name} for the exported {suffix} file, but it is not installed: '
                 f'pip install {backend.package}'
             )
-
-
-def _layer_list(model: QuantizedModel) -> str:
-    """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
-    width = max(len(layer.name) for layer in model.all_layers)
-    lines = []
-    for layer in model.all_layers:
-        bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
-        tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
-        lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')
-    return '\n'.join(lines) + '\n'
