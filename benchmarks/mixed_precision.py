@@ -24,7 +24,7 @@ from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint
 from mmbrecq.engine.mixed_precision import analyze
 from mmbrecq.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
-from mmbrecq.sensitivity import SensitivityTable, split_search
+from mmbrecq.sensitivity import SensitivityTable
 
 RUNTIMES = ('openvino', 'onnxruntime')
 
@@ -53,12 +53,11 @@ def random_choices(problem: BitProblem, count: int) -> np.ndarray:
 def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: np.ndarray) -> list[float]:
     """The loss of every choice, its units put together from the states of the analysis."""
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
-    analysis, _ = split_search(cfg.get('search') or {})
     loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
     loop.update(
         type='mmbrecq.AnalysisLoop',
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
-        search=analysis,
+        search=dict(cfg.get('search') or {}),
     )
     loop = build_runner(cfg, args.config, loop).test_loop
     loop.load()

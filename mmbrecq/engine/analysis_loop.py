@@ -25,8 +25,9 @@ from mmbrecq.quantizers.options import parse_options
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, Task
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
-from mmbrecq.registry import LOOPS, QUANTIZERS
-from mmbrecq.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
+from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
+from mmbrecq.search import SearchOptions, check_budgets
+from mmbrecq.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search
 from mmbrecq.sensitivity.inputs import describe_inputs
 
 
@@ -42,7 +43,8 @@ class AnalysisLoop(BaseLoop):
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor; its first pass gives the options of the reconstruction.
         calibration: Options of the calibration images.
-        search: Options of :class:`~mmbrecq.sensitivity.AnalysisOptions`.
+        search: Options of :class:`~mmbrecq.sensitivity.AnalysisOptions`, and of
+            :class:`~mmbrecq.search.SearchOptions`, whose budgets are checked.
     """
 
     def __init__(
@@ -60,7 +62,10 @@ class AnalysisLoop(BaseLoop):
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
-        self.options = parse_options(AnalysisOptions, search, 'search')
+        analysis, choice = split_search(search)
+        self.options = parse_options(AnalysisOptions, analysis, 'search')
+        self.choice = parse_options(SearchOptions, choice, 'search')
+        build(SEARCHERS, dict(self.choice.searcher))
         passes = ('weights', 'joint')
         steps: Mapping[str, Any] = next((reconstructor[name] for name in passes if name in reconstructor), {})
         options = parse_options(StageOptions, {**steps, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
@@ -83,7 +88,9 @@ class AnalysisLoop(BaseLoop):
             'images': f'{self.options.images or count} of {count}',
         }
         folder = Path(self.runner.work_dir)
-        analyzer = Analyzer(self.prepare, self.reconstructor, self.options, folder, inputs, HookCaller(self.runner))
+        analyzer = Analyzer(
+            self.prepare, self.reconstructor, self.options, folder, inputs, HookCaller(self.runner), self._check_budgets
+        )
         table = analyzer.run()
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
         return table
@@ -118,6 +125,10 @@ class AnalysisLoop(BaseLoop):
         for part in prepared.parts:
             calibrate_weights(part)
         return task
+
+    def _check_budgets(self, table: SensitivityTable) -> None:
+        """A budget that cannot be kept is an error before the work, not after it."""
+        check_budgets(table, [build(COST_MODELS, dict(model)) for model in self.choice.costs], self.choice.budgets)
 
     def record(self, result: UnitResult) -> None:
         """Units are kept as files; there is no summary to take them into."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.search.result import SearchResult
@@ -23,7 +25,7 @@ class Choice:
     """
 
     def __init__(self, path: Path, reuse: bool) -> None:
-        self.result = SearchResult.load(path)
+        self.path, self.result = path, SearchResult.load(path)
         self.reuse = reuse
         self._states = path.parent / self.result.states
 
@@ -40,6 +42,17 @@ class Choice:
             return 'the reconstructor learns rounding and step sizes together'
         other = [key for key, value in inputs.items() if self.result.inputs.get(key) != value]
         return f'the analysis was of another {other[0]}' if other else None
+
+    def check(self, model: QuantizedModel) -> None:
+        """Raises ConfigError where the prepared model has other bits than were chosen: a config edited by hand."""
+        bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in model.all_layers}
+        for name, wanted in self.result.bits.items():
+            weight, activation = bits.get(name, (None, None))
+            if weight != wanted or self.result.activation_bits.get(name, activation) != activation:
+                raise ConfigError(
+                    f"expected the bits of {self.path}, but layer '{name}' has others in the config: search again, or "
+                    "take 'search' out of the config"
+                )
 
     def take_up(self, task: Task, stage: Stage) -> Task:
         """The task with the rounding of the analysis in its model; units that have all of it are done in this pass."""

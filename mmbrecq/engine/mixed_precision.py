@@ -34,10 +34,11 @@ def search_options(cfg: Config) -> SearchOptions:
 def analyze(cfg: Config, path: str) -> SensitivityTable:
     """Measures the sensitivities of the config at ``path`` into its work dir, or goes on with what is there."""
     search_options(cfg)
-    analysis, _ = split_search(cfg.get('search') or {})
     loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
     loop.update(
-        type='mmbrecq.AnalysisLoop', float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, path), search=analysis
+        type='mmbrecq.AnalysisLoop',
+        float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, path),
+        search=dict(cfg.get('search') or {}),
     )
     table: SensitivityTable = build_runner(cfg, path, loop).test()
     write_sensitivities(table, path, Path(cfg.work_dir) / 'sensitivity.html')

@@ -217,6 +217,8 @@ class PTQLoop(BaseLoop):
             self.summary.warnings += opaque
         for line in self.summary.float_layers + opaque:
             self.runner.logger.warning(line)
+        if self.choice is not None:
+            self.choice.check(model)
         return model
 
     def _calibrate(self, task: Task) -> None:

@@ -1,6 +1,6 @@
 """The choice of bits: the problem as tables, and what searches it."""
 
-from mmbrecq.search.bits import build_problem, describe_choice
+from mmbrecq.search.bits import build_problem, check_budgets, describe_choice
 from mmbrecq.search.config_file import write_bit_config
 from mmbrecq.search.front import find_front
 from mmbrecq.search.genetic import GeneticSearcher
@@ -19,6 +19,7 @@ __all__ = [
     'SearchOptions',
     'SearchResult',
     'build_problem',
+    'check_budgets',
     'describe_choice',
     'find_front',
     'parse_budget',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -59,6 +60,16 @@ def build_problem(
     allowed = np.array([[True] * len(choices) if name in read else first_input for name in table.searched])
     ties = [[index[layer] for layer in group.layers] for group in table.values.values()]
     return BitProblem(table.searched, choices, table.losses(), pairs, costs, allowed, ties)
+
+
+def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
+    """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
+    zeros = {bits: 0.0 for bits in table.candidates}
+    inputs = {bits: 0.0 for bits in table.activation_candidates}
+    unmeasured = replace(
+        table, pairs={}, loss=dict.fromkeys(table.searched, zeros), activation_loss=dict.fromkeys(table.values, inputs)
+    )
+    build_problem(unmeasured, models, budgets).check_budgets()
 
 
 def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:

@@ -29,6 +29,10 @@ class NSGA2Searcher:
             raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')
         self.population, self.iterations, self.mutation = population, iterations, mutation
 
+    def search(self, problem: BitProblem, seed: int = 0) -> Choices:
+        """The choice of the front that loses least, ``(layers,)``; see :meth:`front`."""
+        return np.asarray(self.front(problem, seed)[0])
+
     def front(self, problem: BitProblem, seed: int = 0) -> Choices:
         """Choices of which none is better in loss and all costs than another, ``(choices, layers)``, by their loss.
 

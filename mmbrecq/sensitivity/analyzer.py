@@ -46,6 +46,7 @@ class Analyzer:
         folder: Where the table and the states are kept.
         inputs: What the figures depend on.
         listener: Is told of every unit that is reconstructed.
+        check: Is given the table before anything is measured, and may raise.
     """
 
     prepare: Callable[[int, int | None], Task]
@@ -54,6 +55,7 @@ class Analyzer:
     folder: Path
     inputs: dict[str, Any]
     listener: Listener
+    check: Callable[[SensitivityTable], None]
     table: SensitivityTable = field(init=False)
 
     @property
@@ -66,6 +68,9 @@ class Analyzer:
         candidates = self.options.bits
         first = self.prepare(candidates[0], None)
         self._begin(first)
+        self.check(self.table)
+        # before any state, which it tells the origin of
+        self.table.save(self.path)
         for bits in candidates:
             task = first if bits == candidates[0] else self.prepare(bits, None)
             self._reconstruct(task, bits)
@@ -107,8 +112,6 @@ class Analyzer:
                     'fixes those of all layers, or has them in float'
                 )
             self.table.values = {group.layers[0]: group for group in groups}
-        # before any state, which it tells the origin of
-        self.table.save(self.path)
 
     def _searched(self, model: QuantizedModel) -> list[str]:
         """Layers whose bits the config does not fix: they have others when the default is another."""

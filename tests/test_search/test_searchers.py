@@ -122,6 +122,7 @@ def test_the_genetic_search_comes_close_with_activations_too() -> None:
 def test_the_front_ties_layers_too() -> None:
     problem = tied_problem(6, 1, 0.5)
     front = NSGA2Searcher(iterations=60).front(problem, 0)
+    assert np.array_equal(NSGA2Searcher(iterations=60).search(problem, 0), front[0])
     assert_tied(problem, front)
     np.testing.assert_allclose(problem.losses(front)[0], best_of_all(problem), rtol=1e-9)
 

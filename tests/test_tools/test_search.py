@@ -63,6 +63,11 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
     assert min(loss for cost, loss in search['front'] if cost <= search['spent']['size']) >= 0.99 * search['predicted']
     assert 'Choice of bits' in (tmp_path / 'ptq' / 'report.html').read_text()
 
+    edited = analysed / 'edited.py'
+    edited.write_text((analysed / 'bits.py').read_text().replace('weight_bits=8', 'weight_bits=7', 1))
+    error = call('ptq', edited, *SHORT, 'evaluations=[]', 'exporters=[]', work_dir=tmp_path / 'edited').error
+    assert re.search(r"expected the bits of .*search.json, but layer 'backbone\.\S+' has others in the config", error)
+
     # of another seed, or when told to, everything is reconstructed
     for option, reason in (('search.reuse=False', 'search.reuse is False'), ('seed=1', 'analysis was of another seed')):
         outcome = call(
@@ -206,10 +211,23 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
         ('search.generations=3', 'expected the keys of search to be among'),
         ('search=3', "expected 'search' to be a dict, but got 3"),
+        ('search.budgets.speed=3', "expected budgets of the costs size, bitops, but got one of 'speed'"),
+        ('search.budgets.size=tiny', 'expected the budget of size to be a number above 0'),
+        (
+            'search.budgets.size=0.01x',
+            'a budget of size that can be kept, but got .*: the least cost of these',
+        ),
+        ('search.searcher.type=Greedy', "unknown searcher type 'Greedy'"),
     ],
 )
-def test_bad_options_of_an_analysis(call: Any, option: str, message: str) -> None:
+def test_bad_options_of_an_analysis(call: Any, tmp_path: Path, option: str, message: str) -> None:
     assert re.search(message, call('analyze', DEMO, *SHORT, option).error)
+    assert not list(tmp_path.rglob('*.pth')), 'nothing was reconstructed'
+
+
+def test_a_run_that_searches_checks_its_budget_first(call: Any, tmp_path: Path) -> None:
+    assert 'expected a budget of bitops that can be kept' in call('ptq', DEMO, *SHORT, 'search.budgets.bitops=1').error
+    assert not list(tmp_path.rglob('*.pth')), 'nothing was reconstructed'
 
 
 @pytest.mark.parametrize(
