@@ -25,7 +25,7 @@ SCHEMA = {
 def test_keys_are_the_documented_ones(summary: Summary) -> None:
     plain = summary.to_dict()
     rest = {'config', 'seed', 'versions', 'units', 'bits', 'float_layers', 'warnings', 'verify', 'integer_kernels'}
-    assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures'}
+    assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures', 'search'}
     for name, keys in SCHEMA.items():
         assert set(plain[name]) == keys
     unit_keys = {'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'phase', 'kept_nearest'}
