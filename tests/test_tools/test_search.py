@@ -218,6 +218,9 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
             'a budget of size that can be kept, but got .*: the least cost of these',
         ),
         ('search.searcher.type=Greedy', "unknown searcher type 'Greedy'"),
+        ('search.costs=[]', r'expected search.costs to be a list of cost models, but got \[\]'),
+        ('search.budgets=3', 'expected search.budgets to be a dict of budgets by name, but got 3'),
+        ('search.reuse=3', 'expected search.reuse to be True or False, but got 3'),
     ],
 )
 def test_bad_options_of_an_analysis(call: Any, tmp_path: Path, option: str, message: str) -> None:
