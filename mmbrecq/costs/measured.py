@@ -21,6 +21,7 @@ from mmbrecq.costs.base import BaseCostModel
 from mmbrecq.costs.layer_graph import copies_of, layer_graph
 from mmbrecq.costs.layers import Bits, Call, LayerShape
 from mmbrecq.errors import BackendError, ConfigError, TableError
+from mmbrecq.exporters.openvino import convert
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.storage import write_text_atomic
@@ -110,9 +111,7 @@ class MeasuredLatency(BaseCostModel):
         if self.backend is OpenVINOBackend:
             import openvino
 
-            openvino.save_model(
-                openvino.convert_model(str(path)), str(path.with_suffix('.xml')), compress_to_fp16=False
-            )
+            openvino.save_model(convert(path), path.with_suffix('.xml'), compress_to_fp16=False)
             return path.with_suffix('.xml')
         return path
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,12 +48,19 @@ class OpenVINOExporter(BaseExporter):
             clip_signed_values(proto)
             source.write_bytes(proto.SerializeToString())
             try:
-                with _no_usage_reports():
-                    graph = openvino.convert_model(source)
+                graph = convert(source)
                 graph.set_rt_info(model.preset.name, list(IR_PRESET))
                 openvino.save_model(graph, path, compress_to_fp16=False)
             except RuntimeError as error:
                 raise ExportError(f'OpenVINO cannot convert the graph: {first_line(error)}') from error
+
+
+def convert(source: Path) -> Any:
+    """The ``.onnx`` file at ``source`` as a model of OpenVINO."""
+    import openvino
+
+    with _no_usage_reports():
+        return openvino.convert_model(source)
 
 
 @contextmanager
