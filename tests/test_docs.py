@@ -20,7 +20,6 @@ from mmbrecq.building import build
 from mmbrecq.calibration.sampling import CalibrationOptions
 from mmbrecq.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
 from mmbrecq.engine.config import KEYS, NEEDED
-from mmbrecq.engine.hooks import ReconstructionCheckpointHook
 from mmbrecq.engine.ptq_loop import EVALUATIONS
 from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.fake_quants.weight import AdaRound
@@ -61,7 +60,6 @@ REFERENCE = {
     '`calibration`': CalibrationOptions,
     'Exporter: `ONNXExporter`': ONNXExporter,
     'Exporter: `OpenVINOExporter`': OpenVINOExporter,
-    '`ReconstructionCheckpointHook`': ReconstructionCheckpointHook,
 }
 SUPPLIED = {'qtype', 'shape'}
 """Arguments that the quantizer gives, not a config."""

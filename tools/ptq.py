@@ -20,6 +20,10 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file: a base config of mmpretrain or mmdet, a checkpoint, a preset')
+    parser.add_argument(
+        '--resume', action='store_true',
+        help='go on with an interrupted run of the same config: units that are done are taken from the work dir',
+    )  # fmt: skip
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -36,6 +40,7 @@ def main() -> None:
         type='mmbrecq.PTQLoop',
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
         config_name=args.config,
+        resume=args.resume,
     )
     if searched is not None:
         loop.update(search_result=str(searched), reuse_states=search_options(cfg).reuse)
@@ -43,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, '; --resume goes on with it'))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +149,16 @@ def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
     return explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}')
 
 
-def run_tool(main: Callable[[], None]) -> int:
-    """Runs a tool; returns its exit status. What a user can mend is one sentence and status 2, Ctrl-C is 130."""
+def run_tool(main: Callable[[], None], advice: str = '') -> int:
+    """Runs a tool; returns its exit status.
+
+    What a user can mend is one sentence and status 2. Ctrl-C is 130 and SIGTERM 143, what was done is saved then.
+
+    Args:
+        main: Does the work.
+        advice: What to do after an interruption.
+    """
+    signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     with warnings.catch_warnings(), silent_logging_failures():
         # of detectors' operations, when mmpretrain is imported over mmcv-lite
         warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
@@ -156,8 +166,8 @@ def run_tool(main: Callable[[], None]) -> int:
             main()
         except (Exception, KeyboardInterrupt) as error:
             if _is_interrupt(error):
-                print('interrupted: what was saved so far is in the work dir', file=sys.stderr)
-                return 130
+                print(f'interrupted: what was saved so far is in the work dir{advice}', file=sys.stderr)
+                return 143 if _TERMINATED else 130
             if isinstance(error, MMBrecqError):
                 print(f'error: {error}', file=sys.stderr)
                 return 2
@@ -166,6 +176,20 @@ def run_tool(main: Callable[[], None]) -> int:
                 return 2
             raise
     return 0
+
+
+_TERMINATED: list[int] = []
+"""Signals that have ended the work: a library may answer the exception of one with an exception of its own."""
+
+
+def _terminate(tool: int, number: int, frame: object) -> None:
+    """Ends the work as Ctrl-C does; a second signal must not end what is written then."""
+    if os.getpid() != tool:
+        # a worker of a data loader, which inherits the handler
+        os._exit(128 + number)
+    if not _TERMINATED:
+        _TERMINATED.append(number)
+        raise KeyboardInterrupt
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

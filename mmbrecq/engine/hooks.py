@@ -15,7 +15,6 @@ from mmbrecq.progress import ProgressBar
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
-from mmbrecq.storage import save_atomic
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -52,11 +51,11 @@ class ReconstructionLoggerHook(ReconstructionHook):
     """Writes one log line per unit and puts it into the summary, and what the weights are worth after their pass."""
 
     def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self._count, self._done = sum(u.is_quantized for u in units), 0
+        self._count, self._done = sum(u.is_quantized for u in units), runner.test_loop.count_done(stage)
         options = stage.options
         runner.logger.info(
             f'reconstruction of {stage.name}: {self._count} units, {options.iterations} iterations of '
-            f'{options.batch_size} images each'
+            f'{options.batch_size} images each{f"; {self._done} units are done" if self._done else ""}'
         )
 
     def after_reconstruct_unit(
@@ -76,27 +75,17 @@ class ReconstructionLoggerHook(ReconstructionHook):
 
 @HOOKS.register_module()
 class ReconstructionCheckpointHook(ReconstructionHook):
-    """Saves the whole state after every unit, written beside the last one and renamed.
-
-    Args:
-        filename: Name of the file in the work dir.
-    """
+    """Saves every unit as soon as it is done, so that ``--resume`` goes on with the next one."""
 
     priority = 'LOW'
-
-    def __init__(self, filename: str = 'reconstruction.pth') -> None:
-        self.filename = filename
-        self._done: list[tuple[str, str]] = []
 
     def after_reconstruct_unit(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
     ) -> None:
-        self._done.append((stage.name, unit.name))
-        state = {
-            'state_dict': runner.model.state_dict(),
-            'meta': {'config': runner.test_loop.config_text, 'seed': runner.seed, 'units_done': list(self._done)},
-        }
-        save_atomic(state, f'{runner.work_dir}/{self.filename}')
+        runner.test_loop.journal.add(runner.test_loop.model, unit, result)
+
+    def after_reconstruct(self, runner: Runner) -> None:
+        runner.test_loop.journal.save()
 
 
 @HOOKS.register_module()

@@ -32,6 +32,8 @@ from mmbrecq.engine.hooks import (
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
 )
+from mmbrecq.engine.identity import describe_config
+from mmbrecq.engine.journal import Journal
 from mmbrecq.engine.measure import model_size, peak_memory, versions
 from mmbrecq.engine.run_files import RunFiles
 from mmbrecq.engine.task_loss import task_loss_of
@@ -50,6 +52,8 @@ from mmbrecq.sensitivity.inputs import describe_inputs
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
+
+JOURNAL = 'reconstruction.pth'
 
 DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionCheckpointHook, ReconstructionProgressHook)
 
@@ -71,6 +75,7 @@ class PTQLoop(BaseLoop):
         config_name: For the report.
         search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
         reuse_states: Whether the rounding that its analysis has learned is taken.
+        resume: Whether to go on with an interrupted run of the same work dir.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class PTQLoop(BaseLoop):
         config_name: str = '',
         search_result: str | None = None,
         reuse_states: bool = True,
+        resume: bool = False,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
@@ -115,6 +121,8 @@ class PTQLoop(BaseLoop):
         self.task: Task | None = None
         self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
+        self.resume = resume
+        self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
@@ -132,16 +140,19 @@ class PTQLoop(BaseLoop):
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
+        self._open_journal(inputs)
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = task_loss_of(self.runner.model) if self._has_task_loss(calibration) else None
         task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
+        task.resumed = dict(self.journal.units)
         self.summary.loss = self.reconstructor.describe_loss(task)
         self._calibrate(task)
         self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
         self.files.write_inputs(model, calibration.ids)
+        self.journal.save()
         self._reconstruct(task, plan)
         self._measure_choice(task, last=True)
         example = images[:2].clone()
@@ -160,6 +171,14 @@ class PTQLoop(BaseLoop):
 
     def record(self, result: UnitResult) -> None:
         """Takes a finished unit into the summary, and writes it: the report can be read half-way through a run."""
+        self._note(result)
+        self.files.write_summary()
+
+    def count_done(self, stage: Stage) -> int:
+        """Number of units of a stage that are done."""
+        return sum(name == stage.name for name, _ in self.journal.units)
+
+    def _note(self, result: UnitResult) -> None:
         self.summary.units.append(
             UnitRecord(
                 result.name,
@@ -172,7 +191,6 @@ class PTQLoop(BaseLoop):
                 result.kept_nearest,
             )
         )
-        self.files.write_summary()
 
     def measure_weights(self, stage: Stage) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
@@ -181,6 +199,21 @@ class PTQLoop(BaseLoop):
         if not stage.quantizes_activations and any(part.quantizers for part in self.model.parts):
             with self.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
+            self.journal.save()
+
+    def _open_journal(self, inputs: Mapping[str, str]) -> None:
+        """Starts the record of what is done, or goes on with that of an interrupted run."""
+        identity = describe_config(self.runner.cfg)
+        identity.update({key: inputs[key] for key in ('seed', 'float weights', 'calibration images')})
+        self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
+        if not self.resume:
+            return
+        if not self.journal.load():
+            self.runner.logger.info(f'nothing to resume: there is no {self.journal.path}')
+            return
+        for unit in self.journal.units.values():
+            self._note(unit.result)
+        self.runner.logger.info(f'resumed: {len(self.journal.units)} units are done')
 
     def _take_up(self, task: Task, inputs: Mapping[str, str]) -> Task:
         """The task with the rounding that the analysis of a search has learned, where there is one that fits."""
@@ -243,6 +276,7 @@ class PTQLoop(BaseLoop):
             f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
         )
         evaluated = self.summary.seconds.evaluate or 0.0
+        before = sum(unit.result.seconds for unit in task.resumed.values())
         with self._timed('reconstruct'):
             try:
                 self.reconstructor.run(task, plan, HookCaller(self.runner))
@@ -253,8 +287,8 @@ class PTQLoop(BaseLoop):
             self.summary.warnings.append(
                 f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             )
-        # the evaluation after the first pass is no part of the reconstruction
-        spent = (self.summary.seconds.evaluate or 0.0) - evaluated
+        # the evaluation after the first pass is no part of the reconstruction; what was done before is
+        spent = (self.summary.seconds.evaluate or 0.0) - evaluated - before
         self.summary.seconds.reconstruct = (self.summary.seconds.reconstruct or 0.0) - spent
         self.files.write_summary()
 
@@ -284,7 +318,9 @@ class PTQLoop(BaseLoop):
 
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:
-            setattr(self.summary.metrics, name, self._measure(name))
+            if name not in self.journal.metrics:
+                self.journal.metrics[name] = self._measure(name)
+            setattr(self.summary.metrics, name, dict(self.journal.metrics[name]))
 
     def _measure(self, title: str) -> dict[str, float]:
         start = time.perf_counter()

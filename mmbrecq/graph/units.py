@@ -85,7 +85,13 @@ def is_below(path: str, ancestor: str) -> bool:
 
 
 def cut_units(
-    model: nn.Module, graph: fx.Graph, layers: set[str], quantizers: set[str], blocks: list[str], granularity: str
+    model: nn.Module,
+    graph: fx.Graph,
+    layers: set[str],
+    quantizers: set[str],
+    blocks: list[str],
+    path: str,
+    granularity: str,
 ) -> list[ReconstructionUnit]:
     """Cuts ``graph`` into units in the order of execution.
 
@@ -95,6 +101,8 @@ def cut_units(
         layers: Paths of the quantized layers.
         quantizers: Module paths of the activation quantizers.
         blocks: Paths of the blocks.
+        path: Of the head that the graph stands for, empty for the graph of the images; units without a name of their
+            own are named after it, so that no two graphs have units of one name.
         granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
             ``net`` (everything).
     """
@@ -110,7 +118,9 @@ def cut_units(
         targets = list(dict.fromkeys(str(n.target) for n in run if n.op == 'call_module'))
         unit_layers = tuple(layer for t in targets for layer in sorted(layers) if is_below(layer, t))
         unit_quantizers = tuple(t for t in targets if t in quantizers)
-        name = _unit_name(run, unit_layers, blocks, granularity, index)
+        own = f'{path}.{granularity}{index}' if path else f'{granularity}{index}'
+        named = unit_layers[0] if unit_layers and granularity != 'net' else own
+        name = _group_of(run[0], blocks, granularity) or named
         outputs = tuple(n.name for n in run if n.name in needed and isinstance(n.meta['example'], Tensor))
         units.append(
             ReconstructionUnit(
@@ -168,13 +178,6 @@ def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.N
         reach = [last[str(n.target)] for n in run if n.op == 'call_module' and str(n.target) in last]
         end = max([end, *reach])
     return merged
-
-
-def _unit_name(
-    run: list[fx.Node], unit_layers: tuple[str, ...], blocks: list[str], granularity: str, index: int
-) -> str:
-    group = _group_of(run[0], blocks, granularity)
-    return group or (unit_layers[0] if unit_layers and granularity != 'net' else f'{granularity}{index}')
 
 
 class _UnitBuilder:

@@ -132,7 +132,7 @@ class BRECQQuantizer:
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
         blocks = find_blocks(model, self.blocks)
-        cut = partial(cut_units, model, arithmetic.graph, quantized, set(quantizers), blocks)
+        cut = partial(cut_units, model, arithmetic.graph, quantized, set(quantizers), blocks, arithmetic.path)
         units = cut(self.granularity)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(

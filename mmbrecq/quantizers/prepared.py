@@ -98,9 +98,13 @@ class QuantizedModel:
         return [(module, fq) for name, module, fq in self.weights() if name in unit.layers]
 
     def unit_quantizers(self, unit: ReconstructionUnit) -> list[FakeQuantize]:
-        """Activation quantizers of a unit."""
-        names = [*unit.quantizers, *(self.opaque_inputs[n] for n in unit.layers if n in self.opaque_inputs)]
-        return [self.quantizers[name] for name in names]
+        """Activation quantizers of a unit of this graph."""
+        return [self.quantizers[name] for name in self.unit_quantizer_names(unit)]
+
+    def unit_quantizer_names(self, unit: ReconstructionUnit) -> list[str]:
+        """Paths of the activation quantizers of a unit, of this graph or of a head's."""
+        opaque = {layer: path for part in self.parts for layer, path in part.opaque_inputs.items()}
+        return [*unit.quantizers, *(opaque[name] for name in unit.layers if name in opaque)]
 
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:

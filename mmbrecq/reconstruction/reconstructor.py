@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,10 @@ from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes,
 from mmbrecq.reconstruction.fisher import TaskLoss, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
-from mmbrecq.reconstruction.variables import Snapshot
+from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
 
 FISHER_BATCH = 16
@@ -56,6 +56,8 @@ class Task:
         seed: Of all random draws.
         directory: Where a cache on disk is written.
         done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
+        resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
+            so that all that is computed in between meets the model as it was then.
     """
 
     model: QuantizedModel
@@ -65,6 +67,7 @@ class Task:
     seed: int
     directory: Path
     done: frozenset[tuple[str, str]] = frozenset()
+    resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
 
     @property
     def regions(self) -> RegionCapture:
@@ -145,7 +148,11 @@ class BaseReconstructor:
             for stage in self.stages:
                 if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
-                listener.before_stage(stage, [unit for part in task.model.parts for unit in _units(part, stage)])
+                units = [unit for part in task.model.parts for unit in _units(part, stage)]
+                listener.before_stage(stage, units)
+                if self._take_up_stage(task, stage, units):
+                    listener.after_stage(stage)
+                    continue
                 # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
                 results += self._run_stage(task, task.model, stage, images, None, cache, known, listener)
@@ -161,6 +168,15 @@ class BaseReconstructor:
                     results += self._run_stage(task, head, head_stage, *inputs, cache, weights, listener)
                 listener.after_stage(stage)
         return results
+
+    def _take_up_stage(self, task: Task, stage: Stage, units: Sequence[ReconstructionUnit]) -> bool:
+        """Whether an interrupted run has done all of a stage; the model then has it."""
+        left = [u for u in units if u.is_quantized and (stage.name, u.name) not in task.done]
+        if not left or not all((stage.name, unit.name) in task.resumed for unit in left):
+            return False
+        for unit in left:
+            load_unit_state(task.model, unit, task.resumed[stage.name, unit.name].state)
+        return True
 
     def _fisher(self, task: Task, cache: ActivationCache) -> dict[str, Tensor] | None:
         """Fisher weights of the graph of the images, None where the loss needs none."""
@@ -188,7 +204,10 @@ class BaseReconstructor:
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
-            if not unit.is_quantized or (stage.name, unit.name) in task.done:
+            resumed = task.resumed.get((stage.name, unit.name))
+            if resumed is not None:
+                load_unit_state(model, unit, resumed.state)
+            if not unit.is_quantized or resumed is not None or (stage.name, unit.name) in task.done:
                 unit_inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
                 if not stage.independent:
                     outputs = streams.run(unit, unit_inputs, weights=True, activations=activations)
@@ -230,7 +249,7 @@ class BaseReconstructor:
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = _mean_loss(outputs, data, loss, stage.options.batch_size)
-        snapshot = Snapshot(weights, quantizers)
+        state = unit_state(model, unit)
         with model.quantization(weights=True, activations=activations):
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
@@ -243,7 +262,7 @@ class BaseReconstructor:
         after = _mean_loss(learned, data, loss, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
-        snapshot.restore()
+        load_unit_state(model, unit, state)
         return before, after, outputs, steps
 
 

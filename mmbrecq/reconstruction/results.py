@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmbrecq.reconstruction.unit_state import UnitState
+
 
 @dataclass(frozen=True)
 class UnitResult:
@@ -28,3 +30,16 @@ class UnitResult:
     iterations: int
     seconds: float
     kept_nearest: bool
+
+
+@dataclass(frozen=True)
+class FinishedUnit:
+    """A unit that an earlier run has reconstructed.
+
+    Args:
+        result: What was reported of it.
+        state: What it has learned.
+    """
+
+    result: UnitResult
+    state: UnitState

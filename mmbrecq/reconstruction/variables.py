@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection, bias_correction
+from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
 from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.stages import Stage
@@ -70,31 +70,3 @@ class Variables:
         for offset in self._offsets:
             offset.requires_grad_(False)
             offset.grad = None
-
-
-class Snapshot:
-    """What a unit has learned so far, to go back to.
-
-    Args:
-        weights: Modules with a quantized weight and their fake quantizers.
-        quantizers: Activation quantizers.
-    """
-
-    def __init__(
-        self, weights: Sequence[tuple[nn.Module, WeightFakeQuantize]], quantizers: Sequence[FakeQuantize]
-    ) -> None:
-        owners: list[WeightFakeQuantize | BiasCorrection | FakeQuantize | None] = [fq for _, fq in weights]
-        owners += [bias_correction(module) for module, _ in weights]
-        owners += list(quantizers)
-        self._tensors: list[tuple[Tensor, Tensor]] = [
-            (tensor, tensor.detach().clone())
-            for owner in owners
-            if owner is not None
-            for tensor in (*owner.parameters(), *owner.buffers())
-        ]
-
-    def restore(self) -> None:
-        """Puts everything back."""
-        with torch.no_grad():
-            for tensor, saved in self._tensors:
-                tensor.copy_(saved)

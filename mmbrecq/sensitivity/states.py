@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from mmbrecq.errors import CheckpointError
-from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.fake_quants.weight import weight_fake_quant
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.unit_state import layer_owners
 from mmbrecq.storage import save_atomic
 
 
@@ -37,7 +36,7 @@ def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
     try:
         states = torch.load(path, map_location='cpu', weights_only=True)
         for name in layers:
-            for owner, key in _owners(model.get_submodule(name)):
+            for owner, key in layer_owners(model.get_submodule(name)):
                 owner.load_state_dict(states[name][key])
     except Exception as error:
         raise CheckpointError(
@@ -46,10 +45,4 @@ def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    return {key: owner.state_dict() for owner, key in _owners(module)}
-
-
-def _owners(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """What of a layer is learned: its fake quantizer and the correction of its bias."""
-    owners = [(weight_fake_quant(module), 'weight'), (bias_correction(module), 'bias')]
-    return [(owner, key) for owner, key in owners if owner is not None]
+    return {key: owner.state_dict() for owner, key in layer_owners(module)}

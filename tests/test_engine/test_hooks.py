@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from mmengine.hooks.hook import Hook
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from rich.console import Console
-from torch import nn
 
 from mmbrecq import progress
 from mmbrecq.engine.hooks import (
@@ -71,39 +68,37 @@ def test_what_a_reconstruction_tells_reaches_every_hook() -> None:
     ]
 
 
-def test_the_log_has_a_line_for_every_unit() -> None:
+@pytest.mark.parametrize('done', [0, 1])
+def test_the_log_has_a_line_for_every_unit(done: int) -> None:
     lines: list[str] = []
     recorded: list[UnitResult] = []
     runner: Any = SimpleNamespace(
-        logger=SimpleNamespace(info=lines.append), test_loop=SimpleNamespace(record=recorded.append)
+        logger=SimpleNamespace(info=lines.append),
+        test_loop=SimpleNamespace(record=recorded.append, count_done=lambda stage: done),
     )
     hook = ReconstructionLoggerHook()
     empty = SimpleNamespace(name='flatten', is_quantized=False)
-    hook.before_reconstruct_stage(runner, STAGE, [unit('a'), empty, unit('b')])
+    hook.before_reconstruct_stage(runner, STAGE, [unit(str(n)) for n in range(done)] + [unit('a'), empty, unit('b')])
     hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
     hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True))
     assert lines == [
-        'reconstruction of weights: 2 units, 50 iterations of 4 images each',
-        'weights 1/2 a: loss 2 -> 1, 50 iterations, 0.2 s',
-        'weights 2/2 b: loss 2 -> 2, 50 iterations, 0.2 s, worse than before: kept as it was',
+        f'reconstruction of weights: {done + 2} units, 50 iterations of 4 images each'
+        + ('; 1 units are done' if done else ''),
+        f'weights {done + 1}/{done + 2} a: loss 2 -> 1, 50 iterations, 0.2 s',
+        f'weights {done + 2}/{done + 2} b: loss 2 -> 2, 50 iterations, 0.2 s, worse than before: kept as it was',
     ]
     assert recorded == [result('a'), result('b', kept=True)]
 
 
-def test_a_checkpoint_after_every_unit(tmp_path: Path) -> None:
-    model = nn.Linear(2, 1)
-    loop = SimpleNamespace(config_text='seed = 3')
-    runner: Any = SimpleNamespace(model=model, test_loop=loop, seed=3, work_dir=str(tmp_path))
-    hook = ReconstructionCheckpointHook(filename='state.pth')
-    for number, name in enumerate(('a', 'b'), start=1):
-        with torch.no_grad():
-            model.weight.fill_(number)
-        hook.after_reconstruct_unit(runner, STAGE, unit(name), result(name))
-        saved = torch.load(tmp_path / 'state.pth', weights_only=True)
-        assert saved['state_dict']['weight'].tolist() == [[number, number]]
-        assert saved['meta']['units_done'] == [('weights', 'a'), ('weights', 'b')][:number]
-    assert (saved['meta']['config'], saved['meta']['seed']) == ('seed = 3', 3)
-    assert [path.name for path in tmp_path.iterdir()] == ['state.pth']
+def test_the_journal_is_written_after_every_unit_and_at_the_end() -> None:
+    told: list[Any] = []
+    journal = SimpleNamespace(add=lambda *values: told.append(values), save=lambda: told.append('saved'))
+    runner: Any = SimpleNamespace(test_loop=SimpleNamespace(journal=journal, model='model'))
+    hook, one, two = ReconstructionCheckpointHook(), unit('a'), unit('b')
+    hook.after_reconstruct_unit(runner, STAGE, one, result('a'))
+    hook.after_reconstruct_unit(runner, STAGE, two, result('b'))
+    hook.after_reconstruct(runner)
+    assert told == [('model', one, result('a')), ('model', two, result('b')), 'saved']
 
 
 @pytest.mark.parametrize('breaks_off', [False, True])

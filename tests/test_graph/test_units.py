@@ -24,7 +24,7 @@ def cut(
 ) -> tuple[list[ReconstructionUnit], Arithmetic]:
     traced = trace_arithmetic(model, images(2))
     found = find_blocks(model, blocks)
-    return cut_units(model, traced.graph, layers_of(model), set(), found, granularity), traced
+    return cut_units(model, traced.graph, layers_of(model), set(), found, '', granularity), traced
 
 
 def run_units(units: list[ReconstructionUnit], x: Tensor) -> dict[str, Tensor]:

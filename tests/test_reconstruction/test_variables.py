@@ -9,7 +9,7 @@ import torch
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import Snapshot, Variables
+from mmbrecq.reconstruction.variables import Variables
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -88,39 +88,3 @@ def test_finishing_fixes_everything(prepared: Prepare) -> None:
         assert correction.offset.abs().min() > 0
         assert not list(fake_quant.parameters())
     assert not any(p.requires_grad for q in model.unit_quantizers(unit) for p in q.parameters())
-
-
-def test_restoring_gives_everything_back_bit_for_bit(prepared: Prepare) -> None:
-    model = prepared()
-    unit = model.units[1]
-    # not the initial state: something was learned before
-    variables = variables_of(model)
-    disturb(variables, seed=1)
-    variables.finish()
-    before = state_of(model)
-    snapshot = Snapshot(model.unit_weights(unit), model.unit_quantizers(unit))
-    variables = variables_of(model)
-    disturb(variables, seed=2)
-    variables.finish()
-    quantizer = model.unit_quantizers(unit)[0]
-    quantizer.zero_point.add_(1)
-    after = state_of(model)
-    changed = {name.rpartition('.')[2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {'codes', 'scale', 'offset', 'zero_point'}
-    snapshot.restore()
-    restored = state_of(model)
-    assert restored.keys() == before.keys()
-    for name, tensor in restored.items():
-        assert torch.equal(tensor, before[name]), name
-
-
-def test_a_snapshot_is_a_copy(prepared: Prepare) -> None:
-    model = prepared()
-    before = state_of(model)
-    unit = model.units[1]
-    snapshot = Snapshot(model.unit_weights(unit), model.unit_quantizers(unit))
-    for _ in range(2):
-        disturb(variables := variables_of(model))
-        variables.finish()
-        snapshot.restore()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(model).items())

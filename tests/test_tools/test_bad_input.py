@@ -242,7 +242,7 @@ def test_a_loss_that_stops_being_finite(call: Any, finished: Any, demo: Path) ->
     kept = finished.contents()
     outcome = call('ptq', demo, *QUICK, 'reconstructor.weights.bias_lr=1e30', work_dir=finished.folder)
     assert outcome.error == "the loss of unit 'backbone.conv1' is inf at iteration 1"
-    assert_kept(finished, kept)
+    assert_kept(finished, kept, {'reconstruction.pth'})
 
 
 @pytest.mark.parametrize(('package', 'name'), [('openvino', 'OpenVINO'), ('onnxruntime', 'ONNX Runtime')])
@@ -297,7 +297,7 @@ def test_a_disk_that_is_full_while_saving(call: Any, finished: Any, demo: Path, 
     with full_disk(100_000):
         outcome = call('ptq', demo, *QUICK, 'reconstructor.weights.iterations=2', work_dir=finished.folder)
     assert outcome.error == f'cannot write {finished.folder}/reconstruction.pth: File too large'
-    assert_kept(finished, kept)
+    assert_kept(finished, kept, {'reconstruction.pth'})
     assert not list(finished.folder.glob('.*'))
 
 
@@ -324,7 +324,8 @@ def test_an_image_of_the_report_that_cannot_be_read(call: Any, folder_config: tu
     assert 'cannot be read' in call('ptq', config, *QUICK).error
 
 
-def test_ctrl_c_keeps_what_was_saved(finished: Any, demo: Path) -> None:
+@pytest.mark.parametrize(('sent', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_keeps_what_was_saved(finished: Any, demo: Path, sent: signal.Signals, status: int) -> None:
     kept = finished.contents()
     options = ('reconstructor.weights.iterations=100', *QUICK)
     command = [sys.executable, str(ROOT / 'tools' / 'ptq.py'), str(demo), '--work-dir', str(finished.folder)]
@@ -341,10 +342,10 @@ def test_ctrl_c_keeps_what_was_saved(finished: Any, demo: Path) -> None:
         if 'weights 3/10' in line:
             break
     time.sleep(0.1)
-    tool.send_signal(signal.SIGINT)
+    tool.send_signal(sent)
     _, err = tool.communicate(timeout=60)
-    assert tool.returncode == 130
-    assert err == 'interrupted: what was saved so far is in the work dir\n'
+    assert tool.returncode == status
+    assert err == 'interrupted: what was saved so far is in the work dir; --resume goes on with it\n'
     assert_kept(finished, kept, {'reconstruction.pth'})
     done = torch.load(finished.folder / 'reconstruction.pth', weights_only=True)['meta']['units_done']
     assert ['weights', 'backbone.layer1.0'] in [list(pair) for pair in done]
