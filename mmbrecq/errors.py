@@ -47,6 +47,10 @@ class StorageError(MMBrecqError):
     """Raised when a file or a cache cannot be written: no space left, or no permission."""
 
 
+class ProcessError(MMBrecqError):
+    """Raised when processes that work as one do not agree."""
+
+
 class TableError(MMBrecqError):
     """Raised when a table of losses or costs lacks a layer, or holds what no loss or cost can be."""
 

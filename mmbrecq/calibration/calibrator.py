@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mmbrecq.calibration.regions import RegionCapture, no_regions
+from mmbrecq.distributed import gather, process_count
 from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.weight import original_weight
-from mmbrecq.observers import build_observer
+from mmbrecq.observers import BaseObserver, build_observer
 from mmbrecq.quantizers.prepared import QuantizedModel
 
 
@@ -33,13 +35,23 @@ def calibrate_weights(model: QuantizedModel) -> None:
 
 
 @contextmanager
-def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize]) -> Iterator[None]:
-    """Observes all values that pass the quantizers within the block, and sets their grids at its end."""
+def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: int | None = 0) -> Iterator[None]:
+    """Observes all values that pass the quantizers within the block, and sets their grids at its end.
+
+    Several processes observe the values of their images, and all find the grid of what was seen together.
+
+    Args:
+        model: The prepared model.
+        quantizers: Of its graph.
+        first: Number of the first batch that this process observes, among all; None where that is not known.
+    """
     names = {id(quantizer): name for name, quantizer in model.quantizers.items()}
     for quantizer in quantizers:
         quantizer.observer = build_observer(dict(model.observers['activation']), quantizer.qtype)
+        quantizer.observer.first = first
     try:
         yield
+        merge_observers([quantizer.observer for quantizer in quantizers])
         for quantizer in quantizers:
             assert quantizer.observer is not None
             try:
@@ -51,8 +63,27 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize]) -> Iter
             quantizer.observer = None
 
 
-def calibrate_regions(model: QuantizedModel, capture: RegionCapture) -> None:
+def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
+    """Gives every observer what those of the other processes have seen, in the order of the processes."""
+    if process_count() == 1:
+        return
+    seen = gather([observer.state() for observer in observers if observer is not None])
+    for observer, *states in zip((o for o in observers if o is not None), *seen, strict=True):
+        first, *others = states
+        other = copy.deepcopy(observer)
+        observer.load_state(first)
+        for state in others:
+            other.load_state(state)
+            observer.merge(other)
+
+
+def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch: int = 0) -> None:
     """Finds the grid of every activation of the heads of a two-stage detector; without heads there is nothing to do.
+
+    Args:
+        model: The prepared detector.
+        capture: Runs it.
+        first_batch: Number of the first batch of calibration images, among those of all processes.
 
     Raises:
         DataError: No region is proposed on any image.
@@ -61,20 +92,21 @@ def calibrate_regions(model: QuantizedModel, capture: RegionCapture) -> None:
         return
     with ExitStack() as stack:
         for head in model.heads:
-            stack.enter_context(observing(head, list(head.quantizers.values())))
+            stack.enter_context(observing(head, list(head.quantizers.values()), first_batch))
         capture.observe()
         for head in model.heads:
             observers = [quantizer.observer for quantizer in head.quantizers.values()]
-            if any(observer is None or observer.batches == 0 for observer in observers):
+            if not any(gather(all(observer is not None and observer.batches for observer in observers))):
                 raise no_regions(head)
 
 
-def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor]) -> None:
+def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first: int = 0) -> None:
     """Finds the grid of every activation from the float model's values.
 
     Args:
         model: The prepared model.
         images: Batches of preprocessed images.
+        first: Number of the first batch, among those of all processes.
 
     Raises:
         NonFiniteError: An activation is NaN or infinite.
@@ -82,6 +114,6 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor]) -> No
     quantizers = list(model.quantizers.values())
     if not quantizers:
         return
-    with torch.no_grad(), model.quantization(weights=False, activations=False), observing(model, quantizers):
+    with torch.no_grad(), model.quantization(weights=False, activations=False), observing(model, quantizers, first):
         for batch in images:
             model(batch)

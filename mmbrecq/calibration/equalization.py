@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.calibration.regions import RegionCapture
+from mmbrecq.distributed import aligned_batches, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
 from mmbrecq.progress import track
@@ -29,23 +30,25 @@ SMALLEST = 0.01
 """Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""
 
 
-def equalize_parts(model: QuantizedModel, images: Tensor, regions: RegionCapture) -> int:
+def equalize_parts(model: QuantizedModel, images: Tensor, regions: RegionCapture, first_batch: int = 0) -> int:
     """Equalises a model and its heads, see :func:`equalize`.
 
     Args:
         model: The prepared model.
         images: Preprocessed calibration images.
         regions: Gives the inputs of the heads.
+        first_batch: Number of the first batch that the heads are run on, among those of all processes.
     """
 
     def run() -> None:
-        for batch in track(images.split(BATCH), 'ranges of channels'):
-            model(batch)
+        for part in track(aligned_batches(len(images), BATCH, regions.first), 'ranges of channels'):
+            model(images[part])
 
-    return equalize(model, run) + sum(equalize(head, regions.observe) for head in model.heads)
+    count = equalize(model, run, regions.first // BATCH)
+    return count + sum(equalize(head, regions.observe, first_batch) for head in model.heads)
 
 
-def equalize(model: QuantizedModel, run: Callable[[], None]) -> int:
+def equalize(model: QuantizedModel, run: Callable[[], None], first: int = 0) -> int:
     """Scales the channels of a graph, as much as the quantizer asks for; the network computes what it did before.
 
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
@@ -54,6 +57,7 @@ def equalize(model: QuantizedModel, run: Callable[[], None]) -> int:
     Args:
         model: The prepared model, or a head of regions.
         run: Passes calibration data through the float network.
+        first: Number of the first batch that it passes, among those of all processes.
 
     Returns:
         Number of groups of values that were equalised.
@@ -63,6 +67,7 @@ def equalize(model: QuantizedModel, run: Callable[[], None]) -> int:
     groups = find_channel_groups(Roles(model.model, model.arithmetic.graph))
     with torch.no_grad(), _channel_ranges(model) as ranges:
         run()
+    ranges = _of_all_processes(ranges, first)
     count = 0
     for group in groups:
         seen = [torch.stack(ranges[name]).mean(0) for name in group.quantizers if ranges.get(name)]
@@ -79,6 +84,19 @@ def _factors(ranges: Tensor, strength: float) -> Tensor:
         return torch.ones_like(ranges)
     factors = ranges.clamp_min(largest * SMALLEST) ** strength
     return factors / factors.log().mean().exp()
+
+
+def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, list[Tensor]]:
+    """The ranges of the batches of all processes; a batch on the border of two shares is seen by both."""
+    if process_count() == 1:
+        return ranges
+    batches: dict[str, dict[int, Tensor]] = {}
+    for start, seen in gather((first, ranges)):
+        for name, values in seen.items():
+            known = batches.setdefault(name, {})
+            for index, value in enumerate(values, start):
+                known[index] = torch.maximum(known[index], value) if index in known else value
+    return {name: [known[index] for index in sorted(known)] for name, known in batches.items()}
 
 
 @contextmanager

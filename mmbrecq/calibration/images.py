@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.calibration.sampling import CalibrationSet
+from mmbrecq.distributed import largest
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.progress import track
 
@@ -15,8 +16,8 @@ from mmbrecq.progress import track
 def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
     """Reads and preprocesses all calibration images.
 
-    Images of several sizes are padded at the right and at the bottom to the largest height and width, as the
-    preprocessor itself pads the images of a batch.
+    Images of several sizes are padded at the right and at the bottom to the largest height and width, those of other
+    processes included, as the preprocessor itself pads the images of a batch.
 
     Args:
         model: Its data preprocessor is used.
@@ -37,7 +38,7 @@ def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
             raise NonFiniteError(f"expected finite pixels, but got NaN or infinity in '{calibration.ids[start + bad]}'")
         batches.append(inputs)
         start += len(inputs)
-    height, width = (max(batch.shape[axis] for batch in batches) for axis in (2, 3))
+    height, width = (largest(max(batch.shape[axis] for batch in batches)) for axis in (2, 3))
     padding = getattr(model.data_preprocessor, 'pad_value', 0)
     images = batches[0].new_full((start, batches[0].shape[1], height, width), padding)
     end = start

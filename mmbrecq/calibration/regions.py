@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,13 @@ class RegionCapture:
         images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
         batches: Gives the calibration data again, in the order of ``images``.
         seed: Of the draw of regions.
+        first: Number of the first image among those of all processes.
     """
 
-    def __init__(self, model: QuantizedModel, images: Tensor, batches: Callable[[], Iterable[Any]], seed: int) -> None:
-        self.model, self.images, self.batches, self.seed = model, images, batches, seed
+    def __init__(
+        self, model: QuantizedModel, images: Tensor, batches: Callable[[], Iterable[Any]], seed: int, first: int = 0
+    ) -> None:
+        self.model, self.images, self.batches, self.seed, self.first = model, images, batches, seed, first
         self._heads = {head.path: head for head in region_heads(model.model)}
 
     def observe(self) -> None:
@@ -58,7 +61,7 @@ class RegionCapture:
             GraphError: The head reads something else than the features that were cut out.
         """
         path = head.arithmetic.path
-        generator = torch.Generator().manual_seed(_seed(self.seed, path))
+        done = self.first
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, samples in self._data():
@@ -66,8 +69,10 @@ class RegionCapture:
                     float_maps = self.model(images)
                 with self.model.quantization(weights, activations), self._recording(path) as calls:
                     self._predict(images, samples)
+                seeds = [_seed(self.seed, path, done + image) for image in range(len(images))]
+                done += len(images)
                 for regions, features in calls:
-                    chosen = _draw(regions[:, 0], len(images), generator)
+                    chosen = _draw(regions[:, 0], seeds)
                     floats = self._extract(self._heads[path], float_maps, regions[chosen])
                     found.append((floats, features[chosen]))
         if not found:
@@ -127,14 +132,16 @@ def no_regions(head: QuantizedModel) -> DataError:
     return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
 
 
-def _draw(image_of: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _draw(image_of: Tensor, seeds: Sequence[int]) -> Tensor:
     """Indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
     drawn = []
-    for image in range(count):
+    for image, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
         own = (image_of == image).nonzero()[:, 0]
         drawn.append(own[torch.randperm(len(own), generator=generator)[:REGIONS_PER_IMAGE].to(own.device)])
     return torch.cat(drawn)
 
 
-def _seed(seed: int, path: str) -> int:
-    return int.from_bytes(hashlib.sha256(f'{seed}/{path}'.encode()).digest()[:7], 'big')
+def _seed(seed: int, path: str, image: int) -> int:
+    """Of an image alone, so that its regions are the same whichever process has it."""
+    return int.from_bytes(hashlib.sha256(f'{seed}/{path}/{image}'.encode()).digest()[:7], 'big')

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmbrecq.calibration.data_errors import last_line
 from mmbrecq.calibration.source import build_source_datasets
+from mmbrecq.distributed import aligned_batches, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
 
@@ -101,19 +102,35 @@ class CalibrationSet:
 
     Attributes:
         ids: One name per image, in order: its path relative to the dataset's root, else the dataset's own id.
+        first: Number of the first image among those of all processes.
     """
 
-    def __init__(self, images: _Images, indices: Sequence[int], batch_size: int, num_workers: int) -> None:
+    def __init__(
+        self, images: _Images, indices: Sequence[int], batch_size: int, num_workers: int, first: int = 0
+    ) -> None:
         self.ids = [images.id_of(index) for index in indices]
-        self._chosen = _Chosen(images, indices)
+        self._images, self._indices, self.first = images, list(indices), first
         self.batch_size = batch_size
         self.num_workers = num_workers
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def share(self) -> CalibrationSet:
+        """The images of this process."""
+        share = share_of(len(self))
+        indices = self._indices[share.start : share.stop]
+        return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
+
+    @property
+    def first_batch(self) -> int:
+        """Number of the first batch among those of all processes."""
+        return self.first // self.batch_size
+
     def batches(self) -> Iterator[dict[str, Any]]:
         """Yields every image once, the last batch smaller where the number does not divide.
+
+        Where several processes have a share of the images each, batches end where they end in one process.
 
         Yields:
             What ``model.data_preprocessor(data, False)`` takes: ``inputs``, a list of B images of (C, H, W), and
@@ -123,8 +140,10 @@ class CalibrationSet:
             DataError: An image cannot be read or holds a non-finite value.
         """
         loader = DataLoader(
-            self._chosen,
-            batch_size=self.batch_size,
+            _Chosen(self._images, self._indices),
+            batch_sampler=[
+                list(range(part.start, part.stop)) for part in aligned_batches(len(self), self.batch_size, self.first)
+            ],
             num_workers=self.num_workers,
             collate_fn=_collate,
             generator=torch.Generator(),  # else every pass would draw from the global one

@@ -26,6 +26,8 @@ class BaseObserver(ABC):
         qtype: The grid; one scale per index of ``ch_axis``, or one per tensor when it is None.
 
     Attributes:
+        first (int | None): Number of the first batch among all that the processes of a run see; None where that is
+            not known, and batches that are merged follow those that are there.
         batches (int): Number of batches observed.
         low (Tensor | None): ``(R,)`` lower end of every row; ``R`` is 1 per tensor.
         high (Tensor | None): ``(R,)`` upper end of every row.
@@ -37,6 +39,7 @@ class BaseObserver(ABC):
 
     def reset(self) -> None:
         """Forgets everything observed."""
+        self.first: int | None = None
         self.batches = 0
         self.low: Tensor | None = None
         self.high: Tensor | None = None
@@ -94,15 +97,20 @@ class BaseObserver(ABC):
         if self.low.shape != other.low.shape:
             raise ConfigError(f'expected {self.low.numel()} channels to merge, but got {other.low.numel()}')
         self._merge(other)
-        self.batches += other.batches
+        if self.first is None or other.first is None:
+            self.batches += other.batches
+        else:
+            # a batch on the border of two shares is seen by both
+            first, end = min(self.first, other.first), max(self.first + self.batches, other.first + other.batches)
+            self.first, self.batches = first, end - first
 
     def state(self) -> dict[str, Any]:
         """Returns the statistics: tensors, numbers and dicts of them, fit for ``torch.save`` and for sending."""
-        return {'batches': self.batches, 'low': self.low, 'high': self.high}
+        return {'first': self.first, 'batches': self.batches, 'low': self.low, 'high': self.high}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state` of an observer with the same options gave."""
-        self.batches = state['batches']
+        self.first, self.batches = state['first'], state['batches']
         self.low, self.high = state['low'], state['high']
 
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mmbrecq.errors import ConfigError
@@ -54,8 +55,17 @@ class DistributionObserver(BaseObserver):
             raise ConfigError(self._refusal())
         assert other.low is not None and other.high is not None
         self.histogram.merge(other.histogram)
-        self.values = None
+        self.values = self._values_of_one_batch(other)
         self._widen(other.low, other.high)
+
+    def _values_of_one_batch(self: Self, other: Self) -> Tensor | None:
+        """The values of a single batch of which two processes have seen a part each."""
+        same = self.first is not None and self.first == other.first and self.batches == other.batches == 1
+        if not same or self.values is None or other.values is None:
+            return None
+        # in the order of the processes, which is that of the images
+        values = torch.cat([self.values, other.values.to(self.values.device)], dim=1)
+        return values if values.numel() <= self.MAX_KEPT else None
 
     def _refusal(self) -> str:
         return (

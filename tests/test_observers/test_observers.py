@@ -154,13 +154,48 @@ def test_moving_average_equals_the_recursion() -> None:
     assert observer.compute()[0].item() == pytest.approx((high - low) / 255)
 
 
-def test_moving_averages_merge_by_their_batches() -> None:
-    data = batches(3)
+def test_merged_moving_averages_are_those_of_one_run() -> None:
+    data = batches(5)
     cfg = {'type': 'MovingAverageObserver'}
-    first, second = observed(cfg, PER_TENSOR, data[0], data[0]), observed(cfg, PER_TENSOR, data[2])
+    whole = observed(cfg, PER_TENSOR, *data)
+    first, second = observed(cfg, PER_TENSOR, *data[:2]), observed(cfg, PER_TENSOR, *data[2:])
     first.merge(second)
-    ends = [(2 * float(f(data[0])) + float(f(data[2]))) / 3 for f in (torch.max, torch.min)]
-    assert first.compute()[0].item() == pytest.approx((ends[0] - ends[1]) / 255)
+    assert first.batches == 5
+    assert_same(first, whole)
+
+
+def part_of(cfg: dict[str, Any], first: int, *data: Tensor) -> BaseObserver:
+    """What a process has observed whose first batch is the ``first`` of all."""
+    observer = observed(cfg, PER_TENSOR, *data)
+    observer.first = first
+    return observer
+
+
+@pytest.mark.parametrize('name', TYPES)
+@pytest.mark.parametrize('cut', [1, 3])
+def test_a_batch_on_the_border_of_two_shares_is_one_batch(name: str, cut: int) -> None:
+    data = batches(3)
+    whole = observed({'type': name}, PER_TENSOR, *data)
+    left, right = part_of({'type': name}, 0, data[0], data[1][:cut]), part_of({'type': name}, 1, data[1][cut:], data[2])
+    left.merge(right)
+    assert (left.first, left.batches) == (0, 3)
+    assert_same(left, whole)
+
+
+@pytest.mark.parametrize('name', TYPES)
+def test_two_parts_of_a_single_batch_give_its_scale(name: str) -> None:
+    (batch,) = batches(1)
+    left, right = part_of({'type': name}, 0, batch[:1]), part_of({'type': name}, 0, batch[1:])
+    left.merge(right)
+    assert left.batches == 1
+    assert_same(left, observed({'type': name}, PER_TENSOR, batch))
+
+
+def test_moving_averages_of_batches_that_lie_apart_are_refused() -> None:
+    cfg = {'type': 'MovingAverageObserver'}
+    data = batches(2)
+    with pytest.raises(ConfigError, match='expected batches from 0 to 1 on to merge, but got those from 2 on'):
+        part_of(cfg, 0, data[0]).merge(part_of(cfg, 2, data[1]))
 
 
 @pytest.mark.parametrize('percentile', [90, 99.9, 100])

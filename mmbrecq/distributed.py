@@ -1,0 +1,181 @@
+"""Several processes that work as one: each has a share of the images, and what they find is brought together.
+
+Thin functions over mmengine's; in a single process each does nothing, or gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from mmengine.dist import all_gather_object, all_reduce, broadcast_object_list, get_dist_info, is_main_process
+from torch import Tensor, nn
+from torch import distributed as torch_dist
+
+from mmbrecq.errors import ConfigError, ProcessError
+
+T = TypeVar('T')
+
+_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+"""What a launcher tells each process: its number, how many there are, its number on its machine."""
+
+_STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
+
+
+def join_processes(launcher: str) -> None:
+    """Joins the processes of a launcher; on a GPU mmengine's runner does that itself.
+
+    Args:
+        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+
+    Raises:
+        ConfigError: The launcher did not start this process.
+    """
+    if launcher == 'none' or torch_dist.is_initialized():
+        return
+    missing = [name for name in _VARIABLES[launcher] if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {_STARTERS[launcher]}'
+        )
+    if torch.cuda.is_available():
+        return
+    # mmengine's start sets the GPU of each process, and fails where there is none
+    rank, count, local = (os.environ[name] for name in _VARIABLES[launcher])
+    os.environ.update(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=local)
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host()
+    os.environ.setdefault('MASTER_PORT', '29500')
+    torch_dist.init_process_group('gloo')
+
+
+def leave_processes() -> None:
+    """Ends what :func:`join_processes` began; without it torch complains at the end."""
+    if torch_dist.is_available() and torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def process_count() -> int:
+    """Number of processes, 1 where there is one alone."""
+    return int(get_dist_info()[1])
+
+
+def process_index() -> int:
+    """Number of this process, from 0."""
+    return int(get_dist_info()[0])
+
+
+def processes_here() -> int:
+    """Number of processes on this machine, as far as the launcher says."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', process_count())) if process_count() > 1 else 1
+
+
+def share_of(count: int) -> range:
+    """The indices, of ``count``, that this process has; shares are runs that differ by one in length at most."""
+    processes, own = process_count(), process_index()
+    return range(count * own // processes, count * (own + 1) // processes)
+
+
+def aligned_batches(count: int, size: int, first: int = 0) -> list[slice]:
+    """Slices of a share that cut the whole into batches of ``size`` where one process would.
+
+    Args:
+        count: Length of the share.
+        size: Of a batch.
+        first: Index of the share's first element in the whole.
+    """
+    stops = [*range(size - first % size, count, size), count]
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False) if stop > start]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    found: list[T] = all_gather_object(value)
+    return found
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Calls ``function`` in the first process alone; all get its result, or raise its error."""
+    if process_count() == 1:
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_main_process():
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    broadcast_object_list(outcome)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def mean_over(total: float, count: int) -> float:
+    """Sum of the ``total`` of all processes over the sum of their ``count``."""
+    if process_count() == 1:
+        return total / count
+    parts = gather((total, count))
+    return sum(part for part, _ in parts) / sum(number for _, number in parts)
+
+
+def average(tensors: Iterable[Tensor | None]) -> None:
+    """Replaces each tensor by its mean over the processes, in one message; None stands for no tensor."""
+    if process_count() == 1:
+        return
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return
+    message = torch.cat([tensor.reshape(-1) for tensor in present])
+    all_reduce(message, op='mean')
+    for tensor, mean in zip(present, message.split([tensor.numel() for tensor in present]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def largest(value: int) -> int:
+    """The largest ``value`` of all processes."""
+    return max(gather(value))
+
+
+def take_from_main(tensors: Sequence[Tensor]) -> None:
+    """Overwrites tensors by those of the first process: kinds of processors differ in last bits."""
+    if process_count() == 1:
+        return
+    sent = on_main(lambda: [tensor.detach().cpu() for tensor in tensors])
+    with torch.no_grad():
+        for tensor, value in zip(tensors, sent, strict=True):
+            tensor.copy_(value)
+
+
+def check_same_bits(model: nn.Module) -> str:
+    """Hash of all parameters and buffers, the same in every process.
+
+    Raises:
+        ProcessError: It is not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    own = digest.hexdigest()
+    for index, other in enumerate(gather(own)):
+        if other != own:
+            raise ProcessError(f'expected the same model in all processes, but {process_index()} and {index} differ')
+    return own
+
+
+def _first_host() -> str:
+    """The machine of the first process: what slurm lists first, else this one."""
+    hosts = os.environ.get('SLURM_NODELIST')
+    if hosts is None:
+        return socket.gethostname()
+    return subprocess.getoutput(f'scontrol show hostname {hosts} | head -n1')
