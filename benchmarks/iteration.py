@@ -113,7 +113,7 @@ def main() -> None:
     print('| --- ' * (len(stages) + 2) + '|')
     ratios: dict[str, list[float]] = {stage.name: [] for stage in stages}
     with ActivationCache(CachePlan('host', 0, ''), torch.device('cpu'), Path('.')) as cache:
-        streams = Streams(model, model.units, images, cache, 32)
+        streams = Streams(model, model.units, cache.hold(images), cache, 32)
         for index, unit in enumerate(model.units):
             start = time.perf_counter()
             targets = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)

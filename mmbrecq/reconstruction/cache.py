@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues
 
 PLACES = ('auto', 'device', 'host', 'disk')
 
@@ -27,11 +27,13 @@ class CachePlan:
         place: ``device``, ``host`` or ``disk``.
         peak_bytes: Most that is cached at any time.
         peak_unit: Name of the unit at which that is.
+        dtype: In which activations are cached; they are computed in float32.
     """
 
     place: str
     peak_bytes: int
     peak_unit: str
+    dtype: torch.dtype = torch.float32
 
 
 def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
@@ -102,10 +104,10 @@ def plan_cache(
 
 
 class ActivationCache:
-    """Allocates tensors where the plan says. A context manager: files are removed at its end.
+    """Allocates values where the plan says. A context manager: what it wrote is removed at its end.
 
     Args:
-        plan: Where.
+        plan: Where, and in which dtype.
         device: Device of the model.
         directory: Where files are written.
     """
@@ -124,31 +126,24 @@ class ActivationCache:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def allocate(self, shape: Sequence[int]) -> Tensor:
-        """An uninitialised float32 tensor of ``shape``; freed, its file too, when the last reference goes.
+    def allocate(self, shape: Sequence[int]) -> CachedValues:
+        """Uninitialised values of ``shape``, ``(N, ...)``; freed, on the disk too, when the last reference goes.
 
         Raises:
             StorageError: The disk is full.
         """
         if self._folder is None:
-            return torch.empty(tuple(shape), device=self.device if self.plan.place == 'device' else 'cpu')
+            place = self.device if self.plan.place == 'device' else 'cpu'
+            return MemoryValues(torch.empty(tuple(shape), dtype=self.plan.dtype, device=place), self.device)
         self._count += 1
-        path = Path(self._folder.name) / f'{self._count}.bin'
-        size = 4 * torch.Size(shape).numel()
-        try:
-            _reserve(path, size)
-        except OSError as error:
-            raise StorageError(f'{path.parent} cannot hold {size / 2**20:.0f} MiB of activations: {error}') from error
-        tensor = torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32).reshape(tuple(shape))
-        # the mapping keeps the blocks; without a name they are freed with it, even if the process is killed
-        path.unlink()
-        return tensor
+        return FileValues(Path(self._folder.name) / f'{self._count}.bin', shape, self.plan.dtype, self.device)
 
+    def hold(self, images: Tensor, mirror: bool = False) -> CachedValues:
+        """What a network reads, as it is: nothing is copied.
 
-def _reserve(path: Path, size: int) -> None:
-    """Allocates the blocks of a file, so that a full disk is an error here and not a fault at a later write."""
-    with open(path, 'wb') as file:
-        if hasattr(os, 'posix_fallocate') and size:
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
+        Args:
+            images (Tensor): ``(N, 3, H, W)``, or features of regions.
+            mirror: Whether the mirror image of each follows.
+        """
+        values = MemoryValues(images, self.device)
+        return MirroredValues(values) if mirror else values

@@ -16,6 +16,10 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.graph.components import plug
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
+from mmbrecq.reconstruction.values import CachedValues, Values
+
+FISHER_BATCH = 16
+"""Images per pass of the whole network that takes gradients at the outputs of its units."""
 
 TaskLoss = Callable[[Any, Tensor], Tensor]
 """From a batch of calibration data and its preprocessed images to the task loss, a scalar, through the model."""
@@ -37,8 +41,8 @@ class _Recorder(fx.Interpreter):
 
 
 def task_fisher(
-    model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss, cache: ActivationCache
-) -> dict[str, Tensor]:
+    model: QuantizedModel, batches: Iterable[Any], images: Values, task_loss: TaskLoss, cache: ActivationCache
+) -> dict[str, CachedValues]:
     """Squared gradients of the float model's task loss at every unit output, normalised to mean 1.
 
     One forward and backward pass of the whole network per batch gives them for all units.
@@ -46,7 +50,7 @@ def task_fisher(
     Args:
         model: The prepared model.
         batches: Calibration data with annotations, in the order of ``images``.
-        images (Tensor): Preprocessed images, ``(N, 3, H, W)``.
+        images: Preprocessed images, ``(N, 3, H, W)``.
         task_loss: Computes the loss through ``model.model``.
         cache: Where the weights are kept.
 
@@ -63,18 +67,18 @@ def task_fisher(
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
                 stop = start + _batch_size(batch)
-                x = images[start:stop].to(cache.device).requires_grad_(True)
+                x = images[start:stop].detach().requires_grad_(True)
                 # the loss is a mean over the batch: undo it, so that every image counts by itself
                 squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
                 start = stop
     finally:
         plug(model.model, model.compiled)
-    return squares.normalised()
+    return squares.normalised(FISHER_BATCH)
 
 
 def output_fisher(
-    model: QuantizedModel, inputs: Tensor, quantized_inputs: Tensor, cache: ActivationCache, batch_size: int
-) -> dict[str, Tensor]:
+    model: QuantizedModel, inputs: Values, quantized_inputs: Values, cache: ActivationCache, batch_size: int
+) -> dict[str, CachedValues]:
     """Squared gradients of the distance between quantized and float outputs, normalised to mean 1.
 
     The distance is the sum over the outputs of their squared differences, each output in units of its own mean square:
@@ -82,8 +86,8 @@ def output_fisher(
 
     Args:
         model: The prepared model, or a head of regions.
-        inputs (Tensor): Of the float network, ``(N, ...)``.
-        quantized_inputs (Tensor): Of the quantized one; the images are the same in both.
+        inputs: Of the float network, ``(N, ...)``.
+        quantized_inputs: Of the quantized one; the images are the same in both.
         cache: Where the weights are kept.
         batch_size: Of the passes.
 
@@ -97,12 +101,12 @@ def output_fisher(
     for start in range(0, len(inputs), batch_size):
         index = slice(start, min(start + batch_size, len(inputs)))
         with torch.no_grad(), model.quantization(weights=False, activations=False):
-            targets = _tensors(model(inputs[index].to(cache.device)))
+            targets = _tensors(model(inputs[index]))
         with torch.enable_grad(), model.quantization(weights=True, activations=False):
-            outputs = _tensors(squares.run(quantized_inputs[index].to(cache.device).requires_grad_(True)))
+            outputs = _tensors(squares.run(quantized_inputs[index].detach().requires_grad_(True)))
             pairs = zip(outputs, targets, strict=True)
             squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
-    return squares.normalised()
+    return squares.normalised(batch_size)
 
 
 def weighted_outputs(model: QuantizedModel) -> set[str]:
@@ -116,7 +120,8 @@ class _Squares:
     def __init__(self, model: QuantizedModel, count: int, cache: ActivationCache) -> None:
         self._recorder = _Recorder(model.compiled, weighted_outputs(model))
         self._count, self._cache = count, cache
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, CachedValues] = {}
+        self._sums: dict[str, float] = {}
 
     def run(self, inputs: Tensor) -> Any:
         """The outputs of the graph; values at the outputs of the units are kept for :meth:`add`."""
@@ -129,17 +134,21 @@ class _Squares:
         for (name, _), gradient in zip(values, gradients, strict=True):
             if name not in self._weights:
                 self._weights[name] = self._cache.allocate((self._count, *gradient.shape[1:]))
-            self._weights[name][index].copy_(gradient.square())
+                self._sums[name] = 0.0
+            squares = gradient.square()
+            self._weights[name].write(index.start, squares)
+            self._sums[name] += float(squares.sum(dtype=torch.float64))
 
-    def normalised(self) -> dict[str, Tensor]:
+    def normalised(self, batch_size: int) -> dict[str, CachedValues]:
         """The squares of each output over their mean."""
         for name, weight in self._weights.items():
-            mean = float(weight.mean(dtype=torch.float64))
+            mean = self._sums[name] / (self._count * weight.sample_shape.numel())
             if not 0 < mean < float('inf'):
                 raise NonFiniteError(
                     f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"
                 )
-            weight.div_(mean)
+            for start in range(0, self._count, batch_size):
+                weight.write(start, weight[start : start + batch_size] / mean)
         return self._weights
 
 

@@ -16,6 +16,7 @@ from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.values import Values
 from mmbrecq.reconstruction.variables import Group, Variables
 
 CHECK_INTERVAL = 100
@@ -26,7 +27,7 @@ UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class UnitData:
-    """What a unit is trained on; every tensor is ``(N, ...)`` over the calibration images.
+    """What a unit is trained on; all values are ``(N, ...)`` over the calibration images.
 
     Args:
         quantized_inputs: Inputs as the quantized units before it give them.
@@ -35,17 +36,17 @@ class UnitData:
         fisher: Fisher weights of the outputs, None where the loss needs none.
     """
 
-    quantized_inputs: Sequence[Tensor]
-    float_inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    fisher: Sequence[Tensor] | None = None
+    quantized_inputs: Sequence[Values]
+    float_inputs: Sequence[Values]
+    targets: Sequence[Values]
+    fisher: Sequence[Values] | None = None
 
     def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
         """Sum of the losses of all outputs, for the images ``index``."""
         total: Any = 0
         for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
-            fisher = None if self.fisher is None else self.fisher[i][index].to(output.device)
-            total = total + loss(output, target[index].to(output.device), fisher)
+            fisher = None if self.fisher is None else self.fisher[i][index]
+            total = total + loss(output, target[index], fisher)
         return total
 
 
@@ -162,8 +163,8 @@ class _Dropping:
         """The inputs of the images ``index``, quantized and float ones mixed element by element."""
         mixed = []
         for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
-            x = quantized[index].to(self.device)
+            x = quantized[index]
             if self.masks is not None and quantized is not floating:
-                torch.lerp(floating[index].to(self.device), x, self.masks.draw(x), out=x)
+                torch.lerp(floating[index], x, self.masks.draw(x), out=x)
             mixed.append(x)
         return mixed

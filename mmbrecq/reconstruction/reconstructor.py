@@ -20,17 +20,17 @@ from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
-from mmbrecq.reconstruction.fisher import TaskLoss, output_fisher, task_fisher, weighted_outputs
+from mmbrecq.reconstruction.fisher import FISHER_BATCH, TaskLoss, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
 from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
+=======
+from mmbrecq.reconstruction.values import CachedValues, Values
+from mmbrecq.reconstruction.variables import Snapshot
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
-
-FISHER_BATCH = 16
-"""Images per pass of the whole network that takes gradients at the outputs of its units."""
 
 
 class Listener(Protocol):
@@ -142,9 +142,9 @@ class BaseReconstructor:
         """Reconstructs every unit; the model ends with learned codes and step sizes, its switches off."""
         device = next(task.model.model.parameters()).device
         results = []
-        images = torch.cat([task.images, task.images.flip(-1)]) if self.mirror else task.images
         with ActivationCache(plan, device, task.directory) as cache:
-            fisher = self._fisher(task, cache)
+            images = cache.hold(task.images, self.mirror)
+            fisher = self._fisher(task, images, cache)
             for stage in self.stages:
                 if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
@@ -157,15 +157,19 @@ class BaseReconstructor:
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
                 results += self._run_stage(task, task.model, stage, images, None, cache, known, listener)
                 for head in task.model.heads:
-                    inputs = task.regions.pairs(
+                    features = task.regions.pairs(
                         head, weights=not stage.independent, activations=stage.quantizes_activations
                     )
+                    inputs, quantized_inputs = (cache.hold(x) for x in features)
+                    del features
                     head_stage = _for_regions(stage)
                     weights = None
                     if self.loss.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
-                        weights = output_fisher(head, *inputs, cache, head_stage.options.batch_size)
-                    results += self._run_stage(task, head, head_stage, *inputs, cache, weights, listener)
+                        weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
+                    results += self._run_stage(
+                        task, head, head_stage, inputs, quantized_inputs, cache, weights, listener
+                    )
                 listener.after_stage(stage)
         return results
 
@@ -178,23 +182,23 @@ class BaseReconstructor:
             load_unit_state(task.model, unit, task.resumed[stage.name, unit.name].state)
         return True
 
-    def _fisher(self, task: Task, cache: ActivationCache) -> dict[str, Tensor] | None:
+    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> dict[str, CachedValues] | None:
         """Fisher weights of the graph of the images, None where the loss needs none."""
         if not self.loss.needs_fisher:
             return None
         if task.task_loss is None:
-            return output_fisher(task.model, task.images, task.images, cache, FISHER_BATCH)
-        return task_fisher(task.model, task.batches(), task.images, task.task_loss, cache)
+            return output_fisher(task.model, images, images, cache, FISHER_BATCH)
+        return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
 
     def _run_stage(
         self,
         task: Task,
         model: QuantizedModel,
         stage: Stage,
-        inputs: Tensor,
-        quantized_inputs: Tensor | None,
+        inputs: CachedValues,
+        quantized_inputs: CachedValues | None,
         cache: ActivationCache,
-        fisher: dict[str, Tensor] | None,
+        fisher: dict[str, CachedValues] | None,
         listener: Listener,
     ) -> list[UnitResult]:
         """All units of one graph."""
@@ -238,7 +242,7 @@ class BaseReconstructor:
         unit: ReconstructionUnit,
         data: UnitData,
         listener: Listener,
-    ) -> tuple[float, float, list[Tensor], int]:
+    ) -> tuple[float, float, list[CachedValues], int]:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         activations = stage.quantizes_activations
         weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
@@ -266,7 +270,7 @@ class BaseReconstructor:
         return before, after, outputs, steps
 
 
-def _mean_loss(outputs: Sequence[Tensor], data: UnitData, loss: UnitLoss, batch_size: int) -> float:
+def _mean_loss(outputs: Sequence[Values], data: UnitData, loss: UnitLoss, batch_size: int) -> float:
     """Loss over all calibration images."""
     count = len(data.targets[0])
     total = 0.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
+from mmbrecq.reconstruction.values import CachedValues, Values
 
 
 class Streams:
@@ -21,51 +21,55 @@ class Streams:
     Args:
         model: The prepared model.
         units: Its units in the order of execution.
-        inputs (Tensor): What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
+        inputs: What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
         cache: Where activations are kept.
         batch_size: Images per forward pass.
-        quantized_inputs (Tensor | None): What it reads in the quantized stream, where that is not the same.
+        quantized_inputs: What it reads in the quantized stream, where that is not the same.
     """
 
     def __init__(
         self,
         model: QuantizedModel,
         units: Sequence[ReconstructionUnit],
-        inputs: Tensor,
+        inputs: CachedValues,
         cache: ActivationCache,
         batch_size: int,
-        quantized_inputs: Tensor | None = None,
+        quantized_inputs: CachedValues | None = None,
     ) -> None:
         self.model, self.units, self.cache, self.batch_size = model, units, cache, batch_size
         name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
         self.count = len(inputs)
-        self.float_values: dict[str, Tensor] = {name: inputs}
-        self.quantized_values: dict[str, Tensor] = {name: inputs if quantized_inputs is None else quantized_inputs}
+        self.float_values: dict[str, CachedValues] = {name: inputs}
+        self.quantized_values: dict[str, CachedValues] = {
+            name: inputs if quantized_inputs is None else quantized_inputs
+        }
         self._last = last_readers(units)
 
-    def float_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
+    def float_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
         """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
         return [self.float_values[name] for name in unit.inputs]
 
-    def quantized_inputs(self, unit: ReconstructionUnit) -> list[Tensor]:
+    def quantized_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
         """Inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
         return [self.quantized_values[name] for name in unit.inputs]
 
-    def run(self, unit: ReconstructionUnit, inputs: Sequence[Tensor], weights: bool, activations: bool) -> list[Tensor]:
+    def run(
+        self, unit: ReconstructionUnit, inputs: Sequence[Values], weights: bool, activations: bool
+    ) -> list[CachedValues]:
         """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
-        count, device = self.count, self.cache.device
-        outputs: list[Tensor] = []
+        outputs: list[CachedValues] = []
         with torch.no_grad(), self.model.quantization(weights, activations):
-            for start in range(0, count, self.batch_size):
-                batch = [x[start : start + self.batch_size].to(device) for x in inputs]
-                results = unit.module(*batch)
+            for start in range(0, self.count, self.batch_size):
+                results = unit.module(*[x[start : start + self.batch_size] for x in inputs])
                 if not outputs:
-                    outputs = [self.cache.allocate((count, *r.shape[1:])) for r in results]
+                    outputs = [self.cache.allocate((self.count, *r.shape[1:])) for r in results]
                 for output, result in zip(outputs, results, strict=True):
-                    output[start : start + len(result)].copy_(result)
+                    output.write(start, result)
         return outputs
 
-    def advance(self, index: int, float_outputs: Sequence[Tensor], quantized_outputs: Sequence[Tensor]) -> None:
+    def advance(
+        self, index: int, float_outputs: Sequence[CachedValues], quantized_outputs: Sequence[CachedValues]
+    ) -> None:
         """Hands the outputs of unit ``index`` on and frees what no later unit reads."""
         unit = self.units[index]
         self.float_values.update(zip(unit.outputs, float_outputs, strict=True))

@@ -18,6 +18,7 @@ from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task,
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
 from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.values import CachedValues
 from mmbrecq.registry import RECONSTRUCTORS
 
 Prepare = Callable[..., QuantizedModel]
@@ -404,7 +405,7 @@ def test_a_memory_limit_sends_activations_to_the_disk(prepared: Prepare, task: M
 def test_no_more_is_cached_than_was_planned(
     options: dict[str, Any], prepared: Prepare, task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes of all tensors that the cache has given and that are still referred to."""
+    """Bytes of all values that the cache has given and that are still referred to."""
     work = task(prepared())
     allocate = ActivationCache.allocate
     live = peak = 0
@@ -413,13 +414,14 @@ def test_no_more_is_cached_than_was_planned(
         nonlocal live
         live -= size
 
-    def counted(self: ActivationCache, shape: Any) -> Tensor:
+    def counted(self: ActivationCache, shape: Any) -> CachedValues:
         nonlocal live, peak
-        tensor = allocate(self, shape)
-        live += 4 * tensor.numel()
+        values = allocate(self, shape)
+        size = 4 * torch.Size(shape).numel()
+        live += size
         peak = max(peak, live)
-        weakref.finalize(tensor, freed, 4 * tensor.numel())
-        return tensor
+        weakref.finalize(values, freed, size)
+        return values
 
     monkeypatch.setattr(ActivationCache, 'allocate', counted)
     reconstructor = brecq({'iterations': 2}, {'iterations': 2}, cache='host', **options)

@@ -1,0 +1,166 @@
+"""Values over all calibration images, in memory or in a file, read and written batch by batch."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import StorageError
+
+
+class Values(Protocol):
+    """What can be read: :class:`CachedValues`, and a plain tensor where the model runs."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor: ...
+
+
+class CachedValues(Protocol):
+    """One value of the graph for all calibration images, ``(N, ...)``.
+
+    Args:
+        sample_shape: Shape of one image's value, the ``...``.
+    """
+
+    sample_shape: torch.Size
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        """Values of the images ``index``, ``(n, ...)`` in float32 on the device of the model; read only."""
+
+    def write(self, start: int, batch: Tensor) -> None:
+        """Sets the values of the images from ``start`` on."""
+
+
+class MemoryValues:
+    """Values in a tensor, which is taken as it is.
+
+    Args:
+        tensor (Tensor): ``(N, ...)``.
+        device: Of the model.
+    """
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self.tensor, self.device, self.sample_shape = tensor, device, tensor.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        if self.tensor.device.type != self.device.type and isinstance(index, Tensor):
+            found = self.tensor.new_empty((len(index), *self.sample_shape), pin_memory=True)
+            torch.index_select(self.tensor, 0, index, out=found)
+        else:
+            found = self.tensor[index]
+        return found.to(self.device, non_blocking=True).float()
+
+    def write(self, start: int, batch: Tensor) -> None:
+        self.tensor[start : start + len(batch)].copy_(batch)
+
+
+class FileValues:
+    """Values in a file without a name: its blocks are freed with this object, even if the process is killed.
+
+    They are read and written by explicit calls: pages of a mapping would count as the memory of this process.
+
+    Args:
+        path: Where the file is made.
+        shape: ``(N, ...)``.
+        dtype: In which values are stored.
+        device: Of the model.
+
+    Raises:
+        StorageError: The disk has no room for it.
+    """
+
+    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._count, self.sample_shape = shape[0], torch.Size(shape[1:])
+        self.dtype, self.device = dtype, device
+        self._stride = self.sample_shape.numel() * dtype.itemsize
+        size = self._count * self._stride
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        weakref.finalize(self, os.close, self._file)
+        path.unlink()
+        try:
+            _reserve(self._file, size)
+        except OSError as error:
+            raise StorageError(f'{path.parent} cannot hold {size / 2**20:.0f} MiB of activations: {error}') from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        rows = range(*index.indices(self._count)) if isinstance(index, slice) else index.tolist()
+        pinned = self.device.type == 'cuda'
+        found = torch.empty((len(rows), *self.sample_shape), dtype=self.dtype, pin_memory=pinned)
+        buffer = _bytes_of(found)
+        if isinstance(rows, range) and rows.step == 1:
+            _read(self._file, buffer, rows.start * self._stride)
+        else:
+            for place, row in enumerate(rows):
+                _read(self._file, buffer[place * self._stride : (place + 1) * self._stride], row * self._stride)
+        return found.to(self.device, non_blocking=True).float()
+
+    def write(self, start: int, batch: Tensor) -> None:
+        _write(self._file, _bytes_of(batch.detach().to('cpu', self.dtype).contiguous()), start * self._stride)
+
+
+class MirroredValues:
+    """Images ``(N, C, H, W)``, and after them the mirror image of each.
+
+    Args:
+        values: The images.
+    """
+
+    def __init__(self, values: CachedValues) -> None:
+        self.values, self.sample_shape = values, values.sample_shape
+
+    def __len__(self) -> int:
+        return 2 * len(self.values)
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(len(self)))
+        images = self.values[index % len(self.values)]
+        mirrored = (index >= len(self.values)).to(images.device)
+        images[mirrored] = images[mirrored].flip(-1)
+        return images
+
+    def write(self, start: int, batch: Tensor) -> None:
+        raise AssertionError('images are read only')
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; NumPy, which gives it, has no bfloat16."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _read(file: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        # one call takes 2 GiB at most
+        count = os.preadv(file, [buffer], offset)
+        if count == 0:
+            raise StorageError(f'a file of activations ends {len(buffer)} bytes early')
+        buffer, offset = buffer[count:], offset + count
+
+
+def _write(file: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        count = os.pwrite(file, buffer, offset)
+        buffer, offset = buffer[count:], offset + count
+
+
+def _reserve(file: int, size: int) -> None:
+    """Allocates the blocks of a file, so that a full disk is an error here and not at a later write."""
+    if hasattr(os, 'posix_fallocate') and size:
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmbrecq.errors import StorageError
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues
+
+CPU = torch.device('cpu')
+SHAPES = [(7, 3, 2), (7,), (7, 1, 5, 5)]
+INDICES = [
+    slice(0, 7), slice(2, 5), slice(5, 100), slice(3, 3), torch.tensor([4, 0, 6]), torch.tensor([2, 2]), torch.arange(7)
+]  # fmt: skip
+
+
+def make(place: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> CachedValues:
+    if place == 'memory':
+        return MemoryValues(torch.empty(shape, dtype=dtype), CPU)
+    return FileValues(folder / 'values.bin', shape, dtype, CPU)
+
+
+def random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def open_files() -> int:
+    return len(os.listdir('/proc/self/fd'))
+
+
+@pytest.mark.parametrize('index', INDICES, ids=str)
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('place', ['memory', 'file'])
+def test_what_is_written_is_read(tmp_path: Path, place: str, shape: tuple[int, ...], index: Tensor | slice) -> None:
+    values, expected = make(place, shape, torch.float32, tmp_path), random(shape)
+    for start in (5, 0, 2):
+        values.write(start, expected[start : start + 3])
+    found = values[index]
+    assert (len(values), values.sample_shape) == (7, shape[1:])
+    assert (found.dtype, found.device) == (torch.float32, CPU)
+    np.testing.assert_array_equal(found.numpy(), expected.numpy()[index.numpy() if torch.is_tensor(index) else index])
+
+
+@pytest.mark.parametrize('place', ['memory', 'file'])
+def test_bfloat16_rounds_to_8_significant_bits(tmp_path: Path, place: str) -> None:
+    values, exact = make(place, (7, 3, 2), torch.bfloat16, tmp_path), random((7, 3, 2))
+    values.write(0, exact)
+    mantissa, exponent = np.frexp(exact.numpy())
+    rounded = np.ldexp(np.rint(mantissa * 2**8) / 2**8, exponent)
+    for index in (slice(0, 7), torch.arange(7)):
+        assert values[index].dtype == torch.float32
+        np.testing.assert_array_equal(values[index].numpy(), rounded)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('place', ['memory', 'file'])
+def test_a_batch_may_lie_in_memory_in_any_way(tmp_path: Path, place: str, layout: torch.memory_format) -> None:
+    values, expected = make(place, (7, 4, 3, 2), torch.float32, tmp_path), random((7, 4, 3, 2))
+    values.write(0, expected.to(memory_format=layout).requires_grad_(True))
+    assert torch.equal(values[:], expected)
+
+
+def test_a_file_has_no_name_and_closes_with_its_values(tmp_path: Path) -> None:
+    before = open_files()
+    values = make('file', (7, 3), torch.float32, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert open_files() == before + 1
+    del values
+    gc.collect()
+    assert open_files() == before
+
+
+@pytest.mark.parametrize('most', [1, 7, 10**9])
+def test_calls_that_move_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The system may read and write less than it was asked for."""
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, 'preadv', lambda file, buffers, offset: read(file, [buffers[0][:most]], offset))
+    monkeypatch.setattr(os, 'pwrite', lambda file, buffer, offset: write(file, buffer[:most], offset))
+    values, expected = make('file', (7, 3, 2), torch.float32, tmp_path), random((7, 3, 2))
+    values.write(0, expected)
+    assert torch.equal(values[:], expected)
+    assert torch.equal(values[torch.tensor([6, 1])], expected[[6, 1]])
+
+
+def test_a_file_that_was_cut(tmp_path: Path) -> None:
+    file: FileValues = make('file', (7, 3), torch.float32, tmp_path)  # type: ignore[assignment]
+    os.truncate(file._file, 40)
+    with pytest.raises(StorageError, match='^a file of activations ends 44 bytes early$'):
+        file[:]
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    before = open_files()
+    with pytest.raises(StorageError, match=rf'^{tmp_path} cannot hold \d+ MiB of activations: '):
+        FileValues(tmp_path / 'a.bin', (2**20, 2**30), torch.float32, CPU)
+    gc.collect()
+    assert (list(tmp_path.iterdir()), open_files()) == ([], before)
+
+
+@pytest.mark.parametrize('place', ['memory', 'file'])
+def test_mirror_images_follow_the_images(tmp_path: Path, place: str) -> None:
+    images = random((7, 3, 4, 5))
+    values = make(place, images.shape, torch.float32, tmp_path)
+    values.write(0, images)
+    mirrored = MirroredValues(values)
+    both = np.concatenate([images.numpy(), images.numpy()[..., ::-1]])
+    indices: list[Callable[[], Tensor] | Tensor | slice] = [slice(0, 14), slice(5, 9), torch.tensor([13, 0, 6, 7])]
+    for index in indices:
+        np.testing.assert_array_equal(mirrored[index].numpy(), both[index.numpy() if torch.is_tensor(index) else index])
+    assert (len(mirrored), mirrored.sample_shape) == (14, (3, 4, 5))
+    assert torch.equal(values[:], images)
