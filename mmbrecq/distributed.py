@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -146,14 +146,10 @@ def largest(value: int) -> int:
     return max(gather(value))
 
 
-def take_from_main(tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors by those of the first process: kinds of processors differ in last bits."""
-    if process_count() == 1:
-        return
-    sent = on_main(lambda: [tensor.detach().cpu() for tensor in tensors])
-    with torch.no_grad():
-        for tensor, value in zip(tensors, sent, strict=True):
-            tensor.copy_(value)
+def take_from_main(model: nn.Module) -> None:
+    """Gives the model of every process the bits of the first one's: kinds of processors differ in last bits."""
+    if process_count() > 1:
+        model.load_state_dict(on_main(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))
 
 
 def check_same_bits(model: nn.Module) -> str:

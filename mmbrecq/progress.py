@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
 
+from mmengine.dist import is_main_process
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,7 +28,7 @@ class ProgressBar:
         self._progress = Progress(
             TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn('left'), TimeRemainingColumn(), TextColumn('{task.fields[message]}'),
-            console=console, transient=True, disable=not console.is_terminal,
+            console=console, transient=True, disable=not console.is_terminal or not is_main_process(),
         )  # fmt: skip
         self._task = self._progress.add_task(title, total=total, message='')
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mmbrecq.distributed import join_processes
 from mmbrecq.engine.config import add_common_arguments, load_config, run_tool
 from mmbrecq.engine.mixed_precision import analyze
 
@@ -26,6 +27,7 @@ def main() -> None:
     """Runs the analysis."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    join_processes(args.launcher)
     cfg.launcher = args.launcher
     analyze(cfg, args.config)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mmbrecq.distributed import join_processes
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.engine.mixed_precision import chosen_bits, search_options
 
@@ -32,6 +33,7 @@ def main() -> None:
     """Runs the whole job."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
+    join_processes(args.launcher)
     cfg.launcher = args.launcher
     searched = chosen_bits(cfg, args.config)
     keys = ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations')

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmbrecq.distributed import join_processes
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.engine.mixed_precision import search_options
 from mmbrecq.errors import CheckpointError
@@ -27,6 +28,7 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     if not Path(args.checkpoint).is_file():
         raise CheckpointError(f'{args.checkpoint}: expected a checkpoint or an exported file, but there is none')
+    join_processes(args.launcher)
     cfg.launcher = args.launcher
     options = search_options(cfg)
     loop = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': args.checkpoint, 'quantizer': cfg.quantizer}

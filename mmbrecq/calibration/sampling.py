@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmbrecq.calibration.data_errors import last_line
 from mmbrecq.calibration.source import build_source_datasets
-from mmbrecq.distributed import aligned_batches, share_of
+from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
 
@@ -117,7 +117,16 @@ class CalibrationSet:
         return len(self.ids)
 
     def share(self) -> CalibrationSet:
-        """The images of this process."""
+        """The images of this process.
+
+        Raises:
+            DataError: There are less than two for every process.
+        """
+        if len(self) < 2 * process_count():
+            raise DataError(
+                f'expected at least {2 * process_count()} calibration images for {process_count()} processes, '
+                f'but got {len(self)}'
+            )
         share = share_of(len(self))
         indices = self._indices[share.start : share.stop]
         return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)

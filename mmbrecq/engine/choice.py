@@ -85,7 +85,9 @@ class Choice:
             read = part.read_quantizers()
             quantizers = {path for name in self.result.activation_bits for path in read.get(name, ())}
             if layers or quantizers:
-                inputs = task.images[: self.result.images]
+                inputs = task.images
+                if self.result.images is not None:
+                    inputs = inputs[: max(self.result.images - task.first, 0)]
                 if part is not task.model:
                     inputs = task.regions.pairs(part, weights=False, activations=False)[0]
                 total += OutputLoss(part, inputs).of(layers, quantizers)

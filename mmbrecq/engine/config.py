@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 
 from mmbrecq.build_errors import explain_build_error
 from mmbrecq.calibration.data_errors import explain_data_error
+from mmbrecq.distributed import leave_processes
 from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 from mmbrecq.progress import without_chatter
@@ -164,15 +165,20 @@ def run_tool(main: Callable[[], None], advice: str = '') -> int:
         warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
         try:
             main()
+            leave_processes()
         except (Exception, KeyboardInterrupt) as error:
             if _is_interrupt(error):
                 print(f'interrupted: what was saved so far is in the work dir{advice}', file=sys.stderr)
                 return 143 if _TERMINATED else 130
+            # the first process speaks for those that fail alike
+            process = os.environ.get('RANK', '0')
+            prefix = 'error: ' if process == '0' else f'error in process {process}: '
             if isinstance(error, MMBrecqError):
-                print(f'error: {error}', file=sys.stderr)
+                print(f'{prefix}{error}', file=sys.stderr)
                 return 2
             if isinstance(error, OSError):
-                print(f'error: {error.filename or "a file"} cannot be used: {error.strerror or error}', file=sys.stderr)
+                reason = f'{error.filename or "a file"} cannot be used: {error.strerror or error}'
+                print(f'{prefix}{reason}', file=sys.stderr)
                 return 2
             raise
     return 0

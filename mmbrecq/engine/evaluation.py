@@ -67,9 +67,14 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
     """Metrics of ``model`` over all images, named as the evaluator names them.
 
+    Several processes have a share of the images each, and all get the metrics of all images.
+
     Raises:
         DataError: An image cannot be read.
     """
+    for metric in evaluator.metrics:
+        # through the processes themselves: the default meets in a folder of the working directory
+        metric.collect_device = 'gpu'
     with evaluation_mode(model):
         try:
             for batch in track(dataloader, title):

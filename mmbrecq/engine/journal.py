@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import master_only
 
+from mmbrecq.distributed import on_main
 from mmbrecq.engine.identity import first_difference
 from mmbrecq.errors import CheckpointError, first_line
 from mmbrecq.graph.units import ReconstructionUnit
@@ -35,15 +37,24 @@ class Journal:
     def load(self) -> bool:
         """Takes up what an interrupted run of the same kind has left; False where there is nothing.
 
+        The first process reads, and all get what it has read.
+
         Raises:
             CheckpointError: The file cannot be read, or is of another config, seed or float weights; what differs is
                 named.
         """
+        found = on_main(self._read)
+        if found is None:
+            return False
+        self.units, self.metrics = found
+        return True
+
+    def _read(self) -> tuple[dict[tuple[str, str], FinishedUnit], dict[str, dict[str, float]]] | None:
         for partial in self.path.parent.glob(f'.{self.path.name}.*.partial'):
             # of a process that was killed while it wrote
             partial.unlink(missing_ok=True)
         if not self.path.exists():
-            return False
+            return None
         try:
             saved = torch.load(self.path, map_location='cpu', weights_only=True)
             meta, units = saved['meta'], saved['units']
@@ -63,16 +74,16 @@ class Journal:
             raise CheckpointError(
                 f'{self.path} is of another run: {difference}; go on as it was begun, or start again without --resume'
             )
-        self.units, self.metrics = found, metrics
-        return True
+        return found, metrics
 
     def add(self, model: QuantizedModel, unit: ReconstructionUnit, result: UnitResult) -> None:
         """Takes in a finished unit, and writes the file."""
         self.units[result.stage, result.name] = FinishedUnit(result, unit_state(model, unit))
         self.save()
 
+    @master_only
     def save(self) -> None:
-        """Writes the file.
+        """Writes the file, in the first process.
 
         Raises:
             StorageError: It cannot be written; the version before stays.

@@ -9,6 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmbrecq.building import build
+from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.quantizers.options import parse_options
@@ -32,7 +33,16 @@ def search_options(cfg: Config) -> SearchOptions:
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
-    """Measures the sensitivities of the config at ``path`` into its work dir, or goes on with what is there."""
+    """Measures the sensitivities of the config at ``path`` into its work dir, or goes on with what is there.
+
+    Raises:
+        ConfigError: It is started in several processes.
+    """
+    if process_count() > 1:
+        raise ConfigError(
+            f'expected one process to choose bits, but got {process_count()}: run tools/analyze.py and tools/search.py '
+            'in one, and tools/ptq.py in several with the config that they write'
+        )
     search_options(cfg)
     loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
     loop.update(

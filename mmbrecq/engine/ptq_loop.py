@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import master_only
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -23,6 +25,14 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regi
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.distributed import (
+    aligned_batches,
+    check_same_bits,
+    gather,
+    on_main,
+    process_count,
+    take_from_main,
+)
 from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
@@ -52,6 +62,9 @@ from mmbrecq.sensitivity.inputs import describe_inputs
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
+
+OBSERVED = 64
+"""Images per batch whose activations are observed."""
 
 JOURNAL = 'reconstruction.pth'
 
@@ -136,7 +149,8 @@ class PTQLoop(BaseLoop):
         check_classes(self.runner.model, self.dataloader.dataset)
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
-        images = collect_images(self.runner.model, calibration)
+        share = calibration.share()
+        images = collect_images(self.runner.model, share)
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
@@ -144,11 +158,11 @@ class PTQLoop(BaseLoop):
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
-        task_loss = task_loss_of(self.runner.model) if self._has_task_loss(calibration) else None
-        task = Task(model, images, calibration.batches, task_loss, self.runner.seed or 0, self.folder)
+        task_loss = task_loss_of(self.runner.model) if self._has_task_loss(share) else None
+        task = Task(model, images, share.batches, task_loss, self.runner.seed or 0, self.folder, first=share.first)
         task.resumed = dict(self.journal.units)
         self.summary.loss = self.reconstructor.describe_loss(task)
-        self._calibrate(task)
+        self._calibrate(task, share.first_batch)
         self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
         self.files.write_inputs(model, calibration.ids)
@@ -159,12 +173,12 @@ class PTQLoop(BaseLoop):
         del images, task
         self.task = None
         self._finish(model, example)
-        self.summary.pictures = pictures.draw(self.runner.model)
+        self.summary.pictures = on_main(partial(pictures.draw, self.runner.model))
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
         self.summary.seconds.total = time.perf_counter() - start
         self.files.write_summary()
-        print_table(self.summary)
+        master_only(print_table)(self.summary)
         self.runner.logger.info(f'report: {self.folder / "report.html"}')
         self.runner.call_hook('after_test')
         return self.summary.metrics.quantized
@@ -205,6 +219,7 @@ class PTQLoop(BaseLoop):
         """Starts the record of what is done, or goes on with that of an interrupted run."""
         identity = describe_config(self.runner.cfg)
         identity.update({key: inputs[key] for key in ('seed', 'float weights', 'calibration images')})
+        identity['number of processes'] = str(process_count())
         self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
         if not self.resume:
             return
@@ -238,7 +253,9 @@ class PTQLoop(BaseLoop):
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
-            self.model = model = self.quantizer.prepare(self.runner.model, images[:2])
+            # the same in all processes, since all must find the same graph
+            example = on_main(lambda: images[:2].cpu()).to(images.device)
+            self.model = model = self.quantizer.prepare(self.runner.model, example)
             self.summary.bits = {
                 layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers
             }
@@ -254,19 +271,22 @@ class PTQLoop(BaseLoop):
             self.choice.check(model)
         return model
 
-    def _calibrate(self, task: Task) -> None:
+    def _calibrate(self, task: Task, first_batch: int) -> None:
         model = task.model
         with self._timed('calibrate'):
-            self._equalize(task)
+            self._equalize(task, first_batch)
             for part in model.parts:
                 calibrate_weights(part)
-            calibrate_activations(model, list(track(task.images.split(64), 'calibration')))
-            calibrate_regions(model, task.regions)
+            batches = aligned_batches(len(task.images), OBSERVED, task.first)
+            images = (task.images[batch] for batch in track(batches, 'calibration'))
+            calibrate_activations(model, images, task.first // OBSERVED)
+            calibrate_regions(model, task.regions, first_batch)
+            take_from_main(model.model)
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
-    def _equalize(self, task: Task) -> None:
-        count = equalize_parts(task.model, task.images, task.regions)
+    def _equalize(self, task: Task, first_batch: int) -> None:
+        count = equalize_parts(task.model, task.images, task.regions, first_batch)
         if task.model.equalization:
             self.runner.logger.info(f'channels of {count} groups of values are equalised')
 
@@ -294,6 +314,7 @@ class PTQLoop(BaseLoop):
 
     def _finish(self, model: QuantizedModel, example: Tensor) -> None:
         model.pack()
+        check_same_bits(model.model)
         self.files.write_checkpoint(model, example)
         self._evaluate('quantized')
         if not any(part.quantizers for part in model.parts):
@@ -302,7 +323,10 @@ class PTQLoop(BaseLoop):
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
         with self._timed('export'):
-            exports = [exporter.export_all(model, example, self.folder / 'deploy') for exporter in self.exporters]
+            exports = [
+                on_main(partial(exporter.export_all, model, example, self.folder / 'deploy'))
+                for exporter in self.exporters
+            ]
         for paths in exports:
             for path in paths:
                 self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
@@ -333,7 +357,7 @@ class PTQLoop(BaseLoop):
 
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
         """Whether the loss asks for the task loss, which is to be had where images are annotated."""
-        return self.reconstructor.loss.needs_fisher and has_annotations(calibration.batches())
+        return self.reconstructor.loss.needs_fisher and all(gather(has_annotations(calibration.batches())))
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

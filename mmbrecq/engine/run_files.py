@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmengine.dist import master_only
 from torch import Tensor
 
 from mmbrecq.engine.grids import grids_of
@@ -15,7 +16,7 @@ from mmbrecq.storage import save_atomic, write_text_atomic
 
 
 class RunFiles:
-    """Writes them; each is written whole or stays as it was.
+    """Writes them, in the first process; each is written whole or stays as it was.
 
     Args:
         folder: The work dir.
@@ -26,11 +27,13 @@ class RunFiles:
     def __init__(self, folder: Path, summary: Summary, config_text: str) -> None:
         self.folder, self.summary, self.config_text = folder, summary, config_text
 
+    @master_only
     def write_summary(self) -> None:
         """Writes ``summary.json`` and ``report.html``."""
         self.summary.save(self.folder / 'summary.json')
         write_report(self.summary, self.folder / 'report.html', time.strftime('%Y-%m-%d'))
 
+    @master_only
     def write_inputs(self, model: QuantizedModel, ids: Sequence[str]) -> None:
         """Writes the first files, once config, checkpoint and images are known to be good.
 
@@ -44,6 +47,7 @@ class RunFiles:
         self.summary.calibration.ids_file = 'calibration_ids.txt'
         self.write_summary()
 
+    @master_only
     def write_checkpoint(self, model: QuantizedModel, example: Tensor) -> None:
         """Writes ``quantized.pth`` of a packed model."""
         meta = {

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from torch import nn
 
 
 class ToolRunner(Runner):
@@ -27,6 +29,10 @@ class ToolRunner(Runner):
         """Lets the logger print what the config's ``log_level`` asks for."""
         for handler, level in zip(self._consoles, self._console_levels, strict=True):
             handler.setLevel(level)
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """The model on its device, never in DistributedDataParallel: no step of it is a training step of the model."""
+        return model.to(get_device())
 
     def dump_config(self) -> None:
         """Writes nothing: the config of an earlier run stays until the loop knows that this one has good input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.distributed import on_main
 from mmbrecq.engine.drawing import SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate
 from mmbrecq.engine.grids import check_grids
@@ -79,7 +81,8 @@ class QuantizedTestLoop(BaseLoop):
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
         if self.drawing is not None:
-            pictures = self.drawing.draw(float_predictions, self.drawing.predict(model), ('float', 'quantized'))
+            predictions = self.drawing.predict(model)
+            pictures = on_main(partial(self.drawing.draw, float_predictions, predictions, ('float', 'quantized')))
             self.runner.logger.info(f'{len(pictures)} pictures of both predictions in {self.drawing.folder}')
         self.runner.call_hook('after_test')
         return metrics

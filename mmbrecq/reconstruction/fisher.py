@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.graph.components import plug
 from mmbrecq.quantizers.prepared import QuantizedModel
@@ -142,7 +143,7 @@ class _Squares:
     def normalised(self, batch_size: int) -> dict[str, CachedValues]:
         """The squares of each output over their mean."""
         for name, weight in self._weights.items():
-            mean = self._sums[name] / (self._count * weight.sample_shape.numel())
+            mean = mean_over(self._sums[name], self._count * weight.sample_shape.numel())
             if not 0 < mean < float('inf'):
                 raise NonFiniteError(
                     f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"

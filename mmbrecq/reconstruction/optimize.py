@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmbrecq.distributed import average
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
@@ -89,6 +90,7 @@ def optimize_unit(
         return 0
     optimizer, scheduler = _optimizer(variables.groups, options.iterations)
     beta = LinearBeta(*options.beta, options.warmup)
+    parameters = [parameter for params, _, _ in variables.groups for parameter in params]
     count = len(data.targets[0])
     losses = torch.zeros(options.iterations, device=device)
     drop = _Dropping(quantizers, options.drop_prob, generator, device)
@@ -106,13 +108,16 @@ def optimize_unit(
                     total = total + options.round_weight * round_loss
             optimizer.zero_grad(set_to_none=True)
             total.backward()
+            average(parameter.grad for parameter in parameters)
             optimizer.step()
             variables.keep_positive()
             scheduler.step()
             losses[step] = reconstruction.detach()
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
+                latest = losses[step - step % CHECK_INTERVAL : step + 1]
+                average([latest])
                 _check_finite(losses[: step + 1], name)
-                on_step(step + 1, float(losses[max(0, step + 1 - CHECK_INTERVAL) : step + 1].mean()))
+                on_step(step + 1, float(latest.mean()))
     variables.finish()
     return options.iterations
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mmbrecq.building import build
 from mmbrecq.calibration.calibrator import observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE, RegionCapture
+from mmbrecq.distributed import mean_over, on_main, process_count, process_index
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
@@ -27,9 +28,7 @@ from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
-=======
 from mmbrecq.reconstruction.values import CachedValues, Values
-from mmbrecq.reconstruction.variables import Snapshot
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
 
 
@@ -56,6 +55,7 @@ class Task:
         seed: Of all random draws.
         directory: Where a cache on disk is written.
         done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
+        first: Number of the first image among those of all processes.
         resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
             so that all that is computed in between meets the model as it was then.
     """
@@ -67,12 +67,13 @@ class Task:
     seed: int
     directory: Path
     done: frozenset[tuple[str, str]] = frozenset()
+    first: int = 0
     resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
 
     @property
     def regions(self) -> RegionCapture:
         """Gives the inputs of the heads of a two-stage detector."""
-        return RegionCapture(self.model, self.images, self.batches, self.seed)
+        return RegionCapture(self.model, self.images, self.batches, self.seed, self.first)
 
 
 class BaseReconstructor:
@@ -204,7 +205,9 @@ class BaseReconstructor:
         """All units of one graph."""
         results = []
         units = _units(model, stage)
-        streams = Streams(model, units, inputs, cache, stage.options.batch_size, quantized_inputs)
+        # regions and mirror images do not lie in the order in which one process would have them
+        first = task.first if model is task.model and not self.mirror else None
+        streams = Streams(model, units, inputs, cache, stage.options.batch_size, quantized_inputs, first)
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
@@ -249,7 +252,7 @@ class BaseReconstructor:
         loss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            with observing(model, quantizers), model.quantization(weights=True, activations=False):
+            with observing(model, quantizers, streams.first_batch), model.quantization(weights=True, activations=False):
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = _mean_loss(outputs, data, loss, stage.options.batch_size)
@@ -262,6 +265,9 @@ class BaseReconstructor:
             )  # fmt: skip
         if steps == 0:
             return before, before, outputs, 0
+        if process_count() > 1:
+            # other kinds of processors differ in last bits
+            load_unit_state(model, unit, on_main(lambda: unit_state(model, unit)))
         learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         after = _mean_loss(learned, data, loss, stage.options.batch_size)
         if after < before:
@@ -278,7 +284,7 @@ def _mean_loss(outputs: Sequence[Values], data: UnitData, loss: UnitLoss, batch_
         index = slice(start, min(start + batch_size, count))
         value = data.loss([output[index] for output in outputs], index, loss)
         total += float(value) * (index.stop - index.start)
-    return total / count
+    return mean_over(total, count)
 
 
 def _units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
@@ -291,8 +297,9 @@ def _for_regions(stage: Stage) -> Stage:
 
 
 def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:
-    """A generator that depends on the seed, the stage and the unit's name alone, not on what ran before."""
-    digest = hashlib.sha256(f'{seed}/{stage}/{unit}'.encode()).digest()
+    """A generator that depends on the seed, the stage, the unit's name and the process, not on what ran before."""
+    process = f'/{process_index()}' if process_index() else ''
+    digest = hashlib.sha256(f'{seed}/{stage}/{unit}{process}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big'))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
@@ -25,6 +26,7 @@ class Streams:
         cache: Where activations are kept.
         batch_size: Images per forward pass.
         quantized_inputs: What it reads in the quantized stream, where that is not the same.
+        first: Number of the first input among those of all processes; None where they have no common order.
     """
 
     def __init__(
@@ -35,8 +37,11 @@ class Streams:
         cache: ActivationCache,
         batch_size: int,
         quantized_inputs: CachedValues | None = None,
+        first: int | None = 0,
     ) -> None:
-        self.model, self.units, self.cache, self.batch_size = model, units, cache, batch_size
+        self.first_batch = None if first is None else first // batch_size
+        self._batches = aligned_batches(len(inputs), batch_size, first or 0)
+        self.model, self.units, self.cache = model, units, cache
         name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
         self.count = len(inputs)
         self.float_values: dict[str, CachedValues] = {name: inputs}
@@ -59,12 +64,12 @@ class Streams:
         """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
         outputs: list[CachedValues] = []
         with torch.no_grad(), self.model.quantization(weights, activations):
-            for start in range(0, self.count, self.batch_size):
-                results = unit.module(*[x[start : start + self.batch_size] for x in inputs])
+            for batch in self._batches:
+                results = unit.module(*[x[batch] for x in inputs])
                 if not outputs:
                     outputs = [self.cache.allocate((self.count, *r.shape[1:])) for r in results]
                 for output, result in zip(outputs, results, strict=True):
-                    output.write(start, result)
+                    output.write(batch.start, result)
         return outputs
 
     def advance(

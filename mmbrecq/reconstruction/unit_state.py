@@ -30,7 +30,7 @@ def unit_state(model: QuantizedModel, unit: ReconstructionUnit) -> UnitState:
         model: The prepared model.
         unit: Of its graph or of a head's.
     """
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model, unit)}
+    return {name: tensor.detach().to('cpu', copy=True) for name, tensor in _tensors(model, unit)}
 
 
 def load_unit_state(model: QuantizedModel, unit: ReconstructionUnit, state: UnitState) -> None:

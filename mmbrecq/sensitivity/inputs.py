@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmbrecq.distributed import gather
+
 
 def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
     """Settings in the config's words, weights and images by their hash; the bits of layers are no part of it.
@@ -15,7 +17,7 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
     Args:
         cfg: The config.
         model: With its float weights, not prepared yet.
-        images: Preprocessed calibration images.
+        images: Preprocessed calibration images of this process.
         seed: Of the run.
     """
     weights = hashlib.sha256()
@@ -24,12 +26,15 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
     settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
+    # of each image, so that it does not depend on how many processes have them
+    own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in images]
+    hashes = [digest for part in gather(own) for digest in part]
     return {
         'quantizer': _in_words(settings),
         'reconstructor': _in_words(cfg['reconstructor']),
         'seed': str(seed),
         'float weights': weights.hexdigest()[:16],
-        'calibration images': hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16],
+        'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }
 
 

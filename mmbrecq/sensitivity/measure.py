@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.prepared import QuantizedModel
@@ -39,7 +40,7 @@ class OutputLoss:
 
     Args:
         model: The prepared graph.
-        inputs (Tensor): ``(N, ...)`` images, or features of regions.
+        inputs (Tensor): ``(N, ...)`` images, or features of regions; of several processes each has its own.
     """
 
     def __init__(self, model: QuantizedModel, inputs: Tensor) -> None:
@@ -48,7 +49,8 @@ class OutputLoss:
             self._targets = list(self._outputs())
         outputs = self._targets[0]
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
-        self._power = [float(sum(batch[i].square().sum() for batch in self._targets)) for i in range(len(outputs))]
+        own = [float(sum(batch[i].square().sum() for batch in self._targets)) for i in range(len(outputs))]
+        self._power = [sum(parts) for parts in zip(*gather(own), strict=True)]
 
     def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
         """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
@@ -58,7 +60,7 @@ class OutputLoss:
                 self._model.quantizers[path].enabled = True
             for outputs, targets in zip(self._outputs(), self._targets, strict=True):
                 total += self._batch_loss(outputs, targets)
-        return total / len(self._inputs) if self.kind == 'divergence' else total
+        return mean_over(total, len(self._inputs)) if self.kind == 'divergence' else sum(gather(total))
 
     def _batch_loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         if self.kind == 'divergence':
