@@ -9,6 +9,7 @@ IGNORED = frozenset({
     # where a run writes, how it is started, what it shows
     'work_dir', 'launcher', 'resume', 'log_level', 'log_processor', 'visualizer', 'vis_backends', 'env_cfg',
     'default_hooks', 'custom_hooks', 'randomness', 'cfg', 'default_scope',
+    'experiment_name',
     # what follows the reconstruction, and may be asked for later
     'evaluations', 'exporters',
     # training
@@ -30,7 +31,7 @@ def describe_config(cfg: Mapping[str, Any]) -> dict[str, str]:
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """The first setting that differs, in words; None where none does."""
-    for key in sorted({*before, *now}):
+    for key in dict.fromkeys([*now, *before]):
         if before.get(key) != now.get(key):
             return f'{key} was {before.get(key, "not set")} and is {now.get(key, "not set")} now'
     return None
