@@ -69,9 +69,8 @@ class AnalysisLoop(BaseLoop):
         passes = ('weights', 'joint')
         steps: Mapping[str, Any] = next((reconstructor[name] for name in passes if name in reconstructor), {})
         options = parse_options(StageOptions, {**steps, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
-        common = {
-            key: reconstructor[key] for key in ('loss', 'mirror', 'cache', 'memory_limit') if key in reconstructor
-        }
+        shared = ('loss', 'mirror', 'cache', 'cache_dtype', 'memory_limit')
+        common = {key: reconstructor[key] for key in shared if key in reconstructor}
         self.reconstructor = BaseReconstructor([Stage(STAGE, options, True, False, independent=True)], **common)
         for hook in (ReconstructionLoggerHook, ReconstructionProgressHook):
             runner.register_hook(hook())

@@ -292,9 +292,7 @@ class PTQLoop(BaseLoop):
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        self.runner.logger.info(
-            f"activations are cached on the {plan.place}: {plan.peak_bytes / 1e6:.0f} MB at most, at '{plan.peak_unit}'"
-        )
+        self.runner.logger.info(str(plan))
         evaluated = self.summary.seconds.evaluate or 0.0
         before = sum(unit.result.seconds for unit in task.resumed.values())
         with self._timed('reconstruct'):

@@ -12,11 +12,15 @@ import psutil
 import torch
 from torch import Tensor
 
+from mmbrecq.byte_size import show_bytes
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues
 
 PLACES = ('auto', 'device', 'host', 'disk')
+
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,21 @@ class CachePlan:
         peak_bytes: Most that is cached at any time.
         peak_unit: Name of the unit at which that is.
         dtype: In which activations are cached; they are computed in float32.
+        working_bytes: Most that the work on a unit takes beside that, of the memory of the device that computes.
+        working_unit: Name of that unit.
     """
 
     place: str
     peak_bytes: int
     peak_unit: str
     dtype: torch.dtype = torch.float32
+    working_bytes: int = 0
+    working_unit: str = ''
+
+    def __str__(self) -> str:
+        kept = f'activations are cached on the {self.place} in {str(self.dtype).removeprefix("torch.")}'
+        most = f"{show_bytes(self.peak_bytes)} at most, at '{self.peak_unit}'"
+        return f"{kept}: {most}; beside that a step takes {show_bytes(self.working_bytes)}, at '{self.working_unit}'"
 
 
 def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
@@ -69,37 +82,56 @@ def peak_bytes(
 
 
 def plan_cache(
-    place: str, needed: int, unit: str, device: torch.device, directory: Path, memory_limit: int | None
+    place: str,
+    cached: tuple[int, str],
+    working: tuple[int, str],
+    device: torch.device,
+    directory: Path,
+    memory_limit: int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> CachePlan:
-    """Chooses where ``needed`` bytes are cached.
+    """Chooses where activations are cached.
 
     Args:
         place: As the config asks: one of :data:`PLACES`.
-        needed: Most bytes cached at once.
-        unit: The unit at which that is, for the message.
+        cached: Most bytes cached at once, and the unit at which that is.
+        working: Most bytes that the work on a unit takes beside that, and the unit.
         device: Where the model runs.
         directory: Where files may be written.
-        memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
+        memory_limit: Bytes of host memory that both may take; None for half of what is available for the cache, and
+            all of it for both.
+        dtype: In which activations are cached.
 
     Raises:
         ConfigError: ``place`` is unknown.
-        StorageError: It fits nowhere, or not where the config asks; said before any work is done.
+        StorageError: They fit nowhere, or not where the config asks; said before any work is done.
     """
     if place not in PLACES:
         raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
-    host = psutil.virtual_memory().available // 2 if memory_limit is None else memory_limit
-    free = {'host': host, 'disk': shutil.disk_usage(directory).free}
-    free['device'] = torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0
+    available = psutil.virtual_memory().available
+    memory = available if memory_limit is None else memory_limit
+    # on a GPU, a step that does not fit is split
+    on_host = working[0] if device.type == 'cpu' else 0
+    if on_host > memory:
+        raise StorageError(
+            f"expected {show_bytes(on_host)} of memory for the work on unit '{working[1]}', but there are only "
+            f'{show_bytes(memory)}; use a smaller batch_size or a finer granularity'
+        )
+    free = {
+        'device': torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0,
+        'host': min(memory - on_host, available // 2 if memory_limit is None else memory_limit),
+        'disk': shutil.disk_usage(directory).free,
+    }
     if place == 'device' and device.type == 'cpu':
         place = 'host'
     order = ('device', 'host', 'disk') if place == 'auto' else (place,)
     for candidate in order:
-        if needed <= free[candidate]:
-            return CachePlan(candidate, needed, unit)
-    have = ', '.join(f'{free[p] / 2**20:.0f} MiB on {p}' for p in order)
+        if cached[0] <= free[candidate]:
+            return CachePlan(candidate, *cached, dtype, *working)
+    have = ', '.join(f'{show_bytes(free[p])} on {p}' for p in order)
     raise StorageError(
-        f"expected room for {needed / 2**20:.0f} MiB of activations at unit '{unit}', but there are only {have}; "
-        'use fewer calibration images or another cache'
+        f"expected room for {show_bytes(cached[0])} of activations at unit '{cached[1]}', but there are only {have}; "
+        'use fewer calibration images, cache_dtype bfloat16 or another cache'
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.building import build
+from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE, RegionCapture
 from mmbrecq.distributed import mean_over, on_main, process_count, process_index
@@ -20,7 +21,7 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, TaskLoss, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
@@ -29,6 +30,7 @@ from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import CachedValues, Values
+from mmbrecq.reconstruction.working_memory import working_memory
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
 
 
@@ -88,7 +90,9 @@ class BaseReconstructor:
         mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions
             of the images as they are.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
-        memory_limit: Bytes of host memory that the cache may take; None for half of what is available.
+        cache_dtype: In which: ``float32``, or ``bfloat16`` for half of the room; they are computed in float32.
+        memory_limit: Bytes of host memory that cached activations and the work on a unit may take, or a string such as
+            ``'2GiB'``; None for half of what is available for the cache, and all of it for both.
     """
 
     def __init__(
@@ -98,7 +102,8 @@ class BaseReconstructor:
         loss: Mapping[str, Any] | None = None,
         mirror: bool = False,
         cache: str = 'auto',
-        memory_limit: int | None = None,
+        cache_dtype: str = 'float32',
+        memory_limit: int | str | None = None,
     ) -> None:
         self.stages = tuple(stages)
         if network is not None:
@@ -110,23 +115,42 @@ class BaseReconstructor:
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
                 f'but got {type(self.loss).__name__}'
             )
-        self.mirror, self.cache, self.memory_limit = mirror, cache, memory_limit
+        if cache_dtype not in DTYPES:
+            raise ConfigError(
+                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
+            )
+        self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
+        where = 'reconstructor.memory_limit'
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, where)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
-        peaks = []
+        device = next(task.model.model.parameters()).device
+        cached, working = [], []
         for part in task.model.parts:
-            is_head = part is not task.model
-            count = len(task.images) * (REGIONS_PER_IMAGE if is_head else 1 + self.mirror)
-            nodes = [n for n in part.arithmetic.graph.nodes if _is_batched(n.meta.get('example'))]
-            sizes = {n.name: 4 * count * n.meta['example'][0].numel() for n in nodes}
-            inputs = next(n.name for n in nodes if n.op == 'placeholder')
-            if is_head:
-                sizes[inputs] *= 2  # other features in either stream
+            stages = self.stages if part is task.model else [_for_regions(stage) for stage in self.stages]
+            count = len(task.images) * (1 if part is task.model else REGIONS_PER_IMAGE)
+            sizes = self._sizes(part, count, part is not task.model)
+            inputs = next(n.name for n in part.arithmetic.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
-            peaks += [peak_bytes(_units(part, s), sizes, inputs, weights) for s in self.stages]
-        needed, unit = max(peaks)
-        return plan_cache(self.cache, needed, unit, task.images.device, task.directory, self.memory_limit)
+            for stage in stages:
+                units = _units(part, stage)
+                cached.append(peak_bytes(units, sizes, inputs, weights))
+                images = min(stage.options.batch_size, count * (1 + self.mirror))
+                working += working_memory(part, units, stage, images, self.loss.needs_fisher)
+        return plan_cache(
+            self.cache, max(cached), max(working), device, task.directory, self.memory_limit, self.cache_dtype
+        )
+
+    def _sizes(self, part: QuantizedModel, count: int, is_head: bool) -> dict[str, int]:
+        """Bytes of every value of a graph over ``count`` images or regions."""
+        nodes = [n for n in part.arithmetic.graph.nodes if _is_batched(n.meta.get('example'))]
+        mirrored = 1 if is_head else 1 + self.mirror
+        sizes = {n.name: self.cache_dtype.itemsize * mirrored * count * n.meta['example'][0].numel() for n in nodes}
+        inputs = next(n for n in nodes if n.op == 'placeholder')
+        # as they are; of a head, other features in either stream
+        sizes[inputs.name] = 4 * count * inputs.meta['example'][0].numel() * (2 if is_head else 1)
+        return sizes
 
     def describe_loss(self, task: Task) -> str:
         """The loss in words: what it weighs by is decided by the data."""
@@ -331,13 +355,14 @@ class BRECQReconstructor(BaseReconstructor):
         loss: Mapping[str, Any] | None = None,
         mirror: bool = False,
         cache: str = 'auto',
-        memory_limit: int | None = None,
+        cache_dtype: str = 'float32',
+        memory_limit: int | str | None = None,
     ) -> None:
         stages = (
             Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
             Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
         )
-        super().__init__(stages, network, loss, mirror, cache, memory_limit)
+        super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)
 
 
 @RECONSTRUCTORS.register_module()
@@ -356,7 +381,9 @@ class QDropReconstructor(BaseReconstructor):
         loss: Mapping[str, Any] | None = None,
         mirror: bool = False,
         cache: str = 'auto',
-        memory_limit: int | None = None,
+        cache_dtype: str = 'float32',
+        memory_limit: int | str | None = None,
     ) -> None:
         options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
-        super().__init__([Stage('joint', options, True, True)], network, loss, mirror, cache, memory_limit)
+        stages = [Stage('joint', options, True, True)]
+        super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)

@@ -14,10 +14,11 @@ import torch
 
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.cache import ActivationCache, CachePlan, last_readers, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import PLACES, ActivationCache, CachePlan, last_readers, peak_bytes, plan_cache
 
 MIB = 2**20
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
+NOTHING = (0, 'u')
 
 
 def unit(name: str, inputs: Sequence[str], outputs: Sequence[str], layers: Sequence[str] = ('conv',)) -> Any:
@@ -73,42 +74,87 @@ def test_what_stands_from_the_start_is_added() -> None:
 )
 def test_the_fastest_place_with_room(room: Any, tmp_path: Path, needed: int, place: str) -> None:
     room(device=20, host=100, disk=1000)
-    plan = plan_cache('auto', needed * MIB, 'u', GPU, tmp_path, None)
-    assert plan == CachePlan(place, needed * MIB, 'u')
+    plan = plan_cache('auto', (needed * MIB, 'u'), NOTHING, GPU, tmp_path, None)
+    assert plan == CachePlan(place, needed * MIB, 'u', working_unit='u')
 
 
 def test_a_cpu_has_no_memory_of_its_own(room: Any, tmp_path: Path) -> None:
     room(device=1000, host=100, disk=1000)
-    assert plan_cache('auto', MIB, 'u', CPU, tmp_path, None).place == 'host'
-    assert plan_cache('device', MIB, 'u', CPU, tmp_path, None).place == 'host'
+    assert plan_cache('auto', (MIB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
+    assert plan_cache('device', (MIB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
 
 
 def test_the_limit_of_host_memory(room: Any, tmp_path: Path) -> None:
     room(host=1000, disk=1000)
-    assert plan_cache('auto', 5 * MIB, 'u', CPU, tmp_path, 5 * MIB).place == 'host'
-    assert plan_cache('auto', 5 * MIB + 1, 'u', CPU, tmp_path, 5 * MIB).place == 'disk'
+    assert plan_cache('auto', (5 * MIB, 'u'), NOTHING, CPU, tmp_path, 5 * MIB).place == 'host'
+    assert plan_cache('auto', (5 * MIB + 1, 'u'), NOTHING, CPU, tmp_path, 5 * MIB).place == 'disk'
+
+
+def test_the_limit_bounds_what_is_cached_and_the_work_together(room: Any, tmp_path: Path) -> None:
+    room(host=1000, disk=1000)
+    work = 3 * MIB, 'layer4'
+    plan = plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 8 * MIB)
+    assert plan == CachePlan('host', 5 * MIB, 'layer1', torch.float32, *work)
+    assert plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 8 * MIB - 1).place == 'disk'
+    # on the disk the limit is for the work alone
+    assert plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 3 * MIB).place == 'disk'
+    with pytest.raises(StorageError, match="of activations at unit 'layer1', but there are only 4 MiB on host"):
+        plan_cache('host', (5 * MIB, 'layer1'), work, CPU, tmp_path, 7 * MIB)
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_a_limit_too_small_for_a_single_unit(room: Any, tmp_path: Path, place: str) -> None:
+    room(host=1000, disk=1000)
+    with pytest.raises(StorageError) as error:
+        plan_cache(place, (MIB, 'layer1'), (3 * MIB, 'layer4'), CPU, tmp_path, 2 * MIB)
+    assert str(error.value) == (
+        "expected 3 MiB of memory for the work on unit 'layer4', but there are only 2 MiB; use a smaller batch_size "
+        'or a finer granularity'
+    )
+
+
+def test_without_a_limit_the_cache_takes_half_and_the_work_the_rest(room: Any, tmp_path: Path) -> None:
+    room(host=100, disk=1000)
+    for cached, working, place in ((50, 50, 'host'), (51, 0, 'disk'), (40, 61, 'disk'), (40, 60, 'host')):
+        plan = plan_cache('auto', (cached * MIB, 'u'), (working * MIB, 'u'), CPU, tmp_path, None)
+        assert plan.place == place, (cached, working)
+    with pytest.raises(StorageError, match='expected 101 MiB of memory'):
+        plan_cache('auto', (MIB, 'u'), (101 * MIB, 'u'), CPU, tmp_path, None)
+
+
+def test_the_work_on_a_gpu_takes_no_host_memory(room: Any, tmp_path: Path) -> None:
+    room(device=2, host=100, disk=1000)
+    assert plan_cache('auto', (5 * MIB, 'u'), (50 * MIB, 'u'), GPU, tmp_path, 5 * MIB).place == 'host'
+
+
+def test_a_plan_in_words() -> None:
+    plan = CachePlan('disk', 3 * 2**29, 'layer1', torch.bfloat16, 100 * MIB, 'layer4')
+    assert str(plan) == (
+        "activations are cached on the disk in bfloat16: 1.5 GiB at most, at 'layer1'; beside that a step takes "
+        "100 MiB, at 'layer4'"
+    )
 
 
 @pytest.mark.parametrize('place', ['device', 'host', 'disk'])
 def test_the_place_that_the_config_asks_for(room: Any, tmp_path: Path, place: str) -> None:
     room(device=1000, host=1000, disk=1000)
-    assert plan_cache(place, MIB, 'u', GPU, tmp_path, None).place == place
+    assert plan_cache(place, (MIB, 'u'), NOTHING, GPU, tmp_path, None).place == place
 
 
 def test_nothing_fits(room: Any, tmp_path: Path) -> None:
     room(device=20, host=100, disk=70)
     with pytest.raises(StorageError) as error:
-        plan_cache('auto', 80 * MIB, 'backbone.layer1', GPU, tmp_path, None)
+        plan_cache('auto', (80 * MIB, 'backbone.layer1'), NOTHING, GPU, tmp_path, None)
     assert str(error.value) == (
         "expected room for 80 MiB of activations at unit 'backbone.layer1', but there are only 10 MiB on device, "
-        '50 MiB on host, 70 MiB on disk; use fewer calibration images or another cache'
+        '50 MiB on host, 70 MiB on disk; use fewer calibration images, cache_dtype bfloat16 or another cache'
     )
 
 
 def test_the_asked_place_is_too_small(room: Any, tmp_path: Path) -> None:
     room(host=100, disk=1000)
     with pytest.raises(StorageError, match=r"60 MiB of activations at unit 'u', but there are only 50 MiB on host;"):
-        plan_cache('host', 60 * MIB, 'u', CPU, tmp_path, None)
+        plan_cache('host', (60 * MIB, 'u'), NOTHING, CPU, tmp_path, None)
 
 
 def test_an_unknown_place(tmp_path: Path) -> None:
@@ -116,7 +162,7 @@ def test_an_unknown_place(tmp_path: Path) -> None:
         ConfigError,
         match=r"^expected reconstructor\.cache to be one of \['auto', 'device', 'host', 'disk'\], but got 'ram'$",
     ):
-        plan_cache('ram', 1, 'u', CPU, tmp_path, None)
+        plan_cache('ram', (1, 'u'), NOTHING, CPU, tmp_path, None)
 
 
 def test_the_disk_is_used_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -387,16 +387,49 @@ def test_too_little_room_is_said_before_any_work(
     work = task(prepared())
     before = state_of(work)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=100))
-    with pytest.raises(StorageError, match="of activations at unit 'backbone.first', but there are only"):
-        brecq(memory_limit=1000).plan(work)
+    with pytest.raises(StorageError, match="of activations at unit 'backbone.first', but there are only 100 B on disk"):
+        brecq(cache='disk').plan(work)
+    with pytest.raises(StorageError, match=r"^expected .* MiB of memory for the work on unit 'backbone\.\w+', but"):
+        brecq(memory_limit='1kB').plan(work)
     assert same(state_of(work), before)
 
 
 def test_a_memory_limit_sends_activations_to_the_disk(prepared: Prepare, task: MakeTask) -> None:
     work = task(prepared())
-    assert brecq().plan(work).place == 'host'
-    plan = brecq(memory_limit=1000).plan(work)
-    assert (plan.place, plan.peak_unit) == ('disk', 'backbone.first')
+    plan = brecq().plan(work)
+    assert (plan.place, plan.peak_unit) == ('host', 'backbone.first')
+    limited = brecq(memory_limit=plan.working_bytes).plan(work)
+    assert (limited.place, limited.peak_bytes) == ('disk', plan.peak_bytes)
+    assert brecq(memory_limit=plan.working_bytes + plan.peak_bytes).plan(work).place == 'host'
+
+
+def test_bfloat16_takes_half_of_the_room(prepared: Prepare, task: MakeTask) -> None:
+    work = task(prepared())
+    plans = [brecq(cache_dtype=dtype).plan(work) for dtype in ('float32', 'bfloat16')]
+    assert [plan.dtype for plan in plans] == [torch.float32, torch.bfloat16]
+    # not at the first unit, which reads the images: they stay as they are
+    assert plans[0].peak_unit == plans[1].peak_unit == 'backbone.first'
+    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
+
+
+@pytest.mark.parametrize('place', ['host', 'disk'])
+@pytest.mark.parametrize('loss', ['MSELoss', 'FisherLoss'])
+def test_bfloat16_learns_nearly_as_well(prepared: Prepare, task: MakeTask, place: str, loss: str) -> None:
+    exact, rounded = (
+        run(brecq(cache=place, cache_dtype=dtype, loss={'type': loss}), task(prepared()))
+        for dtype in ('float32', 'bfloat16')
+    )
+    for expected, result in zip(exact, rounded, strict=True):
+        # the first unit differs by the rounding of the cache alone
+        tolerance = 0.02 if result.name == UNITS[0] and result.stage == 'weights' else 0.3
+        assert result.loss_before == pytest.approx(expected.loss_before, rel=tolerance)
+    assert [r.loss_after for r in exact] != [r.loss_after for r in rounded]
+    assert all(r.loss_after <= r.loss_before for r in rounded)
+
+
+def test_an_unknown_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"cache_dtype to be one of \['float32', 'bfloat16'\], but got 'float16'$"):
+        brecq(cache_dtype='float16')
 
 
 @pytest.mark.parametrize(
@@ -457,7 +490,8 @@ def test_mirror_images_are_learned_from_like_others(prepared: Prepare, task: Mak
     assert same(state_of(mirrored), state_of(doubled))
     assert not same(state_of(mirrored), state_of(plain))
     assert [(r.name, r.loss_after) for r in results] == [(r.name, r.loss_after) for r in expected]
-    assert extended.plan(mirrored).peak_bytes == 2 * make().plan(plain).peak_bytes
+    plans = extended.plan(mirrored), make().plan(plain)
+    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
 
 
 def test_mirror_images_have_no_fisher_weights() -> None:

@@ -1,0 +1,43 @@
+"""Numbers of bytes, as a config and a message give them."""
+
+from __future__ import annotations
+
+import re
+
+from mmbrecq.errors import ConfigError
+
+UNITS = {
+    'B': 1, 'kB': 10**3, 'MB': 10**6, 'GB': 10**9, 'TB': 10**12, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30, 'TiB': 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(value: int | str, where: str) -> int:
+    """Returns a number of bytes.
+
+    Args:
+        value: An integer of at least 1, or a number and a unit, such as ``'500MB'`` or ``'1.5 GiB'``.
+        where: The option, for the message.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    size = value if type(value) is int else 0
+    if isinstance(value, str):
+        match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([A-Za-z]+)', value.strip())
+        size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
+    if size < 1:
+        raise ConfigError(
+            f"expected {where} to be a number of bytes, or one with a unit of {list(UNITS)} such as '2GiB', "
+            f'but got {value!r}'
+        )
+    return size
+
+
+def show_bytes(count: float) -> str:
+    """A size in binary units with three digits, as ``'1.46 GiB'``."""
+    value, unit = float(count), 'B'
+    for larger in ('KiB', 'MiB', 'GiB', 'TiB'):
+        if value < 999.5:
+            break
+        value, unit = value / 1024, larger
+    return f'{value:.3g} {unit}'

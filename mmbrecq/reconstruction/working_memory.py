@@ -1,0 +1,168 @@
+"""What the work on one unit takes beside cached activations, estimated before it from the traced example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from mmbrecq.fake_quants.masks import ALIGNMENT, PLACES
+from mmbrecq.fake_quants.weight import original_weight
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.fisher import FISHER_BATCH, weighted_outputs
+from mmbrecq.reconstruction.stages import Stage
+
+LEARNED_WEIGHT = 80
+"""Bytes per weight whose rounding is learned: the variable with its gradient and Adam's two moments, what is fixed
+about its grid, what a step saves for the backward pass, and what that makes on its way."""
+FIXED_WEIGHT = 24
+"""Bytes per weight whose rounding is fixed: its values, stretched, and the gradient at them."""
+PASSING = 6
+"""Tensors of the largest size that come and go within a step: gradients, and copies in the layout of the kernels."""
+HEADROOM = 1.75
+"""Memory of the process over that of its tensors: what the allocator keeps between them. Up to 1.54 was measured."""
+BASE = 16 * 2**20
+"""Bytes that any work takes: code and buffers of the kernels, a thread that reads."""
+OF_LOSS = 3
+"""Tensors of the size of the outputs that a loss makes, gradients included."""
+OF_FISHER = 3
+"""Those that Fisher weights add."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a unit.
+
+    Args:
+        saved: Bytes per image that a forward pass saves for the backward pass.
+        largest: Bytes per image of the largest tensor.
+        inputs: Bytes per image of its inputs.
+        outputs: Bytes per image of its outputs.
+        weights: Number of quantized weights.
+    """
+
+    saved: int
+    largest: int
+    inputs: int
+    outputs: int
+    weights: int
+
+
+def measure_footprint(module: nn.Module, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> Footprint:
+    """Runs a unit once on its traced inputs, so that what opaque modules save is known, too.
+
+    Args:
+        module: ``module(*inputs) -> tuple`` of outputs, its weights in float.
+        inputs: Each ``(n, ...)``.
+        weights: Quantized weights.
+    """
+    # inputs are counted by themselves; an example may be a view of all images
+    known = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs)}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in known:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with _with_gradients(module), torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = module(*inputs)
+    count = len(inputs[0])
+    sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
+    return Footprint(
+        sum(saved.values()) // count,
+        max([*saved.values(), *sizes]) // count,
+        sum(map(_bytes, inputs)) // count,
+        sum(map(_bytes, outputs)) // count,
+        sum(weight.numel() for weight in weights),
+    )
+
+
+def working_memory(
+    model: QuantizedModel, units: Sequence[ReconstructionUnit], stage: Stage, images: int, fisher: bool
+) -> list[tuple[int, str]]:
+    """Most bytes that the work on each unit takes beside cached activations, and its name.
+
+    Args:
+        model: The prepared graph.
+        units: Of the stage.
+        stage: What is learned, and how.
+        images: Images of a step.
+        fisher: Whether the loss has Fisher weights.
+    """
+    examples = {node.name: node.meta.get('example') for node in model.arithmetic.graph.nodes}
+    needed = []
+    with model.quantization(weights=False, activations=stage.quantizes_activations):
+        for unit in units:
+            weights = [original_weight(module) for module, _ in model.unit_weights(unit)]
+            footprint = measure_footprint(unit.module, [examples[name] for name in unit.inputs], weights)
+            needed.append((_with_headroom(step_bytes(footprint, stage, images, fisher)), unit.name))
+        if fisher:
+            (network,) = model.cut('net')
+            footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
+            outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(model))
+            passing = gradient_bytes(footprint, outputs, max(images, FISHER_BATCH))
+            needed.append((_with_headroom(passing), network.name))
+    return needed
+
+
+def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
+    """Most bytes that a training step takes, with the variables and the state of the optimizer.
+
+    Args:
+        unit: Its sizes.
+        stage: What is learned, and how.
+        images: Images of a step.
+        fisher: Whether the loss has Fisher weights.
+    """
+    dropping = stage.options.drop_prob > 0
+    batch = unit.inputs * (2 if dropping else 1) + unit.outputs * (2 if fisher else 1)
+    of_loss = unit.outputs * (OF_LOSS + (OF_FISHER if fisher else 0))
+    # the next batch may be read meanwhile
+    total = images * (unit.saved + PASSING * unit.largest + of_loss + 2 * batch)
+    total += unit.weights * (LEARNED_WEIGHT if stage.learns_rounding else FIXED_WEIGHT)
+    if dropping:
+        # the pool, and what it is made of: random bytes, and whether each is below the probability
+        total += (images * unit.largest // 4 + PLACES * ALIGNMENT) * (4 + 1 + 1)
+    return total
+
+
+def gradient_bytes(network: Footprint, outputs: int, images: int) -> int:
+    """Most bytes that a pass takes which finds the Fisher weights of all units.
+
+    Args:
+        network: Sizes of the network as one unit.
+        outputs: Bytes per image of the outputs of all units.
+        images: Images of a pass.
+    """
+    return images * (network.saved + PASSING * network.largest + network.inputs + 3 * outputs)
+
+
+def _with_headroom(tensors: int) -> int:
+    return BASE + int(HEADROOM * tensors)
+
+
+@contextmanager
+def _with_gradients(module: nn.Module) -> Iterator[None]:
+    """All floating-point parameters ask for gradients within the block."""
+    fixed = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in fixed:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

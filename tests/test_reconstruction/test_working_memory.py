@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.working_memory import (
+    BASE,
+    FIXED_WEIGHT,
+    HEADROOM,
+    LEARNED_WEIGHT,
+    Footprint,
+    measure_footprint,
+    step_bytes,
+    working_memory,
+)
+
+Prepare = Callable[..., QuantizedModel]
+UNIT = Footprint(saved=1000, largest=400, inputs=200, outputs=300, weights=50)
+
+
+class Opaque(nn.Module):
+    """Two layers with a product between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 30), nn.Linear(30, 5)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = self.first(x)
+        return (self.second(wide * wide.cos()),)
+
+
+def stage(rounding: bool = True, **options: object) -> Stage:
+    return Stage('weights', StageOptions(**options), rounding, not rounding)  # type: ignore[arg-type]
+
+
+def test_what_a_module_saves() -> None:
+    module = Opaque()
+    # a view of more: of that, only what is read counts
+    inputs = torch.randn(100, 10)[:4]
+    found = measure_footprint(module, [inputs], [module.first.weight, module.second.weight])
+    # wide, its cosine and their product
+    assert found == Footprint(saved=3 * 30 * 4, largest=30 * 4, inputs=10 * 4, outputs=5 * 4, weights=450)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_module_survives_an_error() -> None:
+    module = Opaque()
+    with pytest.raises(RuntimeError):
+        measure_footprint(module, [torch.randn(4, 11)], [])
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_step_grows_with_its_images() -> None:
+    one, two, ten = (step_bytes(UNIT, stage(), images, fisher=False) for images in (1, 2, 10))
+    assert ten - two == 8 * (two - one)
+    # at least what is saved, the batch, and gradients of the largest tensor and of the outputs
+    assert two - one > 1000 + 200 + 300 + 2 * 400 + 300
+
+
+def test_what_makes_a_step_larger() -> None:
+    plain = step_bytes(UNIT, stage(), 10, fisher=False)
+    assert plain - step_bytes(UNIT, stage(rounding=False), 10, fisher=False) == 50 * (LEARNED_WEIGHT - FIXED_WEIGHT)
+    assert step_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
+    # the pool of masks is larger than a tensor by a million elements
+    assert step_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + 4 * (10 * 100 + 2**20)
+
+
+@pytest.mark.parametrize('fisher', [False, True])
+def test_units_of_a_model(prepared: Prepare, fisher: bool) -> None:
+    model = prepared()
+    found = {name: size for size, name in working_memory(model, model.units, stage(), 24, fisher)}
+    assert set(found) == {unit.name for unit in model.units} | ({'net0'} if fisher else set())
+    # of a block over 8 x 8: the inputs of both convolutions, and their outputs in the ReLU and in the sum
+    assert found['backbone.first'] - BASE >= HEADROOM * 24 * 3 * 6 * 64 * 4
+    assert found['backbone.first'] > found['backbone.second'] > found['head.fc'] > BASE
+    assert not any(quantizer.enabled for quantizer in model.quantizers.values())
