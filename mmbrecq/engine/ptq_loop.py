@@ -205,6 +205,11 @@ class PTQLoop(BaseLoop):
                 result.kept_nearest,
             )
         )
+        if result.images_at_once is not None:
+            self.summary.warnings.append(
+                f'the GPU had no room for a batch of {result.name} ({result.stage}): '
+                f'{result.images_at_once} images were computed at once, their gradients added up'
+            )
 
     def measure_weights(self, stage: Stage) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,40 +14,15 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.batches import Batches
+from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.values import Values
+from mmbrecq.reconstruction.unit_data import Batch, UnitData, UnitLoss
 from mmbrecq.reconstruction.variables import Group, Variables
 
 CHECK_INTERVAL = 100
 """Steps between looks at the losses: each look waits for the device."""
-
-UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-@dataclass
-class UnitData:
-    """What a unit is trained on; all values are ``(N, ...)`` over the calibration images.
-
-    Args:
-        quantized_inputs: Inputs as the quantized units before it give them.
-        float_inputs: Inputs of the float model.
-        targets: Outputs of the float model.
-        fisher: Fisher weights of the outputs, None where the loss needs none.
-    """
-
-    quantized_inputs: Sequence[Values]
-    float_inputs: Sequence[Values]
-    targets: Sequence[Values]
-    fisher: Sequence[Values] | None = None
-
-    def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
-        """Sum of the losses of all outputs, for the images ``index``."""
-        total: Any = 0
-        for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
-            fisher = None if self.fisher is None else self.fisher[i][index]
-            total = total + loss(output, target[index], fisher)
-        return total
 
 
 def optimize_unit(
@@ -62,6 +36,7 @@ def optimize_unit(
     generator: torch.Generator,
     device: torch.device,
     on_step: Callable[[int, float], None],
+    micro_batches: MicroBatches | None = None,
 ) -> int:
     """Learns rounding and step sizes of one unit; the fake quantizers are switched as the stage needs them.
 
@@ -76,6 +51,7 @@ def optimize_unit(
         generator: Source of all random draws, on the CPU.
         device: Where the unit runs.
         on_step: Called now and then with the step and the loss.
+        micro_batches: How many images the unit takes at once; None for whole batches as long as they fit.
 
     Returns:
         Number of steps taken; 0 where there is nothing to learn.
@@ -91,28 +67,37 @@ def optimize_unit(
     optimizer, scheduler = _optimizer(variables.groups, options.iterations)
     beta = LinearBeta(*options.beta, options.warmup)
     parameters = [parameter for params, _, _ in variables.groups for parameter in params]
-    count = len(data.targets[0])
     losses = torch.zeros(options.iterations, device=device)
-    drop = _Dropping(quantizers, options.drop_prob, generator, device)
-    with torch.enable_grad(), drop:
+    drop = _Dropping(quantizers, options.drop_prob, generator)
+    fitting = micro_batches or MicroBatches(name, min(options.batch_size, len(data.targets[0])))
+    batches = Batches(data, options.batch_size, options.iterations, generator, device, drop.masks is not None)
+
+    def losses_of(part: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the distance of the outputs in it."""
+        reconstruction = part.loss(module(*drop.inputs(part)), loss)
+        # the masks of the step are drawn
+        batches.read_ahead()
+        total = reconstruction
+        for rounding in roundings:
+            round_loss = rounding.round_loss()
+            if round_loss is not None:
+                total = total + options.round_weight * round_loss
+        return total, reconstruction
+
+    def find_gradients(images: int) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        return _backward(batches.current(), images, losses_of)
+
+    with torch.enable_grad(), drop, batches:
         for step in range(options.iterations):
-            index = torch.randperm(count, generator=generator)[: options.batch_size]
             for rounding in roundings:
                 rounding.beta = beta(step / options.iterations)
-            outputs = module(*drop.inputs(data, index))
-            reconstruction = data.loss(outputs, index, loss)
-            total = reconstruction
-            for rounding in roundings:
-                round_loss = rounding.round_loss()
-                if round_loss is not None:
-                    total = total + options.round_weight * round_loss
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            batches.begin()
+            losses[step] = fitting.run(find_gradients)
             average(parameter.grad for parameter in parameters)
             optimizer.step()
             variables.keep_positive()
             scheduler.step()
-            losses[step] = reconstruction.detach()
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
                 latest = losses[step - step % CHECK_INTERVAL : step + 1]
                 average([latest])
@@ -120,6 +105,23 @@ def optimize_unit(
                 on_step(step + 1, float(latest.mean()))
     variables.finish()
     return options.iterations
+
+
+def _backward(batch: Batch, images: int, losses_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> Tensor:
+    """Adds up the gradients of a batch, so many images at once; returns the distance of the outputs.
+
+    A loss is a mean over images, so each part counts by its share of them.
+    """
+    distance: Any = 0
+    for part in batch.parts(images):
+        total, reconstruction = losses_of(part)
+        if part is batch:
+            total.backward()
+            return reconstruction.detach()
+        share = len(part) / len(batch)
+        (share * total).backward()
+        distance = distance + share * reconstruction.detach()
+    return distance
 
 
 def _optimizer(groups: Sequence[Group], iterations: int) -> Any:
@@ -150,10 +152,8 @@ def _check_finite(losses: Tensor, name: str) -> None:
 class _Dropping:
     """Random dropping of quantization, on the activations and on the inputs; a context manager."""
 
-    def __init__(
-        self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator, device: torch.device
-    ) -> None:
-        self.quantizers, self.device = quantizers, device
+    def __init__(self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator) -> None:
+        self.quantizers = quantizers
         self.masks = RandomMasks(1 - prob, generator) if prob > 0 else None
 
     def __enter__(self) -> None:
@@ -164,12 +164,10 @@ class _Dropping:
         for quantizer in self.quantizers:
             quantizer.masks = None
 
-    def inputs(self, data: UnitData, index: Tensor) -> list[Tensor]:
-        """The inputs of the images ``index``, quantized and float ones mixed element by element."""
-        mixed = []
-        for quantized, floating in zip(data.quantized_inputs, data.float_inputs, strict=True):
-            x = quantized[index]
-            if self.masks is not None and quantized is not floating:
-                torch.lerp(floating[index], x, self.masks.draw(x), out=x)
-            mixed.append(x)
-        return mixed
+    def inputs(self, batch: Batch) -> Sequence[Tensor]:
+        """The inputs of the batch, quantized and float ones mixed element by element, in place."""
+        if self.masks is not None:
+            for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
+                if x is not floating:
+                    torch.lerp(floating, x, self.masks.draw(x), out=x)
+        return batch.quantized_inputs

@@ -24,10 +24,12 @@ from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, TaskLoss, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
-from mmbrecq.reconstruction.optimize import UnitData, UnitLoss, optimize_unit
+from mmbrecq.reconstruction.micro_batches import MicroBatches
+from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.unit_data import UnitData, UnitLoss
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.reconstruction.working_memory import working_memory
@@ -251,12 +253,20 @@ class BaseReconstructor:
                 None if fisher is None else [fisher[name] for name in unit.outputs],
             )
             listener.before_unit(stage, unit)
-            before, after, outputs, steps = self._reconstruct(task, model, stage, streams, unit, data, listener)
+            training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
+            before, after, outputs, steps = self._reconstruct(
+                task, model, stage, streams, unit, data, training, listener
+            )
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             kept = steps > 0 and not after < before
             after = before if kept else after
             seconds = time.perf_counter() - start
-            results.append(UnitResult(unit.name, stage.name, unit.layers, before, after, steps, seconds, kept))
+            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
+            results.append(
+                UnitResult(
+                    unit.name, stage.name, unit.layers, before, after, steps, seconds, kept, min(split, default=None)
+                )
+            )
             listener.after_unit(stage, unit, results[-1])
         return results
 
@@ -268,6 +278,7 @@ class BaseReconstructor:
         streams: Streams,
         unit: ReconstructionUnit,
         data: UnitData,
+        micro_batches: MicroBatches,
         listener: Listener,
     ) -> tuple[float, float, list[CachedValues], int]:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
@@ -285,7 +296,7 @@ class BaseReconstructor:
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
-                lambda step, loss: listener.after_step(stage, unit, step, loss),
+                lambda step, loss: listener.after_step(stage, unit, step, loss), micro_batches,
             )  # fmt: skip
         if steps == 0:
             return before, before, outputs, 0

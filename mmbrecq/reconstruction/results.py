@@ -20,6 +20,7 @@ class UnitResult:
         iterations: Steps taken.
         seconds: Wall time, caching included.
         kept_nearest: The learned state was worse than the one before and was dropped.
+        images_at_once: For how many images the GPU had room, where that is less than a batch.
     """
 
     name: str
@@ -30,6 +31,7 @@ class UnitResult:
     iterations: int
     seconds: float
     kept_nearest: bool
+    images_at_once: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
+from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.values import CachedValues, Values
 
 
@@ -49,6 +51,8 @@ class Streams:
             name: inputs if quantized_inputs is None else quantized_inputs
         }
         self._last = last_readers(units)
+        self._batch_size = min(batch_size, self.count)
+        self._fitting: dict[str, MicroBatches] = {}
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
         """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
@@ -63,14 +67,25 @@ class Streams:
     ) -> list[CachedValues]:
         """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
         outputs: list[CachedValues] = []
+
+        def write(batch: slice, images: int) -> None:
+            for start in range(batch.start, batch.stop, images):
+                part = slice(start, min(start + images, batch.stop))
+                results = unit.module(*[x[part] for x in inputs])
+                if not outputs:
+                    outputs.extend(self.cache.allocate((self.count, *r.shape[1:])) for r in results)
+                for output, result in zip(outputs, results, strict=True):
+                    output.write(start, result)
+
+        fitting = self.micro_batches(unit)
         with torch.no_grad(), self.model.quantization(weights, activations):
             for batch in self._batches:
-                results = unit.module(*[x[batch] for x in inputs])
-                if not outputs:
-                    outputs = [self.cache.allocate((self.count, *r.shape[1:])) for r in results]
-                for output, result in zip(outputs, results, strict=True):
-                    output.write(batch.start, result)
+                fitting.run(partial(write, batch))
         return outputs
+
+    def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
+        """How many images a unit takes at once in a pass."""
+        return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self._batch_size))
 
     def advance(
         self, index: int, float_outputs: Sequence[CachedValues], quantized_outputs: Sequence[CachedValues]

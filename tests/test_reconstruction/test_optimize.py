@@ -15,7 +15,8 @@ from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.functional import affine_from_range
 from mmbrecq.qtype import QType
 from mmbrecq.reconstruction import MSELoss, Stage, StageOptions
-from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, UnitData, optimize_unit
+from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, optimize_unit
+from mmbrecq.reconstruction.unit_data import UnitData
 
 COUNT = 40
 OPTIONS: dict[str, Any] = {

@@ -1,0 +1,93 @@
+"""What a unit is trained on, and batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmbrecq.reconstruction.values import Values
+
+UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images; every tensor is ``(n, ...)``.
+
+    Args:
+        quantized_inputs: See :class:`UnitData`.
+        float_inputs: Likewise; an input that is the same in both streams is the same tensor.
+        targets: Likewise.
+        fisher: Likewise.
+    """
+
+    quantized_inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    fisher: Sequence[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.fisher or ())]
+
+    def parts(self, images: int) -> Iterator[Batch]:
+        """The batch in parts of so many images; where one part is all, the batch itself."""
+        if images >= len(self):
+            yield self
+            return
+        for start in range(0, len(self), images):
+            part = slice(start, start + images)
+            quantized = [x[part] for x in self.quantized_inputs]
+            floats = [
+                q if x is whole else x[part]
+                for x, whole, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
+            ]
+            fisher = None if self.fisher is None else [x[part] for x in self.fisher]
+            yield Batch(quantized, floats, [x[part] for x in self.targets], fisher)
+
+    def loss(self, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
+        """Sum of the losses of all outputs."""
+        total: Any = 0
+        for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
+            total = total + loss(output, target, None if self.fisher is None else self.fisher[i])
+        return total
+
+
+@dataclass(frozen=True)
+class UnitData:
+    """What a unit is trained on; all values are ``(N, ...)`` over the calibration images.
+
+    Args:
+        quantized_inputs: Inputs as the quantized units before it give them.
+        float_inputs: Inputs of the float model.
+        targets: Outputs of the float model.
+        fisher: Fisher weights of the outputs, None where the loss needs none.
+    """
+
+    quantized_inputs: Sequence[Values]
+    float_inputs: Sequence[Values]
+    targets: Sequence[Values]
+    fisher: Sequence[Values] | None = None
+
+    def read(self, index: Tensor, floats: bool) -> Batch:
+        """The images ``index``; of the float inputs only where ``floats`` asks for them."""
+        quantized = [x[index] for x in self.quantized_inputs]
+        pairs = zip(self.float_inputs, self.quantized_inputs, quantized, strict=True)
+        return Batch(
+            quantized,
+            [q if x is values else x[index] for x, values, q in pairs] if floats else [],
+            [x[index] for x in self.targets],
+            None if self.fisher is None else [x[index] for x in self.fisher],
+        )
+
+    def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
+        """Sum of the losses of all outputs, for the images ``index``."""
+        fisher = None if self.fisher is None else [x[index] for x in self.fisher]
+        return Batch([], [], [x[index] for x in self.targets], fisher).loss(outputs, loss)
