@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,7 @@ from mmbrecq.errors import BackendError, ConfigError
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction.cache import CachePlan
+from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
@@ -165,6 +166,9 @@ class PTQLoop(BaseLoop):
         self._calibrate(task, share.first_batch)
         self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
+        if plan.place == 'disk' and images.device.type == 'cpu':
+            images = images_on_disk(images, self.folder)
+            self.task = task = replace(task, images=images)
         self.files.write_inputs(model, calibration.ids)
         self.journal.save()
         self._reconstruct(task, plan)
@@ -258,8 +262,8 @@ class PTQLoop(BaseLoop):
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
-            # the same in all processes, since all must find the same graph
-            example = on_main(lambda: images[:2].cpu()).to(images.device)
+            # the same in all processes, since all must find the same graph; a copy, for a view would keep all images
+            example = on_main(lambda: images[:2].cpu()).to(images.device).clone()
             self.model = model = self.quantizer.prepare(self.runner.model, example)
             self.summary.bits = {
                 layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers

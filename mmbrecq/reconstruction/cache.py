@@ -15,7 +15,7 @@ from torch import Tensor
 from mmbrecq.byte_size import show_bytes
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, reserve
 
 PLACES = ('auto', 'device', 'host', 'disk')
 
@@ -133,6 +133,26 @@ def plan_cache(
         f"expected room for {show_bytes(cached[0])} of activations at unit '{cached[1]}', but there are only {have}; "
         'use fewer calibration images, cache_dtype bfloat16 or another cache'
     )
+
+
+def images_on_disk(images: Tensor, directory: Path) -> Tensor:
+    """A copy of images on the CPU in a mapped file without a name, ``(N, 3, H, W)``.
+
+    The system drops its pages where memory is short, as it cannot with what is in memory alone.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    size = images.numel() * images.element_size()
+    with tempfile.TemporaryDirectory(prefix='.images-', dir=directory) as folder:
+        path = Path(folder) / 'images.bin'
+        with path.open('wb') as file:
+            try:
+                reserve(file.fileno(), size)
+            except OSError as error:
+                raise StorageError(f'{directory} cannot hold {show_bytes(size)} of images: {error}') from error
+        mapped = torch.from_file(str(path), shared=True, size=images.numel(), dtype=images.dtype)
+    return mapped.reshape(images.shape).copy_(images)
 
 
 class ActivationCache:

@@ -89,7 +89,7 @@ class FileValues:
         weakref.finalize(self, os.close, self._file)
         path.unlink()
         try:
-            _reserve(self._file, size)
+            reserve(self._file, size)
         except OSError as error:
             raise StorageError(f'{path.parent} cannot hold {size / 2**20:.0f} MiB of activations: {error}') from error
 
@@ -158,7 +158,7 @@ def _write(file: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def _reserve(file: int, size: int) -> None:
+def reserve(file: int, size: int) -> None:
     """Allocates the blocks of a file, so that a full disk is an error here and not at a later write."""
     if hasattr(os, 'posix_fallocate') and size:
         os.posix_fallocate(file, 0, size)

@@ -14,7 +14,15 @@ import torch
 
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.cache import PLACES, ActivationCache, CachePlan, last_readers, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import (
+    PLACES,
+    ActivationCache,
+    CachePlan,
+    images_on_disk,
+    last_readers,
+    peak_bytes,
+    plan_cache,
+)
 
 MIB = 2**20
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
@@ -211,6 +219,26 @@ def test_what_the_network_reads_is_not_copied(tmp_path: Path) -> None:
         images[1, 0, 0, 1] = 1
         assert values[:].tolist() == images.tolist()
         assert mirrored[torch.tensor([5])].tolist() == images[1:2].flip(-1).tolist()
+
+
+def test_images_on_the_disk(tmp_path: Path) -> None:
+    images = torch.randn(5, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    copy = images_on_disk(images, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(copy, images)
+    mappings = Path('/proc/self/maps').read_text()
+    assert f'{copy.data_ptr():x}-' in mappings
+    assert 'images.bin (deleted)' in mappings
+
+
+def test_no_room_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    with pytest.raises(StorageError, match='cannot hold 384 KiB of images: .*No space left on device'):
+        images_on_disk(torch.zeros(8, 3, 64, 64), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
