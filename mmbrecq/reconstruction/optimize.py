@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.layout import laid_out, memory_format
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import Values
@@ -84,34 +84,29 @@ def optimize_unit(
         NonFiniteError: The loss stops being finite; unit and step are named.
     """
     options = stage.options
-    variables = Variables(weights, quantizers, stage)
-    roundings = variables.roundings
+    layout = memory_format(module)
+    variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer, scheduler = _optimizer(variables.groups, options.iterations)
+    optimizer = _optimizer(variables.groups)
     beta = LinearBeta(*options.beta, options.warmup)
     parameters = [parameter for params, _, _ in variables.groups for parameter in params]
     count = len(data.targets[0])
     losses = torch.zeros(options.iterations, device=device)
     drop = _Dropping(quantizers, options.drop_prob, generator, device)
-    with torch.enable_grad(), drop:
+    with torch.enable_grad(), drop, variables.in_force():
         for step in range(options.iterations):
             index = torch.randperm(count, generator=generator)[: options.batch_size]
-            for rounding in roundings:
-                rounding.beta = beta(step / options.iterations)
-            outputs = module(*drop.inputs(data, index))
+            progress = step / options.iterations
+            outputs = module(*(laid_out(x, layout) for x in drop.inputs(data, index)))
             reconstruction = data.loss(outputs, index, loss)
-            total = reconstruction
-            for rounding in roundings:
-                round_loss = rounding.round_loss()
-                if round_loss is not None:
-                    total = total + options.round_weight * round_loss
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            variables.drop_gradients()
+            reconstruction.backward()
+            variables.collect_gradients(beta(progress))
             average(parameter.grad for parameter in parameters)
+            _set_rates(optimizer, variables.groups, progress)
             optimizer.step()
-            variables.keep_positive()
-            scheduler.step()
+            variables.update()
             losses[step] = reconstruction.detach()
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
                 latest = losses[step - step % CHECK_INTERVAL : step + 1]
@@ -122,16 +117,16 @@ def optimize_unit(
     return options.iterations
 
 
-def _optimizer(groups: Sequence[Group], iterations: int) -> Any:
-    """Adam over the groups, and the scheduler of their learning rates."""
+def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """Adam over the groups."""
     parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
-    optimizer = torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
-    factors: list[Callable[[int], float]] = [partial(_at_step, factor, iterations) for _, _, factor in groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    return torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
 
 
-def _at_step(schedule: Callable[[float], float], iterations: int, step: int) -> float:
-    return schedule(step / iterations)
+def _set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], progress: float) -> None:
+    """Sets the learning rates of a step; a scheduler of torch's takes as long as a small layer."""
+    for group, (_, lr, schedule) in zip(optimizer.param_groups, groups, strict=True):
+        group['lr'] = lr * schedule(progress)
 
 
 def _fused_is_available(parameter: Tensor) -> bool:
