@@ -56,7 +56,7 @@ def test_what_does_not_change_a_unit_may_change(option: str, value: Any) -> None
         ('quantizer.weight.bits', 4, 'quantizer.weight.bits was 2 and is 4 now'),
         ('model.stages.1.depth', 4, 'model.stages[1].depth was 3 and is 4 now'),
         ('reconstructor.mirror', True, 'reconstructor.mirror was not set and is True now'),
-        ('quantizer.overrides', [{'pattern': 'a'}], 'quantizer.overrides was [] and is not set now'),
+        ('quantizer.overrides', [{'pattern': 'a'}], "quantizer.overrides[0].pattern was not set and is 'a' now"),
     ],
 )
 def test_what_changes_a_unit_is_named(option: str, value: Any, said: str) -> None:

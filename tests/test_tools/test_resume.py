@@ -38,7 +38,7 @@ def assert_same(folder: Path, other: Path) -> None:
     assert summary == expected_summary
 
 
-@pytest.mark.parametrize(('processes', 'iterations'), [(1, (30, 15)), (2, (6, 3))])
+@pytest.mark.parametrize(('processes', 'iterations'), [(1, (10, 5)), (2, (6, 3))])
 def test_a_run_that_is_killed_ends_bit_for_bit_where_another_ends(
     demo: Path, tmp_path: Path, processes: int, iterations: tuple[int, int]
 ) -> None:
