@@ -24,9 +24,13 @@ class BiasCorrection(nn.Module):
         super().__init__()
         self.enabled = False
         self.offset = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        # while it is learned: the corrected bias, which the reconstruction keeps up to date
+        self.learned: Tensor | None = None
 
     def forward(self, bias: Tensor) -> Tensor:
-        return bias + self.offset if self.enabled else bias
+        if not self.enabled:
+            return bias
+        return bias + self.offset if self.learned is None else self.learned
 
 
 def correct_bias(module: Any) -> None:

@@ -28,7 +28,7 @@ class RandomMasks:
         self._pool = torch.empty(0)
 
     def draw(self, like: Tensor) -> Tensor:
-        """A mask with the shape, dtype and device of ``like``."""
+        """A mask with the shape, dtype and device of ``like``, and its order in memory where that has no gaps."""
         size = like.numel() + PLACES * ALIGNMENT
         if self._pool.numel() < size or (self._pool.dtype, self._pool.device) != (like.dtype, like.device):
             # one 64-bit draw serves eight elements
@@ -37,4 +37,8 @@ class RandomMasks:
             ones = draws.view(torch.uint8)[:size] <= max(round(self.prob * 256), 1) - 1
             self._pool = ones.to(like.device, like.dtype)
         start = ALIGNMENT * int(torch.randint(PLACES, (), generator=self.generator))
-        return self._pool[start : start + like.numel()].view(like.shape)
+        part = self._pool[start : start + like.numel()]
+        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+            # element by element along memory, as what it is held against
+            return part.as_strided(like.shape, like.stride())
+        return part.view(like.shape)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq.fake_quants.native import Kernels, kernels, takes
 from mmbrecq.functional import dequantize, expand
 from mmbrecq.qtype import QType
 
@@ -46,16 +47,24 @@ class FakeQuantizeFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
-        step, offset = (expand(v.to(x.dtype), x.dim(), qtype.ch_axis) for v in (scale, zero_point))
+        bounds = _bounds(zero_point, qtype)
+        ctx.qtype, ctx.bounds = qtype, bounds
+        native = _native(x, scale, bounds, keep)
+        if native is not None and bounds is not None:
+            out = native.fake_quantize(x, keep, float(scale), *bounds)
+            ctx.save_for_backward(x, scale, None, out, keep)
+            return out
+        step = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
+        offset = None if bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
         codes = (x / step).round_()
-        if qtype.symmetric:
-            codes.clamp_(qtype.quant_min, qtype.quant_max)
+        if bounds is not None:
+            codes.clamp_(*bounds)
         else:
+            assert offset is not None
             codes.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
         out = codes.mul_(step)
         if keep is not None:
             torch.lerp(x, out, keep, out=out)
-        ctx.qtype = qtype
         ctx.save_for_backward(x, step, offset, out, keep)
         return out
 
@@ -64,11 +73,18 @@ class FakeQuantizeFunction(torch.autograd.Function):
         (grad,) = grads
         x, step, offset, out, keep = ctx.saved_tensors
         qtype: QType = ctx.qtype
+        low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
+        native = _native(x, step, ctx.bounds, keep)
+        if native is not None:
+            size = float(step)
+            grad = grad if takes(x, grad) else torch.empty_like(x).copy_(grad)
+            grad_x, change = native.fake_quantize_gradient(grad, x, out, keep, (low - 0.5) * size, (high + 0.5) * size)
+            grad_scale = torch.full_like(step, change / size) if ctx.needs_input_grad[1] else None
+            return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
         place = x / step
-        if not qtype.symmetric:
+        if offset is not None:
             place.add_(offset)
-        low, high = qtype.quant_min - 0.5, qtype.quant_max + 0.5
-        grad_x = torch.ops.aten.hardtanh_backward(grad, place, low, high, grad_input=place)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, place, low - 0.5, high + 0.5, grad_input=place)
         if keep is not None:
             torch.lerp(grad, grad_x, keep, out=grad_x)
         grad_scale = None
@@ -89,11 +105,40 @@ class FakeQuantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
+def _bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
+    """The bounds of ``round(x / scale)`` as numbers, None where they are many, or a device would be waited for."""
+    if qtype.symmetric:
+        return qtype.quant_min, qtype.quant_max
+    if zero_point.dim() > 0 or zero_point.device.type != 'cpu':
+        return None
+    offset = int(zero_point)
+    return qtype.quant_min - offset, qtype.quant_max - offset
+
+
+def _native(x: Tensor, scale: Tensor, bounds: tuple[float, float] | None, keep: Tensor | None) -> Kernels | None:
+    """The compiled kernels, where they can do it; a graph that is traced is made of torch's operations."""
+    if (
+        bounds is None
+        or scale.dim() > 0
+        or torch.onnx.is_in_onnx_export()
+        or not takes(x, *([] if keep is None else [keep]))
+    ):
+        return None
+    return kernels()
+
+
 def _inner(a: Tensor, b: Tensor, ch_axis: int | None) -> Tensor:
     """Sum of the products, over all axes but ``ch_axis``; ``()`` or ``(C,)``."""
     if ch_axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
+        return torch.dot(*_flat(a, b))
     return (a * b).sum([axis for axis in range(a.dim()) if axis != ch_axis])
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as vectors with the same order of elements, without a copy where they lie alike in memory."""
+    if all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in (a, b)):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return a.reshape(-1), b.reshape(-1)
 
 
 class DequantizeFunction(torch.autograd.Function):
@@ -113,51 +158,128 @@ class DequantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
-class SoftRoundFunction(torch.autograd.Function):
-    """AdaRound's soft-quantized weight and its rounding regulariser (Nagel et al., ICML 2020, eq. 23 and 24).
-
-    With ``s = sigmoid(alpha)`` and ``h = clamp(s * (zeta - gamma) + gamma, 0, 1)`` the weight is ``low + step * h``,
-    where ``low`` is the weight rounded down and ``step`` the scale, or 0 where the weight is clipped. The regulariser
-    is ``sum(1 - |2 h - 1| ** beta)``. ``dh/dalpha`` is ``(zeta - gamma) s (1 - s)`` strictly inside (0, 1), and 0 at
-    the bounds.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, alpha: Tensor, low: Tensor, step: Tensor, zeta: float, gamma: float, beta: float | None
-    ) -> tuple[Tensor, Tensor]:
-        s = torch.sigmoid(alpha)
-        h = s.mul(zeta - gamma).add_(gamma).clamp_(0, 1)
-        ctx.stretch, ctx.beta = zeta - gamma, beta
-        weight = torch.addcmul(low, step, h)
-        if beta is None:
-            ctx.save_for_backward(s, h, step)
-            return weight, alpha.new_zeros(())
-        centred = h.mul(2).sub_(1)
-        distance = centred.abs()
-        # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
-        power = distance.log2().mul_(beta - 1).exp2_()
-        round_loss = distance.numel() - torch.dot(power.flatten(), distance.flatten())
-        ctx.save_for_backward(s, h, step, power.copysign_(centred))
-        return weight, round_loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_weight, grad_loss = grads
-        s, h, step = ctx.saved_tensors[:3]
-        grad = grad_weight * step
-        if ctx.beta is not None:
-            grad.addcmul_(ctx.saved_tensors[3], grad_loss, value=-2 * ctx.beta)
-        # torch's own backward passes of clamp and sigmoid: one pass over the weights each
-        grad = torch.ops.aten.hardtanh_backward(grad, h, 0, 1)
-        return torch.ops.aten.sigmoid_backward(grad, s).mul_(ctx.stretch), None, None, None, None, None
-
-
 def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
     """Rectified sigmoid ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``; same shape as ``alpha``."""
-    return torch.sigmoid(alpha).mul_(zeta - gamma).add_(gamma).clamp_(0, 1)
+    return torch.clamp(torch.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
 
 
 def initial_alpha(fraction: Tensor, zeta: float, gamma: float) -> Tensor:
     """The ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
     return -torch.log((zeta - gamma) / (fraction - gamma) - 1)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """AdaRound's rectified sigmoid in terms of ``sigma``, the sigmoid of ``alpha`` clamped to where it is not cut.
+
+    The soft rounding is ``h = sigma * (zeta - gamma) + gamma``.
+
+    Args:
+        zeta: Upper stretch of the rectified sigmoid, > 1.
+        gamma: Lower stretch, < 0.
+    """
+
+    zeta: float
+    gamma: float
+
+    @property
+    def stretch(self) -> float:
+        """``dh / dsigma``."""
+        return self.zeta - self.gamma
+
+    def at(self, h: float) -> float:
+        """The ``sigma`` of a soft rounding."""
+        return (h - self.gamma) / self.stretch
+
+
+def soft_weight_(sigma: Tensor, weight: Tensor, alpha: Tensor, base: Tensor, stride: Tensor, curve: Sigmoid) -> None:
+    """Writes ``sigma`` and the soft-quantized ``weight = base + stride * sigma`` (Nagel et al., ICML 2020, eq. 23).
+
+    All tensors have the same shape. ``base`` and ``stride`` are the line through the weight rounded down, at ``h = 0``,
+    and rounded up, at ``h = 1``.
+    """
+    torch.sigmoid(alpha, out=sigma).clamp_(curve.at(0), curve.at(1))
+    torch.addcmul(base, stride, sigma, out=weight)
+
+
+def add_regulariser_gradient_(
+    grad: Tensor, sigma: Tensor, curve: Sigmoid, beta: float, factor: float, scratch: tuple[Tensor, Tensor]
+) -> None:
+    """Adds to ``grad`` the gradient with respect to ``sigma`` of ``factor * sum(1 - |2 h - 1| ** beta)`` (eq. 24).
+
+    That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1``. The regulariser itself is
+    read by nobody, so it is not computed.
+
+    Args:
+        grad (Tensor): Changed in place.
+        sigma (Tensor): Same shape.
+        curve: Of the rectified sigmoid.
+        beta: Exponent, > 1.
+        factor: Weight of the regulariser.
+        scratch: Two tensors of the same shape, overwritten.
+    """
+    centred, power = scratch
+    torch.sub(sigma, curve.at(0.5), out=centred)
+    torch.mul(centred, centred, out=power)
+    if beta <= 2:
+        # 0 has no power that is not positive
+        power.clamp_(min=torch.finfo(power.dtype).tiny)
+    # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
+    power.log2_().mul_((beta - 2) / 2).exp2_()
+    grad.addcmul_(centred, power, value=regulariser_factor(curve, beta, factor))
+
+
+def regulariser_factor(curve: Sigmoid, beta: float, factor: float) -> float:
+    """What the regulariser's gradient has before ``d * |d| ** (beta - 2)``, with ``d = sigma - sigma(h = 1/2)``."""
+    return -2 * beta * factor * (2 * curve.stretch) ** (beta - 1) * curve.stretch
+
+
+def through_sigmoid_(grad: Tensor, sigma: Tensor, curve: Sigmoid) -> None:
+    """Turns the gradient with respect to ``sigma`` into that with respect to ``alpha``: 0 where the curve is cut."""
+    # torch's own backward passes of clamp and sigmoid: one pass over the weights each
+    torch.ops.aten.hardtanh_backward(grad, sigma, curve.at(0), curve.at(1), grad_input=grad)
+    torch.ops.aten.sigmoid_backward(grad, sigma, grad_input=grad)
+
+
+class OutputGradient(torch.autograd.Function):
+    """Passes the output of a layer on, and takes the gradients of its weight's scale and of its bias from it.
+
+    The output is linear in the weight, so ``<dweight, weight> = <doutput, output - bias>`` for every channel, and the
+    gradient of a factor on the weight needs no gradient of the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, gain: Tensor | None, offset: Tensor | None, bias: Tensor | None, ch_axis: int
+    ) -> Tensor:
+        """Returns ``output``, which holds ``gain`` and ``offset`` already.
+
+        Args:
+            ctx: Of autograd.
+            output (Tensor): ``(N, C, ...)``, or ``(..., C)`` of a linear layer.
+            gain (Tensor | None): The factor, with ``C`` elements or one.
+            offset (Tensor | None): ``(C,)``, the part of ``bias`` that is learned.
+            bias (Tensor | None): ``(C,)``, ``offset`` included.
+            ch_axis: Axis of ``C`` in ``output``.
+        """
+        ctx.ch_axis = ch_axis
+        ctx.save_for_backward(output, gain, bias)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        output, gain, bias = ctx.saved_tensors
+        if ctx.ch_axis == -1:
+            output, out_grad = output.reshape(-1, output.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        else:
+            out_grad = grad
+        # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
+        zeros = output.new_zeros(output.shape[1]) if bias is None else bias
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            out_grad, output, None, None, None, zeros, torch.ones_like(zeros), True, 0.0, [False, True, True]
+        )
+        grad_gain = None
+        if ctx.needs_input_grad[1]:
+            grad_gain = (product if gain.numel() > 1 else product.sum()).reshape(gain.shape) / gain
+        return grad, grad_gain, total if ctx.needs_input_grad[2] else None, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.fake_quants.ops import DequantizeFunction, SoftRoundFunction, initial_alpha, soft_rounding
+from mmbrecq.fake_quants.ops import DequantizeFunction, Sigmoid, initial_alpha, soft_rounding
 from mmbrecq.functional import dequantize, expand, quantize, short_scale
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -44,6 +44,8 @@ class WeightFakeQuantize(nn.Module):
         self.register_buffer('zero_point', torch.zeros(channels, dtype=qtype.container))
         self.register_buffer('codes', torch.zeros(shape, dtype=qtype.container))
         self.gain: nn.Parameter | None = None
+        # while something is learned: the quantized weight, which the reconstruction keeps up to date
+        self.learned: Tensor | None = None
 
     def calibrate(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Sets the grid, its scale to 8 significant bits, and rounds ``weight`` to nearest on it."""
@@ -52,7 +54,9 @@ class WeightFakeQuantize(nn.Module):
         self.codes.copy_(quantize(weight, self.scale, self.zero_point.to(weight.dtype), self.qtype))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.quantized(weight) if self.enabled else weight
+        if not self.enabled:
+            return weight
+        return self.quantized(weight) if self.learned is None else self.learned
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Quantized values; same shape as ``weight``."""
@@ -82,10 +86,6 @@ class WeightFakeQuantize(nn.Module):
         """Begins the optimisation of the rounding; returns what there is to optimise."""
         return []
 
-    def round_loss(self) -> Tensor | None:
-        """The regulariser of the last forward pass, None where there is none."""
-        return None
-
     def finish(self) -> None:
         """Ends the optimisation: fixes ``codes``."""
 
@@ -109,7 +109,6 @@ class AdaRound(WeightFakeQuantize):
     def __init__(self, qtype: QType, shape: torch.Size, zeta: float = 1.1, gamma: float = -0.1) -> None:
         super().__init__(qtype, shape)
         self.zeta, self.gamma = zeta, gamma
-        self.beta: float | None = None
         self.alpha: nn.Parameter | None = None
 
     def start(self, weight: Tensor) -> list[nn.Parameter]:
@@ -124,26 +123,28 @@ class AdaRound(WeightFakeQuantize):
         self._low = (self._codes_low - offset) * scale
         self._step = scale * movable
         self.alpha = nn.Parameter(initial_alpha(ratio - floor, self.zeta, self.gamma))
-        self._round_loss: Tensor | None = None
         return [self.alpha]
+
+    @property
+    def curve(self) -> Sigmoid:
+        """The rectified sigmoid."""
+        return Sigmoid(self.zeta, self.gamma)
+
+    def line(self) -> tuple[Tensor, Tensor]:
+        """The ``base`` and ``stride`` of :func:`soft_weight_`; same shape as the weight."""
+        return self._low + self._step * self.gamma, self._step * self.curve.stretch
 
     @property
     def _values(self) -> Tensor:
         if self.alpha is None:
             return super()._values
-        soft, self._round_loss = SoftRoundFunction.apply(
-            self.alpha, self._low, self._step, self.zeta, self.gamma, self.beta
-        )
-        return soft
-
-    def round_loss(self) -> Tensor | None:
-        return None if self.beta is None else self._round_loss
+        return self._low + self._step * soft_rounding(self.alpha, self.zeta, self.gamma)
 
     def finish(self) -> None:
         assert self.alpha is not None
         up = (soft_rounding(self.alpha.detach(), self.zeta, self.gamma) >= 0.5) & self._movable
         self.codes.copy_(self._codes_low + up)
-        self.alpha, self._round_loss = None, None
+        self.alpha = None
         del self._low, self._step, self._codes_low, self._movable
 
 

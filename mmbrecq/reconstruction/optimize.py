@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batches
+from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
@@ -60,11 +60,11 @@ def optimize_unit(
         NonFiniteError: The loss stops being finite; unit and step are named.
     """
     options = stage.options
-    variables = Variables(weights, quantizers, stage)
-    roundings = variables.roundings
+    layout = memory_format(module)
+    variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer, scheduler = _optimizer(variables.groups, options.iterations)
+    optimizer = _optimizer(variables.groups)
     beta = LinearBeta(*options.beta, options.warmup)
     parameters = [parameter for params, _, _ in variables.groups for parameter in params]
     losses = torch.zeros(options.iterations, device=device)
@@ -72,32 +72,27 @@ def optimize_unit(
     fitting = micro_batches or MicroBatches(name, min(options.batch_size, len(data.targets[0])))
     batches = Batches(data, options.batch_size, options.iterations, generator, device, drop.masks is not None)
 
-    def losses_of(part: Batch) -> tuple[Tensor, Tensor]:
-        """What is minimised, and the distance of the outputs in it."""
-        reconstruction = part.loss(module(*drop.inputs(part)), loss)
+    def distance_of(part: Batch) -> Tensor:
+        part = part.laid_out(layout)
+        distance = part.loss(module(*drop.inputs(part)), loss)
         # the masks of the step are drawn
         batches.read_ahead()
-        total = reconstruction
-        for rounding in roundings:
-            round_loss = rounding.round_loss()
-            if round_loss is not None:
-                total = total + options.round_weight * round_loss
-        return total, reconstruction
+        return distance
 
     def find_gradients(images: int) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        return _backward(batches.current(), images, losses_of)
+        variables.drop_gradients()
+        return _backward(batches.current(), images, distance_of)
 
-    with torch.enable_grad(), drop, batches:
+    with torch.enable_grad(), drop, batches, variables.in_force():
         for step in range(options.iterations):
-            for rounding in roundings:
-                rounding.beta = beta(step / options.iterations)
+            progress = step / options.iterations
             batches.begin()
             losses[step] = fitting.run(find_gradients)
+            variables.collect_gradients(beta(progress))
             average(parameter.grad for parameter in parameters)
+            _set_rates(optimizer, variables.groups, progress)
             optimizer.step()
-            variables.keep_positive()
-            scheduler.step()
+            variables.update()
             if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
                 latest = losses[step - step % CHECK_INTERVAL : step + 1]
                 average([latest])
@@ -107,33 +102,33 @@ def optimize_unit(
     return options.iterations
 
 
-def _backward(batch: Batch, images: int, losses_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> Tensor:
+def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:
     """Adds up the gradients of a batch, so many images at once; returns the distance of the outputs.
 
     A loss is a mean over images, so each part counts by its share of them.
     """
-    distance: Any = 0
+    total: Any = 0
     for part in batch.parts(images):
-        total, reconstruction = losses_of(part)
+        distance = distance_of(part)
         if part is batch:
-            total.backward()
-            return reconstruction.detach()
+            distance.backward()
+            return distance.detach()
         share = len(part) / len(batch)
-        (share * total).backward()
-        distance = distance + share * reconstruction.detach()
-    return distance
+        (share * distance).backward()
+        total = total + share * distance.detach()
+    return total
 
 
-def _optimizer(groups: Sequence[Group], iterations: int) -> Any:
-    """Adam over the groups, and the scheduler of their learning rates."""
+def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """Adam over the groups."""
     parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
-    optimizer = torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
-    factors: list[Callable[[int], float]] = [partial(_at_step, factor, iterations) for _, _, factor in groups]
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    return torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
 
 
-def _at_step(schedule: Callable[[float], float], iterations: int, step: int) -> float:
-    return schedule(step / iterations)
+def _set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], progress: float) -> None:
+    """Sets the learning rates of a step; a scheduler of torch's takes as long as a small layer."""
+    for group, (_, lr, schedule) in zip(optimizer.param_groups, groups, strict=True):
+        group['lr'] = lr * schedule(progress)
 
 
 def _fused_is_available(parameter: Tensor) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
+from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.learned_weights import LearnedWeights
 from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.stages import Stage
 
@@ -24,49 +25,69 @@ class Variables:
     """The variables of one unit in one stage.
 
     Args:
+        module: The unit.
         weights: Modules with a quantized weight and their fake quantizers.
         quantizers: Activation quantizers.
         stage: What is learned, and how.
+        layout: Order in memory of the unit's activations.
     """
 
     def __init__(
-        self, weights: Sequence[tuple[nn.Module, WeightFakeQuantize]], quantizers: Sequence[FakeQuantize], stage: Stage
+        self,
+        module: nn.Module,
+        weights: Sequence[tuple[nn.Module, WeightFakeQuantize]],
+        quantizers: Sequence[FakeQuantize],
+        stage: Stage,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         options = stage.options
-        self.roundings = [fq for _, fq in weights if isinstance(fq, AdaRound)] if stage.learns_rounding else []
-        alphas = [p for m, fq in weights if fq in self.roundings for p in fq.start(original_weight(m))]
-        self._stretched = [fq for _, fq in weights] if options.weight_scale_lr > 0 else []
-        gains = [p for m, fq in weights if fq in self._stretched for p in fq.start_scale(original_weight(m))]
-        corrections = [bias_correction(m) for m, _ in weights] if options.bias_lr > 0 else []
-        offsets = [correction.offset for correction in corrections if correction is not None]
-        for offset in offsets:
-            offset.requires_grad_(True)
+        self._options = options
+        self.weights = LearnedWeights(
+            weights, stage.learns_rounding, options.weight_scale_lr > 0, options.bias_lr > 0, layout, _called(module)
+        )
         self._quantizers = list(quantizers) if stage.learns_scale else []
         scales = [p for q in self._quantizers for p in q.start()]
         groups: list[Group] = [
-            (alphas, options.lr, constant),
-            (gains, options.weight_scale_lr, cosine),
-            (offsets, options.bias_lr, cosine),
+            (self.weights.alphas, options.lr, constant),
+            (self.weights.gains, options.weight_scale_lr, cosine),
+            (self.weights.offsets, options.bias_lr, cosine),
             (scales, options.activation_lr, cosine),
         ]
-        self._offsets = offsets
         self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]
 
-    def keep_positive(self) -> None:
-        """Keeps a step of the optimizer from taking a scale of an activation to 0 or below."""
+    def in_force(self) -> AbstractContextManager[None]:
+        """The unit computes with the variables."""
+        return self.weights.in_force()
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients of the step before, or of a failed attempt."""
+        self.weights.drop_gradients()
+        for parameters, _, _ in self.groups:
+            for parameter in parameters:
+                parameter.grad = None
+
+    def collect_gradients(self, beta: float | None) -> None:
+        """Completes the gradients after a backward pass; ``beta`` is the exponent of the regulariser, None for none."""
+        self.weights.collect(beta, self._options.round_weight)
+
+    def update(self) -> None:
+        """Takes over what a step of the optimizer has changed; no scale of an activation gets to 0 or below."""
         with torch.no_grad():
             for scale, floor in self._floors:
                 torch.maximum(scale, floor, out=scale)
+        self.weights.update()
 
     def finish(self) -> None:
         """Fixes what was learned."""
-        for rounding in self.roundings:
-            rounding.finish()
-        for fake_quant in self._stretched:
-            fake_quant.finish_scale()
+        self.weights.finish()
         for quantizer in self._quantizers:
             quantizer.finish()
-        for offset in self._offsets:
-            offset.requires_grad_(False)
-            offset.grad = None
+
+
+def _called(module: nn.Module) -> set[nn.Module]:
+    """The modules that a graph calls; none are known of a module that is no graph."""
+    graph = getattr(module, 'graph', None)
+    if not isinstance(graph, fx.Graph):
+        return set()
+    return {module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module'}

@@ -57,3 +57,11 @@ def test_a_larger_tensor_and_another_dtype_are_served() -> None:
     # the earlier mask is still whole: a backward pass may wait for it
     assert float(large.mean()) == pytest.approx(0.5, abs=0.002)
     assert source.draw(torch.zeros(10, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_mask_lies_in_memory_as_its_tensor_does() -> None:
+    like = torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    mask = RandomMasks(0.5, torch.Generator().manual_seed(0)).draw(like)
+    assert (mask.shape, mask.stride()) == (like.shape, like.stride())
+    memory = mask.permute(0, 2, 3, 1).reshape(-1)
+    assert torch.equal(memory, RandomMasks(0.5, torch.Generator().manual_seed(0)).draw(torch.empty(120)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,13 @@ from torch import Tensor
 from mmbrecq.fake_quants.ops import (
     DequantizeFunction,
     FakeQuantizeFunction,
-    SoftRoundFunction,
+    OutputGradient,
+    Sigmoid,
+    add_regulariser_gradient_,
     initial_alpha,
     soft_rounding,
+    soft_weight_,
+    through_sigmoid_,
 )
 from mmbrecq.qtype import QType
 
@@ -104,51 +110,105 @@ def test_fake_quantize_leaves_its_input_alone() -> None:
     assert torch.equal(x, before)
 
 
-def naive_soft_round(alpha: Tensor, low: Tensor, step: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
+@pytest.mark.parametrize(('qtype', 'zero'), GRIDS[:2])
+def test_the_order_in_memory_changes_nothing(qtype: QType, zero: int) -> None:
+    x, upstream = (torch.randn(4, 5, 3, 2, generator=generator()) for _ in range(2))
+    results = []
+    for layouts in (
+        (torch.contiguous_format,) * 2,
+        (torch.channels_last,) * 2,
+        (torch.channels_last, torch.contiguous_format),
+    ):
+        scale = torch.tensor(0.3, requires_grad=True)
+        a = x.detach().contiguous(memory_format=layouts[0]).clone().requires_grad_(True)
+        out = FakeQuantizeFunction.apply(a, scale, torch.tensor(zero), qtype, None, None)
+        out.backward(upstream.contiguous(memory_format=layouts[1]))
+        assert out.stride() == a.stride()
+        results.append((out.detach(), a.grad, scale.grad))
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def naive_soft_round(alpha: Tensor, base: Tensor, step: Tensor, beta: float | None) -> tuple[Tensor, Tensor]:
     h = torch.clamp(torch.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0, 1)
     loss = torch.zeros((), dtype=alpha.dtype) if beta is None else (1 - (2 * h - 1).abs() ** beta).sum()
-    return low + step * h, loss
+    return base + step * h, loss
 
 
-@pytest.mark.parametrize('beta', [None, 2.0, 3.7, 20.0])
-def test_soft_rounding_is_the_naive_chain(beta: float | None) -> None:
+@pytest.mark.parametrize('beta', [None, 1.5, 2.0, 3.7, 20.0])
+def test_soft_rounding_by_hand_is_the_naive_chain(beta: float | None) -> None:
     # the ends saturate, in the middle h = 1/2
     alpha = torch.cat([torch.linspace(-6, 6, 41), torch.tensor([0.0])]).double().reshape(6, 7)
     low = torch.randn(6, 7, generator=generator(), dtype=torch.float64)
     step = torch.rand(6, 1, generator=generator(), dtype=torch.float64).expand(6, 7).clone()
     step[2] = 0  # clipped weights
     upstream = torch.randn(6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    results = []
-    for function in (naive_soft_round, lambda a, lo, st, be: SoftRoundFunction.apply(a, lo, st, ZETA, GAMMA, be)):
-        a = alpha.clone().requires_grad_(True)
-        weight, loss = function(a, low, step, beta)
-        ((weight * upstream).sum() + 0.03 * loss).backward()
-        results.append((weight.detach(), loss.detach(), a.grad))
-    for naive, ours in zip(*results, strict=True):
-        assert naive is not None
-        torch.testing.assert_close(ours, naive, rtol=1e-11, atol=1e-12)
-    gradient = results[1][2]
-    assert gradient is not None
-    assert (gradient == 0).any()
-    assert (gradient != 0).any()
+    naive = alpha.clone().requires_grad_(True)
+    expected, loss = naive_soft_round(naive, low, step, beta)
+    ((expected * upstream).sum() + 0.03 * loss).backward()
+
+    curve = Sigmoid(ZETA, GAMMA)
+    sigma, weight = torch.empty_like(alpha), torch.empty_like(alpha)
+    soft_weight_(sigma, weight, alpha, low + step * GAMMA, step * curve.stretch, curve)
+    torch.testing.assert_close(weight, expected.detach(), rtol=1e-12, atol=1e-12)
+    grad = upstream * step * curve.stretch
+    if beta is not None:
+        scratch = (torch.empty_like(alpha), torch.empty_like(alpha))
+        add_regulariser_gradient_(grad, sigma, curve, beta, 0.03, scratch)
+    through_sigmoid_(grad, sigma, curve)
+    assert naive.grad is not None
+    # at a half the root of a rounding error is left, with an exponent below 2
+    torch.testing.assert_close(grad, naive.grad, rtol=1e-10, atol=1e-9)
+    assert (grad == 0).any()
+    assert (grad != 0).any()
 
 
-def test_the_regulariser_by_hand() -> None:
-    """Zero where h is 0 or 1, one per element where h is 1/2."""
-    alpha = torch.tensor([-50.0, 50.0, 0.0, 0.0], dtype=torch.float64)
-    zeros = torch.zeros(4, dtype=torch.float64)
-    assert float(SoftRoundFunction.apply(alpha, zeros, zeros, ZETA, GAMMA, 20.0)[1]) == pytest.approx(2.0)
-    assert float(SoftRoundFunction.apply(alpha, zeros, zeros, ZETA, GAMMA, None)[1]) == 0
-
-
-@pytest.mark.parametrize('beta', [2.0, 20.0])
+@pytest.mark.parametrize('beta', [1.5, 2.0, 20.0])
 def test_the_regulariser_is_flat_at_a_half(beta: float) -> None:
     # gamma 0 and zeta 1: h is the plain sigmoid, which is exactly 1/2 at 0
-    alpha, zeros = torch.zeros(3, requires_grad=True), torch.zeros(3)
-    loss = SoftRoundFunction.apply(alpha, zeros, zeros, 1.0, 0.0, beta)[1]
-    loss.backward()
-    assert float(loss.detach()) == 3
-    assert torch.equal(alpha.grad, zeros)  # type: ignore[arg-type]
+    half, grad = torch.full((3,), 0.5), torch.zeros(3)
+    add_regulariser_gradient_(grad, half, Sigmoid(1.0, 0.0), beta, 1.0, (torch.empty(3), torch.empty(3)))
+    assert torch.equal(grad, torch.zeros(3))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize(
+    ('make', 'shape', 'axis'),
+    [
+        (lambda bias: torch.nn.Conv2d(4, 6, 3, groups=2, bias=bias), (3, 4, 5, 5), 1),
+        (lambda bias: torch.nn.ConvTranspose2d(4, 6, 2, bias=bias), (3, 4, 5, 5), 1),
+        (lambda bias: torch.nn.Linear(4, 6, bias=bias), (3, 4), -1),
+        (lambda bias: torch.nn.Linear(4, 6, bias=bias), (2, 5, 4), -1),
+    ],
+    ids=['grouped', 'transposed', 'linear', 'tokens'],
+)
+@pytest.mark.parametrize('per_channel', [True, False])
+def test_gradients_from_the_output_are_those_of_the_weight(
+    make: Any, shape: Any, axis: int, bias: bool, per_channel: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = make(bias).double().requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight_axis = 1 if isinstance(layer, torch.nn.ConvTranspose2d) else 0
+    sizes = [1] * layer.weight.dim()
+    if per_channel:
+        sizes[weight_axis] = 6
+    gain = (0.5 + torch.rand(sizes, dtype=torch.float64)).requires_grad_(True)
+    offset = torch.randn(6, dtype=torch.float64, requires_grad=True) if bias else None
+    parameters = {'weight': layer.weight * gain}
+    if bias:
+        parameters['bias'] = layer.bias + offset
+    expected = torch.func.functional_call(layer, parameters, (x,))
+    upstream = torch.randn_like(expected)
+    wanted = [t for t in (x, gain, offset) if t is not None]
+    naive = torch.autograd.grad(expected, wanted, upstream)
+    fixed = {name: value.detach() for name, value in parameters.items()}
+    output = torch.func.functional_call(layer, fixed, (x,))
+    ours = OutputGradient.apply(output, gain, offset, fixed.get('bias'), axis)
+    assert torch.equal(ours, output)
+    for a, b in zip(torch.autograd.grad(ours, wanted, upstream), naive, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_soft_rounding_is_a_rectified_sigmoid() -> None:

@@ -100,7 +100,6 @@ def test_nearest_rounding_has_nothing_to_learn() -> None:
     fake_quant, weight = calibrated(NearestRounding, QType(4))
     before = fake_quant.codes.clone()
     assert fake_quant.start(weight) == []
-    assert fake_quant.round_loss() is None
     fake_quant.finish()
     assert torch.equal(fake_quant.codes, before)
 
@@ -144,7 +143,6 @@ def test_adaround_rounds_up_where_h_reaches_a_half(qtype: QType) -> None:
     expected[below] = qtype.quant_min
     np.testing.assert_array_equal(fake_quant.codes.numpy(), expected)
     assert fake_quant.codes.dtype == qtype.container
-    assert fake_quant.round_loss() is None
     assert not list(fake_quant.parameters())
 
 
@@ -157,29 +155,24 @@ def test_hard_and_soft_weight_agree_where_alpha_has_settled() -> None:
     torch.testing.assert_close(fake_quant.quantized(weight), soft, rtol=1e-6, atol=1e-6)
 
 
-def test_adaround_gradients_and_regulariser_follow_the_naive_chain() -> None:
-    qtype = QType(3, symmetric=True, signed=True, ch_axis=0)
+@pytest.mark.parametrize('qtype', GRIDS)
+def test_the_line_is_the_soft_weight(qtype: QType) -> None:
     fake_quant, weight = calibrated(AdaRound, qtype)
     (alpha,) = fake_quant.start(weight)
     assert isinstance(fake_quant, AdaRound)
-    fake_quant.quantized(weight)
-    assert fake_quant.round_loss() is None
-    fake_quant.beta = 4.0
-    quantized = fake_quant.quantized(weight)
-    round_loss = fake_quant.round_loss()
-    assert round_loss is not None
-    ((quantized**2).sum() + 0.1 * round_loss).backward()
+    alpha.data.add_(torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)))
+    base, stride = fake_quant.line()
+    sigma = np.clip(1 / (1 + np.exp(-alpha.detach().double().numpy())), 0.1 / 1.2, 1.1 / 1.2)
+    expected = base.numpy() + stride.numpy() * sigma
+    np.testing.assert_allclose(fake_quant.quantized(weight).detach().numpy(), expected, atol=2e-6)
 
-    naive = alpha.detach().double().requires_grad_(True)
-    scale = fake_quant.scale.double().reshape(-1, 1, 1, 1)
-    floor = torch.floor(weight / fake_quant.scale.reshape(-1, 1, 1, 1)).double()
-    h = torch.clamp(torch.sigmoid(naive) * (ZETA - GAMMA) + GAMMA, 0, 1)
-    value = torch.clamp(floor + h, qtype.quant_min, qtype.quant_max) * scale
-    regulariser = (1 - (2 * h - 1).abs() ** 4).sum()
-    ((value**2).sum() + 0.1 * regulariser).backward()
-    assert float(round_loss.detach()) == pytest.approx(float(regulariser.detach()), rel=1e-5)
-    assert alpha.grad is not None
-    torch.testing.assert_close(alpha.grad.double(), naive.grad, rtol=1e-4, atol=1e-5)
+
+def test_a_learned_weight_is_in_force() -> None:
+    fake_quant, weight = calibrated(NearestRounding, QType(4, ch_axis=0))
+    fake_quant.learned = torch.zeros(SHAPE)
+    assert fake_quant(weight) is weight
+    fake_quant.enabled = True
+    assert fake_quant(weight) is fake_quant.learned
 
 
 @pytest.mark.parametrize('cls', [NearestRounding, AdaRound])

@@ -17,6 +17,7 @@ from mmbrecq.qtype import QType
 from mmbrecq.reconstruction import MSELoss, Stage, StageOptions
 from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, optimize_unit
 from mmbrecq.reconstruction.unit_data import UnitData
+from mmbrecq.reconstruction.variables import Variables
 
 COUNT = 40
 OPTIONS: dict[str, Any] = {
@@ -237,15 +238,17 @@ def test_progress_is_told_now_and_then() -> None:
     assert told[1][1] == pytest.approx(np.mean(losses[-CHECK_INTERVAL:]), rel=1e-5)
 
 
-def test_beta_follows_its_schedule() -> None:
-    unit = Unit()
+def test_beta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     betas: list[float | None] = []
+    collect = Variables.collect_gradients
 
-    def loss(output: Tensor, target: Tensor, fisher: Tensor | None) -> Tensor:
-        betas.append(unit.rounding.beta)  # type: ignore[arg-type]
-        return MSELoss()(output, target)
+    def note(variables: Variables, beta: float | None) -> None:
+        betas.append(beta)
+        collect(variables, beta)
 
-    learn(unit, data_of(unit), iterations=10, beta=(12.0, 4.0), warmup=0.2, loss=loss)
+    monkeypatch.setattr(Variables, 'collect_gradients', note)
+    unit = Unit()
+    learn(unit, data_of(unit), iterations=10, beta=(12.0, 4.0), warmup=0.2)
     assert betas[:2] == [None, None]
     assert betas[2:] == pytest.approx([12 - 8 * (t - 2) / 8 for t in range(2, 10)])
 

@@ -18,7 +18,7 @@ RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4
 def variables_of(model: QuantizedModel, rounding: bool = True, scale: bool = True, **options: Any) -> Variables:
     unit = model.units[1]
     stage = Stage('joint', StageOptions(**{**RATES, **options}), rounding, scale)
-    return Variables(model.unit_weights(unit), model.unit_quantizers(unit), stage)
+    return Variables(unit.module, model.unit_weights(unit), model.unit_quantizers(unit), stage)
 
 
 def rates(variables: Variables) -> dict[float, int]:
@@ -40,16 +40,16 @@ def disturb(variables: Variables, seed: int = 0) -> None:
 @pytest.mark.parametrize(
     ('rounding', 'scale', 'options', 'expected'),
     [
-        (True, False, {}, {0.1: 2, 0.2: 2, 0.3: 2}),
+        (True, False, {}, {0.1: 1, 0.2: 2, 0.3: 2}),
         (False, True, {}, {0.2: 2, 0.3: 2, 0.4: 2}),
-        (True, True, {}, {0.1: 2, 0.2: 2, 0.3: 2, 0.4: 2}),
-        (True, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.1: 2}),
+        (True, True, {}, {0.1: 1, 0.2: 2, 0.3: 2, 0.4: 2}),
+        (True, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.1: 1}),
         (False, True, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.4: 2}),
         (False, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {}),
     ],
 )
 def test_what_is_learned(prepared: Prepare, rounding: bool, scale: bool, options: Any, expected: Any) -> None:
-    """The block has two layers and two activation quantizers."""
+    """The block has two layers, whose rounding is one vector, and two activation quantizers."""
     variables = variables_of(prepared(), rounding, scale, **options)
     assert rates(variables) == expected
     assert all(p.requires_grad for parameters, _, _ in variables.groups for p in parameters)
