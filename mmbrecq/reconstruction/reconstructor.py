@@ -139,7 +139,10 @@ class BaseReconstructor:
                 units = _units(part, stage)
                 cached.append(peak_bytes(units, sizes, inputs, weights))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
-                working += working_memory(part, units, stage, images, self.loss.needs_fisher)
+                needed = working_memory(part, units, stage, images, self.loss.needs_fisher)
+                # features of regions are collected in memory, and then joined, wherever all else is cached
+                features = 0 if part is task.model else 2 * sizes[inputs]
+                working += [(size + features, unit) for size, unit in needed]
         return plan_cache(
             self.cache, max(cached), max(working), device, task.directory, self.memory_limit, self.cache_dtype
         )
