@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq.fake_quants.native import Kernels, kernels, takes
 from mmbrecq.functional import dequantize, expand
 from mmbrecq.qtype import QType
 
@@ -46,8 +47,14 @@ class FakeQuantizeFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
-        step = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
         bounds = _bounds(zero_point, qtype)
+        ctx.qtype, ctx.bounds = qtype, bounds
+        native = _native(x, scale, bounds, keep)
+        if native is not None and bounds is not None:
+            out = native.fake_quantize(x, keep, float(scale), *bounds)
+            ctx.save_for_backward(x, scale, None, out, keep)
+            return out
+        step = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
         offset = None if bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
         codes = (x / step).round_()
         if bounds is not None:
@@ -58,7 +65,6 @@ class FakeQuantizeFunction(torch.autograd.Function):
         out = codes.mul_(step)
         if keep is not None:
             torch.lerp(x, out, keep, out=out)
-        ctx.qtype, ctx.bounds = qtype, bounds
         ctx.save_for_backward(x, step, offset, out, keep)
         return out
 
@@ -68,15 +74,17 @@ class FakeQuantizeFunction(torch.autograd.Function):
         x, step, offset, out, keep = ctx.saved_tensors
         qtype: QType = ctx.qtype
         low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
-        if ctx.bounds is not None and step.dim() == 0 and step.device.type == 'cpu':
-            # numbers cost no waiting here, and spare the division
+        native = _native(x, step, ctx.bounds, keep)
+        if native is not None:
             size = float(step)
-            grad_x = torch.ops.aten.hardtanh_backward(grad, x, (low - 0.5) * size, (high + 0.5) * size)
-        else:
-            place = x / step
-            if offset is not None:
-                place.add_(offset)
-            grad_x = torch.ops.aten.hardtanh_backward(grad, place, low - 0.5, high + 0.5, grad_input=place)
+            grad = grad if takes(x, grad) else torch.empty_like(x).copy_(grad)
+            grad_x, change = native.fake_quantize_gradient(grad, x, out, keep, (low - 0.5) * size, (high + 0.5) * size)
+            grad_scale = torch.full_like(step, change / size) if ctx.needs_input_grad[1] else None
+            return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
+        place = x / step
+        if offset is not None:
+            place.add_(offset)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, place, low - 0.5, high + 0.5, grad_input=place)
         if keep is not None:
             torch.lerp(grad, grad_x, keep, out=grad_x)
         grad_scale = None
@@ -105,6 +113,18 @@ def _bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
         return None
     offset = int(zero_point)
     return qtype.quant_min - offset, qtype.quant_max - offset
+
+
+def _native(x: Tensor, scale: Tensor, bounds: tuple[float, float] | None, keep: Tensor | None) -> Kernels | None:
+    """The compiled kernels, where they can do it; a graph that is traced is made of torch's operations."""
+    if (
+        bounds is None
+        or scale.dim() > 0
+        or torch.onnx.is_in_onnx_export()
+        or not takes(x, *([] if keep is None else [keep]))
+    ):
+        return None
+    return kernels()
 
 
 def _inner(a: Tensor, b: Tensor, ch_axis: int | None) -> Tensor:
@@ -206,8 +226,12 @@ def add_regulariser_gradient_(
         power.clamp_(min=torch.finfo(power.dtype).tiny)
     # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
     power.log2_().mul_((beta - 2) / 2).exp2_()
-    scale = (2 * curve.stretch) ** (beta - 1) * curve.stretch
-    grad.addcmul_(centred, power, value=-2 * beta * factor * scale)
+    grad.addcmul_(centred, power, value=regulariser_factor(curve, beta, factor))
+
+
+def regulariser_factor(curve: Sigmoid, beta: float, factor: float) -> float:
+    """What the regulariser's gradient has before ``d * |d| ** (beta - 2)``, with ``d = sigma - sigma(h = 1/2)``."""
+    return -2 * beta * factor * (2 * curve.stretch) ** (beta - 1) * curve.stretch
 
 
 def through_sigmoid_(grad: Tensor, sigma: Tensor, curve: Sigmoid) -> None:

@@ -25,5 +25,5 @@ def memory_format(module: nn.Module) -> torch.memory_format:
 
 
 def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """``x`` in the given order, where it has one: a copy or itself."""
-    return x.contiguous(memory_format=layout) if x.dim() == 4 else x
+    """``x`` without gaps, of four axes in the given order: a copy or itself."""
+    return x.contiguous(memory_format=layout) if x.dim() == 4 else x.contiguous()

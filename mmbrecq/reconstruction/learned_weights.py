@@ -88,6 +88,7 @@ class LearnedWeights:
             correction = bias_correction(module) if biases else None
             by_output = soft is None and module in called and _is_per_output(fq, module)
             self._layers.append(_layer(module, fq, values, correction, soft, by_output))
+        self._soft = [layer for layer in self._layers if layer.soft is not None]
         self.update()
 
     @property
@@ -122,12 +123,20 @@ class LearnedWeights:
         """Computes weights and biases anew, from what is learned."""
         with torch.no_grad():
             if self.rounding is not None:
-                self.rounding.update()
+                self.rounding.update([layer.fake_quant.gain for layer in self._soft])
             for layer in self._layers:
-                if layer.fake_quant.gain is not None:
-                    torch.mul(layer.values, layer.fake_quant.gain, out=layer.weight.detach())
+                gain = layer.fake_quant.gain
+                if gain is not None and layer.soft is None:
+                    torch.mul(layer.values, gain, out=layer.weight.detach())
                 if layer.correction is not None and layer.bias is not None:
                     torch.add(_original_bias(layer.module), layer.correction.offset, out=layer.bias.detach())
+
+    def drop_gradients(self) -> None:
+        """Forgets gradients that were not collected."""
+        for layer in self._layers:
+            layer.weight.grad = None
+            if layer.bias is not None:
+                layer.bias.grad = None
 
     def collect(self, beta: float | None, round_weight: float) -> None:
         """Carries the gradients of the last backward pass on to what is learned, that of the regulariser added.
@@ -137,23 +146,17 @@ class LearnedWeights:
             round_weight: Its weight.
         """
         with torch.no_grad():
+            grads = [layer.weight.grad for layer in self._soft]
             for layer in self._layers:
-                if not layer.by_output:
-                    self._collect(layer)
+                gain, grad = layer.fake_quant.gain, layer.weight.grad
+                if gain is not None and grad is not None and layer.soft is None:
+                    # over the axes of the gain that are 1
+                    gain.grad = (grad * layer.values).sum_to_size(gain.shape)
+                layer.weight.grad = None
                 if layer.bias is not None and layer.correction is not None and layer.bias.requires_grad:
                     layer.correction.offset.grad, layer.bias.grad = layer.bias.grad, None
             if self.rounding is not None:
-                self.rounding.collect(beta, round_weight)
-
-    def _collect(self, layer: _Layer) -> None:
-        grad, layer.weight.grad = layer.weight.grad, None
-        gain = layer.fake_quant.gain
-        if gain is not None and grad is not None:
-            # over the axes of the gain that are 1
-            gain.grad = (grad * layer.weight).sum_to_size(gain.shape).div_(gain)
-        if layer.soft is not None:
-            assert self.rounding is not None
-            self.rounding.collect_weight(layer.soft, grad, gain)
+                self.rounding.collect(grads, [layer.fake_quant.gain for layer in self._soft], beta, round_weight)
 
     def finish(self) -> None:
         """Fixes what was learned."""

@@ -14,8 +14,9 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batches
-from mmbrecq.reconstruction.layout import laid_out, memory_format
+from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
+from mmbrecq.reconstruction.plateau import Plateau
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.unit_data import Batch, UnitData, UnitLoss
@@ -66,53 +67,66 @@ def optimize_unit(
         return 0
     optimizer = _optimizer(variables.groups)
     beta = LinearBeta(*options.beta, options.warmup)
+    plateau = Plateau(options.plateau)
+    # rounding is decided by what follows the warm-up
+    end = int(options.warmup * options.iterations) if variables.weights.alphas else options.iterations
+    # in the schedules; ahead of the steps where some were left out
+    position = steps = 0
     parameters = [parameter for params, _, _ in variables.groups for parameter in params]
     losses = torch.zeros(options.iterations, device=device)
     drop = _Dropping(quantizers, options.drop_prob, generator)
     fitting = micro_batches or MicroBatches(name, min(options.batch_size, len(data.targets[0])))
     batches = Batches(data, options.batch_size, options.iterations, generator, device, drop.masks is not None)
 
-    def loss_of(part: Batch) -> Tensor:
-        reconstruction = part.loss(module(*(laid_out(x, layout) for x in drop.inputs(part))), loss)
+    def distance_of(part: Batch) -> Tensor:
+        part = part.laid_out(layout)
+        distance = part.loss(module(*drop.inputs(part)), loss)
         # the masks of the step are drawn
         batches.read_ahead()
-        return reconstruction
+        return distance
 
     def find_gradients(images: int) -> Tensor:
         variables.drop_gradients()
-        return _backward(batches.current(), images, loss_of)
+        return _backward(batches.current(), images, distance_of)
 
-    with torch.enable_grad(), drop, variables.in_force(), batches:
-        for step in range(options.iterations):
-            progress = step / options.iterations
+    with torch.enable_grad(), drop, batches, variables.in_force():
+        while position < options.iterations:
+            progress = position / options.iterations
             batches.begin()
-            losses[step] = fitting.run(find_gradients)
+            losses[steps] = fitting.run(find_gradients)
             variables.collect_gradients(beta(progress))
             average(parameter.grad for parameter in parameters)
             _set_rates(optimizer, variables.groups, progress)
             optimizer.step()
             variables.update()
-            if (step + 1) % CHECK_INTERVAL == 0 or step + 1 == options.iterations:
-                latest = losses[step - step % CHECK_INTERVAL : step + 1]
+            steps, position = steps + 1, position + 1
+            if steps % CHECK_INTERVAL == 0 or position == options.iterations:
+                latest = losses[(steps - 1) // CHECK_INTERVAL * CHECK_INTERVAL : steps]
                 average([latest])
-                _check_finite(losses[: step + 1], name)
-                on_step(step + 1, float(latest.mean()))
+                _check_finite(losses[:steps], name)
+                mean = float(latest.mean())
+                on_step(steps, mean)
+                if plateau.reached(mean):
+                    position = max(position, end)
     variables.finish()
-    return options.iterations
+    return steps
 
 
-def _backward(batch: Batch, images: int, loss_of: Callable[[Batch], Tensor]) -> Tensor:
-    """Adds up the gradients of a batch, so many images at once; returns its loss.
+def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:
+    """Adds up the gradients of a batch, so many images at once; returns the distance of the outputs.
 
     A loss is a mean over images, so each part counts by its share of them.
     """
     total: Any = 0
     for part in batch.parts(images):
-        loss = loss_of(part)
+        distance = distance_of(part)
+        if part is batch:
+            distance.backward()
+            return distance.detach()
         share = len(part) / len(batch)
-        (loss if part is batch else share * loss).backward()
-        total = total + share * loss.detach()
-    return total  # type: ignore[no-any-return]
+        (share * distance).backward()
+        total = total + share * distance.detach()
+    return total
 
 
 def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:

@@ -25,6 +25,8 @@ class StageOptions:
         warmup: Fraction of the steps without regulariser.
         drop_prob: Probability, per element, of passing a float activation on instead of its quantized value, and of
             reading a unit's float input instead of the quantized one (QDrop, Wei et al., ICLR 2022).
+        plateau: Fraction by which the mean loss of 100 steps must fall below the best before. If it does not, a unit is
+            done early, or where rounding is learned its warm-up is; 0 for never.
     """
 
     iterations: int = 20000
@@ -37,6 +39,7 @@ class StageOptions:
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     drop_prob: float = 0.0
+    plateau: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ('iterations', 'batch_size'):
@@ -45,7 +48,7 @@ class StageOptions:
         for name in ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'):
             value = getattr(self, name)
             self._expect(_is_number(value) and 0 <= value < math.inf, name, 'a finite number >= 0')
-        for name in ('warmup', 'drop_prob'):
+        for name in ('warmup', 'drop_prob', 'plateau'):
             value = getattr(self, name)
             self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
         pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mmbrecq.reconstruction.layout import laid_out
 from mmbrecq.reconstruction.values import Values
 
 UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -51,6 +53,16 @@ class Batch:
             ]
             fisher = None if self.fisher is None else [x[part] for x in self.fisher]
             yield Batch(quantized, floats, [x[part] for x in self.targets], fisher)
+
+    def laid_out(self, layout: torch.memory_format) -> Batch:
+        """The batch with its channels in the given order in memory."""
+        quantized, targets = ([laid_out(x, layout) for x in values] for values in (self.quantized_inputs, self.targets))
+        floats = [
+            q if x is before else laid_out(x, layout)
+            for x, before, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
+        ]
+        fisher = None if self.fisher is None else [laid_out(x, layout) for x in self.fisher]
+        return Batch(quantized, floats, targets, fisher)
 
     def loss(self, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
         """Sum of the losses of all outputs."""

@@ -61,7 +61,8 @@ class Variables:
         return self.weights.in_force()
 
     def drop_gradients(self) -> None:
-        """Forgets the gradients of the step before."""
+        """Forgets the gradients of the step before, or of a failed attempt."""
+        self.weights.drop_gradients()
         for parameters, _, _ in self.groups:
             for parameter in parameters:
                 parameter.grad = None

@@ -53,13 +53,16 @@ class Footprint:
     weights: int
 
 
-def measure_footprint(module: nn.Module, inputs: Sequence[Tensor], weights: Iterable[Tensor]) -> Footprint:
+def measure_footprint(
+    module: nn.Module, inputs: Sequence[Tensor], weights: Iterable[Tensor], layers: Iterable[nn.Module] = ()
+) -> Footprint:
     """Runs a unit once on its traced inputs, so that what opaque modules save is known, too.
 
     Args:
         module: ``module(*inputs) -> tuple`` of outputs, its weights in float.
         inputs: Each ``(n, ...)``.
         weights: Quantized weights.
+        layers: Modules whose outputs are saved, too, as gradients are taken from them.
     """
     # inputs are counted by themselves; an example may be a view of all images
     known = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs)}
@@ -70,8 +73,13 @@ def measure_footprint(module: nn.Module, inputs: Sequence[Tensor], weights: Iter
             saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with _with_gradients(module), torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-        outputs = module(*inputs)
+    hooks = [layer.register_forward_hook(lambda _module, _inputs, output: note(output)) for layer in layers]
+    try:
+        with _with_gradients(module), torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     count = len(inputs[0])
     sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
     return Footprint(
@@ -99,8 +107,13 @@ def working_memory(
     needed = []
     with model.quantization(weights=False, activations=stage.quantizes_activations):
         for unit in units:
-            weights = [original_weight(module) for module, _ in model.unit_weights(unit)]
-            footprint = measure_footprint(unit.module, [examples[name] for name in unit.inputs], weights)
+            layers = [module for module, _ in model.unit_weights(unit)]
+            footprint = measure_footprint(
+                unit.module,
+                [examples[name] for name in unit.inputs],
+                [original_weight(layer) for layer in layers],
+                [] if stage.learns_rounding else layers,
+            )
             needed.append((_with_headroom(step_bytes(footprint, stage, images, fisher)), unit.name))
         if fisher:
             (network,) = model.cut('net')

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants import AdaRound, NearestRounding
 from mmbrecq.fake_quants.bias import bias_correction, correct_bias
+from mmbrecq.fake_quants.native import kernels
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, weight_fake_quant
 from mmbrecq.functional import affine_from_range
 from mmbrecq.qtype import QType
@@ -128,6 +129,26 @@ def test_channels_innermost_change_no_gradient() -> None:
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.skipif(kernels() is None, reason='there is no C compiler')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_compiled_kernels_change_no_gradient(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+    results = []
+    for enabled in (True, False):
+        monkeypatch.setattr('mmbrecq.reconstruction.soft_rounding.kernels', kernels if enabled else lambda: None)
+        block = block_of(AdaRound).float()
+        weights = LearnedWeights(weights_of(block), True, True, True, layout)
+        disturb(weights)
+        weights.update()
+        x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+        with weights.in_force():
+            block(x).square().sum().backward()
+            weights.collect(BETA, ROUND_WEIGHT)
+            results.append([m.weight.detach().clone() for m, _ in weights_of(block)])
+        results[-1] += [p.grad for p in (*weights.alphas, *weights.gains, *weights.offsets)]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture(params=[AdaRound, NearestRounding])
 def learning(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, LearnedWeights]]:
     block = block_of(request.param)
@@ -138,7 +159,7 @@ def learning(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Learne
 def disturb(weights: LearnedWeights) -> None:
     generator = torch.Generator().manual_seed(3)
     for parameter in (*weights.alphas, *weights.gains, *weights.offsets):
-        parameter.data.add_(0.3 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
+        parameter.data.add_(0.3 * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
 def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, LearnedWeights]) -> None:

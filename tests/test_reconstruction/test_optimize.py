@@ -238,6 +238,35 @@ def test_progress_is_told_now_and_then() -> None:
     assert told[1][1] == pytest.approx(np.mean(losses[CHECK_INTERVAL:]), rel=1e-5)
 
 
+def test_a_plateau_ends_the_training_of_step_sizes() -> None:
+    unit = Unit()
+    steps, told = learn(unit, data_of(unit), rounding=False, scale=True, iterations=5000, plateau=0.2)
+    assert steps < 5000
+    assert steps % CHECK_INTERVAL == 0
+    assert told[-1][0] == steps
+    losses = [loss for _, loss in told]
+    falls = [loss <= 0.8 * min(losses[:i]) for i, loss in enumerate(losses) if i]
+    assert falls == [True] * (len(falls) - 1) + [False]
+    assert not unit.quantizer.scale.requires_grad
+
+
+def test_a_plateau_ends_the_warmup_where_rounding_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    betas: list[float | None] = []
+    collect = Variables.collect_gradients
+
+    def note(variables: Variables, beta: float | None) -> None:
+        betas.append(beta)
+        collect(variables, beta)
+
+    monkeypatch.setattr(Variables, 'collect_gradients', note)
+    unit = Unit()
+    steps, told = learn(unit, data_of(unit), iterations=1000, plateau=0.5, warmup=0.8, beta=(12.0, 2.0))
+    # the second hundred steps gain less than half; all that follows the warm-up is there
+    assert betas[:200] == [None] * 200
+    assert betas[200:] == pytest.approx([12 - 10 * t / 200 for t in range(200)])
+    assert (steps, told[-1][0]) == (400, 400)
+
+
 def test_beta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     betas: list[float | None] = []
     collect = Variables.collect_gradients

@@ -18,7 +18,7 @@ def test_counts_are_positive_integers(name: str, value: Any) -> None:
         StageOptions(**{name: value})
 
 
-@pytest.mark.parametrize('name', ['warmup', 'drop_prob'])
+@pytest.mark.parametrize('name', ['warmup', 'drop_prob', 'plateau'])
 @pytest.mark.parametrize('value', [-0.1, 1, 1.5, True])
 def test_fractions_are_below_one(name: str, value: float) -> None:
     with pytest.raises(

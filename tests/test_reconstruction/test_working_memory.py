@@ -50,6 +50,13 @@ def test_what_a_module_saves() -> None:
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_outputs_of_layers_that_gradients_are_taken_from() -> None:
+    module = Opaque()
+    found = measure_footprint(module, [torch.randn(4, 10)], [], [module.second])
+    assert found.saved == (3 * 30 + 5) * 4
+    assert not module.second._forward_hooks
+
+
 def test_the_module_survives_an_error() -> None:
     module = Opaque()
     with pytest.raises(RuntimeError):
