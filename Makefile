@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORK_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
+# Files of tests that run side by side, each with one thread
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip
@@ -39,8 +41,8 @@ demo-detection: env-full  ## Quantize a small RetinaNet and a small Faster R-CNN
 
 test: env-full  ## Run the tests (the first time builds mmcv with its ops, about 15 minutes)
 	@# a process of their own: after all other tests in one, with mmcv's compiled operations, the interpreter crashed
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_detectors
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/test_detectors tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests/test_detectors
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) --ignore tests/test_detectors tests
 
 lint: env  ## Check the code with ruff and mypy
 	@$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
+    ReconstructionScalarsHook,
 )
 from mmbrecq.engine.ptq_loop import PTQLoop
 from mmbrecq.engine.test_loop import QuantizedTestLoop
@@ -18,4 +19,5 @@ __all__ = [
     'ReconstructionHook',
     'ReconstructionLoggerHook',
     'ReconstructionProgressHook',
+    'ReconstructionScalarsHook',
 ]

@@ -136,5 +136,9 @@ class AnalysisLoop(BaseLoop):
         """Finished units are passed without a word."""
         return 0
 
+    def time_left(self) -> float | None:
+        """Not known: most of an analysis is no reconstruction."""
+        return None
+
     def measure_weights(self, stage: Stage) -> None:
         """An analysis has a measure of its own."""

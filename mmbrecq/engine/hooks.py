@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from mmbrecq.graph.units import ReconstructionUnit
@@ -15,6 +16,7 @@ from mmbrecq.progress import ProgressBar
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
+from mmbrecq.report.rows import format_seconds
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -63,11 +65,15 @@ class ReconstructionLoggerHook(ReconstructionHook):
     ) -> None:
         self._done += 1
         kept = ', worse than before: kept as it was' if result.kept_nearest else ''
+        relative = ' -> '.join(f'{100 * loss:.2g}' for loss in result.relative_losses)
+        runner.test_loop.record(result)
+        left = runner.test_loop.time_left()
+        rest = f', about {format_seconds(left)} left' if left else ''
         runner.logger.info(
             f'{stage.name} {self._done}/{self._count} {unit.name}: loss {result.loss_before:.4g} -> '
-            f'{result.loss_after:.4g}, {result.iterations} iterations, {result.seconds:.1f} s{kept}'
+            f'{result.loss_after:.4g}, {relative} % of its output, {result.iterations} iterations, '
+            f'{result.seconds:.1f} s{kept}{rest}'
         )
-        runner.test_loop.record(result)
 
     def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
         runner.test_loop.measure_weights(stage)
@@ -86,6 +92,34 @@ class ReconstructionCheckpointHook(ReconstructionHook):
 
     def after_reconstruct(self, runner: Runner) -> None:
         runner.test_loop.journal.save()
+
+
+@HOOKS.register_module()
+class ReconstructionScalarsHook(ReconstructionHook):
+    """Hands losses and metrics to the backends of the config's visualizer, TensorBoard among them.
+
+    ``<stage>/<unit>`` is the loss over the steps of a unit, ``<stage>/before`` and ``<stage>/after`` are the losses of
+    all units, in their order, relative to the power of their outputs.
+    """
+
+    priority = 'LOW'
+
+    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self._number = runner.test_loop.count_done(stage)
+
+    @master_only
+    def after_reconstruct_step(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
+    ) -> None:
+        runner.visualizer.add_scalar(f'{stage.name}/{unit.name}', loss, step)
+
+    @master_only
+    def after_reconstruct_unit(
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+    ) -> None:
+        self._number += 1
+        for word, loss in zip(('before', 'after'), result.relative_losses, strict=True):
+            runner.visualizer.add_scalar(f'{stage.name}/{word}', loss, self._number)
 
 
 @HOOKS.register_module()

@@ -37,11 +37,13 @@ from mmbrecq.distributed import (
 from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
+from mmbrecq.engine.forecast import Forecast
 from mmbrecq.engine.hooks import (
     HookCaller,
     ReconstructionCheckpointHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
+    ReconstructionScalarsHook,
 )
 from mmbrecq.engine.identity import describe_config
 from mmbrecq.engine.journal import Journal
@@ -69,7 +71,12 @@ OBSERVED = 64
 
 JOURNAL = 'reconstruction.pth'
 
-DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionCheckpointHook, ReconstructionProgressHook)
+DEFAULT_HOOKS = (
+    ReconstructionLoggerHook,
+    ReconstructionCheckpointHook,
+    ReconstructionScalarsHook,
+    ReconstructionProgressHook,
+)
 
 
 @LOOPS.register_module()
@@ -137,6 +144,7 @@ class PTQLoop(BaseLoop):
         self.summary.search = None if self.choice is None else self.choice.result
         self.resume = resume
         self.journal: Journal
+        self.forecast: Forecast
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
@@ -190,7 +198,12 @@ class PTQLoop(BaseLoop):
     def record(self, result: UnitResult) -> None:
         """Takes a finished unit into the summary, and writes it: the report can be read half-way through a run."""
         self._note(result)
+        self.forecast.note(result)
         self.files.write_summary()
+
+    def time_left(self) -> float | None:
+        """Seconds that the units not done will take, None while none is done."""
+        return self.forecast.left()
 
     def count_done(self, stage: Stage) -> int:
         """Number of units of a stage that are done."""
@@ -207,6 +220,7 @@ class PTQLoop(BaseLoop):
                 result.seconds,
                 result.stage,
                 result.kept_nearest,
+                result.power,
             )
         )
         if result.images_at_once is not None:
@@ -302,6 +316,9 @@ class PTQLoop(BaseLoop):
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
         self.runner.logger.info(str(plan))
+        self.forecast = Forecast(task.model, self.reconstructor)
+        for unit in task.resumed.values():
+            self.forecast.note(unit.result)
         evaluated = self.summary.seconds.evaluate or 0.0
         before = sum(unit.result.seconds for unit in task.resumed.values())
         with self._timed('reconstruct'):

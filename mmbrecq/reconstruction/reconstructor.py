@@ -136,7 +136,7 @@ class BaseReconstructor:
             inputs = next(n.name for n in part.arithmetic.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
             for stage in stages:
-                units = _units(part, stage)
+                units = stage_units(part, stage)
                 cached.append(peak_bytes(units, sizes, inputs, weights))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
                 needed = working_memory(part, units, stage, images, self.loss.needs_fisher)
@@ -178,7 +178,7 @@ class BaseReconstructor:
             for stage in self.stages:
                 if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
                     continue
-                units = [unit for part in task.model.parts for unit in _units(part, stage)]
+                units = [unit for part in task.model.parts for unit in stage_units(part, stage)]
                 listener.before_stage(stage, units)
                 if self._take_up_stage(task, stage, units):
                     listener.after_stage(stage)
@@ -233,7 +233,7 @@ class BaseReconstructor:
     ) -> list[UnitResult]:
         """All units of one graph."""
         results = []
-        units = _units(model, stage)
+        units = stage_units(model, stage)
         # regions and mirror images do not lie in the order in which one process would have them
         first = task.first if model is task.model and not self.mirror else None
         streams = Streams(model, units, inputs, cache, stage.options.batch_size, quantized_inputs, first)
@@ -255,6 +255,7 @@ class BaseReconstructor:
                 float_outputs,
                 None if fisher is None else [fisher[name] for name in unit.outputs],
             )
+            power = _power(data, self._loss_on(data), stage.options.batch_size)
             listener.before_unit(stage, unit)
             training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
             before, after, outputs, steps = self._reconstruct(
@@ -267,11 +268,25 @@ class BaseReconstructor:
             split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
             results.append(
                 UnitResult(
-                    unit.name, stage.name, unit.layers, before, after, steps, seconds, kept, min(split, default=None)
+                    unit.name,
+                    stage.name,
+                    unit.layers,
+                    before,
+                    after,
+                    steps,
+                    seconds,
+                    kept,
+                    power,
+                    min(split, default=None),
                 )
             )
             listener.after_unit(stage, unit, results[-1])
         return results
+
+    def _loss_on(self, data: UnitData) -> UnitLoss:
+        """The loss, or the plain one where what it weighs by is not known."""
+        known: UnitLoss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
+        return known
 
     def _reconstruct(
         self,
@@ -287,7 +302,7 @@ class BaseReconstructor:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         activations = stage.quantizes_activations
         weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
-        loss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
+        loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             with observing(model, quantizers, streams.first_batch), model.quantization(weights=True, activations=False):
@@ -325,7 +340,18 @@ def _mean_loss(outputs: Sequence[Values], data: UnitData, loss: UnitLoss, batch_
     return mean_over(total, count)
 
 
-def _units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
+def _power(data: UnitData, loss: UnitLoss, batch_size: int) -> float:
+    """Loss of outputs of zeros, over all calibration images."""
+    count, total = len(data.targets[0]), 0.0
+    for start in range(0, count, batch_size):
+        index = slice(start, min(start + batch_size, count))
+        zeros = [torch.zeros_like(target[index]) for target in data.targets]
+        total += float(data.loss(zeros, index, loss)) * (index.stop - index.start)
+    return mean_over(total, count)
+
+
+def stage_units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
+    """Into what a graph is cut for a pass."""
     return model.units if stage.granularity is None else model.cut(stage.granularity)
 
 

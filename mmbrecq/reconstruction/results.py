@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mmbrecq.reconstruction.unit_state import UnitState
@@ -20,6 +21,7 @@ class UnitResult:
         iterations: Steps taken.
         seconds: Wall time, caching included.
         kept_nearest: The learned state was worse than the one before and was dropped.
+        power: Loss of an output of zeros: what both losses are relative to.
         images_at_once: For how many images the GPU had room, where that is less than a batch.
     """
 
@@ -31,7 +33,14 @@ class UnitResult:
     iterations: int
     seconds: float
     kept_nearest: bool
+    power: float = math.nan
     images_at_once: int | None = None
+
+    @property
+    def relative_losses(self) -> tuple[float, float]:
+        """Both losses over the power of the output; NaN where it has none."""
+        power = self.power if self.power > 0 else math.nan
+        return self.loss_before / power, self.loss_after / power
 
 
 @dataclass(frozen=True)

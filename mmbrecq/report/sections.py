@@ -154,25 +154,31 @@ def _phase(phase: str, units: list[UnitRecord]) -> str:
     word = f' {kept} of {len(units)} units did not get better; {return_to}.' if kept else ''
     dot = '<li><svg viewBox="0 0 12 12" aria-hidden="true"><circle class="{}" cx="6" cy="6" r="5"/></svg>{}</li>'
     label = f'Loss of {len(units)} units before and after, on a log scale; the table below has the numbers.'
-    head = [('Unit', ''), ('Layers', ''), ('Before', 'num'), ('After', 'num'), ('Iterations', 'num'), ('Time', 'num')]
+    head = [('Unit', ''), ('Layers', ''), ('Before', 'num'), ('After', 'num')]
+    relative = any(unit.power > 0 for unit in units)
+    head += [('Of its output', 'num')] if relative else []
+    head += [('Iterations', 'num'), ('Time', 'num')]
     return section(
         _PHASES.get(phase, phase),
         f'<p class="note">Distance to the output of the float unit, on a log scale; left is better.{word}</p>',
         f'<ul class="legend">{dot.format("before", f"before ({before})")}{dot.format("after", "after")}</ul>',
         f'<div class="scroll">{loss_chart(units, label)}</div>',
-        html_table([*head, ('Note', '')] if kept else head, [_unit_row(unit, bool(kept)) for unit in units]),
+        html_table([*head, ('Note', '')] if kept else head, [_unit_row(unit, bool(kept), relative) for unit in units]),
     )
 
 
-def _unit_row(unit: UnitRecord, with_note: bool) -> str:
+def _unit_row(unit: UnitRecord, with_note: bool, with_relative: bool) -> str:
     badge = f'<span class="badge">{kept_words(unit)}</span>' if unit.kept_nearest else ''
     note = f'<td>{badge}</td>' if with_note else ''
+    percent = f'{100 * unit.loss_after / unit.power:.2g} %' if unit.power > 0 else ''
+    relative = f'<td class="num">{percent}</td>' if with_relative else ''
     # The unit's own name in front of each layer would only repeat the first column.
     layers = ', '.join(layer.removeprefix(f'{unit.name}.') for layer in unit.layers)
     return (
         f'<tr><th scope="row" class="mono">{escape(unit.name)}</th><td class="mono">{escape(layers)}</td>'
         f'<td class="num">{format_loss(unit.loss_before)}</td><td class="num">{format_loss(unit.loss_after)}</td>'
-        f'<td class="num">{unit.iterations:,}</td><td class="num">{format_seconds(unit.seconds)}</td>{note}</tr>'
+        f'{relative}<td class="num">{unit.iterations:,}</td>'
+        f'<td class="num">{format_seconds(unit.seconds)}</td>{note}</tr>'
     )
 
 

@@ -81,6 +81,7 @@ class UnitRecord:
         seconds: Wall-clock seconds.
         phase: 'weights', 'activations', 'joint' or 'network'; empty where a run has one phase only.
         kept_nearest: The loss got worse, so the unit keeps nearest rounding.
+        power: Loss of an output of zeros, to which both losses are relative; NaN where it is not known.
     """
 
     name: str
@@ -91,6 +92,7 @@ class UnitRecord:
     seconds: float = 0.0
     phase: str = ''
     kept_nearest: bool = False
+    power: float = float('nan')
 
     @property
     def learned_rounding(self) -> bool:

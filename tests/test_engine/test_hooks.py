@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
+    ReconstructionScalarsHook,
 )
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
@@ -30,7 +33,7 @@ def unit(name: str) -> Any:
 
 
 def result(name: str, kept: bool = False) -> UnitResult:
-    return UnitResult(name, 'weights', ('a',), 2.0, 2.0 if kept else 1.0, 50, 0.25, kept)
+    return UnitResult(name, 'weights', ('a',), 2.0, 2.0 if kept else 1.0, 50, 0.25, kept, 8.0)
 
 
 def test_hooks_are_mmengines_own_kind() -> None:
@@ -74,7 +77,9 @@ def test_the_log_has_a_line_for_every_unit(done: int) -> None:
     recorded: list[UnitResult] = []
     runner: Any = SimpleNamespace(
         logger=SimpleNamespace(info=lines.append),
-        test_loop=SimpleNamespace(record=recorded.append, count_done=lambda stage: done),
+        test_loop=SimpleNamespace(
+            record=recorded.append, count_done=lambda stage: done, time_left=lambda: 100.0 if len(recorded) < 2 else 0.0
+        ),
     )
     hook = ReconstructionLoggerHook()
     empty = SimpleNamespace(name='flatten', is_quantized=False)
@@ -84,8 +89,10 @@ def test_the_log_has_a_line_for_every_unit(done: int) -> None:
     assert lines == [
         f'reconstruction of weights: {done + 2} units, 50 iterations of 4 images each'
         + ('; 1 units are done' if done else ''),
-        f'weights {done + 1}/{done + 2} a: loss 2 -> 1, 50 iterations, 0.2 s',
-        f'weights {done + 2}/{done + 2} b: loss 2 -> 2, 50 iterations, 0.2 s, worse than before: kept as it was',
+        f'weights {done + 1}/{done + 2} a: loss 2 -> 1, 25 -> 12 % of its output, 50 iterations, 0.2 s, '
+        'about 1 min 40 s left',
+        f'weights {done + 2}/{done + 2} b: loss 2 -> 2, 25 -> 25 % of its output, 50 iterations, 0.2 s, '
+        'worse than before: kept as it was',
     ]
     assert recorded == [result('a'), result('b', kept=True)]
 
@@ -99,6 +106,26 @@ def test_the_journal_is_written_after_every_unit_and_at_the_end() -> None:
     hook.after_reconstruct_unit(runner, STAGE, two, result('b'))
     hook.after_reconstruct(runner)
     assert told == [('model', one, result('a')), ('model', two, result('b')), 'saved']
+
+
+@pytest.mark.parametrize('done', [0, 2])
+def test_losses_reach_the_backends_of_the_visualizer(done: int) -> None:
+    scalars: list[Any] = []
+    runner: Any = SimpleNamespace(
+        visualizer=SimpleNamespace(add_scalar=lambda *values: scalars.append(values)),
+        test_loop=SimpleNamespace(count_done=lambda stage: done),
+    )
+    hook = ReconstructionScalarsHook()
+    hook.before_reconstruct_stage(runner, STAGE, [unit('a')])
+    hook.after_reconstruct_step(runner, STAGE, unit('a'), 50, 0.5)
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
+    assert scalars == [
+        ('weights/a', 0.5, 50), ('weights/before', 0.25, done + 1), ('weights/after', 0.125, done + 1)
+    ]  # fmt: skip
+
+
+def test_an_output_without_power_has_no_relative_loss() -> None:
+    assert all(math.isnan(loss) for loss in replace(result('a'), power=0.0).relative_losses)
 
 
 @pytest.mark.parametrize('breaks_off', [False, True])

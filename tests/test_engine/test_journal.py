@@ -18,7 +18,7 @@ IDENTITY = {'quantizer.weight.bits': '2', 'seed': '3', 'float weights': 'abc'}
 
 
 def result(name: str) -> UnitResult:
-    return UnitResult(name, 'weights', ('a', 'b'), 2.0, 0.1, 50, 0.25, False)
+    return UnitResult(name, 'weights', ('a', 'b'), 2.0, 0.1, 50, 0.25, False, 4.0)
 
 
 @pytest.fixture
