@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.byte_size import show_bytes
+from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, reserve
@@ -108,7 +109,7 @@ def plan_cache(
     """
     if place not in PLACES:
         raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
-    available = psutil.virtual_memory().available
+    available = psutil.virtual_memory().available // processes_here()
     memory = available if memory_limit is None else memory_limit
     # on a GPU, a step that does not fit is split
     on_host = working[0] if device.type == 'cpu' else 0
