@@ -22,9 +22,10 @@ from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.quantizers.options import parse_options
-from mmbrecq.reconstruction.reconstructor import BaseReconstructor, Task
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.search import SearchOptions, check_budgets
 from mmbrecq.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search

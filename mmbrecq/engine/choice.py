@@ -9,8 +9,8 @@ from pathlib import Path
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.task import Task
 from mmbrecq.search.result import SearchResult
 from mmbrecq.sensitivity.measure import OutputLoss
 from mmbrecq.sensitivity.states import load_layers, state_path

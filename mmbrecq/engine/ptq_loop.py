@@ -55,9 +55,9 @@ from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
-from mmbrecq.reconstruction.reconstructor import Task
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,69 +14,26 @@ from torch import Tensor
 from mmbrecq.building import build
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import observing
-from mmbrecq.calibration.regions import REGIONS_PER_IMAGE, RegionCapture
-from mmbrecq.distributed import mean_over, on_main, process_count, process_index
+from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
+from mmbrecq.distributed import on_main, process_count, process_index
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
-from mmbrecq.reconstruction.fisher import FISHER_BATCH, TaskLoss, output_fisher, task_fisher, weighted_outputs
+from mmbrecq.reconstruction.fisher import FISHER_BATCH, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.optimize import optimize_unit
-from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
+from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.task import Listener, Task
 from mmbrecq.reconstruction.unit_data import UnitData, UnitLoss
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
-from mmbrecq.reconstruction.values import CachedValues, Values
+from mmbrecq.reconstruction.values import CachedValues
 from mmbrecq.reconstruction.working_memory import working_memory
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
-
-
-class Listener(Protocol):
-    """Is told what the reconstruction does."""
-
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None: ...
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None: ...
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None: ...
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None: ...
-    def after_stage(self, stage: Stage) -> None: ...
-
-
-@dataclass
-class Task:
-    """What a reconstruction works on.
-
-    Args:
-        model: Prepared, with calibrated grids.
-        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
-        batches: Gives the calibration data with annotations again, in the order of ``images``.
-        task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
-            distance of the outputs.
-        seed: Of all random draws.
-        directory: Where a cache on disk is written.
-        done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
-        first: Number of the first image among those of all processes.
-        resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
-            so that all that is computed in between meets the model as it was then.
-    """
-
-    model: QuantizedModel
-    images: Tensor
-    batches: Callable[[], Iterable[Any]]
-    task_loss: TaskLoss | None
-    seed: int
-    directory: Path
-    done: frozenset[tuple[str, str]] = frozenset()
-    first: int = 0
-    resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
-
-    @property
-    def regions(self) -> RegionCapture:
-        """Gives the inputs of the heads of a two-stage detector."""
-        return RegionCapture(self.model, self.images, self.batches, self.seed, self.first)
 
 
 class BaseReconstructor:
@@ -255,7 +211,7 @@ class BaseReconstructor:
                 float_outputs,
                 None if fisher is None else [fisher[name] for name in unit.outputs],
             )
-            power = _power(data, self._loss_on(data), stage.options.batch_size)
+            power = data.power(self._loss_on(data), stage.options.batch_size)
             listener.before_unit(stage, unit)
             training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
             before, after, outputs, steps = self._reconstruct(
@@ -308,7 +264,7 @@ class BaseReconstructor:
             with observing(model, quantizers, streams.first_batch), model.quantization(weights=True, activations=False):
                 streams.run(unit, data.quantized_inputs, weights=True, activations=False)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        before = _mean_loss(outputs, data, loss, stage.options.batch_size)
+        before = data.mean_loss(outputs, loss, stage.options.batch_size)
         state = unit_state(model, unit)
         with model.quantization(weights=True, activations=activations):
             steps = optimize_unit(
@@ -322,32 +278,11 @@ class BaseReconstructor:
             # other kinds of processors differ in last bits
             load_unit_state(model, unit, on_main(lambda: unit_state(model, unit)))
         learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        after = _mean_loss(learned, data, loss, stage.options.batch_size)
+        after = data.mean_loss(learned, loss, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
         load_unit_state(model, unit, state)
         return before, after, outputs, steps
-
-
-def _mean_loss(outputs: Sequence[Values], data: UnitData, loss: UnitLoss, batch_size: int) -> float:
-    """Loss over all calibration images."""
-    count = len(data.targets[0])
-    total = 0.0
-    for start in range(0, count, batch_size):
-        index = slice(start, min(start + batch_size, count))
-        value = data.loss([output[index] for output in outputs], index, loss)
-        total += float(value) * (index.stop - index.start)
-    return mean_over(total, count)
-
-
-def _power(data: UnitData, loss: UnitLoss, batch_size: int) -> float:
-    """Loss of outputs of zeros, over all calibration images."""
-    count, total = len(data.targets[0]), 0.0
-    for start in range(0, count, batch_size):
-        index = slice(start, min(start + batch_size, count))
-        zeros = [torch.zeros_like(target[index]) for target in data.targets]
-        total += float(data.loss(zeros, index, loss)) * (index.stop - index.start)
-    return mean_over(total, count)
 
 
 def stage_units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq.distributed import mean_over
 from mmbrecq.reconstruction.layout import laid_out
 from mmbrecq.reconstruction.values import Values
 
@@ -103,3 +104,18 @@ class UnitData:
         """Sum of the losses of all outputs, for the images ``index``."""
         fisher = None if self.fisher is None else [x[index] for x in self.fisher]
         return Batch([], [], [x[index] for x in self.targets], fisher).loss(outputs, loss)
+
+    def mean_loss(self, outputs: Sequence[Values], loss: UnitLoss, batch_size: int) -> float:
+        """Loss of ``outputs`` over all images, those of other processes included."""
+        return self._mean(lambda index: [output[index] for output in outputs], loss, batch_size)
+
+    def power(self, loss: UnitLoss, batch_size: int) -> float:
+        """Loss of outputs of zeros, likewise."""
+        return self._mean(lambda index: [torch.zeros_like(x[index]) for x in self.targets], loss, batch_size)
+
+    def _mean(self, outputs: Callable[[slice], Sequence[Tensor]], loss: UnitLoss, batch_size: int) -> float:
+        count, total = len(self.targets[0]), 0.0
+        for start in range(0, count, batch_size):
+            index = slice(start, min(start + batch_size, count))
+            total += float(self.loss(outputs(index), index, loss)) * (index.stop - index.start)
+        return mean_over(total, count)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
 from mmbrecq.progress import track
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction.reconstructor import Task
+from mmbrecq.reconstruction.task import Task
 from mmbrecq.sensitivity.measure import BATCH, OutputLoss
 from mmbrecq.sensitivity.table import SensitivityTable
 

@@ -21,9 +21,10 @@ from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction.reconstructor import BaseReconstructor, Listener, Task
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.task import Listener, Task
 from mmbrecq.sensitivity.activations import measure_activations
 from mmbrecq.sensitivity.measure import OutputLoss
 from mmbrecq.sensitivity.options import AnalysisOptions

@@ -1,0 +1,61 @@
+"""What a reconstruction works on, and whom it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mmbrecq.calibration.regions import RegionCapture
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
+from mmbrecq.reconstruction.stages import Stage
+
+
+class Listener(Protocol):
+    """Is told what the reconstruction does."""
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None: ...
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None: ...
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None: ...
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None: ...
+    def after_stage(self, stage: Stage) -> None: ...
+
+
+@dataclass
+class Task:
+    """What a reconstruction works on.
+
+    Args:
+        model: Prepared, with calibrated grids.
+        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        batches: Gives the calibration data with annotations again, in the order of ``images``.
+        task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
+            distance of the outputs.
+        seed: Of all random draws.
+        directory: Where a cache on disk is written.
+        done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
+        first: Number of the first image among those of all processes.
+        resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
+            so that all that is computed in between meets the model as it was then.
+    """
+
+    model: QuantizedModel
+    images: Tensor
+    batches: Callable[[], Iterable[Any]]
+    task_loss: TaskLoss | None
+    seed: int
+    directory: Path
+    done: frozenset[tuple[str, str]] = frozenset()
+    first: int = 0
+    resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
+
+    @property
+    def regions(self) -> RegionCapture:
+        """Gives the inputs of the heads of a two-stage detector."""
+        return RegionCapture(self.model, self.images, self.batches, self.seed, self.first)
