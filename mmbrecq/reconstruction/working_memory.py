@@ -66,11 +66,12 @@ def measure_footprint(
     """
     # inputs are counted by themselves; an example may be a view of all images
     known = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs)}
-    saved: dict[int, int] = {}
+    # kept until all is counted: another tensor might get the place of one that is gone
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in known:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            kept[_storage(tensor)] = tensor.untyped_storage()
         return tensor
 
     hooks = [layer.register_forward_hook(lambda _module, _inputs, output: note(output)) for layer in layers]
@@ -80,11 +81,11 @@ def measure_footprint(
     finally:
         for hook in hooks:
             hook.remove()
-    count = len(inputs[0])
+    count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
     sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
     return Footprint(
-        sum(saved.values()) // count,
-        max([*saved.values(), *sizes]) // count,
+        sum(saved) // count,
+        max([*saved, *sizes]) // count,
         sum(map(_bytes, inputs)) // count,
         sum(map(_bytes, outputs)) // count,
         sum(weight.numel() for weight in weights),

@@ -91,8 +91,8 @@ def test_first_numbers_are_those_of_the_quantized_model(summary: Summary) -> Non
 def test_unit_tables_have_the_losses(summary: Summary) -> None:
     tables = [table for table in Page(render_html(summary)).tables if table[0][0] == 'Unit']
     assert [row[2:] for row in tables[0][1:]] == [
-        ['0.5', '0.05', '2,000', '12.5 s', ''],
-        ['0.02', '0.03', '2,000', '9.50 s', 'kept nearest'],
+        ['0.5', '0.05', '2.5 %', '2,000', '12.5 s', ''],
+        ['0.02', '0.03', '3 %', '2,000', '9.50 s', 'kept nearest'],
     ]
     assert tables[0][2][:2] == ['backbone.layer1.0', 'conv1']
     assert tables[1][1:] == [['backbone.conv1', 'backbone.conv1', '0.4', '0.3', '500', '3.50 s']]

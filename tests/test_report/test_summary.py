@@ -28,7 +28,10 @@ def test_keys_are_the_documented_ones(summary: Summary) -> None:
     assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures', 'search'}
     for name, keys in SCHEMA.items():
         assert set(plain[name]) == keys
-    unit_keys = {'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'phase', 'kept_nearest'}
+    unit_keys = {
+        'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'phase', 'kept_nearest',
+        'power',
+    }  # fmt: skip
     assert set(plain['units'][0]) == unit_keys
     assert plain['bits']['backbone.conv1'] == {'weight': 8, 'activation': 4}
     assert plain['integer_kernels']['openvino'] == {'quantized': 3, 'integer': 2}
