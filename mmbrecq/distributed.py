@@ -9,11 +9,19 @@ import hashlib
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, broadcast_object_list, get_dist_info, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce,
+    broadcast_object_list,
+    get_dist_info,
+    init_dist,
+    is_main_process,
+)
 from torch import Tensor, nn
 from torch import distributed as torch_dist
 
@@ -31,11 +39,12 @@ _VARIABLES = {
 _STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 
 
-def join_processes(launcher: str) -> None:
-    """Joins the processes of a launcher; on a GPU mmengine's runner does that itself.
+def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> None:
+    """Joins the processes of a launcher: on GPUs as mmengine does it, on CPUs through gloo.
 
     Args:
         launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+        options: The config's ``env_cfg.dist_cfg``: backend, timeout in seconds.
 
     Raises:
         ConfigError: The launcher did not start this process.
@@ -47,7 +56,9 @@ def join_processes(launcher: str) -> None:
         raise ConfigError(
             f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {_STARTERS[launcher]}'
         )
+    options = dict(options or {})
     if torch.cuda.is_available():
+        init_dist(launcher, **options)
         return
     # mmengine's start sets the GPU of each process, and fails where there is none
     rank, count, local = (os.environ[name] for name in _VARIABLES[launcher])
@@ -55,7 +66,8 @@ def join_processes(launcher: str) -> None:
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_host()
     os.environ.setdefault('MASTER_PORT', '29500')
-    torch_dist.init_process_group('gloo')
+    timeout = options.get('timeout')
+    torch_dist.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
 
 
 def leave_processes() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,30 @@ def test_a_launcher_that_did_not_start_it(monkeypatch: pytest.MonkeyPatch, launc
     assert str(error.value) == said
 
 
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_what_the_launcher_told_is_passed_on(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    joined: list[Any] = []
+    monkeypatch.setattr(
+        distributed.torch_dist, 'init_process_group', lambda backend, timeout: joined.append((backend, timeout))
+    )
+    monkeypatch.setattr(distributed.torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(os, 'environ', dict.fromkeys(distributed._VARIABLES[launcher], '3'))
+    join_processes(launcher, {'backend': 'nccl', 'timeout': 60})
+    assert joined == [('gloo', timedelta(seconds=60))]
+    assert {os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} == {'3'}
+    assert os.environ['MASTER_ADDR'] and os.environ['MASTER_PORT'] == '29500'
+
+
+def test_gpus_are_joined_as_mmengine_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[Any] = []
+    monkeypatch.setattr(distributed, 'init_dist', lambda launcher, **options: joined.append((launcher, options)))
+    monkeypatch.setattr(distributed.torch.cuda, 'is_available', lambda: True)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.setenv(name, '1')
+    join_processes('pytorch', {'backend': 'nccl'})
+    assert joined == [('pytorch', {'backend': 'nccl'})]
+
+
 def test_no_launcher_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed.torch_dist, 'init_process_group', lambda *args: pytest.fail('joined'))
+    monkeypatch.setattr(distributed.torch_dist, 'init_process_group', lambda *args, **options: pytest.fail('joined'))
     join_processes('none')

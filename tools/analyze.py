@@ -27,7 +27,7 @@ def main() -> None:
     """Runs the analysis."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
-    join_processes(args.launcher)
+    join_processes(args.launcher, cfg.get('env_cfg', {}).get('dist_cfg'))
     cfg.launcher = args.launcher
     analyze(cfg, args.config)
 

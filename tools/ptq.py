@@ -33,7 +33,7 @@ def main() -> None:
     """Runs the whole job."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
-    join_processes(args.launcher)
+    join_processes(args.launcher, cfg.get('env_cfg', {}).get('dist_cfg'))
     cfg.launcher = args.launcher
     searched = chosen_bits(cfg, args.config)
     keys = ('quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations')

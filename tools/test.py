@@ -28,7 +28,7 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     if not Path(args.checkpoint).is_file():
         raise CheckpointError(f'{args.checkpoint}: expected a checkpoint or an exported file, but there is none')
-    join_processes(args.launcher)
+    join_processes(args.launcher, cfg.get('env_cfg', {}).get('dist_cfg'))
     cfg.launcher = args.launcher
     options = search_options(cfg)
     loop = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': args.checkpoint, 'quantizer': cfg.quantizer}
