@@ -17,6 +17,9 @@ from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.observers import BaseObserver, build_observer
 from mmbrecq.quantizers.prepared import QuantizedModel
 
+OBSERVED = 64
+"""Images per batch whose activations are observed."""
+
 
 def calibrate_weights(model: QuantizedModel) -> None:
     """Finds the grid of every quantized weight and rounds it to nearest.

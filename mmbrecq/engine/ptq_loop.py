@@ -22,7 +22,7 @@ from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.calibration import CalibrationSet, build_calibration_set
 from mmbrecq.calibration.annotations import has_annotations
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
+from mmbrecq.calibration.calibrator import OBSERVED, calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
@@ -65,9 +65,6 @@ from mmbrecq.sensitivity.inputs import describe_inputs
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
-
-OBSERVED = 64
-"""Images per batch whose activations are observed."""
 
 JOURNAL = 'reconstruction.pth'
 

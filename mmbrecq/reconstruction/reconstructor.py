@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmbrecq.building import build
 from mmbrecq.byte_size import parse_bytes
-from mmbrecq.calibration.calibrator import observing
+from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.distributed import on_main, process_count, process_index
 from mmbrecq.errors import ConfigError
@@ -261,8 +261,9 @@ class BaseReconstructor:
         loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            with observing(model, quantizers, streams.first_batch), model.quantization(weights=True, activations=False):
-                streams.run(unit, data.quantized_inputs, weights=True, activations=False)
+            size = OBSERVED * (1 if model is task.model else REGIONS_PER_IMAGE)
+            with observing(model, quantizers, None if streams.first is None else streams.first // size):
+                streams.observe(unit, size)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = data.mean_loss(outputs, loss, stage.options.batch_size)
         state = unit_state(model, unit)

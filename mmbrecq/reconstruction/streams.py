@@ -41,7 +41,7 @@ class Streams:
         quantized_inputs: CachedValues | None = None,
         first: int | None = 0,
     ) -> None:
-        self.first_batch = None if first is None else first // batch_size
+        self.first = first
         self._batches = aligned_batches(len(inputs), batch_size, first or 0)
         self.model, self.units, self.cache = model, units, cache
         name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
@@ -82,6 +82,18 @@ class Streams:
             for batch in self._batches:
                 fitting.run(partial(write, batch))
         return outputs
+
+    def observe(self, unit: ReconstructionUnit, size: int) -> None:
+        """Passes the quantized inputs of ``unit`` through it, with quantized weights, for those who observe it.
+
+        Args:
+            unit: The unit.
+            size: Inputs per batch: what an observer makes of values depends on it, so it is that of the calibration.
+        """
+        inputs = self.quantized_inputs(unit)
+        with torch.no_grad(), self.model.quantization(weights=True, activations=False):
+            for batch in aligned_batches(self.count, size, self.first or 0):
+                unit.module(*[x[batch] for x in inputs])
 
     def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
         """How many images a unit takes at once in a pass."""

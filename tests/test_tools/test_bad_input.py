@@ -285,7 +285,9 @@ def test_a_disk_too_small_for_the_cache_is_found_before_the_work(
 ) -> None:
     monkeypatch.setattr('mmbrecq.reconstruction.cache.shutil.disk_usage', lambda path: Usage())
     error = refuse(demo, 'reconstructor.cache=disk')
-    assert error.startswith('expected room for ') and error.endswith('use fewer calibration images or another cache')
+    assert error.startswith('expected room for ') and error.endswith(
+        'use fewer calibration images, cache_dtype bfloat16 or another cache'
+    )
 
 
 class Usage:
