@@ -261,9 +261,7 @@ class BaseReconstructor:
         loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            size = OBSERVED * (1 if model is task.model else REGIONS_PER_IMAGE)
-            with observing(model, quantizers, None if streams.first is None else streams.first // size):
-                streams.observe(unit, size)
+            _observe(model, unit, streams, OBSERVED * (1 if model is task.model else REGIONS_PER_IMAGE))
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = data.mean_loss(outputs, loss, stage.options.batch_size)
         state = unit_state(model, unit)
@@ -284,6 +282,20 @@ class BaseReconstructor:
             return before, after, learned, steps
         load_unit_state(model, unit, state)
         return before, after, outputs, steps
+
+
+def _observe(model: QuantizedModel, unit: ReconstructionUnit, streams: Streams, size: int) -> None:
+    """Finds the grids of a unit's activations from its quantized inputs, so many at once where there is room."""
+    fitting = streams.micro_batches(unit)
+
+    def run(images: int) -> None:
+        at_once = images if fitting.split else size
+        first = None if streams.first is None or fitting.split else streams.first // size
+        # observers of a failed attempt are gone with it
+        with observing(model, model.unit_quantizers(unit), first):
+            streams.observe(unit, at_once)
+
+    fitting.run(run)
 
 
 def stage_units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
