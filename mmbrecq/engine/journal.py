@@ -67,7 +67,8 @@ class Journal:
             identity, metrics = dict(meta['identity']), dict(meta['metrics'])
         except Exception as error:
             raise CheckpointError(
-                f'{self.path}: expected the state of an interrupted run, but it cannot be read: {first_line(error)}'
+                f'{self.path}: expected the state of an interrupted run, but it cannot be read: '
+                f'{type(error).__name__}: {first_line(error)}'
             ) from error
         difference = first_difference(identity, self.identity)
         if difference is not None:
