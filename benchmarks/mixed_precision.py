@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config')
     parser.add_argument('--choices', type=int, default=30, help='random choices of bits')
     parser.add_argument('--budgets', type=int, default=10, help='random budgets')
-    parser.add_argument('--rounds', type=int, default=5, help='rounds of a measurement of latencies')
+    parser.add_argument('--rounds', type=int, default=10, help='rounds of a measurement of latencies')
     add_common_arguments(parser)
     return parser.parse_args()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ class ONNXRuntimeBackend(BaseBackend):
         feed = dict(zip(self.input_names, arrays, strict=True))
         outputs: Sequence[np.ndarray[Any, Any]] = self._session.run(self.output_names, feed)
         return outputs
+
+    def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
+        binding = self._session.io_binding()
+        for name, array in zip(self.input_names, arrays, strict=True):
+            binding.bind_cpu_input(name, array)
+        for name in self.output_names:
+            binding.bind_output(name)
+        return lambda: self._session.run_with_iobinding(binding)
 
     @property
     def version(self) -> str:

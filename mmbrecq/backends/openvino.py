@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,15 @@ class OpenVINOBackend(BaseBackend):
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         results = self._compiled(list(arrays))
         return [results[port] for port in self._compiled.outputs]
+
+    def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
+        import openvino
+
+        request = self._compiled.create_infer_request()
+        for i, array in enumerate(arrays):
+            request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+        run: Callable[[], object] = request.infer
+        return run
 
     @property
     def version(self) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mmbrecq.costs.layers import Call, LayerShape
 
 OPSET = 17
-COPIES = 8
+COPIES = 16
 """So many times a graph has the layer: what a call of the runtime costs by itself is shared by them."""
 COPIED_BYTES = 64e6
 """A layer whose copies would take more weights and outputs than these has fewer."""

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,8 @@ class MeasuredLatency(BaseCostModel):
         path: File of the figures; None for one in the cache folder, named after runtime, version, processor and
             threads.
         num_threads: Threads of one inference.
-        rounds: How often every layer is timed; the median counts.
+        rounds: How often every layer is timed, each time by the median of many runs; the least of them counts, since
+            what else the machine does adds time in spells, and takes none away.
 
     Raises:
         TableError: The file at ``path`` is of another runtime, version, processor or number of threads, or has a figure
@@ -56,7 +56,7 @@ class MeasuredLatency(BaseCostModel):
     name, unit = 'latency', 'ms'
 
     def __init__(
-        self, runtime: str = 'openvino', path: str | None = None, num_threads: int = 1, rounds: int = 5
+        self, runtime: str = 'openvino', path: str | None = None, num_threads: int = 1, rounds: int = 10
     ) -> None:
         if runtime not in RUNTIMES:
             raise ConfigError(
@@ -90,14 +90,14 @@ class MeasuredLatency(BaseCostModel):
                 for key, (layer, call) in missing.items()
                 for kind in KINDS
             }
-            # round by round, so that a busy spell of the machine falls on all of them alike
+            # round by round, so that a busy spell of the machine falls on one round of many layers, not on one layer
             for key, kind in track([*times] * self.rounds, f'layers in {self.backend.name}'):
                 layer, call = missing[key]
                 example = torch.rand(call.times, *call.inputs) * 4 - 2
                 spent = self.backend(files[key, kind], self.num_threads).seconds(example)
                 times[key, kind].append(1e3 * spent / copies_of(layer, call))
         for key in missing:
-            self.figures[key] = {kind: statistics.median(times[key, kind]) for kind in KINDS}
+            self.figures[key] = {kind: min(times[key, kind]) for kind in KINDS}
         content = {**self.origin, 'unit': 'ms', 'layers': self.figures}
         write_text_atomic(json.dumps(content, indent=1) + '\n', self.path)
 
