@@ -27,12 +27,14 @@ from mmbrecq.search import BitProblem, GeneticSearcher, IntegerProgram, build_pr
 from mmbrecq.sensitivity import SensitivityTable
 
 RUNTIMES = ('openvino', 'onnxruntime')
+PARTS = ('losses', 'searches', 'latencies')
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS, help='what to compare')
     parser.add_argument('--choices', type=int, default=30, help='random choices of bits')
     parser.add_argument('--budgets', type=int, default=10, help='random budgets')
     parser.add_argument('--rounds', type=int, default=10, help='rounds of a measurement of latencies')
@@ -114,19 +116,26 @@ def compare_latencies(table: SensitivityTable, rounds: int) -> None:
         )
 
 
+def compare_losses(args: argparse.Namespace, table: SensitivityTable) -> None:
+    """The loss that the tables predict for random choices of bits, and the measured one."""
+    choices = random_choices(build_problem(table, [], {}), args.choices)
+    predicted = build_problem(table, [], {}).losses(choices)
+    correlation = spearmanr(predicted, measured_losses(args, table, choices)).statistic
+    print(f'predicted and measured {table.kind} of {args.choices} random choices: rank correlation {correlation:.3f}')
+
+
 def main() -> None:
-    """Prints the three comparisons."""
+    """Prints the comparisons that are asked for."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.work_dir)
     cfg.launcher = 'none'
     table = analyze(cfg, args.config)
-    choices = random_choices(build_problem(table, [], {}), args.choices)
-    predicted = build_problem(table, [], {}).losses(choices)
-    measured = measured_losses(args, table, choices)
-    correlation = spearmanr(predicted, measured).statistic
-    print(f'predicted and measured {table.kind} of {args.choices} random choices: rank correlation {correlation:.3f}')
-    compare_searches(table, args.budgets)
-    compare_latencies(table, args.rounds)
+    if 'losses' in args.parts:
+        compare_losses(args, table)
+    if 'searches' in args.parts:
+        compare_searches(table, args.budgets)
+    if 'latencies' in args.parts:
+        compare_latencies(table, args.rounds)
 
 
 if __name__ == '__main__':
