@@ -85,6 +85,7 @@ class AnalysisLoop(BaseLoop):
             'overrides': str(self.quantizer.get('overrides', ())),
             'candidates': str(sorted(self.options.candidates, key=str)),
             'activation candidates': str(sorted(self.options.activation_candidates)),
+            'loss': self.options.loss,
             'images': f'{self.options.images or count} of {count}',
         }
         folder = Path(self.runner.work_dir)
@@ -103,7 +104,8 @@ class AnalysisLoop(BaseLoop):
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
         self.images = collect_images(model, self._set)
         check_runs(model, self.images[:2])
-        self._annotated = self.reconstructor.loss.needs_fisher and has_annotations(self._set.batches())
+        asked = self.reconstructor.loss.needs_fisher or self.options.loss == 'fisher'
+        self._annotated = asked and has_annotations(self._set.batches())
 
     def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
         """A copy of the model, prepared, its weights calibrated, after :meth:`load`.

@@ -12,7 +12,7 @@ from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.search.result import SearchResult
-from mmbrecq.sensitivity.measure import OutputLoss
+from mmbrecq.sensitivity.measure import FISHER, output_loss
 from mmbrecq.sensitivity.states import load_layers, state_path
 
 
@@ -28,6 +28,18 @@ class Choice:
         self.path, self.result = path, SearchResult.load(path)
         self.reuse = reuse
         self._states = path.parent / self.result.states
+
+    @property
+    def needs_task_loss(self) -> bool:
+        """Whether what was predicted is measured on annotated images."""
+        return self.result.kind == FISHER
+
+    def check_annotations(self, annotated: bool) -> None:
+        """Raises ConfigError where what was predicted cannot be measured on the calibration images."""
+        if self.needs_task_loss and not annotated:
+            raise ConfigError(
+                f'expected annotated calibration images for the {self.result.kind} of {self.path}, but they have none'
+            )
 
     def obstacle(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
         """Why the rounding of the analysis cannot be taken, in words; None where it can.
@@ -90,5 +102,5 @@ class Choice:
                     inputs = inputs[: max(self.result.images - task.first, 0)]
                 if part is not task.model:
                     inputs = task.regions.pairs(part, weights=False, activations=False)[0]
-                total += OutputLoss(part, inputs).of(layers, quantizers)
+                total += output_loss(task, part, inputs, self.needs_task_loss).of(layers, quantizers)
         return total

@@ -165,6 +165,8 @@ class PTQLoop(BaseLoop):
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = task_loss_of(self.runner.model) if self._has_task_loss(share) else None
+        if self.choice is not None:
+            self.choice.check_annotations(annotated=task_loss is not None)
         task = Task(model, images, share.batches, task_loss, self.runner.seed or 0, self.folder, first=share.first)
         task.resumed = dict(self.journal.units)
         self.summary.loss = self.reconstructor.describe_loss(task)
@@ -377,8 +379,9 @@ class PTQLoop(BaseLoop):
         return metrics
 
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
-        """Whether the loss asks for the task loss, which is to be had where images are annotated."""
-        return self.reconstructor.loss.needs_fisher and all(gather(has_annotations(calibration.batches())))
+        """Whether a loss asks for the task loss, which is to be had where images are annotated."""
+        asked = self.reconstructor.loss.needs_fisher or (self.choice is not None and self.choice.needs_task_loss)
+        return asked and all(gather(has_annotations(calibration.batches())))
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

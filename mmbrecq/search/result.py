@@ -16,7 +16,7 @@ class SearchResult:
     """The chosen bits, what they are predicted to lose and what they cost.
 
     Attributes:
-        kind: Of the loss: ``divergence`` or ``distance``.
+        kind: Of the loss, see :class:`~mmbrecq.sensitivity.measure.OutputLoss`.
         bits: Of the weight of every searched layer, None for float.
         activation_bits: Of the input of those whose activations were searched.
         predicted: Rise of the loss, by the tables.

@@ -10,7 +10,7 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regi
 from mmbrecq.progress import track
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.sensitivity.measure import BATCH, OutputLoss
+from mmbrecq.sensitivity.measure import BATCH, FISHER, output_loss
 from mmbrecq.sensitivity.table import SensitivityTable
 
 
@@ -33,7 +33,7 @@ def measure_activations(
         own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
         missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
         if missing:
-            loss = OutputLoss(part, inputs_of(task, part))
+            loss = output_loss(task, part, inputs_of(task, part), table.kind == FISHER)
             for name in track(missing, f'activations at {bits} bits'):
                 quantizers = table.values[name].quantizers
                 table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)

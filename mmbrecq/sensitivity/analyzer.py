@@ -26,7 +26,7 @@ from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Listener, Task
 from mmbrecq.sensitivity.activations import measure_activations
-from mmbrecq.sensitivity.measure import OutputLoss
+from mmbrecq.sensitivity.measure import FISHER, OutputLoss, output_loss
 from mmbrecq.sensitivity.options import AnalysisOptions
 from mmbrecq.sensitivity.states import load_layers, save_unit, state_path
 from mmbrecq.sensitivity.table import FLOAT_BITS, SensitivityTable
@@ -95,10 +95,11 @@ class Analyzer:
                 f'expected {self.path} beside {states}, to tell what those states are of, but there is none'
             )
         model, bits = fewest.model, self.options.bits
+        self._check_loss(fewest)
         shapes = layer_shapes(model)
         searched = self._searched(model)
         units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
-        kind = OutputLoss(model, fewest.images[:1]).kind
+        kind = FISHER if self.options.loss == 'fisher' else OutputLoss(model, fewest.images[:1]).kind
         self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
         self.table.images = self.options.images
         if FLOAT in self.options.candidates:
@@ -113,6 +114,19 @@ class Analyzer:
                     'fixes those of all layers, or has them in float'
                 )
             self.table.values = {group.layers[0]: group for group in groups}
+
+    def _check_loss(self, task: Task) -> None:
+        """A loss that cannot be had here is an error before any work."""
+        if self.options.loss != 'fisher':
+            return
+        if task.task_loss is None:
+            raise ConfigError("expected annotated calibration images for search.loss='fisher', but they have none")
+        if task.model.heads:
+            names = ', '.join(head.arithmetic.path for head in task.model.heads)
+            raise ConfigError(
+                f"expected a network without heads of regions for search.loss='fisher', but got {names}: the task loss "
+                "chooses other regions than the detector; use search.loss='outputs'"
+            )
 
     def _searched(self, model: QuantizedModel) -> list[str]:
         """Layers whose bits the config does not fix: they have others when the default is another."""
@@ -159,7 +173,7 @@ class Analyzer:
             pairs = [pair for pair in pairs if bits not in self.table.pairs.get(pair, {})]
             if not missing and not pairs:
                 continue
-            loss = OutputLoss(part, self._inputs(task, part))
+            loss = output_loss(task, part, self._inputs(task, part), self.table.kind == FISHER)
             for name in track(missing, f'layers at {bits} bits'):
                 self.table.loss.setdefault(name, {})[bits] = loss.of({name})
             for first, second in track(pairs, f'pairs of layers at {bits} bits'):

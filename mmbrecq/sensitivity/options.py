@@ -10,6 +10,8 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 
+LOSSES = ('outputs', 'fisher')
+
 
 @dataclass(frozen=True)
 class AnalysisOptions:
@@ -20,12 +22,15 @@ class AnalysisOptions:
         activation_candidates: Numbers of bits of activations, 2 to 8; empty leaves them as the config has them.
         pairs: Whether two layers of a unit are measured together, at the fewest bits.
         images: How many of the calibration images the losses are measured on; None for all.
+        loss: ``outputs``, how far the outputs are from the float ones, or ``fisher``, by how much the task loss of the
+            annotated images rises, see :class:`~mmbrecq.sensitivity.measure.OutputLoss`.
     """
 
     candidates: Sequence[int | str] = (2, 4, 8)
     activation_candidates: Sequence[int] = ()
     pairs: bool = True
     images: int | None = None
+    loss: str = 'outputs'
 
     def __post_init__(self) -> None:
         numbers = [b for b in self.candidates if b != FLOAT] if _distinct(self.candidates) else []
@@ -41,6 +46,8 @@ class AnalysisOptions:
             )
         if self.images is not None and (type(self.images) is not int or self.images < 1):
             raise ConfigError(f'expected search.images to be an integer >= 1, but got {self.images!r}')
+        if self.loss not in LOSSES:
+            raise ConfigError(f'expected search.loss to be one of {list(LOSSES)}, but got {self.loss!r}')
 
     @property
     def bits(self) -> list[int]:

@@ -239,20 +239,26 @@ def test_images_smaller_than_the_stride(scenes: Path, quantize: Callable[..., An
     assert all(unit['iterations'] > 0 for unit in summary_of(tmp_path / 'work')['units'])
 
 
-@pytest.mark.parametrize(('name', 'bitops'), [('retinanet_scenes_w4a8', 0.05), ('faster_rcnn_scenes_w4a8', 0.03)])
+@pytest.mark.parametrize(
+    ('name', 'bitops', 'loss', 'kind'),
+    [
+        ('retinanet_scenes_w4a8', 0.05, 'fisher', 'Fisher-weighted error'),
+        ('faster_rcnn_scenes_w4a8', 0.03, 'outputs', 'distance'),
+    ],
+)
 def test_bits_are_chosen_in_one_command(
-    run: Callable[..., Any], folder: Path, tmp_path: Path, name: str, bitops: float
+    run: Callable[..., Any], folder: Path, tmp_path: Path, name: str, bitops: float, loss: str, kind: str
 ) -> None:
     """The layers of heads that read features of regions among them."""
     path, checkpoint = CONFIGS / f'{name}.py', CONFIGS / f'{name.removesuffix("_w4a8")}.pth'
     config, work = tmp_path / 'config.py', tmp_path / 'work'
     budgets = {'size': '0.2x', 'bitops': f'{bitops}x'}
-    search = {'candidates': [2, 8], 'activation_candidates': [4, 8], 'pairs': False, 'budgets': budgets}
+    search = {'candidates': [2, 8], 'activation_candidates': [4, 8], 'pairs': False, 'loss': loss, 'budgets': budgets}
     config.write_text(f'_base_ = [{str(path)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = {search}\n')
     run('ptq', folder, config, '--work-dir', work, '--cfg-options', *QUICK)
     summary = summary_of(work)
     chosen = summary['search']
-    assert chosen['kind'] == 'distance'
+    assert chosen['kind'] == kind
     assert set(chosen['bits'].values()) == {2, 8}
     assert set(chosen['activation_bits'].values()) == {4, 8}
     assert summary['model_size_bytes']['quantized'] == chosen['spent']['size'] <= chosen['budgets']['size']
@@ -264,3 +270,11 @@ def test_bits_are_chosen_in_one_command(
     searched = set(chosen['bits'])
     assert first, 'what the config fixes is reconstructed'
     assert not any(set(unit['layers']) & searched for unit in summary['units'] if unit['name'] in first)
+
+
+def test_a_task_loss_of_other_regions_chooses_no_bits(
+    quantize: Callable[..., Any],
+) -> None:
+    outcome = quantize('search.loss=fisher', 'search.budgets.size=0.2x', name='faster_rcnn_scenes_w4a8')
+    assert outcome.status == 2
+    assert 'without heads of regions for search.loss=' in outcome.error and 'roi_head' in outcome.error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from small_models import classifier, conv, images, net, prepare
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmbrecq.calibration.calibrator import calibrate_weights
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.sensitivity.measure import OutputLoss, quantizing
+from mmbrecq.sensitivity.measure import FISHER, OutputLoss, quantizing, squared_gradients
 
 
 def calibrated(model: QuantizedModel) -> QuantizedModel:
@@ -50,6 +52,44 @@ def test_maps_are_compared_by_their_errors_over_their_power() -> None:
         found = [output.numpy().astype(np.float64) for output in model(batch)]
     expected = sum(((f - w) ** 2).sum() / (w**2).sum() for f, w in zip(found, wanted, strict=True))
     np.testing.assert_allclose(loss.of({'backbone.first'}), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('count', [70, 67])
+def test_annotations_weigh_the_errors(count: int) -> None:
+    """The gradient of the cross-entropy at the scores is the probabilities less the label's one."""
+    model, batch = calibrated(prepare(classifier('resnet'), 'academic')), images(count)
+    scores = model(batch).numpy().astype(np.float64)
+    labels = np.arange(70) % scores.shape[1]
+    batches = [{'inputs': range(i, i + 10), 'data_samples': list(range(i, i + 10))} for i in range(0, 70, 10)]
+
+    def task_loss(data: dict[str, list[int]], x: Tensor) -> Tensor:
+        assert len(x) == len(data['data_samples']) == len(data['inputs'])
+        return F.cross_entropy(model.model(x, mode='tensor'), torch.from_numpy(labels[data['data_samples']]))
+
+    squares = squared_gradients(model, batches, batch, task_loss)
+    gradient = np.exp(log_softmax(scores)) - np.eye(scores.shape[1])[labels[:count]]
+    np.testing.assert_allclose(squares[0].numpy(), gradient**2, rtol=1e-3, atol=1e-7)
+    assert not any(parameter.grad is not None for parameter in model.model.parameters())
+
+    loss = OutputLoss(model, batch, squares)
+    with quantizing(model, {'backbone.layer1.0.conv1'}):
+        error = model(batch).numpy().astype(np.float64) - scores
+    expected = 0.5 * (gradient**2 * error**2).sum(1).mean()
+    np.testing.assert_allclose(loss.of({'backbone.layer1.0.conv1'}), expected, rtol=1e-3)
+    assert loss.kind == FISHER
+
+
+@pytest.mark.parametrize('fisher', [False, True])
+def test_a_process_without_images_adds_nothing(fisher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    monkeypatch.setattr('mmbrecq.sensitivity.measure.mean_over', lambda *share: shares.append(share) or 0.0)
+    model = calibrated(prepare(classifier('resnet'), 'academic'))
+    none = images(1)[:0]
+    squares = squared_gradients(model, [], none, lambda *_: torch.zeros(())) if fisher else None
+    loss = OutputLoss(model, none, squares)
+    assert loss.kind == (FISHER if fisher else 'divergence')
+    loss.of({'backbone.conv1'})
+    assert shares == [(0, 0)]
 
 
 def test_only_the_named_layers_are_quantized_and_only_within_the_block() -> None:

@@ -110,6 +110,17 @@ def test_one_command_chooses_bits_of_weights_and_activations(call: Any, tmp_path
     assert f'accuracy/top1: {top1!r}' in outcome.out + outcome.err
 
 
+def test_bits_are_chosen_by_the_task_loss(call: Any, tmp_path: Path) -> None:
+    search = [f'search.{option}' for option in ('pairs=False', 'images=32', 'loss=fisher', 'budgets.size=0.15x')]
+    outcome = call('ptq', DEMO, *SHORT, *search, 'evaluations=[]', 'exporters=[]', work_dir=tmp_path / 'work')
+    assert outcome.status == 0, outcome.err
+    search = json.loads((tmp_path / 'work' / 'summary.json').read_text())['search']
+    assert search['kind'] == 'Fisher-weighted error'
+    # a sum over layers of what is, to second order, the square of a sum
+    assert 0.1 * search['predicted'] < search['measured'] < 10 * search['predicted']
+    assert 'Fisher-weighted error from the float outputs' in (tmp_path / 'work' / 'report.html').read_text()
+
+
 def test_a_choice_that_is_missing_or_no_choice(call: Any, tmp_path: Path) -> None:
     config = tmp_path / 'config.py'
     checkpoint = DEMO.with_name('resnet_digits.pth')
