@@ -7,9 +7,11 @@ weights rounded to nearest, from those of the float network: of the float networ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from logging import WARNING
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, fx
 
 from mmbrecq.distributed import mean_over
@@ -59,7 +61,7 @@ def task_fisher(
         ``{output name: (N, ...)}``.
 
     Raises:
-        NonFiniteError: A gradient is not finite, or all are zero.
+        NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
     squares = _Squares(model, len(images), cache)
     start = 0
@@ -96,7 +98,7 @@ def output_fisher(
         ``{output name: (N, ...)}``.
 
     Raises:
-        NonFiniteError: A gradient is not finite, or all are zero.
+        NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
     squares = _Squares(model, len(inputs), cache)
     for start in range(0, len(inputs), batch_size):
@@ -141,15 +143,31 @@ class _Squares:
             self._sums[name] += float(squares.sum(dtype=torch.float64))
 
     def normalised(self, batch_size: int) -> dict[str, CachedValues]:
-        """The squares of each output over their mean."""
+        """The squares of each output over their mean; ones where the loss does not depend on an output.
+
+        A level of a feature pyramid on which no object of the calibration images falls is such an output.
+        """
+        means = {
+            name: mean_over(self._sums[name], self._count * weight.sample_shape.numel())
+            for name, weight in self._weights.items()
+        }
+        for name, mean in means.items():
+            if not 0 <= mean < float('inf'):
+                raise NonFiniteError(f"expected finite gradients at '{name}', but their mean square is {mean}")
+        unseen = [name for name, mean in means.items() if mean == 0]
+        if len(unseen) == len(means):
+            raise NonFiniteError(
+                f'expected gradients of the loss at the outputs of the units, but all of them are zero: {unseen}'
+            )
+        if unseen:
+            print_log(
+                f'no calibration image has a loss that depends on {unseen}: errors there count unweighted',
+                logger='current', level=WARNING,
+            )  # fmt: skip
         for name, weight in self._weights.items():
-            mean = mean_over(self._sums[name], self._count * weight.sample_shape.numel())
-            if not 0 < mean < float('inf'):
-                raise NonFiniteError(
-                    f"expected finite gradients at '{name}' that are not all zero, but their mean square is {mean}"
-                )
             for start in range(0, self._count, batch_size):
-                weight.write(start, weight[start : start + batch_size] / mean)
+                part = weight[start : start + batch_size]
+                weight.write(start, part / means[name] if means[name] else torch.ones_like(part))
         return self._weights
 
 

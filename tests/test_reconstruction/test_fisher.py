@@ -83,17 +83,43 @@ def test_the_model_survives_an_error(prepared: Prepare, task: MakeTask, host: Ac
     assert not any(fake_quant.enabled for _, _, fake_quant in work.model.weights())
 
 
-@pytest.mark.parametrize(('factor', 'mean'), [(0.0, '0.0'), (float('nan'), 'nan')])
+@pytest.mark.parametrize(
+    ('factor', 'message'),
+    [
+        (0.0, r'^expected gradients of the loss at the outputs of the units, but all of them are zero: \['),
+        (float('nan'), r"^expected finite gradients at 'activation_quantizers_relu', but their mean square is nan$"),
+    ],
+)
 def test_gradients_that_say_nothing(
-    prepared: Prepare, task: MakeTask, host: ActivationCache, factor: float, mean: str
+    prepared: Prepare, task: MakeTask, host: ActivationCache, factor: float, message: str
 ) -> None:
     work = task(prepared())
-    with pytest.raises(
-        NonFiniteError,
-        match=rf"^expected finite gradients at 'activation_quantizers_relu' that are not all zero, "
-        rf'but their mean square is {mean}$',
-    ):
+    with pytest.raises(NonFiniteError, match=message):
         task_fisher(work.model, work.batches(), work.images, lambda batch, x: factor * work.task_loss(batch, x), host)
+
+
+def test_outputs_that_the_loss_does_not_depend_on_count_unweighted(
+    prepared: Prepare, task: MakeTask, host: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of the values before the classifier: like a level of a pyramid without objects."""
+    work, told = task(prepared()), []
+    monkeypatch.setattr('mmbrecq.reconstruction.fisher.print_log', lambda message, **_: told.append(message))
+    recorder = []
+    pool = work.model.compiled.get_submodule('backbone.pool')
+    pool.register_forward_hook(lambda module, inputs, output: recorder.append(output))
+
+    def of_the_backbone(batch: Any, images: Tensor) -> Tensor:
+        work.task_loss(batch, images)
+        return recorder[-1].square().mean()
+
+    weights = task_fisher(work.model, work.batches(), work.images, of_the_backbone, host)
+    for name in ('activation_quantizers_relu_4', 'head_fc'):
+        assert torch.equal(weights[name][:], torch.ones_like(weights[name][:]))
+    for name in ('activation_quantizers_relu', 'activation_quantizers_relu_2'):
+        assert float(weights[name][:].double().mean()) == pytest.approx(1, abs=1e-4)
+        assert float(weights[name][:].std()) > 0.1
+    (message,) = told
+    assert "['activation_quantizers_relu_4', 'head_fc']" in message and 'unweighted' in message
 
 
 def test_without_annotations_the_distance_of_the_outputs(
