@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
-from mmbrecq.engine.config import build_runner, load_config, resolve_checkpoint
+from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, resolve_checkpoint
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=3, help='measurements of each kind, in turn; the median counts')
     parser.add_argument('--images', type=int, default=256, help='calibration images')
     parser.add_argument('--units', nargs='+', help='measure these alone')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -83,9 +85,9 @@ class Speed:
     caching: float
 
 
-def prepare(config: str, images: int) -> Subject:
+def prepare(config: str, images: int, options: dict[str, Any] | None = None) -> Subject:
     """The model of a config, calibrated, and its calibration images."""
-    cfg = load_config(config, None, 'work_dirs/reconstruction')
+    cfg = load_config(config, options, 'work_dirs/reconstruction')
     samples = int(cfg.calibration.get('num_samples', 1024))
     cfg.calibration.num_samples = images
     loop = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': '', 'quantizer': cfg.quantizer}
@@ -98,7 +100,8 @@ def prepare(config: str, images: int) -> Subject:
     calibrate_activations(model, batch.split(64))
     stages = [s for s in build(RECONSTRUCTORS, dict(cfg.reconstructor)).stages if s.granularity is None]
     if all(stage.name != 'joint' for stage in stages):
-        stages += QDropReconstructor().stages
+        # as many bits in its products as the other stages have
+        stages += QDropReconstructor({'autocast': stages[0].options.autocast}).stages
     return Subject(model, batch, stages, samples)
 
 
@@ -205,7 +208,7 @@ class PeakMemory:
 def main() -> None:
     """Prints a line per unit and the geometric means."""
     args = parse_args()
-    subject = prepare(args.config, args.images)
+    subject = prepare(args.config, args.images, args.cfg_options)
     model, device = subject.model, subject.images.device
     names = [stage.name for stage in subject.stages]
     for head in model.heads:

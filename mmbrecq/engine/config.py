@@ -52,13 +52,18 @@ class _Options(DictAction):  # type: ignore[misc]
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that all tools share."""
     parser.add_argument('--work-dir', help='folder for results and logs; never emptied (default: work_dirs/CONFIG)')
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher (default: none)'
+    )
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """The argument that overrides keys of the config."""
     parser.add_argument(
         '--cfg-options', nargs='+', action=_Options, metavar='KEY=VALUE',
         help='override keys of the config, for example quantizer.weight.bits=4 or seed=1',
     )  # fmt: skip
-    parser.add_argument(
-        '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher (default: none)'
-    )
 
 
 def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None) -> Config:

@@ -13,6 +13,7 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.autocast import DTYPES, autocast
 from mmbrecq.reconstruction.batches import Batches
 from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
@@ -89,7 +90,8 @@ def optimize_unit(
         variables.drop_gradients()
         return _backward(batches.current(), images, distance_of)
 
-    with torch.enable_grad(), drop, batches, variables.in_force():
+    casting = autocast([layer for layer, _ in weights], DTYPES[options.autocast] if options.autocast else None)
+    with torch.enable_grad(), drop, batches, variables.in_force(), casting:
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()

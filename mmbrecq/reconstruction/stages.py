@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmbrecq.errors import ConfigError
+from mmbrecq.reconstruction.autocast import DTYPES
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class StageOptions:
             reading a unit's float input instead of the quantized one (QDrop, Wei et al., ICLR 2022).
         plateau: Fraction by which the mean loss of 100 steps must fall below the best before. If it does not, a unit is
             done early, or where rounding is learned its warm-up is; 0 for never.
+        autocast: ``'bfloat16'`` for layers that multiply in it during the steps; None for float32. Fake quantization,
+            losses and all that is learned are float32 either way, and so are the losses that decide what is kept.
     """
 
     iterations: int = 20000
@@ -40,6 +43,7 @@ class StageOptions:
     warmup: float = 0.2
     drop_prob: float = 0.0
     plateau: float = 0.0
+    autocast: str | None = None
 
     def __post_init__(self) -> None:
         for name in ('iterations', 'batch_size'):
@@ -53,6 +57,7 @@ class StageOptions:
             self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
         pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
         self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
+        self._expect(self.autocast in (None, *DTYPES), 'autocast', f'None or one of {list(DTYPES)}')
 
     def _expect(self, valid: bool, name: str, what: str) -> None:
         if not valid:

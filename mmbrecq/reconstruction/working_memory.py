@@ -26,6 +26,8 @@ PASSING = 6
 """Tensors of the largest size that come and go within a step: gradients, and copies in the layout of the kernels."""
 HEADROOM = 1.75
 """Memory of the process over that of its tensors: what the allocator keeps between them. Up to 1.54 was measured."""
+CAST = 0.5
+"""Size of the copies in bfloat16 over that of the tensors, where layers multiply in it."""
 BASE = 16 * 2**20
 """Bytes that any work takes: code and buffers of the kernels, a thread that reads."""
 OF_LOSS = 3
@@ -139,6 +141,8 @@ def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
     of_loss = unit.outputs * (OF_LOSS + (OF_FISHER if fisher else 0))
     # the next batch may be read meanwhile
     total = images * (unit.saved + PASSING * unit.largest + of_loss + 2 * batch)
+    if stage.options.autocast is not None:
+        total += int(CAST * (images * (unit.saved + unit.largest) + 4 * unit.weights))
     total += unit.weights * (LEARNED_WEIGHT if stage.learns_rounding else FIXED_WEIGHT)
     if dropping:
         # the pool, and what it is made of: random bytes, and whether each is below the probability
