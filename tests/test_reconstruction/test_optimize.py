@@ -238,6 +238,20 @@ def test_progress_is_told_now_and_then() -> None:
     assert told[1][1] == pytest.approx(np.mean(losses[CHECK_INTERVAL:]), rel=1e-5)
 
 
+@pytest.fixture
+def betas(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """Exponents of the regulariser, step by step; None in the warm-up."""
+    noted: list[float | None] = []
+    collect = Variables.collect_gradients
+
+    def note(variables: Variables, beta: float | None) -> None:
+        noted.append(beta)
+        collect(variables, beta)
+
+    monkeypatch.setattr(Variables, 'collect_gradients', note)
+    return noted
+
+
 def test_a_plateau_ends_the_training_of_step_sizes() -> None:
     unit = Unit()
     steps, told = learn(unit, data_of(unit), rounding=False, scale=True, iterations=5000, plateau=0.2)
@@ -250,15 +264,7 @@ def test_a_plateau_ends_the_training_of_step_sizes() -> None:
     assert not unit.quantizer.scale.requires_grad
 
 
-def test_a_plateau_ends_the_warmup_where_rounding_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    betas: list[float | None] = []
-    collect = Variables.collect_gradients
-
-    def note(variables: Variables, beta: float | None) -> None:
-        betas.append(beta)
-        collect(variables, beta)
-
-    monkeypatch.setattr(Variables, 'collect_gradients', note)
+def test_a_plateau_ends_the_warmup_where_rounding_is_learned(betas: list[float | None]) -> None:
     unit = Unit()
     steps, told = learn(unit, data_of(unit), iterations=1000, plateau=0.5, warmup=0.8, beta=(12.0, 2.0))
     # the second hundred steps gain less than half; all that follows the warm-up is there
@@ -267,15 +273,7 @@ def test_a_plateau_ends_the_warmup_where_rounding_is_learned(monkeypatch: pytest
     assert (steps, told[-1][0]) == (400, 400)
 
 
-def test_beta_follows_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    betas: list[float | None] = []
-    collect = Variables.collect_gradients
-
-    def note(variables: Variables, beta: float | None) -> None:
-        betas.append(beta)
-        collect(variables, beta)
-
-    monkeypatch.setattr(Variables, 'collect_gradients', note)
+def test_beta_follows_its_schedule(betas: list[float | None]) -> None:
     unit = Unit()
     learn(unit, data_of(unit), iterations=10, beta=(12.0, 4.0), warmup=0.2)
     assert betas[:2] == [None, None]
