@@ -118,9 +118,9 @@ def compare_latencies(table: SensitivityTable, rounds: int) -> None:
 
 def compare_losses(args: argparse.Namespace, table: SensitivityTable) -> None:
     """The loss that the tables predict for random choices of bits, and the measured one."""
-    choices = random_choices(build_problem(table, [], {}), args.choices)
-    predicted = build_problem(table, [], {}).losses(choices)
-    correlation = spearmanr(predicted, measured_losses(args, table, choices)).statistic
+    problem = build_problem(table, [], {})
+    choices = random_choices(problem, args.choices)
+    correlation = spearmanr(problem.losses(choices), measured_losses(args, table, choices)).statistic
     print(f'predicted and measured {table.kind} of {args.choices} random choices: rank correlation {correlation:.3f}')
 
 
