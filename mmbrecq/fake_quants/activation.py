@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.masks import RandomMasks
+from mmbrecq.fake_quants.native_ops import native_fake_quantize
 from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
 from mmbrecq.functional import short_scale
 from mmbrecq.observers.base import BaseObserver
@@ -36,6 +37,10 @@ class FakeQuantize(nn.Module):
         self.observer: BaseObserver | None = None
         # where there are some, the float value is passed on wherever a mask has a zero
         self.masks: RandomMasks | None = None
+        # whether the step size stays as observed even where this type learns it
+        self.fixed = False
+        # bounds of the activation function that a unit in training leaves to its quantizer
+        self.rectifier: tuple[float, float] | None = None
         shape = () if qtype.ch_axis is None else (channels,)
         self._register_scale(torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=qtype.container))
@@ -65,9 +70,17 @@ class FakeQuantize(nn.Module):
             self.observer.observe(x.detach())
         if not self.enabled:
             return x
-        clip = self._clip() if torch.onnx.is_in_onnx_export() else None
+        if torch.onnx.is_in_onnx_export():
+            return self._by_torch(x, self._clip(), None)
         keep = self.masks.draw(x) if self.masks is not None and torch.is_grad_enabled() else None
-        return FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip, keep)
+        result = native_fake_quantize(x, self.scale, self.zero_point, self.qtype, keep, self.rectifier)
+        return self._by_torch(x, None, keep) if result is None else result
+
+    def _by_torch(self, x: Tensor, clip: Clip | None, keep: Tensor | None) -> Tensor:
+        result: Tensor = FakeQuantizeFunction.apply(
+            x, self.scale, self.zero_point, self.qtype, clip, keep, self.rectifier
+        )
+        return result
 
     def _clip(self) -> Clip | None:
         """The cut that an export needs, None where the bounds of the container are the grid's."""

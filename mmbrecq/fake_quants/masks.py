@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmbrecq.fake_quants.native import kernels, lies_as, takes
+
 PLACES = 2**16
 """Places of the pool at which a mask may begin."""
 ALIGNMENT = 16
-"""Elements from one place to the next: a cache line of float32."""
+"""Elements from one place to the next."""
+DRAWN = 64
+"""Places that are drawn at once."""
 
 
 class RandomMasks:
@@ -25,20 +29,32 @@ class RandomMasks:
 
     def __init__(self, prob: float, generator: torch.Generator) -> None:
         self.prob, self.generator = prob, generator
-        self._pool = torch.empty(0)
+        self._pool = torch.empty(0, dtype=torch.uint8)
+        self._places: list[int] = []
 
     def draw(self, like: Tensor) -> Tensor:
-        """A mask with the shape, dtype and device of ``like``, and its order in memory where that has no gaps."""
+        """Bytes, 0 or 1, with the shape and device of ``like``, and its order in memory where that has no gaps."""
         size = like.numel() + PLACES * ALIGNMENT
-        if self._pool.numel() < size or (self._pool.dtype, self._pool.device) != (like.dtype, like.device):
+        if self._pool.numel() < size or self._pool.device != like.device:
             # one 64-bit draw serves eight elements
             draws = torch.empty((size + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=self.generator)
             # 256 would not fit the bytes that it is compared with
             ones = draws.view(torch.uint8)[:size] <= max(round(self.prob * 256), 1) - 1
-            self._pool = ones.to(like.device, like.dtype)
-        start = ALIGNMENT * int(torch.randint(PLACES, (), generator=self.generator))
-        part = self._pool[start : start + like.numel()]
-        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-            # element by element along memory, as what it is held against
-            return part.as_strided(like.shape, like.stride())
-        return part.view(like.shape)
+            self._pool = ones.view(torch.uint8).to(like.device)
+        if not self._places:
+            # one by one, draws of the places take longer than many a mask is read
+            self._places = torch.randint(PLACES, (DRAWN,), generator=self.generator).tolist()
+        start = ALIGNMENT * self._places.pop()
+        dense = like.is_contiguous() or (like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last))
+        # element by element along memory, as what it is held against
+        strides = like.stride() if dense else torch.empty(like.shape, device='meta').stride()
+        return self._pool.as_strided(like.shape, strides, start)
+
+
+def mix_(x: Tensor, other: Tensor, keep: Tensor) -> None:
+    """Puts ``other`` in the place of ``x`` wherever the mask ``keep`` is 0; all of the same shape."""
+    native = kernels() if takes(x, other) and lies_as(keep, x) else None
+    if native is None:
+        torch.lerp(other, x, keep.to(x.dtype), out=x)
+    else:
+        native.mix_(x, other, keep)

@@ -8,6 +8,7 @@ compiler, on other devices and for other dtypes torch's operations do the same.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -24,8 +25,50 @@ SWITCH = 'MMBRECQ_KERNELS'
 """Environment variable: 0 for torch's operations alone."""
 BLOCK = 4096
 """Elements of a partial sum; that of the source."""
+UNBOUNDED = (-math.inf, math.inf)
+"""A rectifier that leaves everything as it is."""
 
 _COUNT, _TENSOR, _NUMBER = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+
+
+class Curve(ctypes.Structure):
+    """A rectified sigmoid ``h = sigma * stretch + gamma``, and the ``sigma`` where it is 0, 1/2 and 1."""
+
+    _fields_ = [(name, _NUMBER) for name in ('gamma', 'stretch', 'low', 'half', 'high')]
+
+
+class AdamStep(ctypes.Structure):
+    """A step of Adam (Kingma and Ba, ICLR 2015), as torch takes it.
+
+    ``rate`` is the learning rate over the correction of the first moment, ``root`` the root of that of the second,
+    ``rest_mean`` and ``rest_square`` are 1 less their decay.
+    """
+
+    _fields_ = [(name, _NUMBER) for name in ('rate', 'rest_mean', 'beta_square', 'rest_square', 'epsilon', 'root')]
+
+    @classmethod
+    def at(cls, count: int, lr: float, betas: tuple[float, float], epsilon: float) -> AdamStep:
+        """The step ``count``, from 1 on, with a learning rate."""
+        first, second = betas
+        return cls(lr / (1 - first**count), 1 - first, second, 1 - second, epsilon, math.sqrt(1 - second**count))
+
+
+class RoundingLayer(ctypes.Structure):
+    """A layer whose rounding is learned, its tensors by their addresses.
+
+    ``alpha``, ``grid``, ``weight``, ``grad`` and ``out`` have ``rows x columns`` elements in the same order, all
+    float32 but the grid, of int16: twice the lower integer of a weight, plus 1 where the upper one is another.
+    ``scale`` and ``gain`` have one element, and a step of 0, or one for each row, and a step of 1. ``weight`` is
+    written from ``alpha``; ``out``, the gradient of ``alpha``, and ``gain_grad``, with an element for each row, from
+    ``grad``, that of the weight. With the moments of Adam, ``mean`` and ``square``, ``alpha`` takes a step in the place
+    of ``out``.
+    """
+
+    _fields_ = [
+        ('rows', _COUNT), ('columns', _COUNT), ('alpha', _TENSOR), ('grid', _TENSOR), ('scale', _TENSOR),
+        ('scale_step', _COUNT), ('gain', _TENSOR), ('gain_step', _COUNT), ('weight', _TENSOR), ('grad', _TENSOR),
+        ('out', _TENSOR), ('mean', _TENSOR), ('square', _TENSOR), ('gain_grad', _TENSOR),
+    ]  # fmt: skip
 
 
 class Kernels:
@@ -36,100 +79,117 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._soft = library.soft_weight
-        self._soft.argtypes = [_COUNT] * 2 + [_TENSOR] * 4 + [_COUNT] + [_TENSOR] * 2 + [_NUMBER] * 2
-        self._rounding = library.rounding_gradient
-        self._rounding.argtypes = [_COUNT] * 2 + [_TENSOR] * 5 + [_COUNT] + [_TENSOR] * 2 + [_NUMBER] * 5
+        self._soft = library.soft_weights
+        self._soft.argtypes = [_COUNT, ctypes.POINTER(RoundingLayer), Curve]
+        self._rounding = library.rounding_gradients
+        self._rounding.argtypes = [_COUNT, ctypes.POINTER(RoundingLayer), Curve, _NUMBER, _NUMBER, AdamStep]
         self._quantize = library.fake_quantize
-        self._quantize.argtypes = [_COUNT] + [_TENSOR] * 3 + [_NUMBER] * 3
+        self._quantize.argtypes = [_COUNT] + [_TENSOR] * 3 + [_NUMBER] * 5
         self._gradient = library.fake_quantize_gradient
-        self._gradient.argtypes = [_COUNT] + [_TENSOR] * 6 + [_NUMBER] * 2
+        self._gradient.argtypes = [_COUNT] + [_TENSOR] * 6 + [_NUMBER] * 4
         self._gradient.restype = ctypes.c_double
+        self._mix = library.mix
+        self._mix.argtypes = [_COUNT] + [_TENSOR] * 3
+        self._adam = library.adam
+        self._adam.argtypes = [_COUNT] + [_TENSOR] * 4 + [AdamStep]
 
-    def soft_weight(
-        self,
-        sigma: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        base: Tensor,
-        stride: Tensor,
-        gain: Tensor,
-        bounds: tuple[float, float],
-    ) -> None:
-        """``sigma = clamp(sigmoid(alpha), *bounds)`` and ``weight = (base + stride * sigma) * gain``.
+    def soft_weights(self, layers: ctypes.Array[RoundingLayer], curve: Curve) -> None:
+        """Computes the soft-quantized weights of layers from their ``alpha``.
 
         Args:
-            sigma (Tensor): ``(C, ...)``, written.
-            weight (Tensor): Same shape, written.
-            alpha (Tensor): Same shape.
-            base (Tensor): Same shape.
-            stride (Tensor): Same shape.
-            gain (Tensor): One element, or ``C``.
-            bounds: Smallest and largest ``sigma``.
+            layers: Of all of them, one table.
+            curve: Of the rectified sigmoid.
         """
-        rows = alpha.shape[0]
-        self._soft(
-            rows, alpha.numel() // rows, alpha.data_ptr(), base.data_ptr(), stride.data_ptr(), gain.data_ptr(),
-            int(gain.numel() > 1), sigma.data_ptr(), weight.data_ptr(), *bounds,
-        )  # fmt: skip
+        self._soft(len(layers), layers, curve)
 
-    def rounding_gradient(
+    def rounding_gradients(
         self,
-        out: Tensor,
-        grad: Tensor,
-        weight: Tensor,
-        stride: Tensor,
-        sigma: Tensor,
-        gain: Tensor,
-        bounds: tuple[float, float, float],
-        power: float,
-        factor: float,
-    ) -> Tensor:
-        """Writes the gradient of ``alpha``; returns that of the gain, ``(C,)``.
+        layers: ctypes.Array[RoundingLayer],
+        curve: Curve,
+        power: float = 0.0,
+        factor: float = 0.0,
+        step: AdamStep | None = None,
+    ) -> None:
+        """Computes the gradients of ``alpha`` and of the gains from those of the weights; ``alpha`` may take its step.
 
-        The regulariser adds ``factor * c * c ** (2 * power)`` with ``c = sigma - half`` to the gradient of ``sigma``.
+        The regulariser adds ``factor * c * c ** (2 * power)`` with ``c = sigma - curve.half`` to that of ``sigma``.
 
         Args:
-            out (Tensor): ``(C, ...)``, written.
-            grad (Tensor): Gradient of ``weight``, same shape.
-            weight (Tensor): Same shape.
-            stride (Tensor): Same shape.
-            sigma (Tensor): Same shape.
-            gain (Tensor): One element, or ``C``.
-            bounds: Of ``sigma``, with its value at half way between them.
+            layers: A ctypes array.
+            curve: Of the rectified sigmoid.
             power: Half of the exponent.
             factor: 0 for no regulariser.
+            step: That ``alpha`` takes, where the layers have moments.
         """
-        rows = out.shape[0]
-        gain_grad = torch.empty(rows)
-        self._rounding(
-            rows, out.numel() // rows, grad.data_ptr(), weight.data_ptr(), stride.data_ptr(), sigma.data_ptr(),
-            gain.data_ptr(), int(gain.numel() > 1), out.data_ptr(), gain_grad.data_ptr(), *bounds, power, factor,
-        )  # fmt: skip
-        return gain_grad
+        self._rounding(len(layers), layers, curve, power, factor, step or AdamStep())
 
-    def fake_quantize(self, x: Tensor, keep: Tensor | None, scale: float, low: float, high: float) -> Tensor:
-        """``clamp(round(x / scale), low, high) * scale``, and ``x`` itself where ``keep`` is 0."""
+    def fake_quantize(
+        self,
+        x: Tensor,
+        keep: Tensor | None,
+        scale: float,
+        low: float,
+        high: float,
+        rectifier: tuple[float, float] = UNBOUNDED,
+    ) -> Tensor:
+        """``clamp(round(y / scale), low, high) * scale`` of ``y = clamp(x, *rectifier)``.
+
+        Args:
+            x (Tensor): Any shape.
+            keep (Tensor | None): Bytes of the same shape; ``y`` itself is returned where they are 0.
+            scale: Of the grid.
+            low: Smallest code.
+            high: Largest code.
+            rectifier: Smallest and largest ``y``.
+        """
         out = torch.empty_like(x)
         self._quantize(
-            x.numel(), x.data_ptr(), None if keep is None else keep.data_ptr(), out.data_ptr(), scale, low, high
-        )
+            x.numel(), x.data_ptr(), _pointer(keep), out.data_ptr(), scale, low, high, *rectifier
+        )  # fmt: skip
         return out
 
     def fake_quantize_gradient(
-        self, grad: Tensor, x: Tensor, out: Tensor, keep: Tensor | None, low: float, high: float
+        self,
+        grad: Tensor,
+        x: Tensor,
+        out: Tensor,
+        keep: Tensor | None,
+        low: float,
+        high: float,
+        rectifier: tuple[float, float] = UNBOUNDED,
     ) -> tuple[Tensor, float]:
-        """Returns ``grad_x`` and ``<grad, out> - <grad_x, x>``.
+        """Returns ``grad_x`` and ``<grad, out> - <grad_y, y>`` of ``y = clamp(x, *rectifier)``.
 
-        ``grad_x`` is ``grad`` where ``low < x < high`` or ``keep`` is 0, and else 0.
+        ``grad_y`` is ``grad`` where ``low < y < high`` or ``keep`` is 0, and ``grad_x`` is ``grad_y`` where ``x`` lies
+        within the rectifier; both are else 0.
         """
         grad_x, count = torch.empty_like(x), x.numel()
         sums = torch.empty(-(-count // BLOCK), dtype=torch.float64)
         total = self._gradient(
-            count, grad.data_ptr(), x.data_ptr(), out.data_ptr(), None if keep is None else keep.data_ptr(),
-            grad_x.data_ptr(), sums.data_ptr(), low, high,
+            count, grad.data_ptr(), x.data_ptr(), out.data_ptr(), _pointer(keep), grad_x.data_ptr(), sums.data_ptr(),
+            low, high, *rectifier,
         )  # fmt: skip
         return grad_x, total
+
+    def mix_(self, x: Tensor, other: Tensor, keep: Tensor) -> None:
+        """Puts ``other`` in the place of ``x`` wherever ``keep``, of bytes, is 0; all of the same shape."""
+        self._mix(x.numel(), x.data_ptr(), other.data_ptr(), keep.data_ptr())
+
+    def adam_(self, value: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: AdamStep) -> None:
+        """A step of Adam.
+
+        Args:
+            value (Tensor): ``(n,)``, changed.
+            grad (Tensor): ``(n,)``.
+            moments: First and second, each ``(n,)``, changed.
+            step: How far.
+        """
+        mean, square = moments
+        self._adam(value.numel(), value.data_ptr(), grad.data_ptr(), mean.data_ptr(), square.data_ptr(), step)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1)
@@ -150,15 +210,16 @@ def kernels() -> Kernels | None:
             return None
 
 
-def takes(*tensors: Tensor) -> bool:
+def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether kernels may run on tensors of the same shape: float32 on the CPU, dense, all in the same order."""
-    first = tensors[0]
-    if not _is_dense(first):
+    if first.device.type != 'cpu' or first.dtype != torch.float32 or not _is_dense(first):
         return False
-    return all(
-        t.device.type == 'cpu' and t.dtype == torch.float32 and t.shape == first.shape and t.stride() == first.stride()
-        for t in tensors
-    )
+    return all(other.dtype == torch.float32 and lies_as(other, first) for other in others)
+
+
+def lies_as(x: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and device, and the same order in memory."""
+    return x.shape == other.shape and x.stride() == other.stride() and x.device == other.device
 
 
 def _is_dense(x: Tensor) -> bool:

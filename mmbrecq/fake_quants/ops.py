@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmbrecq.fake_quants.native import Kernels, kernels, takes
 from mmbrecq.functional import dequantize, expand
 from mmbrecq.qtype import QType
 
@@ -36,7 +35,8 @@ class FakeQuantizeFunction(torch.autograd.Function):
     With ``r = round(x / scale)``, inside the range d/dx = 1 and d/dscale = r - x / scale; outside d/dx = 0 and
     d/dscale is the bound, ``quant_min - zero_point`` or ``quant_max - zero_point`` (Esser et al., ICLR 2020, eq. 3).
     Where ``keep`` is 0 the output is ``x`` itself: d/dx = 1, d/dscale = 0 (QDrop, Wei et al., ICLR 2022). Over all
-    elements that makes ``dscale = (<grad, output> - <grad_x, x>) / scale``.
+    elements that makes ``dscale = (<grad, output> - <grad_x, x>) / scale``. A ``rectifier`` is the activation function
+    ``clamp(x, *rectifier)`` before all that, which costs no pass of its own over memory here.
 
     In ONNX it is ``QuantizeLinear -> DequantizeLinear``; where the grid is smaller than its 8-bit container a Clip cuts
     the integers between the two, or the real values before them. Both give the same numbers.
@@ -45,15 +45,21 @@ class FakeQuantizeFunction(torch.autograd.Function):
     # No boolean tensor anywhere: on a CPU torch selects by a mask some 20 times slower than it multiplies.
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qtype: QType,
+        clip: Clip | None,
+        keep: Tensor | None,
+        rectifier: tuple[float, float] | None = None,
     ) -> Tensor:
-        bounds = _bounds(zero_point, qtype)
-        ctx.qtype, ctx.bounds = qtype, bounds
-        native = _native(x, scale, bounds, keep)
-        if native is not None and bounds is not None:
-            out = native.fake_quantize(x, keep, float(scale), *bounds)
-            ctx.save_for_backward(x, scale, None, out, keep)
-            return out
+        bounds = code_bounds(zero_point, qtype)
+        ctx.qtype, ctx.bounds, ctx.rectifier = qtype, bounds, rectifier
+        if rectifier is not None:
+            x = x.clamp(*rectifier)
+        if keep is not None:
+            keep = keep.to(x.dtype)
         step = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
         offset = None if bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
         codes = (x / step).round_()
@@ -74,13 +80,6 @@ class FakeQuantizeFunction(torch.autograd.Function):
         x, step, offset, out, keep = ctx.saved_tensors
         qtype: QType = ctx.qtype
         low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
-        native = _native(x, step, ctx.bounds, keep)
-        if native is not None:
-            size = float(step)
-            grad = grad if takes(x, grad) else torch.empty_like(x).copy_(grad)
-            grad_x, change = native.fake_quantize_gradient(grad, x, out, keep, (low - 0.5) * size, (high + 0.5) * size)
-            grad_scale = torch.full_like(step, change / size) if ctx.needs_input_grad[1] else None
-            return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
         place = x / step
         if offset is not None:
             place.add_(offset)
@@ -91,10 +90,14 @@ class FakeQuantizeFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
             grad_scale = total.div_(step.reshape(total.shape))
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, None, None, None, None
+        if ctx.rectifier is not None:
+            torch.ops.aten.hardtanh_backward(grad_x, x, *ctx.rectifier, grad_input=grad_x)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, *[None] * 5
 
     @staticmethod
-    def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None) -> Any:
+    def symbolic(
+        g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None, rectifier: None = None
+    ) -> Any:
         axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
         bounds = [] if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
         if clip is not None and not clip.on_integers:
@@ -105,7 +108,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
-def _bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
+def code_bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
     """The bounds of ``round(x / scale)`` as numbers, None where they are many, or a device would be waited for."""
     if qtype.symmetric:
         return qtype.quant_min, qtype.quant_max
@@ -113,18 +116,6 @@ def _bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
         return None
     offset = int(zero_point)
     return qtype.quant_min - offset, qtype.quant_max - offset
-
-
-def _native(x: Tensor, scale: Tensor, bounds: tuple[float, float] | None, keep: Tensor | None) -> Kernels | None:
-    """The compiled kernels, where they can do it; a graph that is traced is made of torch's operations."""
-    if (
-        bounds is None
-        or scale.dim() > 0
-        or torch.onnx.is_in_onnx_export()
-        or not takes(x, *([] if keep is None else [keep]))
-    ):
-        return None
-    return kernels()
 
 
 def _inner(a: Tensor, b: Tensor, ch_axis: int | None) -> Tensor:

@@ -134,6 +134,11 @@ class AdaRound(WeightFakeQuantize):
         """The ``base`` and ``stride`` of :func:`soft_weight_`; same shape as the weight."""
         return self._low + self._step * self.gamma, self._step * self.curve.stretch
 
+    def grid(self) -> Tensor:
+        """Twice the lower integer of every weight without its zero-point, plus 1 where the upper one is another."""
+        offset = expand(self.zero_point.to(self._codes_low.dtype), self._codes_low.dim(), self.qtype.ch_axis)
+        return (2 * (self._codes_low - offset) + self._movable).to(torch.int16)
+
     @property
     def _values(self) -> Tensor:
         if self.alpha is None:

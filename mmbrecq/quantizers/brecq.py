@@ -178,6 +178,8 @@ class BRECQQuantizer:
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
             integer_clip=self.preset.integer_clip, full_scale=full_scale,
         )  # fmt: skip
+        # a gradient for it alone would take the first layer's backward pass down to the images: 256 levels do without
+        quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
         model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
 

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from mmbrecq.fake_quants.bias import BiasCorrection, bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
+from mmbrecq.reconstruction.adam import Ahead
 from mmbrecq.reconstruction.layout import laid_out
-from mmbrecq.reconstruction.soft_rounding import SoftRounding
+from mmbrecq.reconstruction.soft_rounding import learn_rounding
 
 
 @dataclass
@@ -27,7 +28,10 @@ class _Layer:
         fake_quant: Of its weight.
         values (Tensor): The quantized weight without ``gain``.
         weight (Tensor): The quantized weight, a leaf of autograd; ``values`` itself where there is no ``gain``.
+        gain: The factor on its scale, None where none is learned.
         correction: Of its bias, None where none is learned.
+        offset: What the correction adds.
+        plain_bias (Tensor | None): The bias without it.
         bias (Tensor | None): The corrected bias, a leaf of autograd.
         soft: Index of its rounding, None where that is not learned.
     """
@@ -36,7 +40,10 @@ class _Layer:
     fake_quant: WeightFakeQuantize
     values: Tensor
     weight: Tensor
+    gain: nn.Parameter | None
     correction: BiasCorrection | None
+    offset: nn.Parameter | None
+    plain_bias: Tensor | None
     bias: Tensor | None
     soft: int | None
 
@@ -75,7 +82,7 @@ class LearnedWeights:
         for module, fq in weights:
             if fq in roundings:
                 fq.start(original_weight(module))
-        self.rounding = SoftRounding(roundings, layout) if roundings else None
+        self.rounding = learn_rounding(roundings, layout) if roundings else None
         self._layers = []
         for module, fq in weights:
             soft = roundings.index(fq) if fq in roundings else None
@@ -99,12 +106,12 @@ class LearnedWeights:
     @property
     def gains(self) -> list[nn.Parameter]:
         """Factors on the scales."""
-        return [layer.fake_quant.gain for layer in self._layers if layer.fake_quant.gain is not None]
+        return [layer.gain for layer in self._layers if layer.gain is not None]
 
     @property
     def offsets(self) -> list[nn.Parameter]:
         """Corrections of the biases."""
-        return [layer.correction.offset for layer in self._layers if layer.correction is not None]
+        return [layer.offset for layer in self._layers if layer.offset is not None]
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -115,7 +122,7 @@ class LearnedWeights:
                 layer.fake_quant.learned = layer.weight
                 if layer.correction is not None:
                     layer.correction.learned = layer.bias
-                if layer.by_output and (layer.fake_quant.gain is not None or layer.correction is not None):
+                if layer.by_output and (layer.gain is not None or layer.offset is not None):
                     stack.callback(layer.module.register_forward_hook(_output_hook(layer)).remove)
             yield
 
@@ -123,13 +130,13 @@ class LearnedWeights:
         """Computes weights and biases anew, from what is learned."""
         with torch.no_grad():
             if self.rounding is not None:
-                self.rounding.update([layer.fake_quant.gain for layer in self._soft])
+                self.rounding.update([layer.gain for layer in self._soft])
             for layer in self._layers:
-                gain = layer.fake_quant.gain
-                if gain is not None and layer.soft is None:
-                    torch.mul(layer.values, gain, out=layer.weight.detach())
-                if layer.correction is not None and layer.bias is not None:
-                    torch.add(_original_bias(layer.module), layer.correction.offset, out=layer.bias.detach())
+                if layer.gain is not None and layer.soft is None:
+                    torch.mul(layer.values, layer.gain, out=layer.weight.detach())
+                if layer.bias is not None:
+                    assert layer.plain_bias is not None and layer.offset is not None
+                    torch.add(layer.plain_bias, layer.offset, out=layer.bias.detach())
 
     def drop_gradients(self) -> None:
         """Forgets gradients that were not collected."""
@@ -138,25 +145,26 @@ class LearnedWeights:
             if layer.bias is not None:
                 layer.bias.grad = None
 
-    def collect(self, beta: float | None, round_weight: float) -> None:
+    def collect(self, beta: float | None, round_weight: float, ahead: Ahead | None = None) -> None:
         """Carries the gradients of the last backward pass on to what is learned, that of the regulariser added.
 
         Args:
             beta: Exponent of the regulariser; None for none.
             round_weight: Its weight.
+            ahead: The step that the variables of the rounding may take at once.
         """
         with torch.no_grad():
             grads = [layer.weight.grad for layer in self._soft]
             for layer in self._layers:
-                gain, grad = layer.fake_quant.gain, layer.weight.grad
+                gain, grad = layer.gain, layer.weight.grad
                 if gain is not None and grad is not None and layer.soft is None:
                     # over the axes of the gain that are 1
                     gain.grad = (grad * layer.values).sum_to_size(gain.shape)
                 layer.weight.grad = None
-                if layer.bias is not None and layer.correction is not None and layer.bias.requires_grad:
-                    layer.correction.offset.grad, layer.bias.grad = layer.bias.grad, None
+                if layer.bias is not None and layer.offset is not None and layer.bias.requires_grad:
+                    layer.offset.grad, layer.bias.grad = layer.bias.grad, None
             if self.rounding is not None:
-                self.rounding.collect(grads, [layer.fake_quant.gain for layer in self._soft], beta, round_weight)
+                self.rounding.collect(grads, [layer.gain for layer in self._soft], beta, round_weight, ahead)
 
     def finish(self) -> None:
         """Fixes what was learned."""
@@ -178,16 +186,19 @@ def _layer(
     soft: int | None,
     by_output: bool,
 ) -> _Layer:
-    bias = None
+    offset = plain_bias = bias = None
     if correction is not None:
-        correction.offset.requires_grad_(True)
-        bias = _original_bias(module).clone().requires_grad_(not by_output)
+        offset, plain_bias = correction.offset, _original_bias(module)
+        offset.requires_grad_(True)
+        bias = plain_bias.clone().requires_grad_(not by_output)
     # a soft weight is written anew before it is multiplied, so it needs no second tensor
     apart = fake_quant.gain is not None and soft is None
     weight = (torch.empty_like(values) if apart else values).detach()
     learned = fake_quant.gain is not None or soft is not None
     weight.requires_grad_(learned and not by_output)
-    return _Layer(module, fake_quant, values, weight, correction, bias, soft)
+    return _Layer(
+        module, fake_quant, values, weight, fake_quant.gain, correction, offset, plain_bias, bias, soft
+    )  # fmt: skip
 
 
 def _let_go(layer: _Layer) -> None:

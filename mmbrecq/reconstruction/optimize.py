@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.distributed import average
+from mmbrecq.distributed import average, process_count
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.masks import RandomMasks
+from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.adam import build_adam
 from mmbrecq.reconstruction.autocast import DTYPES, autocast
 from mmbrecq.reconstruction.batches import Batches
 from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.plateau import Plateau
+from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.schedules import LinearBeta
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.unit_data import Batch, UnitData, UnitLoss
-from mmbrecq.reconstruction.variables import Group, Variables
+from mmbrecq.reconstruction.variables import Variables
 
 CHECK_INTERVAL = 100
 """Steps between looks at the losses: each look waits for the device."""
@@ -66,7 +68,7 @@ def optimize_unit(
     variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer = _optimizer(variables.groups)
+    optimizer, alone = build_adam(variables.groups), process_count() == 1
     beta = LinearBeta(*options.beta, options.warmup)
     plateau = Plateau(options.plateau)
     # rounding is decided by what follows the warm-up
@@ -81,7 +83,7 @@ def optimize_unit(
 
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
-        distance = part.loss(module(*drop.inputs(part)), loss)
+        distance = part.loss(network(*drop.inputs(part)), loss)
         # the masks of the step are drawn
         batches.read_ahead()
         return distance
@@ -91,14 +93,14 @@ def optimize_unit(
         return _backward(batches.current(), images, distance_of)
 
     casting = autocast([layer for layer, _ in weights], DTYPES[options.autocast] if options.autocast else None)
-    with torch.enable_grad(), drop, batches, variables.in_force(), casting:
+    with torch.enable_grad(), drop, batches, variables.in_force(), casting, rectified(module) as network:
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()
             losses[steps] = fitting.run(find_gradients)
-            variables.collect_gradients(beta(progress))
+            optimizer.begin(progress)
+            variables.collect_gradients(beta(progress), optimizer if alone else None)
             average(parameter.grad for parameter in parameters)
-            _set_rates(optimizer, variables.groups, progress)
             optimizer.step()
             variables.update()
             steps, position = steps + 1, position + 1
@@ -110,6 +112,7 @@ def optimize_unit(
                 on_step(steps, mean)
                 if plateau.reached(mean):
                     position = max(position, end)
+    optimizer.finish()
     variables.finish()
     return steps
 
@@ -129,24 +132,6 @@ def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor])
         (share * distance).backward()
         total = total + share * distance.detach()
     return total
-
-
-def _optimizer(groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """Adam over the groups."""
-    parameters = [{'params': params, 'lr': lr} for params, lr, _ in groups]
-    return torch.optim.Adam(parameters, fused=_fused_is_available(groups[0][0][0]))
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, groups: Sequence[Group], progress: float) -> None:
-    """Sets the learning rates of a step; a scheduler of torch's takes as long as a small layer."""
-    for group, (_, lr, schedule) in zip(optimizer.param_groups, groups, strict=True):
-        group['lr'] = lr * schedule(progress)
-
-
-def _fused_is_available(parameter: Tensor) -> bool:
-    # on the CPU the fused step came with torch 2.4
-    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    return parameter.device.type == 'cuda' or version >= (2, 4)
 
 
 def _check_finite(losses: Tensor, name: str) -> None:
@@ -176,5 +161,5 @@ class _Dropping:
         if self.masks is not None:
             for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
                 if x is not floating:
-                    torch.lerp(floating, x, self.masks.draw(x), out=x)
+                    mix_(x, floating, self.masks.draw(x))
         return batch.quantized_inputs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.fake_quants.native import Kernels, kernels, takes
+from mmbrecq.fake_quants.native import Curve, Kernels, RoundingLayer, kernels, takes
 from mmbrecq.fake_quants.ops import (
     add_regulariser_gradient_,
     regulariser_factor,
@@ -15,13 +15,24 @@ from mmbrecq.fake_quants.ops import (
     through_sigmoid_,
 )
 from mmbrecq.fake_quants.weight import AdaRound
+from mmbrecq.reconstruction.adam import Ahead
 from mmbrecq.reconstruction.layout import laid_out
+
+
+def learn_rounding(roundings: Sequence[AdaRound], layout: torch.memory_format) -> SoftRounding:
+    """The fastest that the layers allow.
+
+    Args:
+        roundings: The layers' fake quantizers, started; their ``alpha`` become views of one vector.
+        layout: Order in memory of the weights of convolutions.
+    """
+    by_row = all(rounding.qtype.ch_axis in (None, 0) for rounding in roundings)
+    native = kernels() if by_row and takes(roundings[0].line()[0]) else None
+    return TorchSoftRounding(roundings, layout) if native is None else NativeSoftRounding(roundings, layout, native)
 
 
 class SoftRounding:
     """One vector of variables for several layers, and their soft-quantized weights.
-
-    Every pass over the weights is one operation for all layers, into memory that is kept from step to step.
 
     Args:
         roundings: The layers' fake quantizers, started; their ``alpha`` become views of the one vector.
@@ -29,46 +40,35 @@ class SoftRounding:
     """
 
     def __init__(self, roundings: Sequence[AdaRound], layout: torch.memory_format) -> None:
-        shapes = [rounding.codes.shape for rounding in roundings]
         self.curve = roundings[0].curve
         assert all(rounding.curve == self.curve for rounding in roundings)
-        like = roundings[0].line()[0]
-        count = sum(shape.numel() for shape in shapes)
-        names = ('alpha', 'base', 'stride', 'sigma', 'weight', 'grad')
-        vectors = {name: torch.empty(count, dtype=like.dtype, device=like.device) for name in names}
-        views = {name: _views(vector, shapes, layout) for name, vector in vectors.items()}
-        for index, rounding in enumerate(roundings):
+        self._shapes, self._layout = [rounding.codes.shape for rounding in roundings], layout
+        self._like = roundings[0].scale
+        alpha, alphas = self._vector()
+        for view, rounding in zip(alphas, roundings, strict=True):
             assert rounding.alpha is not None
-            for name, tensor in zip(('base', 'stride'), rounding.line(), strict=True):
-                views[name][index].copy_(tensor)
-            views['alpha'][index].copy_(rounding.alpha.detach())
-            rounding.alpha.data = views['alpha'][index]
-        self.weights, self._views = views['weight'], views
-        self.alpha = nn.Parameter(vectors['alpha'])
-        self._vectors, self._layout = vectors, layout
-        by_row = all(rounding.qtype.ch_axis in (None, 0) for rounding in roundings)
-        self._native = kernels() if by_row and takes(like) else None
-        unused = 0 if self._native is None else count
-        self._scratch = (like.new_empty(count - unused), like.new_empty(count - unused))
-        self._one = torch.ones(1, dtype=like.dtype, device=like.device)
+            view.copy_(rounding.alpha.detach())
+            rounding.alpha.data = view
+        self.alpha = nn.Parameter(alpha)
+        self._weight, self.weights = self._vector()
+        self._grad, self._grads = self._vector()
+
+    def _vector(self, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
+        """A vector with an element for each weight, and its parts as the layers' weights lie."""
+        vector = self._like.new_empty(sum(shape.numel() for shape in self._shapes), dtype=dtype)
+        return vector, _views(vector, self._shapes, self._layout)
 
     def update(self, gains: Sequence[Tensor | None]) -> None:
         """Computes the weights anew, each times its gain where that is not None."""
-        v = self._vectors
-        if self._native is None:
-            soft_weight_(v['sigma'], v['weight'], v['alpha'], v['base'], v['stride'], self.curve)
-            for weight, gain in zip(self.weights, gains, strict=True):
-                if gain is not None:
-                    weight.mul_(gain)
-            return
-        names = ('sigma', 'weight', 'alpha', 'base', 'stride')
-        bounds = (self.curve.at(0), self.curve.at(1))
-        for index, gain in enumerate(gains):
-            sigma, weight, alpha, base, stride = (self._views[name][index] for name in names)
-            self._native.soft_weight(sigma, weight, alpha, base, stride, self._one if gain is None else gain, bounds)
+        raise NotImplementedError
 
     def collect(
-        self, grads: Sequence[Tensor | None], gains: Sequence[nn.Parameter | None], beta: float | None, weight: float
+        self,
+        grads: Sequence[Tensor | None],
+        gains: Sequence[nn.Parameter | None],
+        beta: float | None,
+        weight: float,
+        ahead: Ahead | None = None,
     ) -> None:
         """Carries the gradients of the weights on to the variables and to the gains.
 
@@ -77,43 +77,128 @@ class SoftRounding:
             gains: The factors by which the weights are more than the soft-quantized ones.
             beta: Exponent of the regulariser; None for none.
             weight: Of the regulariser.
+            ahead: The step that the variables may take at once; they have no gradient if they do.
         """
-        weight = 0.0 if beta is None else weight
-        beta = 2.0 if beta is None else beta
-        for index, (grad, gain) in enumerate(zip(grads, gains, strict=True)):
-            # a layer that took no part is left to the regulariser
-            known = torch.zeros_like(self.weights[index]) if grad is None else laid_out(grad, self._layout)
-            if self._native is None:
-                self._collect(index, known, gain)
-            else:
-                self._collect_native(self._native, index, known, gain, beta, weight)
-        v = self._vectors
-        if self._native is None:
-            if weight > 0:
-                add_regulariser_gradient_(v['grad'], v['sigma'], self.curve, beta, weight, self._scratch)
-            through_sigmoid_(v['grad'], v['sigma'], self.curve)
-        self.alpha.grad = v['grad']
+        # a layer that took no part is left to the regulariser
+        known = [
+            torch.zeros_like(own) if grad is None else laid_out(grad, self._layout)
+            for grad, own in zip(grads, self.weights, strict=True)
+        ]
+        moved = self._collect(known, gains, 2.0 if beta is None else beta, 0.0 if beta is None else weight, ahead)
+        self.alpha.grad = None if moved else self._grad
 
-    def _collect(self, index: int, grad: Tensor, gain: nn.Parameter | None) -> None:
-        product = self._views['grad'][index]
-        if gain is not None:
-            # over the axes of the gain that are 1
-            gain.grad = torch.mul(grad, self.weights[index], out=product).sum_to_size(gain.shape).div_(gain)
-        torch.mul(grad, self._views['stride'][index], out=product)
-        if gain is not None:
-            product.mul_(gain)
+    def _collect(
+        self,
+        grads: Sequence[Tensor],
+        gains: Sequence[nn.Parameter | None],
+        beta: float,
+        weight: float,
+        ahead: Ahead | None,
+    ) -> bool:
+        """Returns whether the variables took their step."""
+        raise NotImplementedError
 
-    def _collect_native(
-        self, native: Kernels, index: int, grad: Tensor, gain: nn.Parameter | None, beta: float, weight: float
-    ) -> None:
-        curve, views = self.curve, self._views
-        gain_grad = native.rounding_gradient(
-            views['grad'][index], grad, views['weight'][index],
-            views['stride'][index], views['sigma'][index], self._one if gain is None else gain,
-            (curve.at(0), curve.at(0.5), curve.at(1)), (beta - 2) / 2, regulariser_factor(curve, beta, weight),
-        )  # fmt: skip
-        if gain is not None:
-            gain.grad = (gain_grad if gain.numel() > 1 else gain_grad.sum()).view(gain.shape)
+
+class TorchSoftRounding(SoftRounding):
+    """By torch's operations: every pass over the weights is one for all layers, into memory that is kept."""
+
+    def __init__(self, roundings: Sequence[AdaRound], layout: torch.memory_format) -> None:
+        super().__init__(roundings, layout)
+        self._base, bases = self._vector()
+        self._stride, self._strides = self._vector()
+        for rounding, base, stride in zip(roundings, bases, self._strides, strict=True):
+            for view, tensor in zip((base, stride), rounding.line(), strict=True):
+                view.copy_(tensor)
+        self._sigma, self._scratch = torch.empty_like(self._grad), (self._vector()[0], self._vector()[0])
+
+    def update(self, gains: Sequence[Tensor | None]) -> None:
+        soft_weight_(self._sigma, self._weight, self.alpha.detach(), self._base, self._stride, self.curve)
+        for weight, gain in zip(self.weights, gains, strict=True):
+            if gain is not None:
+                weight.mul_(gain)
+
+    def _collect(
+        self,
+        grads: Sequence[Tensor],
+        gains: Sequence[nn.Parameter | None],
+        beta: float,
+        weight: float,
+        ahead: Ahead | None,
+    ) -> bool:
+        for index, (grad, gain, product) in enumerate(zip(grads, gains, self._grads, strict=True)):
+            if gain is not None:
+                # over the axes of the gain that are 1
+                gain.grad = torch.mul(grad, self.weights[index], out=product).sum_to_size(gain.shape).div_(gain)
+            torch.mul(grad, self._strides[index], out=product)
+            if gain is not None:
+                product.mul_(gain)
+        if weight > 0:
+            add_regulariser_gradient_(self._grad, self._sigma, self.curve, beta, weight, self._scratch)
+        through_sigmoid_(self._grad, self._sigma, self.curve)
+        return False
+
+
+class NativeSoftRounding(SoftRounding):
+    """By compiled kernels: one pass each way, over grids that are two bytes a weight.
+
+    Args:
+        roundings: See :class:`SoftRounding`.
+        layout: Likewise.
+        native: The kernels.
+    """
+
+    def __init__(self, roundings: Sequence[AdaRound], layout: torch.memory_format, native: Kernels) -> None:
+        super().__init__(roundings, layout)
+        curve = self.curve
+        self._native = native
+        self._curve = Curve(curve.gamma, curve.stretch, curve.at(0), curve.at(0.5), curve.at(1))
+        self._grid, grids = self._vector(torch.int16)
+        self._one = self._like.new_ones(1)
+        sizes = [4 * shape.numel() for shape in self._shapes]
+        self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        rows = [shape[0] for shape in self._shapes]
+        self._gain_grads = self._like.new_empty(sum(rows)).split(rows)
+        # the addresses in the table stay good as long as the tensors live
+        self._kept = [rounding.scale for rounding in roundings]
+        self._layers = (RoundingLayer * len(roundings))()
+        for index, (layer, rounding, grid) in enumerate(zip(self._layers, roundings, grids, strict=True)):
+            grid.copy_(rounding.grid())
+            layer.rows, layer.columns = rows[index], grid.numel() // rows[index]
+            layer.grid, layer.weight = grid.data_ptr(), self.weights[index].data_ptr()
+            layer.out, layer.gain_grad = self._grads[index].data_ptr(), self._gain_grads[index].data_ptr()
+            layer.scale, layer.scale_step = rounding.scale.data_ptr(), int(rounding.scale.numel() > 1)
+
+    def update(self, gains: Sequence[Tensor | None]) -> None:
+        self._point(gains)
+        self._native.soft_weights(self._layers, self._curve)
+
+    def _collect(
+        self,
+        grads: Sequence[Tensor],
+        gains: Sequence[nn.Parameter | None],
+        beta: float,
+        weight: float,
+        ahead: Ahead | None,
+    ) -> bool:
+        self._point(gains)
+        (mean, square), step = ((None, None), None) if ahead is None else ahead
+        for layer, grad, start in zip(self._layers, grads, self._starts, strict=True):
+            layer.grad = grad.data_ptr()
+            layer.mean, layer.square = (None if x is None else x.data_ptr() + start for x in (mean, square))
+        factor = regulariser_factor(self.curve, beta, weight)
+        self._native.rounding_gradients(self._layers, self._curve, (beta - 2) / 2, factor, step)
+        for gain, gain_grad in zip(gains, self._gain_grads, strict=True):
+            if gain is not None:
+                gain.grad = (gain_grad if gain.numel() > 1 else gain_grad.sum()).view(gain.shape)
+        return ahead is not None
+
+    def _point(self, gains: Sequence[Tensor | None]) -> None:
+        """Takes up where variables and gains lie: an optimizer may have moved them."""
+        alpha = self.alpha.data_ptr()
+        for layer, start, gain in zip(self._layers, self._starts, gains, strict=True):
+            layer.alpha = alpha + start
+            layer.gain = (self._one if gain is None else gain).data_ptr()
+            layer.gain_step = int(gain is not None and gain.numel() > 1)
 
 
 def _views(vector: Tensor, shapes: Sequence[torch.Size], layout: torch.memory_format) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,12 +10,10 @@ from torch import fx, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.adam import Adam, Group
 from mmbrecq.reconstruction.learned_weights import LearnedWeights
 from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.stages import Stage
-
-Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
-"""Parameters, their learning rate, and its schedule."""
 
 SMALLEST = 0.01
 """What a scale of an activation may shrink to, of what it was."""
@@ -45,7 +43,7 @@ class Variables:
         self.weights = LearnedWeights(
             weights, stage.learns_rounding, options.weight_scale_lr > 0, options.bias_lr > 0, layout, _called(module)
         )
-        self._quantizers = list(quantizers) if stage.learns_scale else []
+        self._quantizers = [q for q in quantizers if not q.fixed] if stage.learns_scale else []
         scales = [p for q in self._quantizers for p in q.start()]
         groups: list[Group] = [
             (self.weights.alphas, options.lr, constant),
@@ -67,9 +65,15 @@ class Variables:
             for parameter in parameters:
                 parameter.grad = None
 
-    def collect_gradients(self, beta: float | None) -> None:
-        """Completes the gradients after a backward pass; ``beta`` is the exponent of the regulariser, None for none."""
-        self.weights.collect(beta, self._options.round_weight)
+    def collect_gradients(self, beta: float | None, optimizer: Adam | None = None) -> None:
+        """Completes the gradients after a backward pass.
+
+        Args:
+            beta: Exponent of the regulariser; None for none.
+            optimizer: One that may step ahead with variables whose gradients nobody else wants.
+        """
+        ahead = optimizer.ahead(self.weights.alphas[0]) if optimizer is not None and self.weights.alphas else None
+        self.weights.collect(beta, self._options.round_weight, ahead)
 
     def update(self) -> None:
         """Takes over what a step of the optimizer has changed; no scale of an activation gets to 0 or below."""

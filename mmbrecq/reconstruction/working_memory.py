@@ -145,8 +145,8 @@ def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
         total += int(CAST * (images * (unit.saved + unit.largest) + 4 * unit.weights))
     total += unit.weights * (LEARNED_WEIGHT if stage.learns_rounding else FIXED_WEIGHT)
     if dropping:
-        # the pool, and what it is made of: random bytes, and whether each is below the probability
-        total += (images * unit.largest // 4 + PLACES * ALIGNMENT) * (4 + 1 + 1)
+        # the pool, and the random bytes that it is made of
+        total += (images * unit.largest // 4 + PLACES * ALIGNMENT) * (1 + 1)
     return total
 
 

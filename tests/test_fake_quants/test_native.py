@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mmbrecq.fake_quants import native
-from mmbrecq.fake_quants.native import SWITCH, Kernels, kernels, takes
+from mmbrecq.fake_quants.masks import mix_
+from mmbrecq.fake_quants.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernels, takes
+from mmbrecq.fake_quants.native_ops import native_fake_quantize
 from mmbrecq.fake_quants.ops import (
     FakeQuantizeFunction,
     Sigmoid,
@@ -22,8 +25,9 @@ from mmbrecq.qtype import QType
 
 CURVE = Sigmoid(1.1, -0.1)
 BOUNDS = (CURVE.at(0), CURVE.at(1))
-# the second is larger than what one thread takes
-SHAPES = [(5, 7, 3, 3), (40, 700)]
+TABLE_CURVE = Curve(CURVE.gamma, CURVE.stretch, BOUNDS[0], CURVE.at(0.5), BOUNDS[1])
+# the second is larger than what one thread takes, a row of the third than a block
+SHAPES = [(5, 7, 3, 3), (40, 900), (2, 9000)]
 
 needs_compiler = pytest.mark.skipif(kernels() is None, reason='there is no C compiler')
 
@@ -46,56 +50,105 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Layer:
+    """A layer whose rounding is learned, in tensors, and the table that the kernels read.
+
+    Args:
+        shape: Of its weight.
+        per_channel: Whether it has a scale and a gain for each channel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], per_channel: bool = True) -> None:
+        self.alpha, self.grad = 4 * normal(shape, 0), normal(shape, 1)
+        # integers from -3 to 4, some of them with one way to go only
+        self.grid = (3 * normal(shape, 2)).round().clamp(-6, 8).to(torch.int16)
+        rows = (shape[0], *[1] * (len(shape) - 1)) if per_channel else (1,)
+        self.scale, self.gain = 0.1 + normal(rows, 3).abs(), 1 + 0.1 * normal(rows, 4)
+        self.weight, self.out = torch.empty(shape), torch.full(shape, 7.0)
+        self.gain_grad = torch.empty(shape[0])
+        self.table = (RoundingLayer * 1)()
+        layer = self.table[0]
+        layer.rows, layer.columns = shape[0], self.alpha.numel() // shape[0]
+        layer.scale_step = layer.gain_step = int(per_channel)
+        for name in ('alpha', 'grid', 'scale', 'gain', 'weight', 'grad', 'out', 'gain_grad'):
+            setattr(layer, name, getattr(self, name).data_ptr())
+
+    @property
+    def line(self) -> tuple[Tensor, Tensor]:
+        """What the weight is at ``sigma`` 0, and how it rises with it, without the gain; float64."""
+        step = self.scale.double() * (self.grid & 1)
+        return self.scale.double() * (self.grid >> 1) + step * CURVE.gamma, step * CURVE.stretch
+
+
 @needs_compiler
-@pytest.mark.parametrize('gains', [True, False], ids=['per-channel', 'one'])
+@pytest.mark.parametrize('per_channel', [True, False])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_soft_weight(compiled: Kernels, shape: tuple[int, ...], gains: bool) -> None:
-    alpha, base, stride = 4 * normal(shape, 0), normal(shape, 1), normal(shape, 2)
-    gain = 1 + 0.1 * normal((shape[0],) if gains else (1,), 3)
-    sigma, weight = torch.empty(shape), torch.empty(shape)
-    compiled.soft_weight(sigma, weight, alpha, base, stride, gain, BOUNDS)
-    expected = [torch.empty(shape, dtype=torch.float64) for _ in range(2)]
-    soft_weight_(*expected, alpha.double(), base.double(), stride.double(), CURVE)
-    expected[1] *= gain.double().reshape(-1, *[1] * (len(shape) - 1))
-    for ours, reference in zip((sigma, weight), expected, strict=True):
-        torch.testing.assert_close(ours.double(), reference, rtol=1e-6, atol=2e-6)
-    # exactly the bounds, else variables that have settled would have gradients
-    assert sigma.min() == torch.tensor(BOUNDS[0])
-    assert sigma.max() == torch.tensor(BOUNDS[1])
+def test_soft_weights(compiled: Kernels, shape: tuple[int, ...], per_channel: bool) -> None:
+    layer = Layer(shape, per_channel)
+    compiled.soft_weights(layer.table, TABLE_CURVE)
+    sigma, expected = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    soft_weight_(sigma, expected, layer.alpha.double(), *layer.line, CURVE)
+    torch.testing.assert_close(layer.weight.double(), expected * layer.gain.double(), rtol=1e-6, atol=4e-6)
 
 
 @needs_compiler
 @pytest.mark.parametrize('beta', [None, 2.0, 4.3, 20.0])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_rounding_gradient(compiled: Kernels, shape: tuple[int, ...], beta: float | None) -> None:
-    grad, stride, weight = normal(shape, 0), normal(shape, 1), normal(shape, 2)
-    sigma = torch.sigmoid(3 * normal(shape, 3)).clamp(*BOUNDS)
-    sigma.view(-1)[0] = CURVE.at(0.5)
-    gain = 1 + 0.1 * normal((shape[0],), 4)
-    out = torch.empty(shape)
+def test_rounding_gradients(compiled: Kernels, shape: tuple[int, ...], beta: float | None) -> None:
+    layer = Layer(shape)
     factor = 0.0 if beta is None else regulariser_factor(CURVE, beta, 0.3)
     power = 0.0 if beta is None else (beta - 2) / 2
-    bounds = (BOUNDS[0], CURVE.at(0.5), BOUNDS[1])
-    gain_grad = compiled.rounding_gradient(out, grad, weight, stride, sigma, gain, bounds, power, factor)
+    compiled.rounding_gradients(layer.table, TABLE_CURVE, power, factor)
 
-    column = gain.double().reshape(-1, *[1] * (len(shape) - 1))
-    expected = grad.double() * stride.double() * column
+    sigma, weight = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    soft_weight_(sigma, weight, layer.alpha.double(), *layer.line, CURVE)
+    expected = layer.grad.double() * layer.line[1] * layer.gain.double()
     if beta is not None:
         scratch = (torch.empty_like(expected), torch.empty_like(expected))
-        add_regulariser_gradient_(expected, sigma.double(), CURVE, beta, 0.3, scratch)
+        add_regulariser_gradient_(expected, sigma, CURVE, beta, 0.3, scratch)
     inside = (sigma > BOUNDS[0]) & (sigma < BOUNDS[1])
-    through_sigmoid_(expected, sigma.double(), CURVE)
-    torch.testing.assert_close(out.double(), expected * inside, rtol=1e-4, atol=2e-6)
+    through_sigmoid_(expected, sigma, CURVE)
+    # the power is rough, and what the regulariser and the loss make may nearly cancel
+    torch.testing.assert_close(layer.out.double(), expected * inside, rtol=2e-4, atol=5e-5)
+    # variables that have settled have none at all
     assert not inside.all()
-    product = (grad.double() * weight.double()).flatten(1).sum(1) / gain.double()
-    torch.testing.assert_close(gain_grad.double(), product, rtol=1e-5, atol=1e-4)
+    assert bool((layer.out[~inside] == 0).all())
+    product = (layer.grad.double() * weight).flatten(1).sum(1)
+    torch.testing.assert_close(layer.gain_grad.double(), product, rtol=1e-5, atol=1e-4)
 
 
 @needs_compiler
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_step_where_the_gradient_is_found(compiled: Kernels, shape: tuple[int, ...]) -> None:
+    """The variables end where a gradient, and then torch's Adam, takes them."""
+    layer, apart = Layer(shape), Layer(shape)
+    # more than a block of columns, and not whole blocks
+    moments = [torch.zeros(shape), torch.zeros(shape)]
+    layer.table[0].mean, layer.table[0].square = (moment.data_ptr() for moment in moments)
+    reference = torch.nn.Parameter(apart.alpha)
+    adam = torch.optim.Adam([reference], lr=0.01)
+    for count in range(1, 4):
+        step = AdamStep.at(count, 0.01, (0.9, 0.999), 1e-8)
+        compiled.rounding_gradients(layer.table, TABLE_CURVE, 1.0, -0.3, step)
+        compiled.rounding_gradients(apart.table, TABLE_CURVE, 1.0, -0.3)
+        reference.grad = apart.out
+        adam.step()
+    torch.testing.assert_close(layer.alpha, reference.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.gain_grad, apart.gain_grad, rtol=1e-4, atol=1e-4)
+    assert bool((layer.out == 7).all())
+    state = adam.state[reference]
+    torch.testing.assert_close(moments[0], state['exp_avg'], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments[1], state['exp_avg_sq'], rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize('rectifier', [None, (0.0, math.inf), (0.0, 0.9)])
 @pytest.mark.parametrize('dropping', [True, False])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('size', [5, 40])
-def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch.memory_format, dropping: bool) -> None:
+def test_fake_quantize(
+    size: int, layout: torch.memory_format, dropping: bool, rectifier: tuple[float, float] | None
+) -> None:
     """The same bits as torch's operations give, and sums that are more exact."""
     qtype, zero_point = QType(3, symmetric=False, signed=False), torch.tensor(2)
     shape = (4, 6, size, size)
@@ -103,12 +156,15 @@ def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch
     # halves are rounded to even
     x.view(-1)[:8] = 0.25 * (torch.arange(8) - 3.5)
     x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
-    keep = (normal(shape, 2) > 0).float().contiguous(memory_format=layout) if dropping else None
+    keep = (normal(shape, 2) > 0).byte().contiguous(memory_format=layout) if dropping else None
     results = []
     for enabled in (True, False):
-        monkeypatch.setattr('mmbrecq.fake_quants.ops.kernels', kernels if enabled else lambda: None)
         a, scale = x.clone().requires_grad_(True), torch.tensor(0.25, requires_grad=True)
-        out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep)
+        if enabled:
+            out = native_fake_quantize(a, scale, zero_point, qtype, keep, rectifier)
+        else:
+            out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep, rectifier)
+        assert out is not None
         out.backward(upstream)
         results.append((out.detach(), a.grad, scale.grad))
     (ours, grad, total), (expected, expected_grad, expected_total) = results
@@ -116,6 +172,26 @@ def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch
     assert torch.equal(grad, expected_grad)  # type: ignore[arg-type]
     assert ours.stride() == x.stride()
     assert float(total) == pytest.approx(float(expected_total), rel=1e-3, abs=1e-3)  # type: ignore[arg-type]
+
+
+def test_what_the_kernels_do_not_compute() -> None:
+    qtype, x = QType(4), torch.zeros(3, 4)
+    assert native_fake_quantize(x, torch.ones(3), torch.zeros(3), qtype) is None
+    assert native_fake_quantize(x.double(), torch.tensor(1.0), torch.tensor(0), qtype) is None
+    assert native_fake_quantize(x, torch.tensor(1.0), torch.tensor(0), qtype, torch.ones(4, 3).byte().T) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize('size', [5, 40])
+def test_mix(size: int) -> None:
+    x, other = (normal((4, 6, size, size), seed) for seed in range(2))
+    keep = (normal(x.shape, 2) > 0).byte()
+    expected = torch.where(keep.bool(), x, other)
+    by_torch = x.double()
+    mix_(by_torch, other.double(), keep)
+    assert torch.equal(by_torch, expected.double())
+    mix_(x, other, keep)
+    assert torch.equal(x, expected)
 
 
 @needs_compiler

@@ -53,6 +53,13 @@ def test_first_and_last_layer_at_eight_bits_is_a_switch() -> None:
     }
 
 
+def test_the_step_of_the_images_is_not_learned_at_eight_bits() -> None:
+    for switch in (True, False):
+        model = prepare(residual(), 'academic', 2, 4, first_last_8bit=switch)
+        fixed = {name.removeprefix('activation_quantizers.') for name, q in model.quantizers.items() if q.fixed}
+        assert fixed == ({'inputs'} if switch else set())
+
+
 def test_all_first_and_all_last_layers_count() -> None:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.relu(self.middle(torch.relu(self.left(x) + self.right(x))))

@@ -244,9 +244,9 @@ def betas(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     noted: list[float | None] = []
     collect = Variables.collect_gradients
 
-    def note(variables: Variables, beta: float | None) -> None:
+    def note(variables: Variables, beta: float | None, *args: Any) -> None:
         noted.append(beta)
-        collect(variables, beta)
+        collect(variables, beta, *args)
 
     monkeypatch.setattr(Variables, 'collect_gradients', note)
     return noted

@@ -55,6 +55,14 @@ def test_what_is_learned(prepared: Prepare, rounding: bool, scale: bool, options
     assert all(p.requires_grad for parameters, _, _ in variables.groups for p in parameters)
 
 
+def test_a_fixed_step_size_is_not_learned(prepared: Prepare) -> None:
+    model = prepared()
+    quantizer = model.unit_quantizers(model.units[1])[0]
+    quantizer.fixed = True
+    assert rates(variables_of(model)) == {0.1: 1, 0.2: 2, 0.3: 2, 0.4: 1}
+    assert not quantizer.scale.requires_grad
+
+
 def test_only_rounding_keeps_its_learning_rate(prepared: Prepare) -> None:
     for _, lr, schedule in variables_of(prepared()).groups:
         assert schedule(0.0) == 1
