@@ -96,6 +96,7 @@ class LearnedWeights:
             by_output = soft is None and module in called and _is_per_output(fq, module)
             self._layers.append(_layer(module, fq, values, correction, soft, by_output))
         self._soft = [layer for layer in self._layers if layer.soft is not None]
+        self._settle()
         self.update()
 
     @property
@@ -115,7 +116,8 @@ class LearnedWeights:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """The modules use the learned tensors."""
+        """The modules use the learned tensors; what is learned stays where it lies in memory."""
+        self._settle()
         with ExitStack() as stack, parametrize.cached():
             for layer in self._layers:
                 stack.callback(_let_go, layer)
@@ -126,11 +128,15 @@ class LearnedWeights:
                     stack.callback(layer.module.register_forward_hook(_output_hook(layer)).remove)
             yield
 
+    def _settle(self) -> None:
+        if self.rounding is not None:
+            self.rounding.settle([layer.gain for layer in self._soft])
+
     def update(self) -> None:
         """Computes weights and biases anew, from what is learned."""
         with torch.no_grad():
             if self.rounding is not None:
-                self.rounding.update([layer.gain for layer in self._soft])
+                self.rounding.update()
             for layer in self._layers:
                 if layer.gain is not None and layer.soft is None:
                     torch.mul(layer.values, layer.gain, out=layer.weight.detach())
@@ -164,7 +170,7 @@ class LearnedWeights:
                 if layer.bias is not None and layer.offset is not None and layer.bias.requires_grad:
                     layer.offset.grad, layer.bias.grad = layer.bias.grad, None
             if self.rounding is not None:
-                self.rounding.collect(grads, [layer.gain for layer in self._soft], beta, round_weight, ahead)
+                self.rounding.collect(grads, beta, round_weight, ahead)
 
     def finish(self) -> None:
         """Fixes what was learned."""

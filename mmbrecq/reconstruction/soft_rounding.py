@@ -58,14 +58,21 @@ class SoftRounding:
         vector = self._like.new_empty(sum(shape.numel() for shape in self._shapes), dtype=dtype)
         return vector, _views(vector, self._shapes, self._layout)
 
-    def update(self, gains: Sequence[Tensor | None]) -> None:
-        """Computes the weights anew, each times its gain where that is not None."""
+    def settle(self, gains: Sequence[nn.Parameter | None]) -> None:
+        """Takes up where variables and gains lie in memory: whoever moves them tells.
+
+        Args:
+            gains: The factors by which the weights are more than the soft-quantized ones, None for a layer without.
+        """
+        self._gains = gains
+
+    def update(self) -> None:
+        """Computes the weights anew, each times its gain."""
         raise NotImplementedError
 
     def collect(
         self,
         grads: Sequence[Tensor | None],
-        gains: Sequence[nn.Parameter | None],
         beta: float | None,
         weight: float,
         ahead: Ahead | None = None,
@@ -74,7 +81,6 @@ class SoftRounding:
 
         Args:
             grads: Of every layer's weight; None where it took no part.
-            gains: The factors by which the weights are more than the soft-quantized ones.
             beta: Exponent of the regulariser; None for none.
             weight: Of the regulariser.
             ahead: The step that the variables may take at once; they have no gradient if they do.
@@ -84,13 +90,12 @@ class SoftRounding:
             torch.zeros_like(own) if grad is None else laid_out(grad, self._layout)
             for grad, own in zip(grads, self.weights, strict=True)
         ]
-        moved = self._collect(known, gains, 2.0 if beta is None else beta, 0.0 if beta is None else weight, ahead)
+        moved = self._collect(known, 2.0 if beta is None else beta, 0.0 if beta is None else weight, ahead)
         self.alpha.grad = None if moved else self._grad
 
     def _collect(
         self,
         grads: Sequence[Tensor],
-        gains: Sequence[nn.Parameter | None],
         beta: float,
         weight: float,
         ahead: Ahead | None,
@@ -111,21 +116,20 @@ class TorchSoftRounding(SoftRounding):
                 view.copy_(tensor)
         self._sigma, self._scratch = torch.empty_like(self._grad), (self._vector()[0], self._vector()[0])
 
-    def update(self, gains: Sequence[Tensor | None]) -> None:
+    def update(self) -> None:
         soft_weight_(self._sigma, self._weight, self.alpha.detach(), self._base, self._stride, self.curve)
-        for weight, gain in zip(self.weights, gains, strict=True):
+        for weight, gain in zip(self.weights, self._gains, strict=True):
             if gain is not None:
-                weight.mul_(gain)
+                weight.mul_(gain.detach())
 
     def _collect(
         self,
         grads: Sequence[Tensor],
-        gains: Sequence[nn.Parameter | None],
         beta: float,
         weight: float,
         ahead: Ahead | None,
     ) -> bool:
-        for index, (grad, gain, product) in enumerate(zip(grads, gains, self._grads, strict=True)):
+        for index, (grad, gain, product) in enumerate(zip(grads, self._gains, self._grads, strict=True)):
             if gain is not None:
                 # over the axes of the gain that are 1
                 gain.grad = torch.mul(grad, self.weights[index], out=product).sum_to_size(gain.shape).div_(gain)
@@ -168,37 +172,38 @@ class NativeSoftRounding(SoftRounding):
             layer.out, layer.gain_grad = self._grads[index].data_ptr(), self._gain_grads[index].data_ptr()
             layer.scale, layer.scale_step = rounding.scale.data_ptr(), int(rounding.scale.numel() > 1)
 
-    def update(self, gains: Sequence[Tensor | None]) -> None:
-        self._point(gains)
+    def settle(self, gains: Sequence[nn.Parameter | None]) -> None:
+        super().settle(gains)
+        alpha = self.alpha.data_ptr()
+        for layer, start, gain in zip(self._layers, self._starts, gains, strict=True):
+            layer.alpha = alpha + start
+            layer.gain = (self._one if gain is None else gain).data_ptr()
+            layer.gain_step = int(gain is not None and gain.numel() > 1)
+        self._shaped = [
+            own.view(gain.shape) if gain is not None and gain.numel() > 1 else own
+            for own, gain in zip(self._gain_grads, gains, strict=True)
+        ]
+
+    def update(self) -> None:
         self._native.soft_weights(self._layers, self._curve)
 
     def _collect(
         self,
         grads: Sequence[Tensor],
-        gains: Sequence[nn.Parameter | None],
         beta: float,
         weight: float,
         ahead: Ahead | None,
     ) -> bool:
-        self._point(gains)
         (mean, square), step = ((None, None), None) if ahead is None else ahead
         for layer, grad, start in zip(self._layers, grads, self._starts, strict=True):
             layer.grad = grad.data_ptr()
             layer.mean, layer.square = (None if x is None else x.data_ptr() + start for x in (mean, square))
         factor = regulariser_factor(self.curve, beta, weight)
         self._native.rounding_gradients(self._layers, self._curve, (beta - 2) / 2, factor, step)
-        for gain, gain_grad in zip(gains, self._gain_grads, strict=True):
+        for gain, gain_grad in zip(self._gains, self._shaped, strict=True):
             if gain is not None:
-                gain.grad = (gain_grad if gain.numel() > 1 else gain_grad.sum()).view(gain.shape)
+                gain.grad = gain_grad if gain.numel() > 1 else gain_grad.sum().view(gain.shape)
         return ahead is not None
-
-    def _point(self, gains: Sequence[Tensor | None]) -> None:
-        """Takes up where variables and gains lie: an optimizer may have moved them."""
-        alpha = self.alpha.data_ptr()
-        for layer, start, gain in zip(self._layers, self._starts, gains, strict=True):
-            layer.alpha = alpha + start
-            layer.gain = (self._one if gain is None else gain).data_ptr()
-            layer.gain_step = int(gain is not None and gain.numel() > 1)
 
 
 def _views(vector: Tensor, shapes: Sequence[torch.Size], layout: torch.memory_format) -> list[Tensor]:
