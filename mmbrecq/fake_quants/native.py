@@ -1,7 +1,7 @@
 """The arithmetic of a training step in compiled form, where there is a C compiler.
 
 A chain of torch's operations reads and writes each tensor a dozen times, which for large weights and small images
-takes longer than the convolutions. Compiling takes a quarter of a second, when the first kernel is wanted. Without a
+takes longer than the convolutions. Compiling takes a third of a second, when the first kernel is wanted. Without a
 compiler, on other devices and for other dtypes torch's operations do the same.
 """
 

@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import pytest
 
+from mmbrecq.engine.drawing import SHOWN
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs' / 'demo'
 SHORT = (
@@ -25,6 +27,8 @@ SHORT = (
 QUICK = (*SHORT, 'evaluations=[]', 'exporters=[]')
 # what so few iterations leave of 2-bit weights is so bad that single values decide its AP
 OPTIONS = {'retinanet_scenes_w4a8': SHORT, 'faster_rcnn_scenes_w2a8': (*SHORT, 'quantizer.weight.bits=4')}
+VALIDATION = 24
+"""Scenes that are evaluated: among 8 a single box more moves the AP by 0.04."""
 SCENES = Path('work_dirs', 'digit_scenes')
 """Where the demo's configs look for the scenes, from the working directory."""
 
@@ -47,7 +51,7 @@ def run(environment: None, outcome: Any) -> Callable[..., Any]:
 def folder(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with the scenes in it."""
     root: Path = tmp_path_factory.mktemp('detectors')
-    run('make_digit_scenes', root, '--train', 24, '--val', 8)
+    run('make_digit_scenes', root, '--train', 24, '--val', VALIDATION)
     return root
 
 
@@ -89,7 +93,7 @@ def test_from_the_float_checkpoint_to_deployed_accuracy(finished: Callable[[str]
     assert all(unit['loss_after'] <= unit['loss_before'] for unit in summary['units'])
     assert summary['float_layers'] == []
     for deployed in summary['metrics']['deployed'].values():
-        assert abs(deployed['coco/bbox_mAP'] - metrics['quantized']) < 0.01
+        assert abs(deployed['coco/bbox_mAP'] - metrics['quantized']) < 0.015
     assert all(result == 'passed' for result in summary['verify'].values())
     assert {path.name for path in (work_dir / 'deploy').glob('*.[ox]*')} == FILES[name]
     if 'w4a8' in name:
@@ -119,7 +123,7 @@ def test_what_is_left_measures_the_same_again(
         # not to the last digit: a runtime owes no bitwise equality between a process with one thread and this one
         assert abs(measured - metrics['deployed'][stage]['coco/bbox_mAP']) < 0.02
     drawn = [cv2.imread(str(path)) for path in pictures.iterdir()]
-    assert len(drawn) == 8
+    assert len(drawn) == SHOWN
     assert all(picture.shape[1] == 2 * 96 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50 for picture in drawn)
 
 

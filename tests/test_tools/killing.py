@@ -51,8 +51,11 @@ def main() -> None:
     from mmpretrain.utils import register_all_modules
 
     import mmbrecq.engine.ptq_loop  # noqa: F401
+    from mmbrecq.fake_quants.native import kernels
 
     register_all_modules(init_default_scope=False)
+    # compiled once, for all that are forked
+    kernels()
     rng = random.Random(0)
     begin = time.perf_counter()
     statuses = [
