@@ -2,8 +2,9 @@
 
 A ratio is the time of an optimisation step over that of the unit's plain float forward and backward pass on the same
 batch of the same cached inputs: loss and gradients of the weights, no optimizer, tensors in torch's own order. Both
-run in turn, each several times, and the median ratio counts, so that it holds on a noisy machine. Caching is the passes
-over all calibration images that a stage needs, as a share of its time at the iterations of the config.
+run in turn, each several times, and the shortest time of each counts: whatever else a machine does only adds to it.
+Caching is the passes over all calibration images that a stage needs, as a share of its time at the iterations of the
+config.
 
     python benchmarks/reconstruction.py configs/brecq/resnet/brecq_w2a4_resnet18_cifar10.py
 """
@@ -46,7 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--steps', type=int, default=50, help='steps per measurement')
-    parser.add_argument('--repeats', type=int, default=3, help='measurements of each kind, in turn; the median counts')
+    parser.add_argument(
+        '--repeats', type=int, default=5, help='measurements of each kind, in turn; the shortest counts'
+    )
     parser.add_argument('--images', type=int, default=256, help='calibration images')
     parser.add_argument('--units', nargs='+', help='measure these alone')
     add_cfg_options(parser)
@@ -170,14 +173,13 @@ def measure(
         times['plain'].append(seconds(plain, device) / steps)
         for stage in short:
             times[stage.name].append(seconds(lambda stage=stage: optimise(stage), device) / steps)
-    speeds = {}
+    speeds, plain_step = {}, min(times['plain'])
     for stage in subject.stages:
-        step = statistics.median(times[stage.name])
-        ratio = statistics.median(a / b for a, b in zip(times[stage.name], times['plain'], strict=True))
+        step = min(times[stage.name])
         # the float outputs, the quantized ones before and after, and those that step sizes are found from
         caching = (3 + stage.quantizes_activations) * passes * subject.samples / len(subject.images)
-        speeds[stage.name] = Speed(step, ratio, caching / (caching + step * stage.options.iterations))
-    return statistics.median(times['plain']), speeds
+        speeds[stage.name] = Speed(step, step / plain_step, caching / (caching + step * stage.options.iterations))
+    return plain_step, speeds
 
 
 class PeakMemory:

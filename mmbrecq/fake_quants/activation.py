@@ -74,7 +74,7 @@ class FakeQuantize(nn.Module):
             return self._by_torch(x, self._clip(), None)
         keep = self.masks.draw(x) if self.masks is not None and torch.is_grad_enabled() else None
         result = native_fake_quantize(x, self.scale, self.zero_point, self.qtype, keep, self.rectifier)
-        return self._by_torch(x, None, keep) if result is None else result
+        return self._by_torch(x, None, None if keep is None else keep.of(x)) if result is None else result
 
     def _by_torch(self, x: Tensor, clip: Clip | None, keep: Tensor | None) -> Tensor:
         result: Tensor = FakeQuantizeFunction.apply(

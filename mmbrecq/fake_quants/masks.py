@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmbrecq.fake_quants.native import kernels, lies_as, takes
+from mmbrecq.fake_quants.native import kernels, takes
 
 PLACES = 2**16
 """Places of the pool at which a mask may begin."""
@@ -32,8 +32,8 @@ class RandomMasks:
         self._pool = torch.empty(0, dtype=torch.uint8)
         self._places: list[int] = []
 
-    def draw(self, like: Tensor) -> Tensor:
-        """Bytes, 0 or 1, with the shape and device of ``like``, and its order in memory where that has no gaps."""
+    def draw(self, like: Tensor) -> Mask:
+        """A mask for a tensor."""
         size = like.numel() + PLACES * ALIGNMENT
         if self._pool.numel() < size or self._pool.device != like.device:
             # one 64-bit draw serves eight elements
@@ -44,17 +44,38 @@ class RandomMasks:
         if not self._places:
             # one by one, draws of the places take longer than many a mask is read
             self._places = torch.randint(PLACES, (DRAWN,), generator=self.generator).tolist()
-        start = ALIGNMENT * self._places.pop()
-        dense = like.is_contiguous() or (like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last))
-        # element by element along memory, as what it is held against
-        strides = like.stride() if dense else torch.empty(like.shape, device='meta').stride()
-        return self._pool.as_strided(like.shape, strides, start)
+        return Mask(self._pool, ALIGNMENT * self._places.pop())
 
 
-def mix_(x: Tensor, other: Tensor, keep: Tensor) -> None:
+class Mask:
+    """Bytes, 0 or 1, one for each element of a tensor in the order in which they lie in memory.
+
+    Args:
+        pool (Tensor): ``(n,)`` bytes.
+        start: Where in the pool the mask begins.
+    """
+
+    __slots__ = ('pool', 'start')
+
+    def __init__(self, pool: Tensor, start: int = 0) -> None:
+        self.pool, self.start = pool, start
+
+    @property
+    def address(self) -> int:
+        """Of the first byte."""
+        return self.pool.data_ptr() + self.start
+
+    def of(self, x: Tensor) -> Tensor:
+        """The mask as a tensor with the shape of ``x``, and its order in memory where that has no gaps."""
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        strides = x.stride() if dense else torch.empty(x.shape, device='meta').stride()
+        return self.pool.as_strided(x.shape, strides, self.start)
+
+
+def mix_(x: Tensor, other: Tensor, keep: Mask) -> None:
     """Puts ``other`` in the place of ``x`` wherever the mask ``keep`` is 0; all of the same shape."""
-    native = kernels() if takes(x, other) and lies_as(keep, x) else None
+    native = kernels() if takes(x, other) else None
     if native is None:
-        torch.lerp(other, x, keep.to(x.dtype), out=x)
+        torch.lerp(other, x, keep.of(x).to(x.dtype), out=x)
     else:
-        native.mix_(x, other, keep)
+        native.mix_(x, other, keep.address)

@@ -126,7 +126,7 @@ class Kernels:
     def fake_quantize(
         self,
         x: Tensor,
-        keep: Tensor | None,
+        keep: int | None,
         scale: float,
         low: float,
         high: float,
@@ -136,7 +136,7 @@ class Kernels:
 
         Args:
             x (Tensor): Any shape.
-            keep (Tensor | None): Bytes of the same shape; ``y`` itself is returned where they are 0.
+            keep: Address of as many bytes; ``y`` itself is returned where they are 0.
             scale: Of the grid.
             low: Smallest code.
             high: Largest code.
@@ -144,7 +144,7 @@ class Kernels:
         """
         out = torch.empty_like(x)
         self._quantize(
-            x.numel(), x.data_ptr(), _pointer(keep), out.data_ptr(), scale, low, high, *rectifier
+            x.numel(), x.data_ptr(), keep, out.data_ptr(), scale, low, high, *rectifier
         )  # fmt: skip
         return out
 
@@ -153,7 +153,7 @@ class Kernels:
         grad: Tensor,
         x: Tensor,
         out: Tensor,
-        keep: Tensor | None,
+        keep: int | None,
         low: float,
         high: float,
         rectifier: tuple[float, float] = UNBOUNDED,
@@ -166,14 +166,14 @@ class Kernels:
         grad_x, count = torch.empty_like(x), x.numel()
         sums = torch.empty(-(-count // BLOCK), dtype=torch.float64)
         total = self._gradient(
-            count, grad.data_ptr(), x.data_ptr(), out.data_ptr(), _pointer(keep), grad_x.data_ptr(), sums.data_ptr(),
+            count, grad.data_ptr(), x.data_ptr(), out.data_ptr(), keep, grad_x.data_ptr(), sums.data_ptr(),
             low, high, *rectifier,
         )  # fmt: skip
         return grad_x, total
 
-    def mix_(self, x: Tensor, other: Tensor, keep: Tensor) -> None:
-        """Puts ``other`` in the place of ``x`` wherever ``keep``, of bytes, is 0; all of the same shape."""
-        self._mix(x.numel(), x.data_ptr(), other.data_ptr(), keep.data_ptr())
+    def mix_(self, x: Tensor, other: Tensor, keep: int) -> None:
+        """Puts ``other`` in the place of ``x`` wherever the bytes at ``keep`` are 0; both of the same shape."""
+        self._mix(x.numel(), x.data_ptr(), other.data_ptr(), keep)
 
     def adam_(self, value: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: AdamStep) -> None:
         """A step of Adam.
@@ -186,10 +186,6 @@ class Kernels:
         """
         mean, square = moments
         self._adam(value.numel(), value.data_ptr(), grad.data_ptr(), mean.data_ptr(), square.data_ptr(), step)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=1)
@@ -214,12 +210,13 @@ def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether kernels may run on tensors of the same shape: float32 on the CPU, dense, all in the same order."""
     if first.device.type != 'cpu' or first.dtype != torch.float32 or not _is_dense(first):
         return False
-    return all(other.dtype == torch.float32 and lies_as(other, first) for other in others)
-
-
-def lies_as(x: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same shape and device, and the same order in memory."""
-    return x.shape == other.shape and x.stride() == other.stride() and x.device == other.device
+    return all(
+        other.device.type == 'cpu'
+        and other.dtype == torch.float32
+        and other.shape == first.shape
+        and other.stride() == first.stride()
+        for other in others
+    )
 
 
 def _is_dense(x: Tensor) -> bool:

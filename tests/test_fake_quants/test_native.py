@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.fake_quants import native
-from mmbrecq.fake_quants.masks import mix_
+from mmbrecq.fake_quants.masks import Mask, mix_
 from mmbrecq.fake_quants.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernels, takes
 from mmbrecq.fake_quants.native_ops import native_fake_quantize
 from mmbrecq.fake_quants.ops import (
@@ -161,7 +161,8 @@ def test_fake_quantize(
     for enabled in (True, False):
         a, scale = x.clone().requires_grad_(True), torch.tensor(0.25, requires_grad=True)
         if enabled:
-            out = native_fake_quantize(a, scale, zero_point, qtype, keep, rectifier)
+            mask = None if keep is None else Mask(keep)
+            out = native_fake_quantize(a, scale, zero_point, qtype, mask, rectifier)
         else:
             out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep, rectifier)
         assert out is not None
@@ -178,7 +179,7 @@ def test_what_the_kernels_do_not_compute() -> None:
     qtype, x = QType(4), torch.zeros(3, 4)
     assert native_fake_quantize(x, torch.ones(3), torch.zeros(3), qtype) is None
     assert native_fake_quantize(x.double(), torch.tensor(1.0), torch.tensor(0), qtype) is None
-    assert native_fake_quantize(x, torch.tensor(1.0), torch.tensor(0), qtype, torch.ones(4, 3).byte().T) is None
+    assert native_fake_quantize(x[:, ::2], torch.tensor(1.0), torch.tensor(0), qtype) is None
 
 
 @needs_compiler
@@ -188,9 +189,9 @@ def test_mix(size: int) -> None:
     keep = (normal(x.shape, 2) > 0).byte()
     expected = torch.where(keep.bool(), x, other)
     by_torch = x.double()
-    mix_(by_torch, other.double(), keep)
+    mix_(by_torch, other.double(), Mask(keep.view(-1)))
     assert torch.equal(by_torch, expected.double())
-    mix_(x, other, keep)
+    mix_(x, other, Mask(keep.view(-1)))
     assert torch.equal(x, expected)
 
 
