@@ -103,8 +103,9 @@ def prepare(config: str, images: int, options: dict[str, Any] | None = None) -> 
     calibrate_activations(model, batch.split(64))
     stages = [s for s in build(RECONSTRUCTORS, dict(cfg.reconstructor)).stages if s.granularity is None]
     if all(stage.name != 'joint' for stage in stages):
-        # as many bits in its products as the other stages have
-        stages += QDropReconstructor({'autocast': stages[0].options.autocast}).stages
+        # as many images in a step, and bits in its products, as the other stages have
+        first = stages[0].options
+        stages += QDropReconstructor({'batch_size': first.batch_size, 'autocast': first.autocast}).stages
     return Subject(model, batch, stages, samples)
 
 
