@@ -11,6 +11,7 @@ output, summed over the outputs).
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -75,6 +76,8 @@ def main() -> None:
     loop_cfg = {'type': 'mmbrecq.QuantizedTestLoop', 'checkpoint': checkpoint, 'quantizer': cfg.quantizer}
     runner = build_runner(cfg, args.config, loop_cfg)
     loop, model = runner.test_loop, runner.model.eval()
+    if getattr(model, 'with_roi_head', False):
+        sys.exit(f'error: expected a model whose outputs follow from the image alone, but {args.config} has regions')
     load_quantized(model, cfg.quantizer, checkpoint)
     images: list[Tensor] = []
     for batch in loop.dataloader:
