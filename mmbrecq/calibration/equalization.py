@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.distributed import aligned_batches, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
@@ -23,28 +24,28 @@ from mmbrecq.graph.roles import Roles
 from mmbrecq.progress import track
 from mmbrecq.quantizers.prepared import QuantizedModel
 
-BATCH = 64
-"""Images per pass."""
-
 SMALLEST = 0.01
 """Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""
 
 
-def equalize_parts(model: QuantizedModel, images: Tensor, regions: RegionCapture, first_batch: int = 0) -> int:
+def equalize_parts(
+    model: QuantizedModel, images: Tensor, regions: RegionCapture, at_once: int = OBSERVED, first_batch: int = 0
+) -> int:
     """Equalises a model and its heads, see :func:`equalize`.
 
     Args:
         model: The prepared model.
         images: Preprocessed calibration images.
         regions: Gives the inputs of the heads.
+        at_once: Images per pass.
         first_batch: Number of the first batch that the heads are run on, among those of all processes.
     """
 
     def run() -> None:
-        for part in track(aligned_batches(len(images), BATCH, regions.first), 'ranges of channels'):
+        for part in track(aligned_batches(len(images), at_once, regions.first), 'ranges of channels'):
             model(images[part])
 
-    count = equalize(model, run, regions.first // BATCH)
+    count = equalize(model, run, regions.first // at_once)
     return count + sum(equalize(head, regions.observe, first_batch) for head in model.heads)
 
 

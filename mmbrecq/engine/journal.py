@@ -27,12 +27,18 @@ class Journal:
         path: The file.
         identity: What the run depends on, each setting in words.
         config_text: The config, for a person to read.
+
+    Attributes:
+        units: What is done, by stage and name.
+        metrics: What was measured, by name of the evaluation.
+        observed: Images that are observed at once, None before that is planned.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], config_text: str) -> None:
         self.path, self.identity, self.config_text = path, dict(identity), config_text
         self.units: dict[tuple[str, str], FinishedUnit] = {}
         self.metrics: dict[str, dict[str, float]] = {}
+        self.observed: int | None = None
 
     def load(self) -> bool:
         """Takes up what an interrupted run of the same kind has left; False where there is nothing.
@@ -46,10 +52,10 @@ class Journal:
         found = on_main(self._read)
         if found is None:
             return False
-        self.units, self.metrics = found
+        self.units, self.metrics, self.observed = found
         return True
 
-    def _read(self) -> tuple[dict[tuple[str, str], FinishedUnit], dict[str, dict[str, float]]] | None:
+    def _read(self) -> tuple[dict[tuple[str, str], FinishedUnit], dict[str, dict[str, float]], int | None] | None:
         for partial in self.path.parent.glob(f'.{self.path.name}.*.partial'):
             # of a process that was killed while it wrote
             partial.unlink(missing_ok=True)
@@ -75,7 +81,7 @@ class Journal:
             raise CheckpointError(
                 f'{self.path} is of another run: {difference}; go on as it was begun, or start again without --resume'
             )
-        return found, metrics
+        return found, metrics, meta.get('observed')
 
     def add(self, model: QuantizedModel, unit: ReconstructionUnit, result: UnitResult) -> None:
         """Takes in a finished unit, and writes the file."""
@@ -93,6 +99,7 @@ class Journal:
         meta = {
             'identity': self.identity,
             'metrics': self.metrics,
+            'observed': self.observed,
             'config': self.config_text,
             'units_done': list(self.units),
         }

@@ -22,7 +22,7 @@ from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
 from mmbrecq.calibration import CalibrationSet, build_calibration_set
 from mmbrecq.calibration.annotations import has_annotations
-from mmbrecq.calibration.calibrator import OBSERVED, calibrate_activations, calibrate_regions, calibrate_weights
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
@@ -168,11 +168,13 @@ class PTQLoop(BaseLoop):
         if self.choice is not None:
             self.choice.check_annotations(annotated=task_loss is not None)
         task = Task(model, images, share.batches, task_loss, self.runner.seed or 0, self.folder, first=share.first)
-        task.resumed = dict(self.journal.units)
+        task.resumed, task.observed = dict(self.journal.units), self.journal.observed
         self.summary.loss = self.reconstructor.describe_loss(task)
-        self._calibrate(task, share.first_batch)
-        self.task = task = self._take_up(task, inputs)
         plan = self.reconstructor.plan(task)
+        self.journal.observed = plan.observed
+        self.runner.logger.info(str(plan))
+        self._calibrate(task, plan.observed, share.first_batch)
+        self.task = task = self._take_up(task, inputs)
         if plan.place == 'disk' and images.device.type == 'cpu':
             images = images_on_disk(images, self.folder)
             self.task = task = replace(task, images=images)
@@ -293,28 +295,27 @@ class PTQLoop(BaseLoop):
             self.choice.check(model)
         return model
 
-    def _calibrate(self, task: Task, first_batch: int) -> None:
+    def _calibrate(self, task: Task, at_once: int, first_batch: int) -> None:
         model = task.model
         with self._timed('calibrate'):
-            self._equalize(task, first_batch)
+            self._equalize(task, at_once, first_batch)
             for part in model.parts:
                 calibrate_weights(part)
-            batches = aligned_batches(len(task.images), OBSERVED, task.first)
+            batches = aligned_batches(len(task.images), at_once, task.first)
             images = (task.images[batch] for batch in track(batches, 'calibration'))
-            calibrate_activations(model, images, task.first // OBSERVED)
+            calibrate_activations(model, images, task.first // at_once)
             calibrate_regions(model, task.regions, first_batch)
             take_from_main(model.model)
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
-    def _equalize(self, task: Task, first_batch: int) -> None:
-        count = equalize_parts(task.model, task.images, task.regions, first_batch)
+    def _equalize(self, task: Task, at_once: int, first_batch: int) -> None:
+        count = equalize_parts(task.model, task.images, task.regions, at_once, first_batch)
         if task.model.equalization:
             self.runner.logger.info(f'channels of {count} groups of values are equalised')
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        self.runner.logger.info(str(plan))
         self.forecast = Forecast(task.model, self.reconstructor)
         for unit in task.resumed.values():
             self.forecast.note(unit.result)

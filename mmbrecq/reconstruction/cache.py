@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.byte_size import show_bytes
+from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
@@ -35,6 +36,7 @@ class CachePlan:
         dtype: In which activations are cached; they are computed in float32.
         working_bytes: Most that the work on a unit takes beside that, of the memory of the device that computes.
         working_unit: Name of that unit.
+        observed: Images whose activations are observed at once.
     """
 
     place: str
@@ -43,11 +45,14 @@ class CachePlan:
     dtype: torch.dtype = torch.float32
     working_bytes: int = 0
     working_unit: str = ''
+    observed: int = OBSERVED
 
     def __str__(self) -> str:
         kept = f'activations are cached on the {self.place} in {str(self.dtype).removeprefix("torch.")}'
         most = f"{show_bytes(self.peak_bytes)} at most, at '{self.peak_unit}'"
-        return f"{kept}: {most}; beside that a step takes {show_bytes(self.working_bytes)}, at '{self.working_unit}'"
+        beside = f"beside that the work takes {show_bytes(self.working_bytes)}, at '{self.working_unit}'"
+        fewer = f'; {self.observed} images are observed at once, for {OBSERVED} have no room'
+        return f'{kept}: {most}; {beside}{fewer if self.observed < OBSERVED else ""}'
 
 
 def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from mmbrecq.building import build
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
-from mmbrecq.distributed import on_main, process_count, process_index
+from mmbrecq.distributed import gather, on_main, process_count, process_index, processes_here
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
@@ -32,7 +33,7 @@ from mmbrecq.reconstruction.task import Listener, Task
 from mmbrecq.reconstruction.unit_data import UnitData, UnitLoss
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import CachedValues
-from mmbrecq.reconstruction.working_memory import working_memory
+from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, observed_units, working_memory
 from mmbrecq.registry import LOSSES, RECONSTRUCTORS
 
 
@@ -99,9 +100,30 @@ class BaseReconstructor:
                 # features of regions are collected in memory, and then joined, wherever all else is cached
                 features = 0 if part is task.model else 2 * sizes[inputs]
                 working += [(size + features, unit) for size, unit in needed]
-        return plan_cache(
+        observed = self._observed(task)
+        images = task.observed or self._observed_at_once(observed, device)
+        working += [(unit.bytes_of(images), unit.name) for unit in observed]
+        plan = plan_cache(
             self.cache, max(cached), max(working), device, task.directory, self.memory_limit, self.cache_dtype
         )
+        return replace(plan, observed=images)
+
+    def _observed_at_once(self, observed: Sequence[ObservedUnit], device: torch.device) -> int:
+        """Images that are observed at once; what is found depends on it, so all processes have the same."""
+        # of all memory, not of what happens to be available
+        room = self.memory_limit or psutil.virtual_memory().total // 2 // processes_here()
+        # a GPU splits what it has no room for
+        return min(gather(OBSERVED if device.type == 'cuda' else fitting_images(observed, room)))
+
+    def _observed(self, task: Task) -> list[ObservedUnit]:
+        """What is observed: the network in the calibration, and units in the stages that quantize activations."""
+        found = observed_units(task.model, task.model.cut('net'))
+        for stage in self.stages:
+            if stage.quantizes_activations and stage.observes:
+                for part in task.model.parts:
+                    inputs = 1 if part is task.model else REGIONS_PER_IMAGE
+                    found += observed_units(part, stage_units(part, stage), inputs)
+        return found
 
     def _sizes(self, part: QuantizedModel, count: int, is_head: bool) -> dict[str, int]:
         """Bytes of every value of a graph over ``count`` images or regions."""
@@ -261,7 +283,8 @@ class BaseReconstructor:
         loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            _observe(model, unit, streams, OBSERVED * (1 if model is task.model else REGIONS_PER_IMAGE))
+            images = streams.cache.plan.observed
+            _observe(model, unit, streams, images * (1 if model is task.model else REGIONS_PER_IMAGE))
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = data.mean_loss(outputs, loss, stage.options.batch_size)
         state = unit_state(model, unit)

@@ -43,6 +43,7 @@ class Task:
         first: Number of the first image among those of all processes.
         resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
             so that all that is computed in between meets the model as it was then.
+        observed: Images that it observed at once; None for as many as have room.
     """
 
     model: QuantizedModel
@@ -54,6 +55,7 @@ class Task:
     done: frozenset[tuple[str, str]] = frozenset()
     first: int = 0
     resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
+    observed: int | None = None
 
     @property
     def regions(self) -> RegionCapture:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.fake_quants.masks import ALIGNMENT, PLACES
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.observers.distribution import DistributionObserver
+from mmbrecq.observers.histogram import CHUNK
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, weighted_outputs
 from mmbrecq.reconstruction.stages import Stage
@@ -34,6 +37,12 @@ OF_LOSS = 3
 """Tensors of the size of the outputs that a loss makes, gradients included."""
 OF_FISHER = 3
 """Those that Fisher weights add."""
+OF_OBSERVING = 5
+"""Tensors of the largest size that are there at once in a pass that is observed, copies in other layouts included."""
+OF_HISTOGRAM = 3 * 4 * CHUNK
+"""Bytes of the values that a histogram counts at once, of their bins and of copies of these."""
+KEPT = 4 * DistributionObserver.MAX_KEPT
+"""Most bytes of a first batch that an observer keeps."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,71 @@ def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
         # the pool, and the random bytes that it is made of
         total += (images * unit.largest // 4 + PLACES * ALIGNMENT) * (1 + 1)
     return total
+
+
+@dataclass(frozen=True)
+class ObservedUnit:
+    """A unit whose activations are observed, or the network as one.
+
+    Args:
+        name: Its name.
+        footprint: Its sizes.
+        quantizers: Number of those that observe.
+        inputs: Of the unit per image: several where it is run on regions.
+    """
+
+    name: str
+    footprint: Footprint
+    quantizers: int
+    inputs: int = 1
+
+    def bytes_of(self, images: int) -> int:
+        """Most bytes that a pass of so many images takes."""
+        return _with_headroom(observing_bytes(self.footprint, self.quantizers, images * self.inputs))
+
+
+def observed_units(model: QuantizedModel, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
+    """Those that have activations to observe.
+
+    Args:
+        model: The prepared graph.
+        units: Among these.
+        inputs: Of the graph per image.
+    """
+    examples = {node.name: node.meta.get('example') for node in model.arithmetic.graph.nodes}
+    found = []
+    for unit in units:
+        quantizers = model.unit_quantizers(unit)
+        if quantizers:
+            footprint = measure_footprint(unit.module, [examples[name] for name in unit.inputs], [])
+            found.append(ObservedUnit(unit.name, footprint, len(quantizers), inputs))
+    return found
+
+
+def observing_bytes(unit: Footprint, quantizers: int, images: int) -> int:
+    """Most bytes that tensors take in a pass whose activations are observed.
+
+    Args:
+        unit: Its sizes.
+        quantizers: Number of those that observe.
+        images: Passed at once.
+    """
+    largest = images * unit.largest
+    passing = images * (unit.inputs + unit.outputs) + OF_OBSERVING * largest
+    return passing + quantizers * min(KEPT, largest) + min(OF_HISTOGRAM, 3 * largest)
+
+
+def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:
+    """How many images are observed at once: 64, and half as many until there is room for all units.
+
+    Args:
+        observed: The units.
+        room: Bytes that there are.
+    """
+    images = OBSERVED
+    while images > 1 and any(unit.bytes_of(images) > room for unit in observed):
+        images //= 2
+    return images
 
 
 def gradient_bytes(network: Footprint, outputs: int, images: int) -> int:

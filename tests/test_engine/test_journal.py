@@ -28,6 +28,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / 'reconstruction.pth'
     journal = Journal(path, IDENTITY, 'seed = 3')
     journal.metrics['float'] = {'accuracy/top1': 100 / 3}
+    journal.observed = 16
     model: Any = object()
     for name in ('first', 'second'):
         unit: Any = SimpleNamespace(name=name)
@@ -42,6 +43,7 @@ def test_everything_comes_back(written: Path) -> None:
     assert journal.units['weights', 'second'].result == result('second')
     assert torch.equal(journal.units['weights', 'first'].state['first.scale'], torch.tensor([1 / 3]))
     assert journal.metrics == {'float': {'accuracy/top1': 100 / 3}}
+    assert journal.observed == 16
 
 
 def test_units_are_added_to_those_of_the_interrupted_run(written: Path) -> None:

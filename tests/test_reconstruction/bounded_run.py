@@ -86,7 +86,7 @@ def main() -> None:
     results = reconstructor.run(task, plan, Silent())
     grown = status('VmHWM') - resident
     print(json.dumps({'place': plan.place, 'cached': plan.peak_bytes, 'working': plan.working_bytes, 'grown': grown,
-                      'units': len(results)}))  # fmt: skip
+                      'observed': plan.observed, 'units': len(results)}))  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -32,12 +32,9 @@ def test_activations_of_ten_times_the_limit_go_through_the_disk(tmp_path: Path) 
     assert (found['place'], found['units']) == ('disk', 4)
     assert found['cached'] > 10 * LIMIT
     assert found['working'] <= LIMIT
-    # what the allocator keeps between the tensors varies by 20 MiB from run to run: the least counts. The system
-    # holds every run to the limit and 8 MiB of address space
-    grown = [found['grown']]
-    while grown[-1] > LIMIT and len(grown) < 5:
-        grown.append(run('auto', tmp_path)['grown'])
-    assert min(grown) <= LIMIT
+    assert found['grown'] <= found['working']
+    # 64 images, whose work on the second layer alone takes more than the limit, are not observed at once
+    assert found['observed'] < 64
     assert not list(tmp_path.iterdir())
 
 

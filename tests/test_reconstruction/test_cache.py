@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,9 +139,10 @@ def test_the_work_on_a_gpu_takes_no_host_memory(room: Any, tmp_path: Path) -> No
 def test_a_plan_in_words() -> None:
     plan = CachePlan('disk', 3 * 2**29, 'layer1', torch.bfloat16, 100 * MIB, 'layer4')
     assert str(plan) == (
-        "activations are cached on the disk in bfloat16: 1.5 GiB at most, at 'layer1'; beside that a step takes "
+        "activations are cached on the disk in bfloat16: 1.5 GiB at most, at 'layer1'; beside that the work takes "
         "100 MiB, at 'layer4'"
     )
+    assert str(replace(plan, observed=16)) == f'{plan}; 16 images are observed at once, for 64 have no room'
 
 
 @pytest.mark.parametrize('place', ['device', 'host', 'disk'])

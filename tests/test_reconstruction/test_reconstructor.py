@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.errors import ConfigError, NonFiniteError, StorageError
+from mmbrecq.observers.base import BaseObserver
 from mmbrecq.quantizers.prepared import QuantizedModel
-from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task, UnitResult
+from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task, UnitResult, working_memory
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
 from mmbrecq.reconstruction.stages import Stage, StageOptions
@@ -401,6 +402,30 @@ def test_a_memory_limit_sends_activations_to_the_disk(prepared: Prepare, task: M
     limited = brecq(memory_limit=plan.working_bytes).plan(work)
     assert (limited.place, limited.peak_bytes) == ('disk', plan.peak_bytes)
     assert brecq(memory_limit=plan.working_bytes + plan.peak_bytes).plan(work).place == 'host'
+
+
+def test_as_many_images_as_the_limit_has_room_for_are_observed(
+    prepared: Prepare, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working_memory, 'BASE', 0)
+    work = task(prepared())
+    passed: list[int] = []
+    observe = BaseObserver.observe
+    monkeypatch.setattr(BaseObserver, 'observe', lambda self, x: (passed.append(len(x)), observe(self, x))[1])
+    made = brecq(weights={'iterations': 1, 'batch_size': 4}, activations={'iterations': 1, 'batch_size': 4})
+    whole = made.plan(work)
+    made.run(work, whole, Diary())
+    assert whole.observed == 64 and max(passed) == len(work.images)
+    passed.clear()
+    made.memory_limit = whole.working_bytes // 4
+    limited = made.plan(work)
+    assert limited.observed < len(work.images) and limited.working_bytes <= made.memory_limit
+    made.run(work, limited, Diary())
+    assert max(passed) == limited.observed
+    # a resumed run observes as it began, and is refused where that has no room
+    assert brecq().plan(replace(work, observed=limited.observed)).observed == limited.observed
+    with pytest.raises(StorageError, match=r'for the work on unit '):
+        made.plan(replace(work, observed=64))
 
 
 def test_bfloat16_takes_half_of_the_room(prepared: Prepare, task: MakeTask) -> None:

@@ -14,7 +14,11 @@ from mmbrecq.reconstruction.working_memory import (
     HEADROOM,
     LEARNED_WEIGHT,
     Footprint,
+    ObservedUnit,
+    fitting_images,
     measure_footprint,
+    observed_units,
+    observing_bytes,
     step_bytes,
     working_memory,
 )
@@ -77,6 +81,36 @@ def test_what_makes_a_step_larger() -> None:
     assert step_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
     # the pool of masks is larger than a tensor by a million elements, of a byte each
     assert step_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + (10 * 100 + 2**20)
+
+
+def test_what_observing_takes() -> None:
+    # inputs and outputs, and the largest of what comes between: float32 values, their bins and a copy of these
+    assert observing_bytes(UNIT, 3, 1) >= 200 + 300 + 400 + 3 * 400
+    one, two = (observing_bytes(UNIT, 3, images) for images in (1, 2))
+    assert two == 2 * one
+    # an observer keeps no batch of more than 2^20 values, and counts no more at once
+    many, more = (observing_bytes(UNIT, quantizers, 10**6) for quantizers in (1, 2))
+    assert more - many == 4 * 2**20
+    regions = ObservedUnit('head', UNIT, 3, inputs=512)
+    assert regions.bytes_of(2) == ObservedUnit('unit', UNIT, 3).bytes_of(1024)
+
+
+def test_as_many_images_as_have_room_are_observed() -> None:
+    units = [ObservedUnit('small', UNIT, 1), ObservedUnit('large', Footprint(10**7, 10**6, 10**6, 10**6, 1), 1)]
+    assert fitting_images(units, 2**40) == fitting_images([], 0) == 64
+    assert fitting_images(units, units[1].bytes_of(16)) == 16
+    assert fitting_images(units, units[1].bytes_of(16) - 1) == 8
+    # with no room for one, the plan refuses
+    assert fitting_images(units, 0) == 1
+
+
+def test_units_without_quantizers_observe_nothing(prepared: Prepare) -> None:
+    model = prepared()
+    found = observed_units(model, model.units, inputs=3)
+    assert {unit.name: unit.quantizers for unit in found} == {
+        u.name: len(u.quantizers) for u in model.units if u.quantizers
+    }
+    assert len(found) < len(model.units) and {unit.inputs for unit in found} == {3}
 
 
 @pytest.mark.parametrize('fisher', [False, True])
