@@ -6,7 +6,8 @@ weights rounded to nearest, from those of the float network: of the float networ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
@@ -28,6 +29,30 @@ TaskLoss = Callable[[Any, Tensor], Tensor]
 """From a batch of calibration data and its preprocessed images to the task loss, a scalar, through the model."""
 
 
+@dataclass(frozen=True)
+class FisherWeights:
+    """Of all outputs.
+
+    Args:
+        values: By name of the output, the weights of its elements, ``(N, C, ...)``, with mean 1.
+        shares: By name, what an error of 1 in every element adds to the task loss: the sum over positions of the mean
+            square of the gradient; 0 where no gradient arrives.
+    """
+
+    values: Mapping[str, CachedValues]
+    shares: Mapping[str, float]
+
+    def of(self, outputs: Sequence[str]) -> tuple[list[CachedValues], list[float]]:
+        """Weights of the elements of a unit's outputs, and how much each output counts beside the others, 1 on average.
+
+        Box deltas and class scores differ in what an error does to the task loss, by some orders of magnitude.
+        """
+        seen = [self.shares[name] for name in outputs if self.shares[name] > 0]
+        # an output on which the loss does not depend counts as the others do
+        mean = sum(seen) / len(seen) if seen else 1.0
+        return [self.values[name] for name in outputs], [(self.shares[name] or mean) / mean for name in outputs]
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps the values of the named nodes."""
 
@@ -45,7 +70,7 @@ class _Recorder(fx.Interpreter):
 
 def task_fisher(
     model: QuantizedModel, batches: Iterable[Any], images: Values, task_loss: TaskLoss, cache: ActivationCache
-) -> dict[str, CachedValues]:
+) -> FisherWeights:
     """Squared gradients of the float model's task loss at every unit output, normalised to mean 1.
 
     One forward and backward pass of the whole network per batch gives them for all units.
@@ -56,9 +81,6 @@ def task_fisher(
         images: Preprocessed images, ``(N, 3, H, W)``.
         task_loss: Computes the loss through ``model.model``.
         cache: Where the weights are kept.
-
-    Returns:
-        ``{output name: (N, ...)}``.
 
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
@@ -81,7 +103,7 @@ def task_fisher(
 
 def output_fisher(
     model: QuantizedModel, inputs: Values, quantized_inputs: Values, cache: ActivationCache, batch_size: int
-) -> dict[str, CachedValues]:
+) -> FisherWeights:
     """Squared gradients of the distance between quantized and float outputs, normalised to mean 1.
 
     The distance is the sum over the outputs of their squared differences, each output in units of its own mean square:
@@ -93,9 +115,6 @@ def output_fisher(
         quantized_inputs: Of the quantized one; the images are the same in both.
         cache: Where the weights are kept.
         batch_size: Of the passes.
-
-    Returns:
-        ``{output name: (N, ...)}``.
 
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
@@ -142,7 +161,7 @@ class _Squares:
             self._weights[name].write(index.start, squares)
             self._sums[name] += float(squares.sum(dtype=torch.float64))
 
-    def normalised(self, batch_size: int) -> dict[str, CachedValues]:
+    def normalised(self, batch_size: int) -> FisherWeights:
         """The squares of each output over their mean; ones where the loss does not depend on an output.
 
         A level of a feature pyramid on which no object of the calibration images falls is such an output.
@@ -168,7 +187,8 @@ class _Squares:
             for start in range(0, self._count, batch_size):
                 part = weight[start : start + batch_size]
                 weight.write(start, part / means[name] if means[name] else torch.ones_like(part))
-        return self._weights
+        positions = {name: weight.sample_shape[1:].numel() for name, weight in self._weights.items()}
+        return FisherWeights(self._weights, {name: mean * positions[name] for name, mean in means.items()})
 
 
 def _tensors(value: Any) -> list[Tensor]:

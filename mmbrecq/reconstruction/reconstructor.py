@@ -22,7 +22,7 @@ from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
-from mmbrecq.reconstruction.fisher import FISHER_BATCH, output_fisher, task_fisher, weighted_outputs
+from mmbrecq.reconstruction.fisher import FISHER_BATCH, FisherWeights, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.optimize import optimize_unit
@@ -190,7 +190,7 @@ class BaseReconstructor:
             load_unit_state(task.model, unit, task.resumed[stage.name, unit.name].state)
         return True
 
-    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> dict[str, CachedValues] | None:
+    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
         """Fisher weights of the graph of the images, None where the loss needs none."""
         if not self.loss.needs_fisher:
             return None
@@ -206,7 +206,7 @@ class BaseReconstructor:
         inputs: CachedValues,
         quantized_inputs: CachedValues | None,
         cache: ActivationCache,
-        fisher: dict[str, CachedValues] | None,
+        fisher: FisherWeights | None,
         listener: Listener,
     ) -> list[UnitResult]:
         """All units of one graph."""
@@ -231,7 +231,7 @@ class BaseReconstructor:
                 streams.quantized_inputs(unit),
                 streams.float_inputs(unit),
                 float_outputs,
-                None if fisher is None else [fisher[name] for name in unit.outputs],
+                *((None, None) if fisher is None else fisher.of(unit.outputs)),
             )
             power = data.power(self._loss_on(data), stage.options.batch_size)
             listener.before_unit(stage, unit)

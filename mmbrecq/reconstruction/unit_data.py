@@ -25,12 +25,14 @@ class Batch:
         float_inputs: Likewise; an input that is the same in both streams is the same tensor.
         targets: Likewise.
         fisher: Likewise.
+        importance: How much each output counts; None for all the same.
     """
 
     quantized_inputs: Sequence[Tensor]
     float_inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
     fisher: Sequence[Tensor] | None = None
+    importance: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.targets[0])
@@ -53,7 +55,7 @@ class Batch:
                 for x, whole, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
             ]
             fisher = None if self.fisher is None else [x[part] for x in self.fisher]
-            yield Batch(quantized, floats, [x[part] for x in self.targets], fisher)
+            yield Batch(quantized, floats, [x[part] for x in self.targets], fisher, self.importance)
 
     def laid_out(self, layout: torch.memory_format) -> Batch:
         """The batch with its channels in the given order in memory."""
@@ -63,13 +65,14 @@ class Batch:
             for x, before, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
         ]
         fisher = None if self.fisher is None else [laid_out(x, layout) for x in self.fisher]
-        return Batch(quantized, floats, targets, fisher)
+        return Batch(quantized, floats, targets, fisher, self.importance)
 
     def loss(self, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
-        """Sum of the losses of all outputs."""
+        """Sum of the losses of all outputs, each as much as it counts."""
         total: Any = 0
         for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
-            total = total + loss(output, target, None if self.fisher is None else self.fisher[i])
+            one = loss(output, target, None if self.fisher is None else self.fisher[i])
+            total = total + (one if self.importance is None else self.importance[i] * one)
         return total
 
 
@@ -82,12 +85,14 @@ class UnitData:
         float_inputs: Inputs of the float model.
         targets: Outputs of the float model.
         fisher: Fisher weights of the outputs, None where the loss needs none.
+        importance: How much each output counts, 1 on average; None for all the same.
     """
 
     quantized_inputs: Sequence[Values]
     float_inputs: Sequence[Values]
     targets: Sequence[Values]
     fisher: Sequence[Values] | None = None
+    importance: Sequence[float] | None = None
 
     def read(self, index: Tensor, floats: bool) -> Batch:
         """The images ``index``; of the float inputs only where ``floats`` asks for them."""
@@ -98,12 +103,13 @@ class UnitData:
             [q if x is values else x[index] for x, values, q in pairs] if floats else [],
             [x[index] for x in self.targets],
             None if self.fisher is None else [x[index] for x in self.fisher],
+            self.importance,
         )
 
     def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
         """Sum of the losses of all outputs, for the images ``index``."""
         fisher = None if self.fisher is None else [x[index] for x in self.fisher]
-        return Batch([], [], [x[index] for x in self.targets], fisher).loss(outputs, loss)
+        return Batch([], [], [x[index] for x in self.targets], fisher, self.importance).loss(outputs, loss)
 
     def mean_loss(self, outputs: Sequence[Values], loss: UnitLoss, batch_size: int) -> float:
         """Loss of ``outputs`` over all images, those of other processes included."""

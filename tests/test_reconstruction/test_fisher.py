@@ -12,7 +12,7 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
-from mmbrecq.reconstruction.fisher import output_fisher, task_fisher
+from mmbrecq.reconstruction.fisher import FisherWeights, output_fisher, task_fisher
 
 Prepare = Callable[..., QuantizedModel]
 MakeTask = Callable[..., Task]
@@ -43,12 +43,37 @@ def test_squared_gradients_of_every_image(
     work = task(prepared())
     expected = reference(classifier, work.images, targets)
     with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        weights = task_fisher(work.model, work.batches(), work.images, work.task_loss, cache)
+        weights = task_fisher(work.model, work.batches(), work.images, work.task_loss, cache).values
         # none for the unit without layers
         assert set(weights) == set(expected)
         for name, weight in weights.items():
             torch.testing.assert_close(weight[:], expected[name], rtol=1e-3, atol=1e-4)
             assert float(weight[:].double().mean()) == pytest.approx(1, abs=1e-4)
+
+
+def test_an_error_counts_by_what_it_does_to_the_task_loss(
+    prepared: Prepare, classifier: nn.Module, task: MakeTask, host: ActivationCache, targets: Tensor
+) -> None:
+    """Reference: the rise of the second-order model of the loss, for an error of 1 everywhere in an output."""
+    work = task(prepared())
+    shares = task_fisher(work.model, work.batches(), work.images, work.task_loss, host).shares
+    x = torch.relu(classifier.backbone.stem(work.images))
+    values = {'activation_quantizers_relu': x}
+    values['head_fc'] = logits = classifier.head(
+        classifier.backbone.second(classifier.backbone.pool(classifier.backbone.first(x)))
+    )
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction='sum')
+    for (name, value), gradient in zip(values.items(), torch.autograd.grad(loss, list(values.values())), strict=True):
+        assert shares[name] == pytest.approx(float(gradient.square().sum()) / len(value) / value.shape[1], rel=1e-3)
+
+
+def test_outputs_count_beside_each_other() -> None:
+    names = ('scores', 'deltas', 'unseen')
+    values: Any = {name: object() for name in names}
+    weights = FisherWeights(values, {'scores': 1.0, 'deltas': 7.0, 'unseen': 0.0})
+    # an output without gradients counts as the others do on average
+    assert weights.of(names) == ([values[name] for name in names], [0.25, 1.75, 1.0])
+    assert weights.of(['deltas'])[1] == weights.of(['unseen'])[1] == [1.0]
 
 
 def test_the_model_is_left_as_it_was(prepared: Prepare, task: MakeTask, host: ActivationCache) -> None:
@@ -112,7 +137,7 @@ def test_outputs_that_the_loss_does_not_depend_on_count_unweighted(
         work.task_loss(batch, images)
         return recorder[-1].square().mean()
 
-    weights = task_fisher(work.model, work.batches(), work.images, of_the_backbone, host)
+    weights = task_fisher(work.model, work.batches(), work.images, of_the_backbone, host).values
     for name in ('activation_quantizers_relu_4', 'head_fc'):
         assert torch.equal(weights[name][:], torch.ones_like(weights[name][:]))
     for name in ('activation_quantizers_relu', 'activation_quantizers_relu_2'):
@@ -129,7 +154,7 @@ def test_without_annotations_the_distance_of_the_outputs(
     work = task(prepared())
     with work.model.quantization(True, False):
         rounded = {name: module.weight.detach().clone() for name, module, _ in work.model.weights()}
-    weights = output_fisher(work.model, work.images, work.images, host, batch_size=10)
+    weights = output_fisher(work.model, work.images, work.images, host, batch_size=10).values
 
     expected_logits = classifier(work.images).detach()
     for name, weight in rounded.items():

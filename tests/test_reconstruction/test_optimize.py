@@ -298,8 +298,9 @@ def test_the_regulariser_alone_settles_every_variable_on_its_nearer_side() -> No
     assert undecided[1] < 0.05
 
 
+@pytest.mark.parametrize('importance', [None, [0.25, 1.75]])
 @pytest.mark.parametrize('index', [slice(3, 9), torch.tensor([5, 0, 7])], ids=['slice', 'indices'])
-def test_losses_of_several_outputs_add_up(index: Any) -> None:
+def test_losses_of_several_outputs_add_up(index: Any, importance: list[float] | None) -> None:
     rng = np.random.default_rng(0)
     shapes = [(10, 3, 4), (10, 5)]
     targets, fisher = ([rng.normal(size=s) for s in shapes] for _ in range(2))
@@ -311,6 +312,11 @@ def test_losses_of_several_outputs_add_up(index: Any) -> None:
         return (weight * (output - target)).sum()
 
     as_tensors: Callable[[Any], list[Tensor]] = lambda arrays: [torch.from_numpy(a) for a in arrays]  # noqa: E731
-    data = UnitData([], [], as_tensors(targets), as_tensors(fisher))
-    expected = sum((f[selection] * (o - t[selection])).sum() for o, t, f in zip(outputs, targets, fisher, strict=True))
+    data = UnitData([], [], as_tensors(targets), as_tensors(fisher), importance)
+    values = zip(outputs, targets, fisher, importance or [1, 1], strict=True)
+    expected = sum(i * (f[selection] * (o - t[selection])).sum() for o, t, f, i in values)
     assert float(data.loss(as_tensors(outputs), index, weighted)) == pytest.approx(expected)
+    if isinstance(index, Tensor):
+        batch = data.read(index, floats=False)
+        parts = list(batch.laid_out(torch.contiguous_format).parts(2))
+        assert [len(part) for part in parts] == [2, 1] and all(part.importance == importance for part in parts)
