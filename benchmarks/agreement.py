@@ -3,7 +3,8 @@
 The last bits of float32 sums differ between kernels; a value that falls on the other side of a rounding boundary moves
 others behind it. Each row is one way to compute the same quantized network: its metric, and the distance of its raw
 outputs from the simulation's and from the float network's (mean square of the difference over that of the float
-output, summed over the outputs).
+output, summed over the outputs). Last, for scale, the metric of the simulation with random noise of given powers
+added to each of its outputs: mean and standard deviation over draws.
 
     python benchmarks/agreement.py configs/brecq/yolox/brecq_w8a8-openvino_yolox_bccd.py work_dirs/RUN
 """
@@ -11,6 +12,7 @@ output, summed over the outputs).
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,6 +27,8 @@ from mmbrecq.engine.config import build_runner, load_config
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.engine.test_loop import load_quantized
 from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.graph.components import components_of
+from mmbrecq.graph.modules import set_forward
 from mmbrecq.graph.structure import flatten_outputs
 
 Outputs = list[list[Tensor]]
@@ -35,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='of a classifier or of a one-stage detector')
     parser.add_argument('run', type=Path, help='work dir of a run of tools/ptq.py')
+    parser.add_argument('--noise', type=float, nargs='*', default=[1e-5, 1e-4], help="powers of it, over the output's")
+    parser.add_argument('--draws', type=int, default=6, help='of each noise')
     parser.add_argument('--images', type=int, default=16, help='test images that distances are measured on')
     return parser.parse_args()
 
@@ -57,6 +63,23 @@ def float_activations(model: nn.Module) -> Iterator[None]:
     yield
     for quantizer in quantizers:
         quantizer.enabled = True
+
+
+@contextmanager
+def noisy_outputs(model: nn.Module, power: float, seed: int) -> Iterator[None]:
+    """Gaussian noise on what the graph gives to post-processing, ``power`` times as strong as each output."""
+    first = components_of(model)[0]
+    forward, generator = first.forward, torch.Generator().manual_seed(seed)
+
+    def add(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            strength = (power * value.square().mean()).sqrt()
+            return value + strength * torch.randn(value.shape, generator=generator).to(value)
+        return type(value)(add(item) for item in value)
+
+    set_forward(first, lambda *args, **kwargs: add(forward(*args, **kwargs)))
+    yield
+    set_forward(first, forward)
 
 
 def distance(found: Outputs, wanted: Outputs, unit: Outputs) -> float:
@@ -105,6 +128,13 @@ def main() -> None:
         with ExitStack() as stack:
             stack.enter_context(way())
             rows.append((name, metric(), outputs()))
+    noise = []
+    for power in args.noise:
+        drawn = []
+        for seed in range(args.draws):
+            with noisy_outputs(model, power, seed):
+                drawn.append(next(iter(metric().values())))
+        noise.append((power, statistics.mean(drawn), statistics.stdev(drawn) if len(drawn) > 1 else 0.0))
     for path in files:
         DeployedModel(model, path).plug()
         rows.append((path.name, metric(), outputs()))
@@ -113,6 +143,8 @@ def main() -> None:
         key, value = next(iter(values.items()))
         away = distance(found, simulated, target), distance(found, target, target)
         print(f'| {name} | {key} {value:.4g} | {away[0]:.2g} | {away[1]:.2g} |')
+    for power, mean, spread in noise:
+        print(f'| simulation with noise | {key} {mean:.4g} ± {spread:.2g} | {power:.2g} | |')
 
 
 if __name__ == '__main__':

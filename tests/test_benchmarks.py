@@ -90,11 +90,14 @@ def test_agreement_compares_simulation_and_deployed_files(tmp_path: Path) -> Non
     options = ['reconstructor.weights.iterations=2', 'reconstructor.activations.iterations=2']
     options += ['calibration.num_samples=32', 'calibration.batch_size=32', 'evaluations=[quantized]']
     run('../tools/ptq.py', CONFIG, '--work-dir', str(tmp_path), '--cfg-options', *options)
-    out = run('agreement.py', CONFIG, str(tmp_path), '--images', '64')
+    out = run('agreement.py', CONFIG, str(tmp_path), '--images', '64', '--noise', '1e-9', '9', '--draws', '2')
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
-    assert [row[0] for row in rows[2:]] == ['simulation', 'one thread', 'without oneDNN', 'model.onnx', 'model.xml']
+    ways = ['simulation', 'one thread', 'without oneDNN', 'model.onnx', 'model.xml']
+    assert [row[0] for row in rows[2:]] == [*ways, *['simulation with noise'] * 2]
     assert float(rows[2][2]) == 0
     quantized = json.loads((tmp_path / 'summary.json').read_text())['metrics']['quantized']['accuracy/top1']
     assert rows[2][1] == f'accuracy/top1 {quantized:.4g}'
-    for row in rows[3:]:
+    little, much = (float(re.findall(r'top1 ([\d.]+) ±', row[1])[0]) for row in rows[-2:])
+    assert little == pytest.approx(quantized, abs=0.5) and much < 0.8 * quantized
+    for row in rows[3:-2]:
         assert float(row[2]) < 0.1 * float(row[3]), 'far nearer to the simulation than to float'
