@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.backends import DeployedModel
-from mmbrecq.engine.config import build_runner, load_config
+from mmbrecq.engine.config import build_runner, load_config, run_tool
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.engine.test_loop import load_quantized
+from mmbrecq.errors import ConfigError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.graph.components import components_of
 from mmbrecq.graph.modules import set_forward
@@ -100,7 +101,7 @@ def main() -> None:
     runner = build_runner(cfg, args.config, loop_cfg)
     loop, model = runner.test_loop, runner.model.eval()
     if getattr(model, 'with_roi_head', False):
-        sys.exit(f'error: expected a model whose outputs follow from the image alone, but {args.config} has regions')
+        raise ConfigError(f'expected a model whose outputs follow from the image alone, but {args.config} has regions')
     load_quantized(model, cfg.quantizer, checkpoint)
     images: list[Tensor] = []
     for batch in loop.dataloader:
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

@@ -298,7 +298,9 @@ class PTQLoop(BaseLoop):
     def _calibrate(self, task: Task, at_once: int, first_batch: int) -> None:
         model = task.model
         with self._timed('calibrate'):
-            self._equalize(task, at_once, first_batch)
+            count = equalize_parts(model, task.images, task.regions, at_once, first_batch)
+            if model.equalization:
+                self.runner.logger.info(f'channels of {count} groups of values are equalised')
             for part in model.parts:
                 calibrate_weights(part)
             batches = aligned_batches(len(task.images), at_once, task.first)
@@ -308,11 +310,6 @@ class PTQLoop(BaseLoop):
             take_from_main(model.model)
         with model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
-
-    def _equalize(self, task: Task, at_once: int, first_batch: int) -> None:
-        count = equalize_parts(task.model, task.images, task.regions, at_once, first_batch)
-        if task.model.equalization:
-            self.runner.logger.info(f'channels of {count} groups of values are equalised')
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
