@@ -3,8 +3,9 @@
 A ratio is the time of an optimisation step over that of the unit's plain float forward and backward pass on the same
 batch of the same cached inputs: loss and gradients of the weights, no optimizer, tensors in torch's own order. Both
 run in turn, each several times, and the shortest time of each counts: whatever else a machine does only adds to it.
-Caching is the passes over all calibration images that a stage needs, as a share of its time at the iterations of the
-config.
+Steps are timed without what a stage does once, before the first and after the last one: that is its set-up, in
+milliseconds. Caching is the passes over all calibration images that a stage needs, as a share of its time at the
+iterations of the config.
 
     python benchmarks/reconstruction.py configs/brecq/resnet/brecq_w2a4_resnet18_cifar10.py
 """
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import UnitData, optimize_unit
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.values import MemoryValues
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
 
 
@@ -80,11 +83,13 @@ class Speed:
     Args:
         seconds: Per iteration.
         ratio: To the plain step.
+        setup: Seconds before the first and after the last one.
         caching: Share of caching in the time of the stage.
     """
 
     seconds: float
     ratio: float
+    setup: float
     caching: float
 
 
@@ -124,6 +129,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def in_torchs_order(data: UnitData, device: torch.device) -> UnitData:
+    """The float inputs and targets of a unit in the order that torch gives them, which may not be the cached one."""
+    inputs, targets = (
+        [MemoryValues(x[:].contiguous(), device) for x in values] for values in (data.float_inputs, data.targets)
+    )
+    return UnitData(inputs, inputs, targets)
+
+
 def plain_steps(
     unit: ReconstructionUnit, parameters: list[Tensor], data: UnitData, batch_size: int, steps: int
 ) -> None:
@@ -153,10 +166,12 @@ def measure(
         repeats: Measurements of each kind.
     """
     model, device = subject.model, subject.images.device
+    floats = in_torchs_order(data, device)
     weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
     parameters = [module.parametrizations.weight.original for module, _ in weights]
 
-    def optimise(stage: Stage) -> None:
+    def optimise(stage: Stage, iterations: int) -> None:
+        stage = replace(stage, options=replace(stage.options, iterations=iterations))
         with model.quantization(weights=True, activations=stage.quantizes_activations):
             optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, MSELoss(), stage, torch.Generator().manual_seed(0),
@@ -165,21 +180,27 @@ def measure(
 
     def plain() -> None:
         with model.quantization(weights=False, activations=False):
-            plain_steps(unit, parameters, data, subject.stages[0].options.batch_size, steps)
+            plain_steps(unit, parameters, floats, subject.stages[0].options.batch_size, steps)
 
-    short = [replace(stage, options=replace(stage.options, iterations=steps)) for stage in subject.stages]
-    times: dict[str, list[float]] = {name: [] for name in ('plain', *(stage.name for stage in short))}
+    plain_times: list[float] = []
+    # with one step, and with so many more
+    times: dict[str, tuple[list[float], list[float]]] = {stage.name: ([], []) for stage in subject.stages}
     plain()
     for _ in range(repeats):
-        times['plain'].append(seconds(plain, device) / steps)
-        for stage in short:
-            times[stage.name].append(seconds(lambda stage=stage: optimise(stage), device) / steps)
-    speeds, plain_step = {}, min(times['plain'])
+        plain_times.append(seconds(plain, device) / steps)
+        for stage in subject.stages:
+            for iterations, found in zip((1, 1 + steps), times[stage.name], strict=True):
+                found.append(seconds(partial(optimise, stage, iterations), device))
+    speeds, plain_step = {}, min(plain_times)
     for stage in subject.stages:
-        step = min(times[stage.name])
+        one, all_of_them = (min(found) for found in times[stage.name])
+        # a few steps may seem to take no time at all
+        step = max(all_of_them - one, 1e-9) / steps
+        setup = max(one - step, 0.0)
         # the float outputs, the quantized ones before and after, and those that step sizes are found from
         caching = (3 + stage.quantizes_activations) * passes * subject.samples / len(subject.images)
-        speeds[stage.name] = Speed(step, step / plain_step, caching / (caching + step * stage.options.iterations))
+        share = caching / (caching + setup + step * stage.options.iterations)
+        speeds[stage.name] = Speed(step, step / plain_step, setup, share)
     return plain_step, speeds
 
 
@@ -216,7 +237,7 @@ def main() -> None:
     names = [stage.name for stage in subject.stages]
     for head in model.heads:
         print(f'{head.arithmetic.path} reads regions and is left out')
-    cells = [f'{name} {what}' for name in names for what in ('it/s', 'ratio', 'caching')]
+    cells = [f'{name} {what}' for name in names for what in ('it/s', 'ratio', 'set-up ms', 'caching')]
     print(f'on {device}, {args.steps} steps, {args.repeats} times')
     print('| unit | plain it/s | ' + ' | '.join(cells) + ' | peak MB |')
     print('| --- ' * (len(cells) + 3) + '|')
@@ -238,11 +259,12 @@ def main() -> None:
                 line = []
                 for name, speed in speeds.items():
                     ratios[name].append(speed.ratio)
-                    line += [f'{1 / speed.seconds:.0f}', f'{speed.ratio:.2f}', f'{100 * speed.caching:.1f} %']
+                    line += [f'{1 / speed.seconds:.0f}', f'{speed.ratio:.2f}']
+                    line += [f'{1e3 * speed.setup:.0f}', f'{100 * speed.caching:.1f} %']
                 print(f'| {unit.name} | {1 / plain:.0f} | {" | ".join(line)} | {memory.read() / 1e6:.0f} |', flush=True)
             streams.advance(index, targets, quantized)
     means = [math.exp(statistics.mean(map(math.log, values))) for values in ratios.values()]
-    print('| geometric mean | | ' + ' | '.join(f' | {mean:.2f} | ' for mean in means) + ' | |')
+    print('| geometric mean | | ' + ' | '.join(f' | {mean:.2f} | | ' for mean in means) + ' | |')
 
 
 if __name__ == '__main__':

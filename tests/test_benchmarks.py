@@ -27,23 +27,23 @@ def run(script: str, *arguments: str) -> str:
 
 
 def test_reconstruction_prints_speed_and_ratio_for_every_unit_and_stage() -> None:
-    out = run('reconstruction.py', CONFIG, '--steps', '2', '--repeats', '1', '--images', '32')
+    out = run('reconstruction.py', CONFIG, '--steps', '8', '--repeats', '2', '--images', '32')
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
     stages = ('weights', 'activations', 'joint')
-    columns = [f'{stage} {what}' for stage in stages for what in ('it/s', 'ratio', 'caching')]
+    columns = [f'{stage} {what}' for stage in stages for what in ('it/s', 'ratio', 'set-up ms', 'caching')]
     assert rows[0] == ['unit', 'plain it/s', *columns, 'peak MB']
     assert [row[0] for row in rows[2:4]] == ['backbone.conv1', 'backbone.layer1.0']
     for row in rows[2:-1]:
-        speeds = [float(cell) for cell in (row[1], *row[2:-1:3])]
-        ratios = [float(cell) for cell in row[3:-1:3]]
+        speeds = [float(cell) for cell in (row[1], *row[2:-1:4])]
+        ratios = [float(cell) for cell in row[3:-1:4]]
         # one measurement of each: the speeds are rounded to whole iterations
         for speed, ratio in zip(speeds[1:], ratios, strict=True):
             assert ratio == pytest.approx(speeds[0] / speed, rel=0.01 + 0.5 / speed + 0.5 / speeds[0], abs=0.01)
-        assert all(0 < float(cell.removesuffix(' %')) < 100 for cell in row[4:-1:3])
+        assert all(0 < float(cell.removesuffix(' %')) < 100 for cell in row[5:-1:4])
         assert float(row[-1]) > 100
     assert rows[-1][0] == 'geometric mean'
-    means = [float(cell) for cell in rows[-1][3:-1:3]]
-    for column, mean in zip(range(3, 12, 3), means, strict=True):
+    means = [float(cell) for cell in rows[-1][3:-1:4]]
+    for column, mean in zip(range(3, 15, 4), means, strict=True):
         values = [float(row[column]) for row in rows[2:-1]]
         assert mean == pytest.approx(math.exp(statistics.mean(map(math.log, values))), rel=0.03)
 

@@ -224,11 +224,23 @@ void mix(int64_t count, float *restrict x, const float *restrict other, const ui
         x[i] = keep[i] ? x[i] : other[i];
 }
 
-/* A step of Adam over a vector. */
-void adam(int64_t count, float *restrict value, const float *restrict grad, float *restrict mean,
-          float *restrict square, struct adam_step step) {
-#pragma omp parallel for schedule(static) if (count > SERIAL)
-    for (int64_t start = 0; start < count; start += BLOCK)
-        adam_block(start + BLOCK < count ? BLOCK : count - start, value + start, grad + start, mean + start,
-                   square + start, step);
+/* A variable; it has no gradient where it took no part in a step. */
+struct variable {
+    int64_t count;
+    float *value;
+    const float *grad;
+    float *mean, *square;
+};
+
+/* A step of Adam for each of some variables. */
+void adam(int64_t count, const struct variable *variables, struct adam_step step) {
+    for (int64_t i = 0; i < count; i++) {
+        const struct variable v = variables[i];
+        if (!v.grad)
+            continue;
+#pragma omp parallel for schedule(static) if (v.count > SERIAL)
+        for (int64_t start = 0; start < v.count; start += BLOCK)
+            adam_block(start + BLOCK < v.count ? BLOCK : v.count - start, v.value + start, v.grad + start,
+                       v.mean + start, v.square + start, step);
+    }
 }

@@ -71,6 +71,12 @@ class RoundingLayer(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Variable(ctypes.Structure):
+    """What Adam moves, its tensors by their addresses: float32, all in the same order; ``grad`` may be None."""
+
+    _fields_ = [('count', _COUNT), ('value', _TENSOR), ('grad', _TENSOR), ('mean', _TENSOR), ('square', _TENSOR)]
+
+
 class Kernels:
     """The functions of ``kernels.c``. Tensors are float32 on the CPU and lie densely, all in the same order.
 
@@ -91,7 +97,7 @@ class Kernels:
         self._mix = library.mix
         self._mix.argtypes = [_COUNT] + [_TENSOR] * 3
         self._adam = library.adam
-        self._adam.argtypes = [_COUNT] + [_TENSOR] * 4 + [AdamStep]
+        self._adam.argtypes = [_COUNT, ctypes.POINTER(Variable), AdamStep]
 
     def soft_weights(self, layers: ctypes.Array[RoundingLayer], curve: Curve) -> None:
         """Computes the soft-quantized weights of layers from their ``alpha``.
@@ -175,17 +181,14 @@ class Kernels:
         """Puts ``other`` in the place of ``x`` wherever the bytes at ``keep`` are 0; both of the same shape."""
         self._mix(x.numel(), x.data_ptr(), other.data_ptr(), keep)
 
-    def adam_(self, value: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: AdamStep) -> None:
-        """A step of Adam.
+    def adam(self, variables: ctypes.Array[Variable], step: AdamStep) -> None:
+        """A step of Adam for all variables that have a gradient.
 
         Args:
-            value (Tensor): ``(n,)``, changed.
-            grad (Tensor): ``(n,)``.
-            moments: First and second, each ``(n,)``, changed.
+            variables: One table.
             step: How far.
         """
-        mean, square = moments
-        self._adam(value.numel(), value.data_ptr(), grad.data_ptr(), mean.data_ptr(), square.data_ptr(), step)
+        self._adam(len(variables), variables, step)
 
 
 @lru_cache(maxsize=1)
@@ -208,15 +211,15 @@ def kernels() -> Kernels | None:
 
 def takes(first: Tensor, *others: Tensor) -> bool:
     """Whether kernels may run on tensors of the same shape: float32 on the CPU, dense, all in the same order."""
-    if first.device.type != 'cpu' or first.dtype != torch.float32 or not _is_dense(first):
+    # asked several times in every step
+    if not first.is_cpu or first.dtype is not torch.float32 or not _is_dense(first):
         return False
-    return all(
-        other.device.type == 'cpu'
-        and other.dtype == torch.float32
-        and other.shape == first.shape
-        and other.stride() == first.stride()
-        for other in others
-    )
+    for other in others:
+        if not other.is_cpu or other.dtype is not torch.float32:
+            return False
+        if other.shape != first.shape or other.stride() != first.stride():
+            return False
+    return True
 
 
 def _is_dense(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Adam (Kingma and Ba, ICLR 2015) over the variables of a unit.
 
-For a small layer torch's optimizer takes as long as the layer. Where there are compiled kernels, a group of parameters
-is one vector, and a step one pass over it.
+For a small layer torch's optimizer takes as long as the layer. Where there are compiled kernels, a step is one call for
+each group of parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.fake_quants.native import AdamStep, Kernels, kernels, takes
+from mmbrecq.fake_quants.native import AdamStep, Kernels, Variable, kernels, takes
 
 Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
 """Parameters, their learning rate, and its schedule."""
@@ -63,12 +63,9 @@ class TorchAdam:
         """Moves all parameters that have a gradient."""
         self._adam.step()
 
-    def finish(self) -> None:
-        """Ends the optimisation."""
-
 
 class NativeAdam:
-    """By a compiled kernel: a group is one vector, of which its parameters are views until the end.
+    """By a compiled kernel: one call for all parameters of a group.
 
     Args:
         groups: What is optimised; float32 on the CPU.
@@ -76,62 +73,49 @@ class NativeAdam:
     """
 
     def __init__(self, groups: Sequence[Group], native: Kernels) -> None:
-        self._vectors = [_Vector(members, lr, schedule) for members, lr, schedule in groups]
+        self._groups = [_NativeGroup(members, lr, schedule) for members, lr, schedule in groups]
         self._native, self._count = native, 0
 
     def begin(self, progress: float) -> None:
         """Begins a step, with the learning rates at ``progress``, from 0 to 1, through the schedules."""
         self._count += 1
-        for vector in self._vectors:
-            vector.next = AdamStep.at(self._count, vector.lr * vector.schedule(progress), BETAS, EPSILON)
+        for group in self._groups:
+            group.next = AdamStep.at(self._count, group.lr * group.schedule(progress), BETAS, EPSILON)
 
     def ahead(self, parameter: nn.Parameter) -> Ahead | None:
         """What it takes to make the step of a parameter where its gradient is found; None where that cannot be."""
-        vector = next((v for v in self._vectors if len(v.members) == 1 and v.members[0] is parameter), None)
-        return None if vector is None else (vector.moments, vector.next)
+        for group in self._groups:
+            for member, moments in zip(group.members, group.moments, strict=True):
+                if member is parameter:
+                    return moments, group.next
+        return None
 
     def step(self) -> None:
-        """Moves all parameters but groups without a gradient."""
-        for vector in self._vectors:
-            grad = vector.grad()
-            if grad is not None:
-                self._native.adam_(vector.values, grad, vector.moments, vector.next)
-
-    def finish(self) -> None:
-        """Ends the optimisation: every parameter has its own memory again."""
-        for vector in self._vectors:
-            vector.part()
+        """Moves all parameters that have a gradient."""
+        for group in self._groups:
+            group.read_gradients()
+            self._native.adam(group.table, group.next)
 
 
-class _Vector:
-    """The parameters of a group, one behind the other."""
+class _NativeGroup:
+    """Some parameters with the same learning rate, their moments, and the table of both that a kernel reads."""
 
     def __init__(self, members: Sequence[nn.Parameter], lr: float, schedule: Callable[[float], float]) -> None:
         self.members, self.lr, self.schedule = members, lr, schedule
         self.next = AdamStep()
-        if len(members) == 1:
-            self.values = members[0].detach().view(-1)
-        else:
-            self.values = torch.cat([member.detach().reshape(-1) for member in members])
-            parts = self.values.split([member.numel() for member in members])
-            for member, part in zip(members, parts, strict=True):
-                member.data = part.view(member.shape)
-        self.moments = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self.moments = [(torch.zeros_like(member), torch.zeros_like(member)) for member in members]
+        self.table = (Variable * len(members))()
+        for variable, member, (mean, square) in zip(self.table, members, self.moments, strict=True):
+            variable.count, variable.value = member.numel(), member.data_ptr()
+            variable.mean, variable.square = mean.data_ptr(), square.data_ptr()
 
-    def grad(self) -> Tensor | None:
-        """The gradients, 0 where a parameter took no part; None where none did."""
-        if len(self.members) == 1:
-            grad = self.members[0].grad
-            return None if grad is None else grad.reshape(-1)
-        if all(member.grad is None for member in self.members):
-            return None
-        return torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).reshape(-1) for m in self.members])
-
-    def part(self) -> None:
-        """Gives every parameter its own memory."""
-        if len(self.members) > 1:
-            for member in self.members:
-                member.data = member.data.clone()
+    def read_gradients(self) -> None:
+        """Takes up where the gradients lie."""
+        for variable, member in zip(self.table, self.members, strict=True):
+            grad = member.grad
+            if grad is not None and not takes(member, grad):
+                grad = member.grad = torch.empty_like(member).copy_(grad)
+            variable.grad = None if grad is None else grad.data_ptr()
 
 
 Adam = TorchAdam | NativeAdam

@@ -17,6 +17,7 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.layout import empty
 from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, reserve
 
 PLACES = ('auto', 'device', 'host', 'disk')
@@ -184,17 +185,22 @@ class ActivationCache:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def allocate(self, shape: Sequence[int]) -> CachedValues:
-        """Uninitialised values of ``shape``, ``(N, ...)``; freed, on the disk too, when the last reference goes.
+    def allocate(self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> CachedValues:
+        """Uninitialised values; freed, on the disk too, when the last reference goes.
+
+        Args:
+            shape: ``(N, ...)``.
+            layout: Order in memory of images, ``(N, C, H, W)``.
 
         Raises:
             StorageError: The disk is full.
         """
         if self._folder is None:
             place = self.device if self.plan.place == 'device' else 'cpu'
-            return MemoryValues(torch.empty(tuple(shape), dtype=self.plan.dtype, device=place), self.device)
+            return MemoryValues(empty(shape, layout, dtype=self.plan.dtype, device=place), self.device)
         self._count += 1
-        return FileValues(Path(self._folder.name) / f'{self._count}.bin', shape, self.plan.dtype, self.device)
+        path = Path(self._folder.name) / f'{self._count}.bin'
+        return FileValues(path, shape, self.plan.dtype, self.device, layout)
 
     def hold(self, images: Tensor, mirror: bool = False) -> CachedValues:
         """What a network reads, as it is: nothing is copied.

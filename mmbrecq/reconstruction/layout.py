@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -27,3 +30,8 @@ def memory_format(module: nn.Module) -> torch.memory_format:
 def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
     """``x`` without gaps, of four axes in the given order: a copy or itself."""
     return x.contiguous(memory_format=layout) if x.dim() == 4 else x.contiguous()
+
+
+def empty(shape: Sequence[int], layout: torch.memory_format, **options: Any) -> Tensor:
+    """An uninitialised tensor that lies as :func:`laid_out` would have it; ``options`` are those of ``torch.empty``."""
+    return torch.empty(tuple(shape), memory_format=layout if len(shape) == 4 else torch.contiguous_format, **options)

@@ -96,7 +96,8 @@ class LearnedWeights:
             by_output = soft is None and module in called and _is_per_output(fq, module)
             self._layers.append(_layer(module, fq, values, correction, soft, by_output))
         self._soft = [layer for layer in self._layers if layer.soft is not None]
-        self._settle()
+        if self.rounding is not None:
+            self.rounding.multiply_by([layer.gain for layer in self._soft])
         self.update()
 
     @property
@@ -117,7 +118,6 @@ class LearnedWeights:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """The modules use the learned tensors; what is learned stays where it lies in memory."""
-        self._settle()
         with ExitStack() as stack, parametrize.cached():
             for layer in self._layers:
                 stack.callback(_let_go, layer)
@@ -127,10 +127,6 @@ class LearnedWeights:
                 if layer.by_output and (layer.gain is not None or layer.offset is not None):
                     stack.callback(layer.module.register_forward_hook(_output_hook(layer)).remove)
             yield
-
-    def _settle(self) -> None:
-        if self.rounding is not None:
-            self.rounding.settle([layer.gain for layer in self._soft])
 
     def update(self) -> None:
         """Computes weights and biases anew, from what is learned."""

@@ -112,7 +112,6 @@ def optimize_unit(
                 on_step(steps, mean)
                 if plateau.reached(mean):
                     position = max(position, end)
-    optimizer.finish()
     variables.finish()
     return steps
 

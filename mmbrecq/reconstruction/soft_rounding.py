@@ -58,11 +58,11 @@ class SoftRounding:
         vector = self._like.new_empty(sum(shape.numel() for shape in self._shapes), dtype=dtype)
         return vector, _views(vector, self._shapes, self._layout)
 
-    def settle(self, gains: Sequence[nn.Parameter | None]) -> None:
-        """Takes up where variables and gains lie in memory: whoever moves them tells.
+    def multiply_by(self, gains: Sequence[nn.Parameter | None]) -> None:
+        """Sets the factors by which the weights are more than the soft-quantized ones.
 
         Args:
-            gains: The factors by which the weights are more than the soft-quantized ones, None for a layer without.
+            gains: Of every layer; None for a layer without. They stay where they lie in memory.
         """
         self._gains = gains
 
@@ -168,15 +168,14 @@ class NativeSoftRounding(SoftRounding):
         for index, (layer, rounding, grid) in enumerate(zip(self._layers, roundings, grids, strict=True)):
             grid.copy_(rounding.grid())
             layer.rows, layer.columns = rows[index], grid.numel() // rows[index]
+            layer.alpha = self.alpha.data_ptr() + self._starts[index]
             layer.grid, layer.weight = grid.data_ptr(), self.weights[index].data_ptr()
             layer.out, layer.gain_grad = self._grads[index].data_ptr(), self._gain_grads[index].data_ptr()
             layer.scale, layer.scale_step = rounding.scale.data_ptr(), int(rounding.scale.numel() > 1)
 
-    def settle(self, gains: Sequence[nn.Parameter | None]) -> None:
-        super().settle(gains)
-        alpha = self.alpha.data_ptr()
-        for layer, start, gain in zip(self._layers, self._starts, gains, strict=True):
-            layer.alpha = alpha + start
+    def multiply_by(self, gains: Sequence[nn.Parameter | None]) -> None:
+        super().multiply_by(gains)
+        for layer, gain in zip(self._layers, gains, strict=True):
             layer.gain = (self._one if gain is None else gain).data_ptr()
             layer.gain_step = int(gain is not None and gain.numel() > 1)
         self._shaped = [

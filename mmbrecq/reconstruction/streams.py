@@ -11,6 +11,7 @@ from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
+from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.values import CachedValues, Values
 
@@ -51,6 +52,11 @@ class Streams:
             name: inputs if quantized_inputs is None else quantized_inputs
         }
         self._last = last_readers(units)
+        # a step reads its inputs in two streams, its targets once: the unit that reads a value says how it lies
+        self._layouts: dict[str, torch.memory_format] = {}
+        for unit in units:
+            for value in unit.inputs:
+                self._layouts.setdefault(value, memory_format(unit.module))
         self._batch_size = min(batch_size, self.count)
         self._fitting: dict[str, MicroBatches] = {}
 
@@ -73,7 +79,9 @@ class Streams:
                 part = slice(start, min(start + images, batch.stop))
                 results = unit.module(*[x[part] for x in inputs])
                 if not outputs:
-                    outputs.extend(self.cache.allocate((self.count, *r.shape[1:])) for r in results)
+                    for name, result in zip(unit.outputs, results, strict=True):
+                        shape = self.count, *result.shape[1:]
+                        outputs.append(self.cache.allocate(shape, self._layouts.get(name, torch.contiguous_format)))
                 for output, result in zip(outputs, results, strict=True):
                     output.write(start, result)
 

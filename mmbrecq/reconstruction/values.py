@@ -41,29 +41,31 @@ class CachedValues(Protocol):
 
 
 class MemoryValues:
-    """Values in a tensor, which is taken as it is.
+    """Values in a tensor, which is taken as it is; batches lie in memory in the same order.
 
     Args:
-        tensor (Tensor): ``(N, ...)``.
+        tensor (Tensor): ``(N, ...)``, without gaps.
         device: Of the model.
     """
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self.tensor, self.device, self.sample_shape = tensor, device, tensor.shape[1:]
+        self._layout = torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
+        self._rows = _rows(tensor, self._layout)
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     def __getitem__(self, index: Tensor | slice, /) -> Tensor:
         if self.tensor.device.type != self.device.type and isinstance(index, Tensor):
-            found = self.tensor.new_empty((len(index), *self.sample_shape), pin_memory=True)
-            torch.index_select(self.tensor, 0, index, out=found)
+            found = self._rows.new_empty((len(index), *self._rows.shape[1:]), pin_memory=True)
+            torch.index_select(self._rows, 0, index, out=found)
         elif isinstance(index, Tensor):
             # in half of the time of an index in brackets
-            found = self.tensor.index_select(0, index.to(self.tensor.device))
+            found = self._rows.index_select(0, index.to(self._rows.device))
         else:
-            found = self.tensor[index]
-        return found.to(self.device, non_blocking=True).float()
+            found = self._rows[index]
+        return _of_rows(found, self._layout).to(self.device, non_blocking=True).float()
 
     def write(self, start: int, batch: Tensor) -> None:
         self.tensor[start : start + len(batch)].copy_(batch)
@@ -79,14 +81,23 @@ class FileValues:
         shape: ``(N, ...)``.
         dtype: In which values are stored.
         device: Of the model.
+        layout: Order of images, in the file and in memory.
 
     Raises:
         StorageError: The disk has no room for it.
     """
 
-    def __init__(self, path: Path, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         self._count, self.sample_shape = shape[0], torch.Size(shape[1:])
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self._layout = dtype, device, layout
+        self._row_shape = _rows(torch.empty(tuple(shape), device='meta'), layout).shape[1:]
         self._stride = self.sample_shape.numel() * dtype.itemsize
         size = self._count * self._stride
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -103,17 +114,19 @@ class FileValues:
     def __getitem__(self, index: Tensor | slice, /) -> Tensor:
         rows = range(*index.indices(self._count)) if isinstance(index, slice) else index.tolist()
         pinned = self.device.type == 'cuda'
-        found = torch.empty((len(rows), *self.sample_shape), dtype=self.dtype, pin_memory=pinned)
+        found = torch.empty((len(rows), *self._row_shape), dtype=self.dtype, pin_memory=pinned)
         buffer = _bytes_of(found)
         if isinstance(rows, range) and rows.step == 1:
             _read(self._file, buffer, rows.start * self._stride)
         else:
             for place, row in enumerate(rows):
                 _read(self._file, buffer[place * self._stride : (place + 1) * self._stride], row * self._stride)
-        return found.to(self.device, non_blocking=True).float() if pinned else _widened(found)
+        wide = found.to(self.device, non_blocking=True).float() if pinned else _widened(found)
+        return _of_rows(wide, self._layout)
 
     def write(self, start: int, batch: Tensor) -> None:
-        _write(self._file, _bytes_of(batch.detach().to('cpu', self.dtype).contiguous()), start * self._stride)
+        rows = _rows(batch.detach().to('cpu', self.dtype), self._layout).contiguous()
+        _write(self._file, _bytes_of(rows), start * self._stride)
 
 
 class MirroredValues:
@@ -139,6 +152,16 @@ class MirroredValues:
 
     def write(self, start: int, batch: Tensor) -> None:
         raise AssertionError('images are read only')
+
+
+def _rows(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """A view of images ``(N, C, H, W)``, of which each lies in memory in the order of its axes."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 and layout == torch.channels_last else x
+
+
+def _of_rows(rows: Tensor, layout: torch.memory_format) -> Tensor:
+    """The inverse of :func:`_rows`."""
+    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 and layout == torch.channels_last else rows
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
