@@ -82,22 +82,26 @@ def labels(count: int = IMAGES) -> Tensor:
 
 
 def prepare(
-    bits: int = 2, activation_bits: int | None = 4, granularity: str = 'block', **options: Any
+    bits: int = 2,
+    activation_bits: int | None = 4,
+    granularity: str = 'block',
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> QuantizedModel:
     activation = None if activation_bits is None else {'bits': activation_bits, 'observer': {'type': 'MinMaxObserver'}}
     weight = {'bits': bits, 'observer': {'type': 'MinMaxObserver'}}
     quantizer = BRECQQuantizer(
         **{'weight': weight, 'activation': activation, 'first_last_8bit': False, 'granularity': granularity, **options}
     )
-    model = quantizer.prepare(make_classifier(), make_images(2))
-    calibrate_weights(model)
-    calibrate_activations(model, make_images().split(10))
-    return model
+    prepared = quantizer.prepare(make_classifier() if model is None else model, make_images(2))
+    calibrate_weights(prepared)
+    calibrate_activations(prepared, make_images().split(10))
+    return prepared
 
 
 @pytest.fixture
 def prepared() -> Callable[..., QuantizedModel]:
-    """``prepared(bits=2, activation_bits=4, granularity='block', **options)``: with calibrated grids."""
+    """``prepared(bits=2, activation_bits=4, granularity='block', model=None, **options)``: with calibrated grids."""
     return prepare
 
 

@@ -472,9 +472,9 @@ def test_no_more_is_cached_than_was_planned(
         nonlocal live
         live -= size
 
-    def counted(self: ActivationCache, shape: Any) -> CachedValues:
+    def counted(self: ActivationCache, shape: Any, *layout: Any) -> CachedValues:
         nonlocal live, peak
-        values = allocate(self, shape)
+        values = allocate(self, shape, *layout)
         size = 4 * torch.Size(shape).numel()
         live += size
         peak = max(peak, live)

@@ -101,6 +101,27 @@ def test_both_streams_start_from_the_images(prepared: Prepare, images: Tensor, h
     assert streams.quantized_inputs(model.units[0])[0] is inputs
 
 
+@pytest.mark.parametrize('place', ['host', 'disk'])
+def test_values_lie_in_the_order_that_their_reader_wants(
+    prepared: Prepare, classifier: nn.Module, images: Tensor, tmp_path: Path, place: str
+) -> None:
+    block = classifier.backbone.second
+    block.conv1 = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+    model = prepared(model=classifier)
+    depthwise = {name for unit in model.units if 'backbone.second.conv1' in unit.layers for name in unit.inputs}
+    assert len(depthwise) == 1
+    seen = set()
+    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
+        for unit, _, outputs in carry(model, Streams(model, model.units, cache.hold(images), cache, 10), True):
+            for values in zip(unit.outputs, *outputs, strict=True):
+                name, both = values[0], values[1:]
+                for x in (v[torch.tensor([5, 0, 7])] for v in both):
+                    innermost = x.dim() == 4 and not x.is_contiguous()
+                    assert innermost == (name in depthwise)
+                    seen.add(innermost)
+    assert seen == {True, False}
+
+
 @pytest.mark.parametrize('granularity', ['layer', 'block', 'stage', 'net'])
 def test_only_what_a_later_unit_reads_is_kept(
     prepared: Prepare, classifier: nn.Module, images: Tensor, host: ActivationCache, granularity: str

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import StorageError
+from mmbrecq.reconstruction.layout import empty, laid_out
 from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues
 
 CPU = torch.device('cpu')
@@ -20,10 +21,16 @@ INDICES = [
 ]  # fmt: skip
 
 
-def make(place: str, shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> CachedValues:
+def make(
+    place: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    folder: Path,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> CachedValues:
     if place == 'memory':
-        return MemoryValues(torch.empty(shape, dtype=dtype), CPU)
-    return FileValues(folder / 'values.bin', shape, dtype, CPU)
+        return MemoryValues(empty(shape, layout, dtype=dtype), CPU)
+    return FileValues(folder / 'values.bin', shape, dtype, CPU, layout)
 
 
 def random(shape: tuple[int, ...]) -> Tensor:
@@ -64,6 +71,22 @@ def test_a_batch_may_lie_in_memory_in_any_way(tmp_path: Path, place: str, layout
     values, expected = make(place, (7, 4, 3, 2), torch.float32, tmp_path), random((7, 4, 3, 2))
     values.write(0, expected.to(memory_format=layout).requires_grad_(True))
     assert torch.equal(values[:], expected)
+
+
+@pytest.mark.parametrize('shape', [(7, 4, 3, 2), (7, 4, 1, 1), (7, 1, 3, 2), (7, 4, 3), (7, 4)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('place', ['memory', 'file'])
+def test_images_come_in_the_order_that_was_asked_for(
+    tmp_path: Path, place: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    values = make(place, shape, dtype, tmp_path, torch.channels_last)
+    expected = random(shape).to(dtype).float()
+    values.write(0, expected[:4])
+    values.write(4, expected[4:])
+    for index in (slice(0, 7), slice(2, 5), torch.tensor([4, 0, 6])):
+        found = values[index]
+        assert torch.equal(found, expected[index]) and values.sample_shape == shape[1:]
+        assert laid_out(found, torch.channels_last) is found
 
 
 def test_a_file_has_no_name_and_closes_with_its_values(tmp_path: Path) -> None:
