@@ -45,8 +45,12 @@ def run(config: str, seed: int, args: argparse.Namespace) -> Summary:
         command += ['--cfg-options', f'seed={seed}', *args.cfg_options]
         environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / 'console.log', 'w') as log:
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        console = folder / 'console.log'
+        with console.open('w') as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:
+            last = console.read_text().strip().rpartition('\n')[2]
+            raise SystemExit(f'{config} failed with seed {seed}, see {console}; its last words are: {last}')
     return Summary.load(summary)
 
 

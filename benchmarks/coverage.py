@@ -9,6 +9,7 @@ Nothing is downloaded, and no accuracy is measured.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from mmbrecq.engine.config import run_tool
 from mmbrecq.errors import MMBrecqError
 from mmbrecq.graph.tracer import WEIGHTED
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
@@ -123,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

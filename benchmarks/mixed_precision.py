@@ -12,6 +12,7 @@ Measures the sensitivities of a config into the work dir, or takes those that ar
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from scipy.stats import spearmanr
 
 from mmbrecq.costs import MeasuredLatency, ModelSize
 from mmbrecq.engine.choice import Choice
-from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint
+from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.engine.mixed_precision import analyze
 from mmbrecq.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
 from mmbrecq.sensitivity import SensitivityTable
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

@@ -17,6 +17,7 @@ import math
 import re
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.calibration.images import collect_images
 from mmbrecq.checkpoint import load_float_checkpoint
-from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, resolve_checkpoint
+from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.prepared import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor
@@ -268,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

@@ -101,3 +101,12 @@ def test_agreement_compares_simulation_and_deployed_files(tmp_path: Path) -> Non
     assert little == pytest.approx(quantized, abs=0.5) and much < 0.8 * quantized
     for row in rows[3:-2]:
         assert float(row[2]) < 0.1 * float(row[3]), 'far nearer to the simulation than to float'
+
+
+@pytest.mark.parametrize('script', ['reconstruction.py', 'mixed_precision.py', 'accuracy.py'])
+def test_a_missing_config_is_one_sentence(script: str, tmp_path: Path) -> None:
+    options = [] if script == 'reconstruction.py' else ['--work-dir', str(tmp_path)]
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'benchmarks' / script), 'missing.py', *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert 'missing.py' in done.stderr and len(done.stderr.strip().splitlines()) == 1
