@@ -7,7 +7,7 @@ calibration = dict(num_samples=256)
 reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
-    joint=dict(iterations=500, batch_size=8, lr=1e-2, activation_lr=8e-4, drop_prob=0.5),
-    network=dict(iterations=500, batch_size=8, bias_lr=6e-3, weight_scale_lr=3e-3, activation_lr=2e-3),
+    joint=dict(iterations=300, batch_size=8, lr=1e-2, activation_lr=8e-4, drop_prob=0.5),
+    network=dict(iterations=200, batch_size=8, bias_lr=6e-3, weight_scale_lr=3e-3, activation_lr=2e-3),
     loss=dict(type='FisherLoss', floor=0.1),
 )
