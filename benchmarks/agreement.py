@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.backends import DeployedModel
+from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.engine.config import build_runner, load_config, run_tool
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.engine.test_loop import load_quantized

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from mmbrecq.costs import MeasuredLatency, ModelSize
-from mmbrecq.engine.choice import Choice
+from mmbrecq.engine.bit_search import analyze
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
-from mmbrecq.engine.mixed_precision import analyze
-from mmbrecq.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
-from mmbrecq.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.choice import Choice
+from mmbrecq.mixed_precision.costs import MeasuredLatency, ModelSize
+from mmbrecq.mixed_precision.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
+from mmbrecq.mixed_precision.sensitivity import SensitivityTable
 
 RUNTIMES = ('openvino', 'onnxruntime')
 PARTS = ('losses', 'searches', 'latencies')

@@ -29,13 +29,12 @@ import torch
 from torch import Tensor
 
 from mmbrecq.building import build
-from mmbrecq.calibration import build_calibration_set
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
-from mmbrecq.calibration.images import collect_images
-from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.data import build_calibration_set
+from mmbrecq.data.images import collect_images
 from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 from mmbrecq.reconstruction.losses import MSELoss
@@ -44,6 +43,7 @@ from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.values import MemoryValues
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.runs.checkpoint import load_float_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from mmengine import registry as root
 from mmengine.registry import Registry
 
 # Datasets that the demo needs
-DATASETS = Registry('dataset', scope='mmbrecq', parent=root.DATASETS, locations=['mmbrecq.datasets'])
+DATASETS = Registry('dataset', scope='mmbrecq', parent=root.DATASETS, locations=['mmbrecq.data.datasets'])
 # Loops that quantize or test instead of training
 LOOPS = Registry('loop', scope='mmbrecq', parent=root.LOOPS, locations=['mmbrecq.engine'])
 # Hooks around every reconstructed unit
@@ -26,10 +26,10 @@ RECONSTRUCTORS = Registry('reconstructor', scope='mmbrecq', locations=['mmbrecq.
 # Distances between the float and the quantized output of a unit
 LOSSES = Registry('reconstruction loss', scope='mmbrecq', locations=['mmbrecq.reconstruction'])
 # Writers of deployable files
-EXPORTERS = Registry('exporter', scope='mmbrecq', locations=['mmbrecq.exporters'])
+EXPORTERS = Registry('exporter', scope='mmbrecq', locations=['mmbrecq.deploy.exporters'])
 # Runtimes that execute the exported files
-BACKENDS = Registry('backend', scope='mmbrecq', locations=['mmbrecq.backends'])
+BACKENDS = Registry('backend', scope='mmbrecq', locations=['mmbrecq.deploy.backends'])
 # Algorithms that choose the bits of every layer
-SEARCHERS = Registry('searcher', scope='mmbrecq', locations=['mmbrecq.search'])
+SEARCHERS = Registry('searcher', scope='mmbrecq', locations=['mmbrecq.mixed_precision.search'])
 # What bits cost: bytes, bit operations, time
-COST_MODELS = Registry('cost model', scope='mmbrecq', locations=['mmbrecq.costs'])
+COST_MODELS = Registry('cost model', scope='mmbrecq', locations=['mmbrecq.mixed_precision.costs'])

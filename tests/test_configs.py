@@ -22,10 +22,10 @@ import mmpretrain
 from mmpretrain.registry import MODELS
 
 from mmbrecq.building import build
-from mmbrecq.calibration.sampling import CalibrationOptions
-from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.data.sampling import CalibrationOptions
 from mmbrecq.presets import PRESETS
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.runs.checkpoint import load_float_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs' / 'brecq').glob('*/*.py'))

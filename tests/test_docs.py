@@ -17,22 +17,22 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmbrecq.building import build
-from mmbrecq.calibration.sampling import CalibrationOptions
-from mmbrecq.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
+from mmbrecq.data.sampling import CalibrationOptions
+from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
+from mmbrecq.deploy.verify import RULES
 from mmbrecq.engine.config import KEYS, NEEDED
 from mmbrecq.engine.ptq_loop import EVALUATIONS
-from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.fake_quants.weight import AdaRound
+from mmbrecq.mixed_precision.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
+from mmbrecq.mixed_precision.search import GeneticSearcher, IntegerProgram, SearchOptions
+from mmbrecq.mixed_precision.sensitivity import AnalysisOptions
 from mmbrecq.observers import HistogramObserver, MovingAverageObserver, MSEObserver, PercentileObserver
 from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, QDropReconstructor, StageOptions
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
-from mmbrecq.search import GeneticSearcher, IntegerProgram, SearchOptions
-from mmbrecq.sensitivity import AnalysisOptions
-from mmbrecq.verify import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'

@@ -11,8 +11,8 @@ import argparse
 import sys
 
 from mmbrecq.distributed import join_processes
+from mmbrecq.engine.bit_search import analyze
 from mmbrecq.engine.config import add_common_arguments, load_config, run_tool
-from mmbrecq.engine.mixed_precision import analyze
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,8 +13,8 @@ import argparse
 import sys
 
 from mmbrecq.distributed import join_processes
+from mmbrecq.engine.bit_search import chosen_bits, search_options
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
-from mmbrecq.engine.mixed_precision import chosen_bits, search_options
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmbrecq.engine.bit_search import TABLE, choose_bits
 from mmbrecq.engine.config import add_common_arguments, load_config, run_tool
-from mmbrecq.engine.mixed_precision import TABLE, choose_bits
-from mmbrecq.search import parse_budgets
+from mmbrecq.mixed_precision.search import parse_budgets
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from mmbrecq.distributed import join_processes
+from mmbrecq.engine.bit_search import search_options
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
-from mmbrecq.engine.mixed_precision import search_options
 from mmbrecq.errors import CheckpointError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mmbrecq.deploy.verify import PRESETS, RULES, verify_file
+from mmbrecq.deploy.verify.rules import rules_of
 from mmbrecq.errors import MMBrecqError
-from mmbrecq.verify import PRESETS, RULES, verify_file
-from mmbrecq.verify.rules import rules_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

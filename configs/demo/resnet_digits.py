@@ -1,6 +1,6 @@
 """A small float ResNet-18 on handwritten digits: 8x8 images, resized to 32x32."""
 
-custom_imports = dict(imports=['mmbrecq.datasets'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmbrecq.data.datasets'], allow_failed_imports=False)
 default_scope = 'mmpretrain'
 
 model = dict(

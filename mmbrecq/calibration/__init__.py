@@ -1,8 +1,1 @@
-"""Calibration images: which ones are drawn, and how they reach the model."""
-
-from __future__ import annotations
-
-from mmbrecq.calibration.data_errors import explain_data_error
-from mmbrecq.calibration.sampling import CalibrationSet, build_calibration_set
-
-__all__ = ['CalibrationSet', 'build_calibration_set', 'explain_data_error']
+"""Calibration: ranges of channels, grids of weights and of activations, computed from values."""

@@ -15,7 +15,7 @@ from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.observers import BaseObserver, build_observer
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 OBSERVED = 64
 """Images per batch whose activations are observed."""

@@ -22,7 +22,7 @@ from mmbrecq.distributed import aligned_batches, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
 from mmbrecq.progress import track
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 SMALLEST = 0.01
 """Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmbrecq.errors import DataError, GraphError
 from mmbrecq.graph.components import RegionHead, region_heads
 from mmbrecq.graph.modules import set_forward
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 REGIONS_PER_IMAGE = 32
 """Regions that are drawn of each image."""

@@ -12,24 +12,24 @@ from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
 from mmbrecq.building import build
-from mmbrecq.calibration import build_calibration_set
-from mmbrecq.calibration.annotations import has_annotations
 from mmbrecq.calibration.calibrator import calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
-from mmbrecq.calibration.images import collect_images
-from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.data import build_calibration_set
+from mmbrecq.data.annotations import has_annotations
+from mmbrecq.data.images import collect_images
 from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
+from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
+from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search
+from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.quantizers.options import parse_options
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
-from mmbrecq.search import SearchOptions, check_budgets
-from mmbrecq.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search
-from mmbrecq.sensitivity.inputs import describe_inputs
+from mmbrecq.runs.checkpoint import load_float_checkpoint
 
 
 @LOOPS.register_module()
@@ -44,8 +44,8 @@ class AnalysisLoop(BaseLoop):
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor; its first pass gives the options of the reconstruction.
         calibration: Options of the calibration images.
-        search: Options of :class:`~mmbrecq.sensitivity.AnalysisOptions`, and of
-            :class:`~mmbrecq.search.SearchOptions`, whose budgets are checked.
+        search: Options of :class:`~mmbrecq.mixed_precision.sensitivity.AnalysisOptions`, and of
+            :class:`~mmbrecq.mixed_precision.search.SearchOptions`, whose budgets are checked.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import VISUALIZERS
 from torch import nn
 
-from mmbrecq.calibration.data_errors import explain_data_error
+from mmbrecq.data.data_errors import explain_data_error
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.arithmetic import evaluation_mode
 

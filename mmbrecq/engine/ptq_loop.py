@@ -18,14 +18,13 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
-from mmbrecq.calibration import CalibrationSet, build_calibration_set
-from mmbrecq.calibration.annotations import has_annotations
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
-from mmbrecq.calibration.images import collect_images
-from mmbrecq.checkpoint import load_float_checkpoint
+from mmbrecq.data import CalibrationSet, build_calibration_set
+from mmbrecq.data.annotations import has_annotations
+from mmbrecq.data.images import collect_images
+from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.distributed import (
     aligned_batches,
     check_same_bits,
@@ -34,10 +33,8 @@ from mmbrecq.distributed import (
     process_count,
     take_from_main,
 )
-from mmbrecq.engine.choice import Choice
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
-from mmbrecq.engine.forecast import Forecast
 from mmbrecq.engine.hooks import (
     HookCaller,
     ReconstructionCheckpointHook,
@@ -45,15 +42,13 @@ from mmbrecq.engine.hooks import (
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
 )
-from mmbrecq.engine.identity import describe_config
-from mmbrecq.engine.journal import Journal
-from mmbrecq.engine.measure import model_size, peak_memory, versions
-from mmbrecq.engine.run_files import RunFiles
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.mixed_precision.choice import Choice
+from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
@@ -61,7 +56,12 @@ from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
-from mmbrecq.sensitivity.inputs import describe_inputs
+from mmbrecq.runs.checkpoint import load_float_checkpoint
+from mmbrecq.runs.forecast import Forecast
+from mmbrecq.runs.identity import describe_config
+from mmbrecq.runs.journal import Journal
+from mmbrecq.runs.measure import model_size, peak_memory, versions
+from mmbrecq.runs.run_files import RunFiles
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
@@ -87,7 +87,7 @@ class PTQLoop(BaseLoop):
         float_checkpoint: Path or URL of the float weights.
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor.
-        calibration: Options of :class:`~mmbrecq.calibration.sampling.CalibrationOptions`.
+        calibration: Options of :class:`~mmbrecq.data.sampling.CalibrationOptions`.
         exporters: Configs of the exporters.
         evaluations: What is measured, among :data:`EVALUATIONS`.
         config_name: For the report.

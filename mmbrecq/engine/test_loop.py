@@ -14,16 +14,16 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.backends import DeployedModel
 from mmbrecq.building import build
-from mmbrecq.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.distributed import on_main
 from mmbrecq.engine.drawing import SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate
-from mmbrecq.engine.grids import check_grids
 from mmbrecq.errors import CheckpointError
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.registry import LOOPS, QUANTIZERS
+from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.runs.grids import check_grids
 
 DEPLOYED_SUFFIXES = ('.onnx', '.xml')
 

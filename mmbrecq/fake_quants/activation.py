@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.masks import RandomMasks
-from mmbrecq.fake_quants.native_ops import native_fake_quantize
 from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
 from mmbrecq.functional import short_scale
+from mmbrecq.kernels.native_ops import native_fake_quantize
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmbrecq.fake_quants.native import kernels, takes
+from mmbrecq.kernels.native import kernels, takes
 
 PLACES = 2**16
 """Places of the pool at which a mask may begin."""

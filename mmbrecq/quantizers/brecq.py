@@ -28,7 +28,7 @@ from mmbrecq.quantizers.options import (
     check_bits,
     parse_options,
 )
-from mmbrecq.quantizers.prepared import LayerInfo, QuantizedModel
+from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.fake_quants.native import AdamStep, Kernels, Variable, kernels, takes
+from mmbrecq.kernels.native import AdamStep, Kernels, Variable, kernels, takes
 
 Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
 """Parameters, their learning rate, and its schedule."""

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.graph.components import plug
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.values import CachedValues, Values
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.fake_quants.native import Curve, Kernels, RoundingLayer, kernels, takes
 from mmbrecq.fake_quants.ops import (
     add_regulariser_gradient_,
     regulariser_factor,
@@ -15,6 +14,7 @@ from mmbrecq.fake_quants.ops import (
     through_sigmoid_,
 )
 from mmbrecq.fake_quants.weight import AdaRound
+from mmbrecq.kernels.native import Curve, Kernels, RoundingLayer, kernels, takes
 from mmbrecq.reconstruction.adam import Ahead
 from mmbrecq.reconstruction.layout import laid_out
 

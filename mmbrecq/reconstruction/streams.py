@@ -9,7 +9,7 @@ import torch
 
 from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
 from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches

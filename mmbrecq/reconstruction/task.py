@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.fisher import TaskLoss
 from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
 from mmbrecq.reconstruction.stages import Stage

@@ -11,7 +11,7 @@ from mmbrecq.errors import CheckpointError
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import weight_fake_quant
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 UnitState = dict[str, Tensor]
 """Tensors by the path of the layer or quantizer, what they belong to, and their own name."""

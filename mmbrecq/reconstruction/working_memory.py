@@ -16,7 +16,7 @@ from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.observers.distribution import DistributionObserver
 from mmbrecq.observers.histogram import CHUNK
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, weighted_outputs
 from mmbrecq.reconstruction.stages import Stage
 

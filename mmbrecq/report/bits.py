@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.report.rows import format_bytes
-from mmbrecq.search.result import SearchResult
-from mmbrecq.sensitivity.table import SensitivityTable
 
 
 def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:

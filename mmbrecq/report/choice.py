@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from mmbrecq.mixed_precision.search.result import SearchResult
 from mmbrecq.report.bits import format_cost
 from mmbrecq.report.charts import escape
 from mmbrecq.report.rows import format_loss
 from mmbrecq.report.sections import html_table, section
 from mmbrecq.report.summary import Summary
-from mmbrecq.search.result import SearchResult
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 320, 84, 40, 12, 46
 _COST_TICKS = 6

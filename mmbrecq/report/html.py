@@ -65,7 +65,7 @@ def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '')
     Raises:
         StorageError: Where the file cannot be written; the previous one survives.
     """
-    from mmbrecq.storage import write_text_atomic
+    from mmbrecq.runs.storage import write_text_atomic
 
     write_text_atomic(render_html(summary, date, Path(path).parent), Path(path))
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
 from mmbrecq.report.charts import escape
 from mmbrecq.report.html import page
-from mmbrecq.sensitivity.table import FLOAT_BITS, SensitivityTable
-from mmbrecq.storage import write_text_atomic
+from mmbrecq.runs.storage import write_text_atomic
 
 _WIDTH, _ROW, _TOP = 860, 26, 34
 _CHARACTER = 7.6

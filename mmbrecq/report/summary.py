@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.search.result import SearchResult
 from mmbrecq.schema import decode, encode
-from mmbrecq.search.result import SearchResult
 
 # Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
 MetricValues = dict[str, float]
@@ -208,7 +208,7 @@ class Summary:
         Raises:
             StorageError: Where the file cannot be written; the previous one survives.
         """
-        from mmbrecq.storage import write_text_atomic
+        from mmbrecq.runs.storage import write_text_atomic
 
         write_text_atomic(json.dumps(self.to_dict(), indent=2, allow_nan=False) + '\n', Path(path))
 

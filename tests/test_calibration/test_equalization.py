@@ -14,7 +14,7 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 WIDTH = 6
 

@@ -8,10 +8,10 @@ import torch
 from small_detectors import build, data, predict, preprocess, same
 from torch import Tensor, nn
 
-from mmbrecq.backends import DeployedModel, ONNXRuntimeBackend, as_arithmetic, open_backend
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
+from mmbrecq.deploy.backends import DeployedModel, ONNXRuntimeBackend, as_arithmetic, open_backend
+from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.errors import ExportError
-from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 

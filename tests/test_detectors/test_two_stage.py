@@ -8,11 +8,11 @@ import torch
 from small_detectors import build, data, predict, preprocess, same
 from torch import nn
 
-from mmbrecq.backends import DeployedModel
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE, RegionCapture
+from mmbrecq.deploy.backends import DeployedModel
+from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.errors import BackendError, DataError, GraphError
-from mmbrecq.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor, Task
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 

@@ -19,10 +19,10 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weig
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.distributed import aligned_batches, check_same_bits, join_processes, on_main, process_index, share_of
 from mmbrecq.errors import ConfigError, ProcessError
+from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
-from mmbrecq.sensitivity.measure import OutputLoss
 
 OBSERVERS = ('MinMaxObserver', 'MovingAverageObserver', 'PercentileObserver', 'MSEObserver', 'HistogramObserver')
 BATCH = 10

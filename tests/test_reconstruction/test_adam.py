@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmbrecq.fake_quants.native import kernels
+from mmbrecq.kernels.native import kernels
 from mmbrecq.reconstruction.adam import Group, NativeAdam, TorchAdam, build_adam
 from mmbrecq.reconstruction.schedules import constant, cosine
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.errors import NonFiniteError
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 from mmbrecq.reconstruction.fisher import FisherWeights, output_fisher, task_fisher

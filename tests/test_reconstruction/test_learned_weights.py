@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants import AdaRound, NearestRounding
 from mmbrecq.fake_quants.bias import bias_correction, correct_bias
-from mmbrecq.fake_quants.native import kernels
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, weight_fake_quant
 from mmbrecq.functional import affine_from_range
+from mmbrecq.kernels.native import kernels
 from mmbrecq.qtype import QType
 from mmbrecq.reconstruction.learned_weights import LearnedWeights
 

@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from mmbrecq.errors import StorageError
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor, Task
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.micro_batches import MicroBatches

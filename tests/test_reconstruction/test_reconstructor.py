@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ConfigError, NonFiniteError, StorageError
 from mmbrecq.observers.base import BaseObserver
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task, UnitResult, working_memory
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import CheckpointError
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 
 Prepare = Callable[..., QuantizedModel]

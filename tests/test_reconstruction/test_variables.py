@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
 from mmbrecq.reconstruction.variables import Variables
 

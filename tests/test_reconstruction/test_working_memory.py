@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.quantizers.prepared import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.working_memory import (
     BASE,

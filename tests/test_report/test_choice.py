@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from mmbrecq.mixed_precision.search import SearchResult
 from mmbrecq.report import render_html
 from mmbrecq.report.choice import choice_of_bits, front_chart
 from mmbrecq.report.summary import Summary
-from mmbrecq.search import SearchResult
 
 CHOSEN = SearchResult(
     'divergence', {'a': 2, 'b': None}, {'a': 4}, 0.01, 0.02, {'size': '0.5x', 'bitops': '1g'},

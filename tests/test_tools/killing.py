@@ -51,7 +51,7 @@ def main() -> None:
     from mmpretrain.utils import register_all_modules
 
     import mmbrecq.engine.ptq_loop  # noqa: F401
-    from mmbrecq.fake_quants.native import kernels
+    from mmbrecq.kernels.native import kernels
 
     register_all_modules(init_default_scope=False)
     # compiled once, for all that are forked

@@ -120,7 +120,7 @@ def test_layer_list(demo_run: Any) -> None:
 
 
 def test_calibration_ids_are_of_the_training_split(demo_run: Any) -> None:
-    from mmbrecq.datasets import DigitsDataset
+    from mmbrecq.data.digits import DigitsDataset
 
     ids = (demo_run.folder / 'calibration_ids.txt').read_text().split()
     train = {info['img_path'] for info in DigitsDataset(split='train').load_data_list()}

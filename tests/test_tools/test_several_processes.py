@@ -89,5 +89,5 @@ def test_a_run_of_one_process_does_not_go_on_in_two(
 
 
 def test_a_choice_of_bits_is_made_in_one_process(call: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('mmbrecq.engine.mixed_precision.process_count', lambda: 2)
+    monkeypatch.setattr('mmbrecq.engine.bit_search.process_count', lambda: 2)
     assert call('analyze', demo).error.startswith('expected one process to choose bits, but got 2: run ')

@@ -1,0 +1,266 @@
+"""The draw of calibration images: seeded, without replacement, of the training set, without augmentation."""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from torch.utils.data import DataLoader, Dataset
+
+from mmbrecq.data.data_errors import last_line
+from mmbrecq.data.source import build_source_datasets
+from mmbrecq.distributed import aligned_batches, process_count, share_of
+from mmbrecq.errors import ConfigError, DataError
+from mmbrecq.progress import without_chatter
+
+_SELECTIONS = ('random', 'first')
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The ``calibration`` dict of a config.
+
+    Args:
+        num_samples: Number of images, at least 1.
+        seed: Seed of the draw, at least 0; without effect on ``selection='first'``.
+        batch_size: Images a batch, at least 1.
+        num_workers: Processes that read images; 0 reads them in this one.
+        selection: ``'random'``, or ``'first'`` for the images whose file names come first, numbers in the names
+            compared as numbers.
+        dataset: Dataset config in the place of ``train_dataloader.dataset``.
+        pipeline: Transforms in the place of the test pipeline.
+    """
+
+    num_samples: int = 1024
+    seed: int = 0
+    batch_size: int = 32
+    num_workers: int = 0
+    selection: str = 'random'
+    dataset: dict[str, Any] | None = None
+    pipeline: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f'expected calibration.{name} to be an integer >= {least}, but got {value!r}')
+        if self.selection not in _SELECTIONS:
+            raise ConfigError(f'expected calibration.selection in {_SELECTIONS}, but got {self.selection!r}')
+
+    @classmethod
+    def from_config(cls, calibration: dict[str, Any]) -> CalibrationOptions:
+        """Reads the dict of a config; an unknown option is refused.
+
+        Raises:
+            ConfigError: An option is unknown or out of its range.
+        """
+        valid = [field.name for field in fields(cls)]
+        unknown = [name for name in calibration if name not in valid]
+        if unknown:
+            raise ConfigError(f'unknown option calibration.{unknown[0]}; the options are {", ".join(valid)}')
+        return cls(**calibration)
+
+
+def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> CalibrationSet:
+    """Draws the calibration images that a config asks for.
+
+    They are images of the training set read through the test pipeline, never of the test or validation set.
+
+    Args:
+        cfg: The resolved config: ``train_dataloader``, ``test_dataloader``, ``default_scope``.
+        calibration: See :class:`CalibrationOptions`.
+
+    Raises:
+        ConfigError: An option, type or argument is unknown or invalid.
+        DataError: A folder is missing or empty, holds fewer images than asked for, or is the test set's.
+    """
+    options = CalibrationOptions.from_config(calibration)
+    with without_chatter():
+        images = _Images(build_source_datasets(cfg, options.dataset, options.pipeline))
+    if len(images) < options.num_samples:
+        raise DataError(
+            f'expected at least {options.num_samples} images for calibration, but got {len(images)} in {images.where}'
+        )
+    if options.selection == 'first':
+        order = sorted(range(len(images)), key=lambda index: _name_order(images.id_of(index)))
+    else:
+        generator = torch.Generator().manual_seed(options.seed)
+        order = torch.randperm(len(images), generator=generator).tolist()
+    return CalibrationSet(images, order[: options.num_samples], options.batch_size, options.num_workers)
+
+
+class CalibrationSet:
+    """A fixed list of calibration images, read in the same order every time.
+
+    Attributes:
+        ids: One name per image, in order: its path relative to the dataset's root, else the dataset's own id.
+        first: Number of the first image among those of all processes.
+    """
+
+    def __init__(
+        self, images: _Images, indices: Sequence[int], batch_size: int, num_workers: int, first: int = 0
+    ) -> None:
+        self.ids = [images.id_of(index) for index in indices]
+        self._images, self._indices, self.first = images, list(indices), first
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def share(self) -> CalibrationSet:
+        """The images of this process.
+
+        Raises:
+            DataError: There are less than two for every process.
+        """
+        if len(self) < 2 * process_count():
+            raise DataError(
+                f'expected at least {2 * process_count()} calibration images for {process_count()} processes, '
+                f'but got {len(self)}'
+            )
+        share = share_of(len(self))
+        indices = self._indices[share.start : share.stop]
+        return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
+
+    @property
+    def first_batch(self) -> int:
+        """Number of the first batch among those of all processes."""
+        return self.first // self.batch_size
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Yields every image once, the last batch smaller where the number does not divide.
+
+        Where several processes have a share of the images each, batches end where they end in one process.
+
+        Yields:
+            What ``model.data_preprocessor(data, False)`` takes: ``inputs``, a list of B images of (C, H, W), and
+            ``data_samples``.
+
+        Raises:
+            DataError: An image cannot be read or holds a non-finite value.
+        """
+        loader = DataLoader(
+            _Chosen(self._images, self._indices),
+            batch_sampler=[
+                list(range(part.start, part.stop)) for part in aligned_batches(len(self), self.batch_size, self.first)
+            ],
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # else every pass would draw from the global one
+        )
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise DataError(batch.reason)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why an image did not load; a value, since an exception leaves a worker process as the text of a traceback."""
+
+    reason: str
+
+
+class _Images:
+    """One or several mmengine datasets as one list of images."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        self._datasets = datasets
+        self._ends = list(accumulate(len(dataset) for dataset in datasets))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def where(self) -> str:
+        """The roots of the datasets, or their types, for a message."""
+        return ', '.join(
+            str(getattr(part, 'img_prefix', None) or getattr(part, 'data_root', None) or type(part).__name__)
+            for part in self._datasets
+        )
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The dataset and the index in it."""
+        part = bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+    def id_of(self, index: int) -> str:
+        """Name of an image; with several datasets, the dataset's number stands before it."""
+        part, inner = self.locate(index)
+        dataset = self._datasets[part]
+        info = dataset.get_data_info(inner) if hasattr(dataset, 'get_data_info') else {}
+        path = info.get('img_path')
+        if path:
+            name = _relative(str(path), getattr(dataset, 'data_root', None))
+        else:
+            name = str(info.get('img_id', info.get('sample_idx', inner)))
+        return name if len(self._datasets) == 1 else f'{part}:{name}'
+
+    def load(self, index: int) -> Any:
+        """One image through the pipeline, None where the pipeline gave it up."""
+        part, inner = self.locate(index)
+        dataset = self._datasets[part]
+        # Past __getitem__, which puts a random other image in the place of one that cannot be read
+        return dataset.prepare_data(inner) if hasattr(dataset, 'prepare_data') else dataset[inner]
+
+
+class _Chosen(Dataset[Any]):
+    """The drawn images as torch's loader takes them."""
+
+    def __init__(self, images: _Images, indices: Sequence[int]) -> None:
+        self._images = images
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Any:
+        index = self._indices[position]
+        try:
+            data = self._images.load(index)
+        except Exception as error:  # a transform may raise anything; the image has to be named with it
+            return _Failure(_explain(error, self._images.id_of(index)))
+        if data is None:
+            return _Failure(f'image {self._images.id_of(index)} cannot be read: the pipeline returned nothing for it')
+        if not _is_finite(data):
+            return _Failure(f'image {self._images.id_of(index)} holds non-finite values')
+        return data
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, _Failure)), None) or pseudo_collate(samples)
+
+
+def _explain(error: Exception, name: str) -> str:
+    message = last_line(error)
+    if isinstance(error, OSError) or 'failed to load image' in message or 'imdecode' in message:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else 'it is no image, or damaged'
+        return f'image {name} cannot be read: {reason}'
+    return f'the pipeline fails on image {name}: {type(error).__name__}: {message}'
+
+
+def _is_finite(data: Any) -> bool:
+    inputs = data.get('inputs') if isinstance(data, dict) else None
+    return not isinstance(inputs, torch.Tensor) or bool(torch.isfinite(inputs).all())
+
+
+def _relative(path: str, root: str | None) -> str:
+    if not root:
+        return path
+    relative = os.path.relpath(path, root)
+    return path if relative.startswith(os.pardir) else relative
+
+
+def _name_order(name: str) -> tuple[list[str | int], str]:
+    """Sorts by file name with numbers as numbers; text and numbers alternate, so like meets like."""
+    parts = re.split(r'(\d+)', os.path.basename(name))
+    return [int(part) if part.isdigit() else part for part in parts], name

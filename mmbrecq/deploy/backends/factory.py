@@ -1,0 +1,78 @@
+"""The runtime that reads a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.errors import BackendError
+from mmbrecq.graph.components import head_file, plug, region_heads
+from mmbrecq.graph.modules import set_forward
+from mmbrecq.graph.structure import nest_outputs
+from mmbrecq.registry import BACKENDS
+
+
+def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBackend:
+    """Opens ``path`` in the registered runtime that reads its suffix (``.onnx``, ``.xml``).
+
+    Args:
+        path: The exported file.
+        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
+
+    Raises:
+        BackendError: When no runtime reads the suffix, or as `BaseBackend` has it.
+    """
+    by_suffix: dict[str, type[BaseBackend]] = {cls.suffix: cls for cls in BACKENDS.module_dict.values()}
+    suffix = Path(path).suffix
+    if suffix not in by_suffix:
+        raise BackendError(f'expected a file ending in {" or ".join(sorted(by_suffix))}, but got {path}')
+    return by_suffix[suffix](path, num_threads=num_threads)
+
+
+def as_arithmetic(backend: BaseBackend) -> Callable[[Tensor], Any]:
+    """The backend as a function of the images: its outputs nested as the network's are, on the images' device."""
+    names = backend.output_names
+
+    def run(images: Tensor) -> Any:
+        outputs = [output.to(images.device) for output in backend(images)]
+        return nest_outputs(dict(zip(names, outputs, strict=True)))
+
+    return run
+
+
+class DeployedModel:
+    """The exported files of a model: one that reads images and, of a two-stage detector, one for each head beside it.
+
+    Args:
+        model: The OpenMMLab model that they were made of.
+        path: The file that reads images.
+
+    Raises:
+        BackendError: As :func:`open_backend` has it.
+    """
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        self.model = model
+        self.image_backend = open_backend(path)
+        self.heads = {head.path: open_backend(head_file(path, head.path)) for head in region_heads(model)}
+
+    @property
+    def name(self) -> str:
+        """The runtime's name."""
+        return self.image_backend.name
+
+    def plug(self) -> None:
+        """Makes the model run the files wherever it would have run its components."""
+        plug(self.model, as_arithmetic(self.image_backend))
+        for path, backend in self.heads.items():
+            set_forward(self.model.get_submodule(path), as_arithmetic(backend))
+
+    def integer_kernels(self) -> KernelCount:
+        """Counts the quantized layers of all files that run in integers."""
+        counts = [backend.integer_kernels() for backend in (self.image_backend, *self.heads.values())]
+        float_layers = [layer for count in counts for layer in count.float_layers]
+        return KernelCount(sum(c.quantized for c in counts), sum(c.integer for c in counts), float_layers)

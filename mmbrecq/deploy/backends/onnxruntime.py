@@ -1,0 +1,177 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.registry import BACKENDS
+
+# Operators of the file that have an integer counterpart, and the index of their weight
+WEIGHT_INPUT = 1
+WEIGHTED_OPS = frozenset({'Conv', 'ConvTranspose', 'Gemm', 'MatMul'})
+# What the optimizer makes of them when they shall run in integers
+INTEGER_OPS = frozenset(
+    {'QLinearConv', 'ConvInteger', 'QGemm', 'QLinearMatMul', 'MatMulInteger', 'MatMulIntegerToFloat'}
+)
+
+
+@BACKENDS.register_module()
+class ONNXRuntimeBackend(BaseBackend):
+    """Runs an ``.onnx`` file in ONNX Runtime's CPU provider.
+
+    Args:
+        path: The exported file.
+        num_threads: Threads of one operator, at least 1; None leaves the choice to the runtime.
+        optimize: False switches graph optimization off: every Q/DQ pair is then executed as written, in float, which
+            is what a simulation is compared with exactly. True runs integer kernels.
+        exact_products: On x86 without VNNI the fast uint8 x int8 kernels add pairs of products in 16 bits and
+            saturate once weights use all 8 bits; True asks for the kernels that do not.
+
+    Raises:
+        BackendError: As `BaseBackend` has it.
+    """
+
+    name = 'ONNX Runtime'
+    suffix = '.onnx'
+    package = 'onnxruntime'
+
+    def __init__(
+        self, path: str | Path, num_threads: int | None = None, optimize: bool = True, exact_products: bool = True
+    ) -> None:
+        self.optimize = optimize
+        self.exact_products = exact_products
+        super().__init__(path, num_threads)
+
+    def _load(self) -> None:
+        import onnxruntime
+
+        options = self._options()
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
+        self._session = self._open(self._shareless() if self.exact_products else str(self.path), options)
+        self._version: str = onnxruntime.__version__
+
+    def _options(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: warnings concern fusions, which integer_kernels counts
+        if self.num_threads is not None:
+            options.intra_op_num_threads = self.num_threads
+        if self.exact_products:
+            options.add_session_config_entry('session.x64quantprecision', '1')
+        return options
+
+    def _shareless(self) -> bytes | str:
+        """The file, with a copy of every quantized weight for each reader where several share it.
+
+        To be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
+        the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share.
+        """
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        try:
+            model = onnx.load(str(self.path))
+        except DecodeError:
+            return str(self.path)  # the runtime says what is wrong with the file
+        return model.SerializeToString() if unshare_weights(model) else str(self.path)
+
+    @staticmethod
+    def _open(model: str | bytes, options: Any) -> Any:
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+
+    def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
+        feed = dict(zip(self.input_names, arrays, strict=True))
+        outputs: Sequence[np.ndarray[Any, Any]] = self._session.run(self.output_names, feed)
+        return outputs
+
+    def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
+        binding = self._session.io_binding()
+        for name, array in zip(self.input_names, arrays, strict=True):
+            binding.bind_cpu_input(name, array)
+        for name in self.output_names:
+            binding.bind_output(name)
+        return lambda: self._session.run_with_iobinding(binding)
+
+    @property
+    def version(self) -> str:
+        """Version of ONNX Runtime."""
+        return self._version
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph's inputs."""
+        return [value.name for value in self._session.get_inputs()]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph's outputs."""
+        return [value.name for value in self._session.get_outputs()]
+
+    def integer_kernels(self) -> KernelCount:
+        """Counts the quantized layers that ONNX Runtime's optimizer turned into integer operators.
+
+        The optimized graph is written out and read back; with ``optimize=False`` no layer runs in integers.
+        """
+        import onnx
+
+        model = onnx.load(str(self.path))
+        unshare_weights(model)
+        # Nodes are matched by name, and ONNX does not ask for names
+        for index, node in enumerate(model.graph.node):
+            node.name = node.name or f'{node.op_type}_{index}'
+        dequantized = {out for node in model.graph.node if node.op_type == 'DequantizeLinear' for out in node.output}
+        quantized = [
+            node.name
+            for node in model.graph.node
+            if node.op_type in WEIGHTED_OPS and node.input[WEIGHT_INPUT] in dequantized
+        ]
+        integer = self._integer_names(model.SerializeToString()) if self.optimize else set()
+        float_layers = [name for name in quantized if name not in integer]
+        return KernelCount(len(quantized), len(quantized) - len(float_layers), float_layers)
+
+    def _integer_names(self, model: bytes) -> set[str]:
+        """Names of the integer operators in the optimized graph; a fusion appends ``/What`` to the first name."""
+        import onnx
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            # The level above changes layouts only, and renames nodes on the way
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.optimized_model_filepath = str(Path(folder) / 'optimized.onnx')
+            self._open(model, options)
+            optimized = onnx.load(options.optimized_model_filepath)
+        names = {node.name for node in optimized.graph.node if node.op_type in INTEGER_OPS}
+        return names | {name.rsplit('/', 1)[0] for name in names if name.endswith('Fusion')}
+
+
+def unshare_weights(model: Any) -> bool:
+    """Gives every DequantizeLinear integers and zero-point of its own; tells whether there was something to copy."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    read: set[str] = set()
+    copies: dict[str, Any] = {}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type != 'DequantizeLinear' or node.input[0] not in constants:
+            continue
+        shared = node.input[0] in read
+        read.add(node.input[0])
+        for place in (0, 2) if shared else ():
+            if place < len(node.input) and node.input[place] in constants:
+                name = f'{node.input[place]}/{index}'
+                copies[name] = constants[node.input[place]]
+                node.input[place] = name
+    for name, tensor in copies.items():
+        copy = model.graph.initializer.add()
+        copy.CopyFrom(tensor)
+        copy.name = name
+    return bool(copies)

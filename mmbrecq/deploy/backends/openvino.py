@@ -1,0 +1,132 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.errors import BackendError
+from mmbrecq.presets import IR_PRESET
+from mmbrecq.registry import BACKENDS
+
+# Operations of the IR that have integer kernels; all take their weight as input 1
+WEIGHTED_OPS = frozenset(
+    {'Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul'}
+)
+# Their layer types in the plugin's execution graph
+WEIGHTED_LAYERS = frozenset({'Convolution', 'Deconvolution', 'FullyConnected', 'MatMul'})
+# Operations between a stored weight and the layer that reads it
+WEIGHT_PATH = frozenset({'Convert', 'Subtract', 'Multiply', 'Reshape', 'Transpose'})
+INTEGER_PRECISIONS = frozenset({'u8', 'i8'})
+INTEGER_TYPES = frozenset({'i8', 'u8', 'i4', 'u4'})
+
+
+@BACKENDS.register_module()
+class OpenVINOBackend(BaseBackend):
+    """Runs an OpenVINO IR (``.xml`` with its ``.bin`` beside it) in the CPU plugin, compiled once.
+
+    All that is not quantized runs in float32, never in the plugin's default bfloat16. A file of ours that was made for
+    another preset than ``openvino`` runs as it is written, without the plugin's low-precision transformations: those
+    take the inputs of a concatenation to one scale, which is another network where the preset gave each its own.
+
+    Args:
+        path: The exported ``.xml`` file.
+        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
+
+    Raises:
+        BackendError: As `BaseBackend` has it.
+    """
+
+    name = 'OpenVINO'
+    suffix = '.xml'
+    package = 'openvino'
+
+    def _load(self) -> None:
+        import openvino
+
+        weights = self.path.with_suffix('.bin')
+        if not weights.is_file():
+            raise BackendError(f'{self.name} cannot open {self.path}: its weights file {weights} does not exist')
+        core = openvino.Core()
+        options: dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
+        if self.num_threads is not None:
+            options['INFERENCE_NUM_THREADS'] = self.num_threads
+        self._model = core.read_model(str(self.path))
+        if self._model.has_rt_info(list(IR_PRESET)):
+            preset = self._model.get_rt_info(list(IR_PRESET)).astype(str)
+            options['LP_TRANSFORMS_MODE'] = preset == 'openvino'
+        self._compiled = core.compile_model(self._model, 'CPU', options)
+        self._version: str = openvino.__version__
+
+    def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
+        results = self._compiled(list(arrays))
+        return [results[port] for port in self._compiled.outputs]
+
+    def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
+        import openvino
+
+        request = self._compiled.create_infer_request()
+        for i, array in enumerate(arrays):
+            request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+        run: Callable[[], object] = request.infer
+        return run
+
+    @property
+    def version(self) -> str:
+        """Version of OpenVINO, with its build."""
+        return self._version
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the model's inputs."""
+        return [_port_name(port) for port in self._compiled.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the model's outputs."""
+        return [_port_name(port) for port in self._compiled.outputs]
+
+    def integer_kernels(self) -> KernelCount:
+        """Counts the quantized layers whose execution graph node computes in u8 or i8."""
+        quantized = [
+            node.get_friendly_name()
+            for node in self._model.get_ordered_ops()
+            if node.get_type_name() in WEIGHTED_OPS and _has_quantized_weight(node)
+        ]
+        integer: set[str] = set()
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            if info['layerType'].astype(str) not in WEIGHTED_LAYERS:
+                continue
+            if info['runtimePrecision'].astype(str) in INTEGER_PRECISIONS:
+                names = info['originalLayersNames'].astype(str).split(',')
+                # A dequantization moved behind the layer takes its name, with this word appended
+                integer.update(name.removesuffix('/DequantizationMultiply') for name in names)
+        float_layers = [name for name in quantized if name not in integer]
+        return KernelCount(
+            len(quantized),
+            len(quantized) - len(float_layers),
+            # `openvino.convert_model` gives an operator's own name to the bias addition behind it
+            [name.removesuffix('/WithoutBiases') for name in float_layers],
+        )
+
+
+def _port_name(port: Any) -> str:
+    """A tensor's name; a model built by hand may have none, then its node's."""
+    names: set[str] = port.get_names()
+    return min(names) if names else str(port.get_node().get_friendly_name())
+
+
+def _has_quantized_weight(node: Any) -> bool:
+    """Whether the weight of ``node`` is stored as integers, or is a constant behind a FakeQuantize."""
+    source = node.input_value(1).get_node()
+    while source.get_type_name() in WEIGHT_PATH:
+        source = source.input_value(0).get_node()
+    if source.get_type_name() == 'FakeQuantize':
+        return bool(source.input_value(0).get_node().get_type_name() == 'Constant')
+    if source.get_type_name() != 'Constant':
+        return False
+    return source.get_output_element_type(0).to_string() in INTEGER_TYPES

@@ -1,0 +1,91 @@
+"""The contract of all exporters."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from abc import ABCMeta, abstractmethod
+from pathlib import Path
+
+from torch import Tensor
+
+from mmbrecq.deploy.verify import ExpectedQuantization, check_file
+from mmbrecq.errors import ExportError, StorageError
+from mmbrecq.graph.components import head_file
+from mmbrecq.graph.units import is_below
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.runs.storage import replacing
+
+
+class BaseExporter(metaclass=ABCMeta):
+    """Writes a packed model and checks what it has written.
+
+    Args:
+        filename: Name of the file in the folder of the export.
+    """
+
+    suffix: str
+    """Ending of the file, which tells the runtime that opens it."""
+
+    def __init__(self, filename: str | None = None) -> None:
+        self.filename = filename or f'model{self.suffix}'
+        if not self.filename.endswith(self.suffix):
+            raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
+
+    def export_all(self, model: QuantizedModel, example: Tensor, folder: Path) -> list[Path]:
+        """Writes ``model`` and, in a file each, its heads; see :meth:`export`.
+
+        Returns:
+            The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
+        """
+        paths = [self.export(model, example, folder)]
+        for head in model.heads:
+            beside = copy.copy(self)
+            beside.filename = head_file(paths[0], head.arithmetic.path).name
+            paths.append(beside.export(head, head.arithmetic.example, folder))
+        return paths
+
+    def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
+        """Writes ``model`` below ``folder`` and verifies the file against the rules of its preset.
+
+        A file that fails is not left behind, and does not replace one of an earlier export.
+
+        Args:
+            model: A packed model.
+            example (Tensor): Preprocessed images, ``(N, 3, H, W)``; N stays free in the file.
+            folder: Made where it is missing.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ExportError: It has no form in the file's format, or breaks a rule.
+            StorageError: The system refused to write.
+        """
+        path = folder / self.filename
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
+                written = Path(beside) / self.filename
+                self.write(model, example, written)
+                expected = ExpectedQuantization(layers=count_quantized_calls(model))
+                check_file(written, model.preset.name, expected, shown_as=path)
+                # in the order of their names a .bin comes before the .xml that points at it
+                for made in sorted(Path(beside).iterdir()):
+                    with replacing(folder / made.name) as partial:
+                        os.replace(made, partial)
+        except OSError as error:
+            raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
+        return path
+
+    @abstractmethod
+    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
+        """Writes ``model`` to ``path``, and nothing else that stays but files to be kept beside it."""
+
+
+def count_quantized_calls(model: QuantizedModel) -> int:
+    """Calls of quantized layers in the graph; a layer that several levels share counts once per call."""
+    quantized = {layer.name for layer in model.layers if layer.weight_bits is not None}
+    calls = [str(n.target) for n in model.arithmetic.graph.nodes if n.op == 'call_module']
+    return sum(is_below(layer, target) for target in calls for layer in quantized)

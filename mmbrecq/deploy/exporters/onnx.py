@@ -1,0 +1,98 @@
+"""Export to ONNX with QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.errors import ExportError, first_line
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.registry import EXPORTERS
+
+INPUT_NAME = 'images'
+
+STANDARD_DOMAINS = ('', 'ai.onnx')
+"""Whose operations every runtime has."""
+
+
+@EXPORTERS.register_module()
+class ONNXExporter(BaseExporter):
+    """Writes one ONNX file: integer weights with their scales, Q/DQ on activations, float biases.
+
+    Args:
+        filename: Name of the file.
+        opset: Version of the operator set, 13 to 20; per-channel scales came with 13.
+    """
+
+    suffix = '.onnx'
+
+    def __init__(self, filename: str | None = None, opset: int = 17) -> None:
+        super().__init__(filename)
+        if not 13 <= opset <= 20:
+            raise ExportError(f'expected opset in 13..20, but got {opset!r}')
+        self.opset = opset
+
+    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
+        path.write_bytes(onnx_model(model, example, self.opset).SerializeToString())
+
+
+def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
+    """The packed model as an ``onnx.ModelProto``; the batch axis is free, height and width where outputs have them.
+
+    Raises:
+        ExportError: An operator has no ONNX form.
+    """
+    import onnx
+
+    from mmbrecq.deploy.exporters.onnx_rewrite import rewrite_for
+
+    buffer = io.BytesIO()
+    sink: Any = buffer
+    compiled = model.compiled.eval()
+    outputs = model.arithmetic.example_outputs()
+    options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
+            warnings.simplefilter('ignore')
+            torch.onnx.export(
+                compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
+                dynamic_axes=_free_axes(outputs), opset_version=opset, do_constant_folding=False, **options,
+            )  # fmt: skip
+    except Exception as error:
+        raise ExportError(f'the graph cannot be written as ONNX: {first_line(error)}') from error
+    proto = onnx.load_from_string(buffer.getvalue())
+    _expect_standard_operations(proto)
+    rewrite_for(proto, model.preset)
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def _expect_standard_operations(proto: Any) -> None:
+    """No runtime has the operations that mmcv compiles for torch."""
+    for node in proto.graph.node:
+        if node.domain not in STANDARD_DOMAINS:
+            place = node.name.strip('/').rpartition('/')[0].replace('/', '.')
+            operation = f"'{node.domain}.{node.op_type}'" + (f' in {place}' if place else '')
+            raise ExportError(f'the graph cannot be written as ONNX: no standard operation does what {operation} does')
+
+
+def _free_axes(outputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    """Names of the axes that may have any length in the file.
+
+    A classifier's scores say nothing of height and width; the maps of a detector follow them.
+    """
+    axes = {name: {0: 'batch'} for name in (INPUT_NAME, *outputs)}
+    maps = [name for name, output in outputs.items() if output.dim() == 4]
+    for name in maps:
+        axes[name].update({2: f'{name}_height', 3: f'{name}_width'})
+    if maps:
+        axes[INPUT_NAME].update({2: 'height', 3: 'width'})
+    return axes

@@ -1,0 +1,215 @@
+"""C1 to C5: how quantization is written down in every Q/DQ ONNX file, whatever runs it.
+
+Source: the ONNX operator specification of QuantizeLinear and DequantizeLinear, and their version history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmbrecq.deploy.verify.onnx_graph import (
+    STANDARD_DOMAINS,
+    Array,
+    Layer,
+    Node,
+    OnnxGraph,
+)
+from mmbrecq.deploy.verify.violation import Violation
+
+# Opset from which Q and DQ take a type; ONNX's version history of the two operators.
+OPSET_OF_TYPE = {
+    'int8': 10, 'uint8': 10, 'int32': 10,
+    'float8_e4m3fn': 19, 'float8_e4m3fnuz': 19, 'float8_e5m2': 19, 'float8_e5m2fnuz': 19,
+    'int4': 21, 'uint4': 21, 'int16': 21, 'uint16': 21, 'float4_e2m1fn': 23, 'int2': 25, 'uint2': 25,
+}  # fmt: skip
+OPSET_OF_SCALE_TYPE = {'float32': 10, 'float16': 19, 'bfloat16': 19}
+OPSET_OF_INTEGER_CLIP = 12
+OPSET_OF_ATTRIBUTE = {'axis': 13, 'saturate': 19, 'block_size': 21, 'output_dtype': 21, 'precision': 23}
+
+
+def quantization_nodes(graph: OnnxGraph) -> Iterator[Node]:
+    """QuantizeLinear and DequantizeLinear nodes in file order."""
+    return graph.of_type('QuantizeLinear', 'DequantizeLinear')
+
+
+def check_scales(graph: OnnxGraph) -> Iterator[Violation]:
+    """C1: scales are constant, finite and positive."""
+    for node in quantization_nodes(graph):
+        scale = graph.scale(node)
+        if scale is None:
+            yield Violation('C1', node.name, f'expected a constant scale, but {node.input(1)!r} is computed')
+        elif not (np.isfinite(scale).all() and (scale > 0).all()):
+            worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
+            yield Violation('C1', node.name, f'expected finite scales > 0, but got {worst:g}')
+
+
+def check_zero_points(graph: OnnxGraph) -> Iterator[Violation]:
+    """C2: a constant zero-point of the scale's shape is given."""
+    for node in quantization_nodes(graph):
+        scale, zero_point = graph.constant(node.input(1)), graph.constant(node.input(2))
+        if not node.input(2):
+            yield Violation('C2', node.name, 'expected a zero-point, but it is left out')
+        elif zero_point is None:
+            yield Violation('C2', node.name, f'expected a constant zero-point, but {node.input(2)!r} is computed')
+        elif scale is not None and zero_point.shape != scale.shape:
+            expected = f'expected a zero-point of the shape {scale.shape} of the scale'
+            yield Violation('C2', node.name, f'{expected}, but got {zero_point.shape}')
+
+
+def check_axes(graph: OnnxGraph) -> Iterator[Violation]:
+    """C3: per-channel axis explicit, its length the scale's, the axis of a weight its output channels."""
+    for node in quantization_nodes(graph):
+        scale = graph.constant(node.input(1))
+        if scale is not None and (message := _axis_fault(node, scale, graph.constant(node.input(0)))):
+            yield Violation('C3', node.name, message)
+    for layer in graph.layers():
+        yield from _weight_axis_faults(graph, layer)
+
+
+def _axis_fault(node: Node, scale: Array, data: Array | None) -> str | None:
+    axis = node.attributes.get('axis')
+    if scale.ndim == 0 or (scale.size == 1 and axis is None):
+        return None
+    if scale.ndim > 1:
+        return f'expected one scale per tensor or per channel, but got scales of shape {scale.shape}'
+    if axis is None:
+        return f'expected an explicit axis for {scale.size} scales, but it is left out'
+    if data is None:
+        return None
+    if not -data.ndim <= axis < data.ndim:
+        return f'expected an axis of a tensor of shape {data.shape}, but got {axis}'
+    if data.shape[axis] != scale.size:
+        return f'expected {data.shape[axis]} scales along axis {axis}, but got {scale.size}'
+    return None
+
+
+def _weight_axis_faults(graph: OnnxGraph, layer: Layer) -> Iterator[Violation]:
+    dq = layer.weight_dq
+    scale = graph.constant(dq.input(1)) if dq is not None else None
+    if dq is None or scale is None or scale.ndim != 1 or 'axis' not in dq.attributes:
+        return
+    expected = _channel_axes(graph, layer, dq)
+    ndim = _weight_ndim(graph, dq)
+    axis = dq.attributes['axis']
+    if ndim is not None and expected is not None and axis % ndim not in {e % ndim for e in expected}:
+        message = f'expected the output channels (axis {expected[0] % ndim}) of {layer.node.op} {layer.node.name!r}'
+        yield Violation('C3', dq.name, f'{message}, but got axis {axis}')
+
+
+def _channel_axes(graph: OnnxGraph, layer: Layer, dq: Node) -> tuple[int, ...] | None:
+    """Axes of the DQ's output that hold output channels; None where a reshape hides them."""
+    node = layer.node
+    if node.op == 'Conv':
+        axes: tuple[int, ...] = (0,)
+    elif node.op == 'ConvTranspose':
+        # Weight (C_in, C_out / groups, ..): groups lie along axis 0.
+        axes = (1,) if node.attributes.get('group', 1) == 1 else (1, 0)
+    elif node.op == 'Gemm':
+        axes = (0,) if node.attributes.get('transB', 0) else (1,)
+    else:
+        axes = (-1,) if layer.weight == node.input(1) else (-2,)
+    tensor = layer.weight
+    while (maker := graph.producer(tensor)) is not None and maker is not dq:
+        if maker.op == 'Transpose':
+            ndim = _weight_ndim(graph, dq) or 2
+            perm = maker.attributes.get('perm', list(range(ndim))[::-1])
+            axes = tuple(perm[axis] for axis in axes)
+        elif maker.op != 'Identity':
+            return None
+        tensor = maker.input(0)
+    return axes
+
+
+def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
+    maker = graph.producer(dq.input(0))
+    data = graph.constant(dq.input(0))
+    if data is None and maker is not None and maker.op == 'QuantizeLinear':
+        data = graph.constant(maker.input(0))
+    return None if data is None else data.ndim
+
+
+def check_opset(graph: OnnxGraph) -> Iterator[Violation]:
+    """C4: the opset knows the types and attributes that Q, DQ and a Clip between them use."""
+    for node in graph.activation_quantizers():
+        clip = graph.integer_clip(node)
+        if clip is not None and graph.opset < OPSET_OF_INTEGER_CLIP:
+            message = f'expected opset {OPSET_OF_INTEGER_CLIP} or later for a Clip of integers, but got {graph.opset}'
+            yield Violation('C4', clip.name, message)
+    for node in graph.nodes:
+        if node.op not in ('QuantizeLinear', 'DequantizeLinear'):
+            continue
+        if node.domain not in STANDARD_DOMAINS:
+            yield Violation('C4', node.name, f'expected the ONNX operator, but got {node.op} of {node.domain!r}')
+            continue
+        for what, opset in _needs(graph, node):
+            if opset is None:
+                yield Violation('C4', node.name, f'expected a type of {node.op}, but got {what}')
+            elif graph.opset < opset:
+                message = f'expected opset {opset} or later for {what}, but got {graph.opset}'
+                yield Violation('C4', node.name, message)
+
+
+def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
+    typed = node.input(0) if node.op == 'DequantizeLinear' else ''
+    for tensor in dict.fromkeys((typed, node.input(2))):
+        value = graph.constant(tensor)
+        if value is not None:
+            yield value.dtype.name, OPSET_OF_TYPE.get(value.dtype.name)
+    scale = graph.constant(node.input(1))
+    if scale is not None:
+        yield f'{scale.dtype.name} scales', OPSET_OF_SCALE_TYPE.get(scale.dtype.name)
+    for name in node.attributes:
+        if name in OPSET_OF_ATTRIBUTE:
+            yield f'attribute {name!r}', OPSET_OF_ATTRIBUTE[name]
+
+
+def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
+    """C5: every Q feeds one DQ of the same grid, none is doubled, every quantized layer is there."""
+    for node in graph.of_type('QuantizeLinear'):
+        yield from _pair_faults(graph, node)
+    for node in graph.of_type('DequantizeLinear'):
+        if graph.constant(node.input(0)) is None and graph.quantizer(node) is None:
+            found_before = title(graph.producer(node.input(0)))
+            message = f'expected a QuantizeLinear or a constant before it, but got {found_before}'
+            yield Violation('C5', node.name, message)
+    if graph.expected is not None:
+        found = sum(layer.weight_dq is not None for layer in graph.layers())
+        if found != graph.expected.layers:
+            message = f'expected {graph.expected.layers} quantized convolution and linear layers, but got {found}'
+            yield Violation('C5', graph.name, message)
+
+
+def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
+    clip = graph.integer_clip(node)
+    readers = graph.dequantizers(node)
+    leaves = any(maker.outputs[0] in graph.outputs for maker in (node, clip) if maker is not None)
+    if len(readers) != 1 or readers[0].op != 'DequantizeLinear' or leaves:
+        names = [title(reader) for reader in readers]
+        names += ['a graph output'] if leaves else []
+        found = ', '.join(names) or 'nothing'
+        yield Violation('C5', node.name, f'expected one DequantizeLinear to read it, but got {found}')
+    elif graph.scale(node) is not None and not graph.same_grid(node, readers[0]) and _finite(graph, node, readers[0]):
+        yield Violation('C5', node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ')
+    earlier = graph.producer(node.input(0))
+    if earlier is not None and earlier.op == 'DequantizeLinear' and _repeats(graph, earlier, node):
+        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} before it has the same grid')
+
+
+def _repeats(graph: OnnxGraph, earlier: Node, node: Node) -> bool:
+    """Whether a Q, with the Clip of integers behind it, changes nothing that comes from the DQ before it."""
+    first, clip = graph.quantizer(earlier), graph.integer_clip(node)
+    first_clip = None if first is None else graph.integer_clip(first)
+    bounds = [None if found is None else graph.clip_bounds(found) for found in (first_clip, clip)]
+    return graph.same_grid(earlier, node) and (clip is None or bounds[0] == bounds[1])
+
+
+def _finite(graph: OnnxGraph, *nodes: Node) -> bool:
+    """Whether all scales are numbers: NaN differs from itself, and C1 reports it already."""
+    return all((scale := graph.scale(node)) is None or not np.isnan(scale).any() for node in nodes)
+
+
+def title(node: Node | None) -> str:
+    """How messages speak of a node; None is a graph input."""
+    return 'a graph input' if node is None else f'{node.op} {node.name!r}'

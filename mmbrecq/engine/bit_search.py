@@ -1,0 +1,124 @@
+"""The steps of mixed precision, as the tools run them: measure sensitivities, choose bits, write them down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmbrecq.building import build
+from mmbrecq.distributed import process_count
+from mmbrecq.engine.config import build_runner, resolve_checkpoint
+from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.mixed_precision.search import (
+    SearchOptions,
+    SearchResult,
+    build_problem,
+    describe_choice,
+    find_front,
+    write_bit_config,
+)
+from mmbrecq.mixed_precision.search.config_file import RESULT
+from mmbrecq.mixed_precision.sensitivity import SensitivityTable, split_search
+from mmbrecq.quantizers.options import parse_options
+from mmbrecq.registry import COST_MODELS, SEARCHERS
+from mmbrecq.report.bits import choice_text
+from mmbrecq.report.sensitivity import write_sensitivities
+
+TABLE = 'sensitivity.json'
+
+FOLDER = 'search'
+"""In the work dir of a run that searches."""
+
+
+def search_options(cfg: Config) -> SearchOptions:
+    """What of the config's ``search`` is about the choice; ConfigError where it has an unknown option."""
+    _, choice = split_search(cfg.get('search') or {})
+    return parse_options(SearchOptions, choice, 'search')
+
+
+def analyze(cfg: Config, path: str) -> SensitivityTable:
+    """Measures the sensitivities of the config at ``path`` into its work dir, or goes on with what is there.
+
+    Raises:
+        ConfigError: It is started in several processes.
+    """
+    if process_count() > 1:
+        raise ConfigError(
+            f'expected one process to choose bits, but got {process_count()}: run tools/analyze.py and tools/search.py '
+            'in one, and tools/ptq.py in several with the config that they write'
+        )
+    search_options(cfg)
+    loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
+    loop.update(
+        type='mmbrecq.AnalysisLoop',
+        float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, path),
+        search=dict(cfg.get('search') or {}),
+    )
+    table: SensitivityTable = build_runner(cfg, path, loop).test()
+    write_sensitivities(table, path, Path(cfg.work_dir) / 'sensitivity.html')
+    return table
+
+
+def choose_bits(
+    cfg: Config, path: str, budgets: Mapping[str, str | float], table_path: Path, out: Path
+) -> SearchResult:
+    """Chooses bits within budgets, prints them and writes the config that has them.
+
+    Args:
+        cfg: The config.
+        path: Its file.
+        budgets: Those of the command line, which go before those of the config.
+        table_path: What the analysis wrote.
+        out: The config to write; ``search.json`` comes beside it.
+    """
+    options = search_options(cfg)
+    budgets = {**options.budgets, **budgets}
+    if not budgets:
+        raise ConfigError('expected --budget NAME=AMOUNT, or search.budgets in the config, but got neither')
+    table = SensitivityTable.load(table_path)
+    table.check_complete(table_path)
+    models = [build(COST_MODELS, dict(model)) for model in options.costs]
+    problem = build_problem(table, models, budgets)
+    seed = cfg.get('seed') or 0
+    choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
+    result = describe_choice(table, models, problem, choice)
+    result.asked = {name: str(amount) for name, amount in budgets.items()}
+    result.images, result.inputs = table.images, table.inputs
+    result.states = os.path.relpath(table_path.parent / 'states', out.parent)
+    result.front_cost = next(iter(budgets))
+    try:
+        result.front = find_front(problem, result.front_cost, seed)
+    except BackendError as error:
+        print(f'no front in the report: {error}')
+    asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
+    checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
+    write_bit_config(
+        out, Path(path), checkpoint, result, cfg.quantizer.get('overrides', ()), f'Bits chosen for {asked}'
+    )
+    print(f'{choice_text(result, table)}config: {out}')
+    return result
+
+
+def chosen_bits(cfg: Config, path: str) -> Path | None:
+    """The file of the choice that a run is to have, None where the config asks for none.
+
+    Where it asks for a search, the sensitivities are measured and the bits chosen here, and ``cfg`` gets them.
+    """
+    options = search_options(cfg)
+    if options.result:
+        found = Path(path).parent / options.result
+        if not found.is_file():
+            raise ConfigError(f"{path}: expected the file of search.result, but there is none: '{found}'")
+        return found
+    if not options.budgets:
+        return None
+    own = cfg.copy()
+    own.work_dir = str(Path(cfg.work_dir) / FOLDER)
+    analyze(own, path)
+    folder = Path(own.work_dir)
+    result = choose_bits(own, path, {}, folder / TABLE, folder / 'bits.py')
+    cfg.quantizer.overrides = [*cfg.quantizer.get('overrides', ()), *result.overrides()]
+    return folder / RESULT

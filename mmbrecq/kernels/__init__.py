@@ -1,0 +1,1 @@
+"""Compiled arithmetic of a training step, where there is a C compiler."""

@@ -1,0 +1,109 @@
+"""The exact solution by integer programming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from mmbrecq.errors import BackendError, BudgetError, ConfigError
+from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
+from mmbrecq.registry import SEARCHERS
+
+Row = dict[int, float]
+Product = tuple[int, int, float]
+
+INFEASIBLE = 2
+"""What SciPy's ``milp`` gives as status where no solution exists."""
+
+
+@SEARCHERS.register_module()
+class IntegerProgram:
+    """Solves the problem exactly, by SciPy's HiGHS: a binary variable for each layer and candidate.
+
+    A pair adds a variable ``y`` for each two candidates that lose something together, with ``y <= x_i``, ``y <= x_j``
+    and ``y >= x_i + x_j - 1``, so that it is their product.
+
+    Args:
+        time_limit: Seconds; a solution found until then is refused unless it is proven to be the best.
+    """
+
+    def __init__(self, time_limit: float = 60.0) -> None:
+        if not time_limit > 0:
+            raise ConfigError(f'expected time_limit of a search to be > 0 seconds, but got {time_limit!r}')
+        self.time_limit = time_limit
+
+    def search(self, problem: BitProblem, seed: int = 0) -> Choices:
+        """The best choice, ``(layers,)``; ``seed`` plays no part.
+
+        Raises:
+            BackendError: SciPy is not installed.
+            BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
+        """
+        try:
+            from scipy.optimize import Bounds, LinearConstraint, milp
+        except ImportError as error:
+            raise BackendError(
+                'expected SciPy for IntegerProgram, but it is not installed: pip install scipy'
+            ) from error
+        problem.check_budgets()
+        products = _products(problem)
+        singles, size = problem.loss.size, problem.loss.size + len(products)
+        objective = np.concatenate([problem.loss.ravel(), [value for *_, value in products]])
+        upper = np.ones((len(problem.layers), len(problem.candidates)))
+        for row, options in zip(upper, problem.options, strict=True):
+            row[np.setdiff1d(np.arange(len(row)), options)] = 0
+        result = milp(
+            objective / max(np.abs(objective).max(), 1e-300),
+            integrality=np.arange(size) < singles,
+            bounds=Bounds(0, np.concatenate([upper.ravel(), np.ones(len(products))])),
+            constraints=[
+                LinearConstraint(_matrix(rows, size), low, high) for rows, low, high in _constraints(problem, products)
+            ],
+            options={'time_limit': self.time_limit, 'mip_rel_gap': 1e-9},
+        )
+        if result.status == INFEASIBLE:
+            raise BudgetError('expected budgets that can be kept together, but no choice of bits keeps all of them')
+        if result.status != 0 or result.x is None:
+            raise BudgetError(f'expected a proven best choice of bits, but the solver says: {result.message}')
+        return np.asarray(result.x[:singles].reshape(problem.loss.shape).argmax(1), np.int64)
+
+
+def _products(problem: BitProblem) -> list[Product]:
+    """Columns of both factors and the loss of every product of two choices that loses something."""
+    count = len(problem.candidates)
+    return [
+        (i * count + int(a), j * count + int(b), float(table[a, b]))
+        for (i, j), table in problem.pairs.items()
+        for a, b in np.argwhere(table != 0)
+    ]
+
+
+def _constraints(problem: BitProblem, products: list[Product]) -> Iterator[tuple[list[Row], float, float]]:
+    """Rows of ``{column: factor}``, with their bounds."""
+    layers, count = problem.loss.shape
+    yield [dict.fromkeys(range(i * count, (i + 1) * count), 1.0) for i in range(layers)], 1, 1
+    for cost in problem.costs.values():
+        if np.isfinite(cost.budget):
+            # in units of the budget, so that the solver's absolute tolerance means the same everywhere
+            scaled = cost.table.ravel() / max(cost.budget - cost.fixed, 1e-300)
+            yield [dict(enumerate(scaled.tolist()))], -np.inf, 1
+    for tie in problem.ties:
+        for second in dict.fromkeys(second for _, second in problem.candidates):
+            same = [c for c, candidate in enumerate(problem.candidates) if candidate[1] == second]
+            for i, j in pairwise(tie):
+                yield [{**{i * count + c: 1.0 for c in same}, **{j * count + c: -1.0 for c in same}}], 0, 0
+    for column, (a, b, _) in enumerate(products, start=layers * count):
+        yield [{column: 1.0, a: -1.0}, {column: 1.0, b: -1.0}], -np.inf, 0
+        yield [{column: -1.0, a: 1.0, b: 1.0}], -np.inf, 1
+
+
+def _matrix(rows: list[Row], columns: int) -> Any:
+    """The rows as a sparse matrix."""
+    from scipy.sparse import coo_array
+
+    entries = [(value, i, column) for i, row in enumerate(rows) for column, value in row.items()]
+    values, row_indices, column_indices = zip(*entries, strict=True)
+    return coo_array((values, (row_indices, column_indices)), shape=(len(rows), columns)).tocsr()

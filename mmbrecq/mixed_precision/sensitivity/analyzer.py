@@ -1,0 +1,219 @@
+"""The sensitivities of layers: reconstruct every unit at every number of bits, and measure layer by layer.
+
+Li et al., ICLR 2021, section 3.4: the loss of a choice of bits is that of each layer alone, and within a block that of
+two layers together at the fewest bits; more bits hardly interact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmbrecq.errors import ConfigError
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
+from mmbrecq.mixed_precision.sensitivity.activations import measure_activations
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, output_loss
+from mmbrecq.mixed_precision.sensitivity.options import AnalysisOptions
+from mmbrecq.mixed_precision.sensitivity.states import load_layers, save_unit, state_path
+from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
+from mmbrecq.mixed_precision.sensitivity.values import value_groups
+from mmbrecq.progress import track
+from mmbrecq.qtype import MAX_BITS, MIN_BITS
+from mmbrecq.quantizers.options import FLOAT
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.task import Listener, Task
+
+STAGE = 'sensitivity'
+
+
+@dataclass
+class Analyzer:
+    """Measures one model.
+
+    Args:
+        prepare: Gives a task with the model prepared at a number of bits of weights, and one of activations or None for
+            the config's; its weights are calibrated.
+        reconstructor: Learns the rounding of every unit; its first pass must be independent.
+        options: See :class:`AnalysisOptions`.
+        folder: Where the table and the states are kept.
+        inputs: What the figures depend on.
+        listener: Is told of every unit that is reconstructed.
+        check: Is given the table before anything is measured, and may raise.
+    """
+
+    prepare: Callable[[int, int | None], Task]
+    reconstructor: BaseReconstructor
+    options: AnalysisOptions
+    folder: Path
+    inputs: dict[str, Any]
+    listener: Listener
+    check: Callable[[SensitivityTable], None]
+    table: SensitivityTable = field(init=False)
+
+    @property
+    def path(self) -> Path:
+        """The table's file."""
+        return self.folder / 'sensitivity.json'
+
+    def run(self) -> SensitivityTable:
+        """Measures what the file does not have yet; it is written after every number of bits."""
+        candidates = self.options.bits
+        first = self.prepare(candidates[0], None)
+        self._begin(first)
+        self.check(self.table)
+        # before any state, which it tells the origin of
+        self.table.save(self.path)
+        for bits in candidates:
+            task = first if bits == candidates[0] else self.prepare(bits, None)
+            self._reconstruct(task, bits)
+            self._measure(task, bits)
+            self.table.save(self.path)
+        for bits in self.table.activation_candidates:
+            if any(bits not in self.table.activation_loss.get(name, {}) for name in self.table.values):
+                measure_activations(self.prepare(candidates[0], bits), self.table, bits, self._inputs)
+                self.table.save(self.path)
+        return self.table
+
+    def _begin(self, fewest: Task) -> None:
+        """Takes up the table of an earlier run, or starts one."""
+        if self.path.exists():
+            self.table = SensitivityTable.load(self.path)
+            self._check_inputs()
+            return
+        states = self.folder / 'states'
+        if states.exists():
+            raise ConfigError(
+                f'expected {self.path} beside {states}, to tell what those states are of, but there is none'
+            )
+        model, bits = fewest.model, self.options.bits
+        self._check_loss(fewest)
+        shapes = layer_shapes(model)
+        searched = self._searched(model)
+        units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
+        kind = FISHER if self.options.loss == 'fisher' else OutputLoss(model, fewest.images[:1]).kind
+        self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
+        self.table.images = self.options.images
+        if FLOAT in self.options.candidates:
+            self.table.candidates = [*bits, FLOAT_BITS]
+            self.table.loss = {name: {FLOAT_BITS: 0.0} for name in searched}
+        if self.options.activation_candidates:
+            self.table.activation_candidates = sorted(self.options.activation_candidates)
+            groups = [group for part in model.parts for group in value_groups(part, searched)]
+            if not groups:
+                raise ConfigError(
+                    'expected activations whose bits are to be chosen for search.activation_candidates, but the config '
+                    'fixes those of all layers, or has them in float'
+                )
+            self.table.values = {group.layers[0]: group for group in groups}
+
+    def _check_loss(self, task: Task) -> None:
+        """A loss that cannot be had here is an error before any work."""
+        if self.options.loss != 'fisher':
+            return
+        if task.task_loss is None:
+            raise ConfigError("expected annotated calibration images for search.loss='fisher', but they have none")
+        if task.model.heads:
+            names = ', '.join(head.arithmetic.path for head in task.model.heads)
+            raise ConfigError(
+                f"expected a network without heads of regions for search.loss='fisher', but got {names}: the task loss "
+                "chooses other regions than the detector; use search.loss='outputs'"
+            )
+
+    def _searched(self, model: QuantizedModel) -> list[str]:
+        """Layers whose bits the config does not fix: they have others when the default is another."""
+        fewest = self.options.bits[0]
+        default = MAX_BITS if fewest < MAX_BITS else MIN_BITS
+        others = {layer.name: layer.weight_bits for layer in self.prepare(default, None).model.all_layers}
+        weights = [layer.name for part in model.parts for layer in part.layers if layer.weight_bits == fewest]
+        searched = [name for name in weights if others[name] == default]
+        if not searched:
+            raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
+        return searched
+
+    def _check_inputs(self) -> None:
+        for key in sorted({*self.inputs, *self.table.inputs}):
+            if self.inputs.get(key) != self.table.inputs.get(key):
+                raise ConfigError(
+                    f'{self.path} is of another analysis: {key} was {self.table.inputs.get(key)} and is '
+                    f'{self.inputs.get(key)} now; choose another --work-dir, or remove the file and '
+                    'the states beside it'
+                )
+
+    def _reconstruct(self, task: Task, bits: int) -> None:
+        """Learns the rounding of every unit that has layers to choose bits for; finished ones are loaded."""
+        done = set()
+        for part in task.model.parts:
+            for unit in part.units:
+                path = state_path(self.folder / 'states', unit.name, bits)
+                if not set(unit.layers) & set(self.table.searched):
+                    done.add((STAGE, unit.name))
+                elif path.exists():
+                    load_layers(task.model.model, unit.layers, path)
+                    done.add((STAGE, unit.name))
+        keeper = _Keeper(self.listener, task.model, lambda unit: state_path(self.folder / 'states', unit, bits))
+        task = replace(task, done=frozenset(done))
+        self.reconstructor.run(task, self.reconstructor.plan(task), keeper)
+
+    def _measure(self, task: Task, bits: int) -> None:
+        """The loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
+        for part in task.model.parts:
+            own = {layer.name for layer in part.layers} & set(self.table.searched)
+            missing = [name for name in self.table.searched if name in own]
+            missing = [name for name in missing if bits not in self.table.loss.get(name, {})]
+            pairs = list(self._pairs(part, own)) if self.options.pairs and bits == self.table.candidates[0] else []
+            pairs = [pair for pair in pairs if bits not in self.table.pairs.get(pair, {})]
+            if not missing and not pairs:
+                continue
+            loss = output_loss(task, part, self._inputs(task, part), self.table.kind == FISHER)
+            for name in track(missing, f'layers at {bits} bits'):
+                self.table.loss.setdefault(name, {})[bits] = loss.of({name})
+            for first, second in track(pairs, f'pairs of layers at {bits} bits'):
+                alone = self.table.loss[first][bits] + self.table.loss[second][bits]
+                self.table.pairs.setdefault((first, second), {})[bits] = loss.of({first, second}) - alone
+
+    def _pairs(self, part: QuantizedModel, layers: set[str]) -> Iterator[tuple[str, str]]:
+        for unit in part.units:
+            yield from combinations([name for name in self.table.searched if name in layers & set(unit.layers)], 2)
+
+    def _inputs(self, task: Task, part: QuantizedModel) -> Tensor:
+        if part is task.model:
+            return task.images[: self.options.images]
+        return task.regions.pairs(part, weights=False, activations=False)[0]
+
+
+class _Keeper:
+    """Keeps the state of every unit that is done, and hands on what it is told.
+
+    Args:
+        listener: Is told everything.
+        model: Whose units they are.
+        path_of: Where the state of a unit goes.
+    """
+
+    def __init__(self, listener: Listener, model: QuantizedModel, path_of: Callable[[str], Path]) -> None:
+        self._listener, self._model, self._path_of = listener, model, path_of
+
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
+        self._listener.before_stage(stage, units)
+
+    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
+        self._listener.before_unit(stage, unit)
+
+    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
+        self._listener.after_step(stage, unit, step, loss)
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
+        save_unit(self._model.model, unit, self._path_of(unit.name))
+        self._listener.after_unit(stage, unit, result)
+
+    def after_stage(self, stage: Stage) -> None:
+        self._listener.after_stage(stage)

@@ -1,0 +1,166 @@
+"""How far quantized layers take the outputs of a network from the float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmbrecq.distributed import gather, mean_over
+from mmbrecq.fake_quants.bias import bias_correction
+from mmbrecq.graph.components import plug
+from mmbrecq.graph.structure import flatten_outputs
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.task import Task
+
+BATCH = 64
+"""Images per pass."""
+FISHER = 'Fisher-weighted error'
+"""The kind of loss that the annotations of the images weigh."""
+
+
+@contextmanager
+def quantizing(model: QuantizedModel, layers: Collection[str]) -> Iterator[None]:
+    """Quantizes the weights of ``layers`` alone; all else is float, and as it was afterwards."""
+    with model.quantization(weights=False, activations=False):
+        for name, module, fake_quant in model.weights():
+            if name in layers:
+                fake_quant.enabled = True
+                correction = bias_correction(module)
+                if correction is not None:
+                    correction.enabled = True
+        yield
+
+
+class OutputLoss:
+    """Distance of the outputs of a graph from its float outputs, over given inputs.
+
+    For scores of classes, one output ``(N, C)``, it is the mean divergence ``KL(float || quantized)`` of their softmax.
+    For maps it is the sum over the outputs of the mean square of their errors, each over the mean square of the float
+    output: scores and box offsets differ in scale. With ``squared_gradients`` it is what the task loss of an image
+    rises by, to second order by the diagonal of the Fisher information: the mean over the images of
+    ``0.5 * sum(gradient^2 * error^2)`` over all elements of all outputs.
+
+    Args:
+        model: The prepared graph.
+        inputs (Tensor): ``(N, ...)`` images, or features of regions; of several processes each has its own.
+        squared_gradients: Of the task loss at each output, of the output's shape, see :func:`squared_gradients`.
+    """
+
+    def __init__(
+        self, model: QuantizedModel, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
+    ) -> None:
+        self._model, self._inputs = model, inputs
+        with model.quantization(weights=False, activations=False):
+            self._targets = list(self._outputs())
+            # of several processes one may have no image
+            outputs = self._targets[0] if self._targets else _flat(model(inputs.new_zeros(1, *inputs.shape[1:])))
+        self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
+        if squared_gradients is not None:
+            self.kind = FISHER
+            # one weight per element, batch by batch
+            self._weights = list(zip(*(weight.split(BATCH) for weight in squared_gradients), strict=True))
+        own = [float(sum(batch[i].square().sum() for batch in self._targets)) for i in range(len(outputs))]
+        self._power = [sum(parts) for parts in zip(*gather(own), strict=True)]
+
+    def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
+        """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
+        total = 0.0
+        with quantizing(self._model, layers):
+            for path in quantizers:
+                self._model.quantizers[path].enabled = True
+            for index, outputs in enumerate(self._outputs()):
+                total += self._batch_loss(outputs, index)
+        return sum(gather(total)) if self.kind == 'distance' else mean_over(total, len(self._inputs))
+
+    def _batch_loss(self, outputs: Sequence[Tensor], index: int) -> float:
+        targets = self._targets[index]
+        if self.kind == FISHER:
+            rows = zip(outputs, targets, self._weights[index], strict=True)
+            return 0.5 * sum(float(((o - t).square() * weight).sum(dtype=torch.float64)) for o, t, weight in rows)
+        if self.kind == 'divergence':
+            wanted, found = F.log_softmax(targets[0].double(), 1), F.log_softmax(outputs[0].double(), 1)
+            return float(F.kl_div(found, wanted, reduction='sum', log_target=True))
+        errors = [float((o - t).square().sum()) for o, t in zip(outputs, targets, strict=True)]
+        return sum(error / max(power, 1e-12) for error, power in zip(errors, self._power, strict=True))
+
+    @torch.no_grad()
+    def _outputs(self) -> Iterator[list[Tensor]]:
+        for start in range(0, len(self._inputs), BATCH):
+            yield _flat(self._model(self._inputs[start : start + BATCH]))
+
+
+def output_loss(task: Task, part: QuantizedModel, inputs: Tensor, fisher: bool) -> OutputLoss:
+    """The loss of one graph of a task.
+
+    Args:
+        task: With a task loss where ``fisher`` is asked for.
+        part: The task's model, or one of its heads of regions.
+        inputs (Tensor): Of the part; the first images of the task's, or features of regions.
+        fisher: Whether the annotations of the images weigh the errors.
+    """
+    if not fisher:
+        return OutputLoss(part, inputs)
+    assert task.task_loss is not None
+    return OutputLoss(part, inputs, squared_gradients(part, task.batches(), inputs, task.task_loss))
+
+
+def squared_gradients(
+    model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss
+) -> list[Tensor]:
+    """Squared gradients of the float network's task loss at each of its outputs, image by image.
+
+    Args:
+        model: The prepared graph of the whole network.
+        batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
+        images (Tensor): ``(N, 3, H, W)``.
+        task_loss: Computes the loss through ``model.model``, as a mean over its batch.
+
+    Returns:
+        ``[(N, ...)]``, of the shapes of the outputs.
+    """
+    recorder = _Outputs(model.compiled)
+    squares: list[list[Tensor]] = []
+    start = 0
+    plug(model.model, recorder)
+    try:
+        with torch.enable_grad(), model.quantization(weights=False, activations=False):
+            for batch in batches:
+                if start == len(images):
+                    break
+                x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
+                # the batch may have more images than are asked for
+                loss = task_loss(_first(batch, len(x)), x) * len(x)
+                gradients = torch.autograd.grad(loss, recorder.last, allow_unused=True, materialize_grads=True)
+                squares.append([gradient.square() for gradient in gradients])
+                start += len(x)
+    finally:
+        plug(model.model, model.compiled)
+    return [torch.cat(parts) for parts in zip(*squares, strict=True)]
+
+
+class _Outputs:
+    """Runs a graph and keeps what it returned last, flat."""
+
+    def __init__(self, graph: Callable[[Tensor], Any]) -> None:
+        self._graph = graph
+        self.last: list[Tensor] = []
+
+    def __call__(self, inputs: Tensor) -> Any:
+        outputs = self._graph(inputs)
+        self.last = _flat(outputs)
+        return outputs
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    return list(flatten_outputs(outputs).values())
+
+
+def _first(batch: Any, count: int) -> dict[str, Any]:
+    """The first images of a batch, with their annotations."""
+    return {key: batch[key][:count] for key in ('inputs', 'data_samples')}

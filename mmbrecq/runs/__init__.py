@@ -1,0 +1,1 @@
+"""What a run keeps: checkpoints, the journal that a resumed run reads, and facts about the run."""

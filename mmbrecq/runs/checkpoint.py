@@ -1,0 +1,195 @@
+"""Weights from a checkpoint file into a model: all of them fit, or one sentence says what does not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+
+from mmbrecq.errors import CheckpointError, NonFiniteError
+from mmbrecq.runs.safe_load import read_checkpoint
+
+__all__ = ['load_float_checkpoint', 'load_quantized_checkpoint', 'read_checkpoint']
+
+_PREPROCESSOR = 'data_preprocessor.'
+_BATCH_COUNT = 'num_batches_tracked'
+
+
+def load_float_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    revise_keys: Sequence[tuple[str, str]] = ((r'^module\.', ''),),
+) -> dict[str, Any]:
+    """Loads trained weights into ``model``, on the model's device and in its dtypes.
+
+    The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's ``EMAHook``
+    ran, these are the averaged weights: before it saves, the hook swaps the average into ``state_dict`` and the raw
+    weights into ``ema_state_dict``, which is therefore left alone. So did mmcv 1's, which kept the raw weights in the
+    same dict under ``ema_backbone_conv1_weight`` and the like; those are left out.
+
+    Every key must be there and fit, but for two kinds that cannot change an output: ``num_batches_tracked`` of a
+    batch norm in evaluation, and all of ``data_preprocessor``, whose mean and std come from the config.
+
+    Args:
+        model: The float model, wrapped for several processes or not.
+        path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
+        revise_keys: Pairs of a regular expression and its replacement, applied to every key of the file in turn. By
+            default the prefix that ``DistributedDataParallel`` adds is taken off.
+
+    Returns:
+        The file's ``meta``, empty where it has none.
+
+    Raises:
+        CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
+        NonFiniteError: A weight in the file is NaN or infinite.
+    """
+    model = _unwrapped(model)
+    checkpoint = read_checkpoint(path)
+    weights = _renamed(_weights_of(checkpoint, path), revise_keys)
+    own = model.state_dict()
+    raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
+    for key in [key for key in weights if key in raw_ema or key.startswith(_PREPROCESSOR)]:
+        del weights[key]
+    _check_finite(weights, path)
+    try:
+        # Through the model's own hooks, by which modules adapt the weights of older versions
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        misfit = _Misfit(_that_matter(missing), _that_matter(unexpected))
+    except RuntimeError as error:
+        misfit = _compare(own, weights)
+        if not misfit:
+            reason = ' '.join(str(error).split())
+            raise CheckpointError(f'{path} does not fit the model: {reason}') from error
+    if misfit:
+        raise CheckpointError(f'{path} does not fit the model: {misfit.describe()}')
+    return _meta_of(checkpoint)
+
+
+def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Loads the ``state_dict`` of a quantized checkpoint: same keys, same shapes, same dtypes, no exception.
+
+    Args:
+        model: The prepared model; it is left as it was where the file does not fit.
+        path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
+
+    Returns:
+        The file's ``meta``, empty where it has none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.
+        NonFiniteError: A weight or a scale in the file is NaN or infinite.
+    """
+    model = _unwrapped(model)
+    checkpoint = read_checkpoint(path)
+    if 'state_dict' not in checkpoint:
+        raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
+    weights = _weights_of(checkpoint, path)
+    misfit = _compare(model.state_dict(), weights, lenient=False)
+    if misfit:
+        raise CheckpointError(f'{path} does not fit the quantized model: {misfit.describe()}')
+    _check_finite(weights, path)
+    model.load_state_dict(weights, strict=True)
+    return _meta_of(checkpoint)
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """What keeps a file from fitting a model; false where nothing does."""
+
+    missing: list[str]
+    unexpected: list[str]
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes or self.dtypes)
+
+    def describe(self) -> str:
+        """Counts each kind that occurs and names the first of it."""
+        parts = []
+        if self.missing:
+            parts.append(f'{_count(self.missing, "missing key")} (first: {_first(self.missing)})')
+        if self.unexpected:
+            parts.append(f'{_count(self.unexpected, "unexpected key")} (first: {_first(self.unexpected)})')
+        if self.shapes:
+            parts.append(f'{_count(self.shapes, "key")} of another shape (first: {self.shapes[0]})')
+        if self.dtypes:
+            parts.append(f'{_count(self.dtypes, "key")} of another dtype (first: {self.dtypes[0]})')
+        return ', '.join(parts)
+
+
+def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, lenient: bool = True) -> _Misfit:
+    """Holds the keys, shapes and, unless ``lenient``, the dtypes of a file against those of a model."""
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    shapes, dtypes = [], []
+    for name, tensor in own.items():
+        given = weights.get(name)
+        if not isinstance(tensor, Tensor) or not isinstance(given, Tensor):
+            continue
+        if given.shape != tensor.shape:
+            shapes.append(f'{name} expected {tuple(tensor.shape)} but got {tuple(given.shape)}')
+        elif given.dtype != tensor.dtype and not lenient:
+            dtypes.append(f'{name} expected {tensor.dtype} but got {given.dtype}')
+    if lenient:
+        missing, unexpected = _that_matter(missing), _that_matter(unexpected)
+    return _Misfit(missing, unexpected, tuple(shapes), tuple(dtypes))
+
+
+def _that_matter(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(_PREPROCESSOR) and key.rpartition('.')[2] != _BATCH_COUNT]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return cast('nn.Module', model.module) if is_model_wrapper(model) else model
+
+
+def _weights_of(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Finds the weights in a checkpoint; a file that holds none is refused."""
+    weights: Any = next((checkpoint[key] for key in ('state_dict', 'model') if key in checkpoint), checkpoint)
+    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
+    return weights
+
+
+def _renamed(weights: dict[str, Any], revise_keys: Sequence[tuple[str, str]]) -> OrderedDict[str, Any]:
+    """Returns a copy with the keys rewritten, and with them the module versions that torch attaches to the dict."""
+
+    def rename(key: str) -> str:
+        for pattern, replacement in revise_keys:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    renamed: Any = OrderedDict((rename(key), value) for key, value in weights.items())
+    versions = getattr(weights, '_metadata', None)
+    if versions is not None:
+        renamed._metadata = OrderedDict((rename(key), value) for key, value in versions.items())
+    return cast('OrderedDict[str, Any]', renamed)
+
+
+def _check_finite(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            count = int((~torch.isfinite(value)).sum())
+            raise NonFiniteError(f'{name} in {path} holds {count} non-finite of {value.numel()} values')
+
+
+def _meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    meta = checkpoint.get('meta')
+    return dict(meta) if isinstance(meta, dict) else {}
+
+
+def _count(items: Sequence[str], noun: str) -> str:
+    return f'{len(items)} {noun}{"" if len(items) == 1 else "s"}'
+
+
+def _first(keys: Iterable[Any], number: int = 2) -> str:
+    return ', '.join(str(key) for key in list(keys)[:number]) or 'none'

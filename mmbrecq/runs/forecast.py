@@ -1,0 +1,55 @@
+"""How long a reconstruction will take, from what its first units have taken."""
+
+from __future__ import annotations
+
+from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.mixed_precision.costs.layers import LayerShape, layer_shapes
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor, stage_units
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+
+OVERHEAD = {'cpu': 1e7, 'cuda': 1e10}
+"""Multiplications that would take as long as the Python and the launches of a step."""
+
+
+class Forecast:
+    """The work of every unit in multiplications; seconds for each are those of the units that are done.
+
+    Args:
+        model: The prepared model.
+        reconstructor: Its passes.
+    """
+
+    def __init__(self, model: QuantizedModel, reconstructor: BaseReconstructor) -> None:
+        macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
+        overhead = OVERHEAD.get(model.arithmetic.example.device.type, OVERHEAD['cuda'])
+        self._left = {
+            (stage.name, unit.name): _work(stage, unit, macs, overhead)
+            for stage in reconstructor.stages
+            if stage.name != 'activations' or any(part.quantizers for part in model.parts)
+            for part in model.parts
+            for unit in stage_units(part, stage)
+            if unit.is_quantized
+        }
+        self._done = self._seconds = 0.0
+
+    def note(self, result: UnitResult) -> None:
+        """Takes in a unit that is done."""
+        self._done += self._left.pop((result.stage, result.name), 0.0)
+        self._seconds += result.seconds
+
+    def left(self) -> float | None:
+        """Seconds that the units not done will take; None while none is done."""
+        return self._seconds / self._done * sum(self._left.values()) if self._done else None
+
+
+def _macs(shape: LayerShape) -> float:
+    """Multiplications for one image of a training step, which looks at a draw of the regions of an image."""
+    return sum(shape.macs * min(call.times, REGIONS_PER_IMAGE) / call.times for call in shape.calls[:1])
+
+
+def _work(stage: Stage, unit: ReconstructionUnit, macs: dict[str, float], overhead: float) -> float:
+    images = stage.options.batch_size * sum(macs.get(name, 0.0) for name in unit.layers)
+    return stage.options.iterations * (images + overhead)

@@ -1,0 +1,106 @@
+"""The file by which an interrupted run goes on: units that are done, what they have learned, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import master_only
+
+from mmbrecq.distributed import on_main
+from mmbrecq.errors import CheckpointError, first_line
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
+from mmbrecq.reconstruction.unit_state import unit_state
+from mmbrecq.runs.identity import first_difference
+from mmbrecq.runs.storage import save_atomic
+
+
+class Journal:
+    """Keeps ``reconstruction.pth``; each version is written beside the last one and renamed.
+
+    Args:
+        path: The file.
+        identity: What the run depends on, each setting in words.
+        config_text: The config, for a person to read.
+
+    Attributes:
+        units: What is done, by stage and name.
+        metrics: What was measured, by name of the evaluation.
+        observed: Images that are observed at once, None before that is planned.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, str], config_text: str) -> None:
+        self.path, self.identity, self.config_text = path, dict(identity), config_text
+        self.units: dict[tuple[str, str], FinishedUnit] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.observed: int | None = None
+
+    def load(self) -> bool:
+        """Takes up what an interrupted run of the same kind has left; False where there is nothing.
+
+        The first process reads, and all get what it has read.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is of another config, seed or float weights; what differs is
+                named.
+        """
+        found = on_main(self._read)
+        if found is None:
+            return False
+        self.units, self.metrics, self.observed = found
+        return True
+
+    def _read(self) -> tuple[dict[tuple[str, str], FinishedUnit], dict[str, dict[str, float]], int | None] | None:
+        for partial in self.path.parent.glob(f'.{self.path.name}.*.partial'):
+            # of a process that was killed while it wrote
+            partial.unlink(missing_ok=True)
+        if not self.path.exists():
+            return None
+        try:
+            saved = torch.load(self.path, map_location='cpu', weights_only=True)
+            meta, units = saved['meta'], saved['units']
+            found = {
+                (unit['result']['stage'], unit['result']['name']): FinishedUnit(
+                    UnitResult(**unit['result']), unit['state']
+                )
+                for unit in units
+            }
+            identity, metrics = dict(meta['identity']), dict(meta['metrics'])
+        except Exception as error:
+            raise CheckpointError(
+                f'{self.path}: expected the state of an interrupted run, but it cannot be read: '
+                f'{type(error).__name__}: {first_line(error)}'
+            ) from error
+        difference = first_difference(identity, self.identity)
+        if difference is not None:
+            raise CheckpointError(
+                f'{self.path} is of another run: {difference}; go on as it was begun, or start again without --resume'
+            )
+        return found, metrics, meta.get('observed')
+
+    def add(self, model: QuantizedModel, unit: ReconstructionUnit, result: UnitResult) -> None:
+        """Takes in a finished unit, and writes the file."""
+        self.units[result.stage, result.name] = FinishedUnit(result, unit_state(model, unit))
+        self.save()
+
+    @master_only
+    def save(self) -> None:
+        """Writes the file, in the first process.
+
+        Raises:
+            StorageError: It cannot be written; the version before stays.
+        """
+        units: list[Any] = [{'result': asdict(unit.result), 'state': unit.state} for unit in self.units.values()]
+        meta = {
+            'identity': self.identity,
+            'metrics': self.metrics,
+            'observed': self.observed,
+            'config': self.config_text,
+            'units_done': list(self.units),
+        }
+        save_atomic({'units': units, 'meta': meta}, self.path)

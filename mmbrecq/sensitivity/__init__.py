@@ -1,7 +1,0 @@
-"""Sensitivities: what every layer loses at every number of bits, measured after its reconstruction."""
-
-from mmbrecq.sensitivity.analyzer import STAGE, Analyzer
-from mmbrecq.sensitivity.options import AnalysisOptions, split_search
-from mmbrecq.sensitivity.table import SensitivityTable
-
-__all__ = ['STAGE', 'AnalysisOptions', 'Analyzer', 'SensitivityTable', 'split_search']

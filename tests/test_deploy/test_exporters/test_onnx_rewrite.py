@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from small_models import classifier, images, packed
+
+from mmbrecq.deploy.exporters.onnx import onnx_model
+from mmbrecq.deploy.exporters.onnx_rewrite import clip_signed_values, rewrite_for
+from mmbrecq.presets import PRESETS
+
+
+def run_as_written(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def model_of(nodes: list[Any], tensors: dict[str, Any], shape: list[Any]) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        'net',
+        [helper.make_tensor_value_info('x', TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, ['N', 'K'])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=9)
+
+
+def ops(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_bias_of_a_linear_layer_is_added_apart_where_the_preset_says_so(preset: str) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {'w': rng.normal(size=(5, 12)).astype(np.float32), 'b': rng.normal(size=5).astype(np.float32)}
+    nodes = [
+        helper.make_node('Flatten', ['x'], ['flat'], name='flatten'),
+        helper.make_node('Gemm', ['flat', 'w', 'b'], ['y'], name='fc', transB=1),
+    ]
+    model = model_of(nodes, tensors, ['N', 3, 2, 2])
+    x = rng.normal(size=(4, 3, 2, 2)).astype(np.float32)
+    rewrite_for(model, PRESETS[preset])
+    onnx.checker.check_model(model)
+    expected = {'linear': ['Reshape', 'Gemm', 'Add'], 'all': ['Flatten', 'Gemm', 'Add'], 'none': ['Flatten', 'Gemm']}
+    assert ops(model) == expected[PRESETS[preset].bias_apart]
+    wanted = x.reshape(4, -1) @ tensors['w'].T + tensors['b']
+    np.testing.assert_allclose(run_as_written(model, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_flatten_along_another_axis_stays() -> None:
+    model = model_of([helper.make_node('Flatten', ['x'], ['y'], name='f', axis=2)], {}, ['N', 3, 2, 2])
+    rewrite_for(model, PRESETS['onnxruntime'])
+    assert ops(model) == ['Flatten']
+
+
+def test_shared_zero_points_become_each_weights_own() -> None:
+    """As the exporter of torch writes equal tensors: once, and an Identity for every other reader."""
+    zero, scale = np.int8(0), np.float32(0.5)
+    tensors = {'w1': np.int8([[100, -100]]), 'w2': np.int8([[90], [-90]]), 'z': zero, 's': scale}
+    nodes = [
+        helper.make_node('Identity', ['z'], ['z2'], name='alias'),
+        helper.make_node('QuantizeLinear', ['x', 's', 'z'], ['q'], name='Q'),
+        helper.make_node('DequantizeLinear', ['q', 's', 'z2'], ['dq'], name='DQ'),
+        helper.make_node('DequantizeLinear', ['w1', 's', 'z2'], ['w1_dq'], name='DQ1'),
+        helper.make_node('DequantizeLinear', ['w2', 's', 'z'], ['w2_dq'], name='DQ2'),
+        helper.make_node('MatMul', ['dq', 'w2_dq'], ['h'], name='first'),
+        helper.make_node('MatMul', ['h', 'w1_dq'], ['y'], name='second'),
+    ]
+    model = model_of(nodes, tensors, ['N', 2])
+    x = np.float32([[1, 2], [-3, 0.4]])
+    wanted = run_as_written(model, x)
+    rewrite_for(model, PRESETS['tensorrt'])
+    onnx.checker.check_model(model)
+    assert 'Identity' not in ops(model)
+    weights = [node for node in model.graph.node if node.name in ('DQ1', 'DQ2')]
+    others = {name for node in model.graph.node if node not in weights for name in node.input}
+    found = [node.input[2] for node in weights]
+    assert len(set(found)) == 2 and not others & set(found)
+    np.testing.assert_array_equal(run_as_written(model, x), wanted)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_exported_weights_share_no_zero_point(preset: str) -> None:
+    model = onnx_model(packed(classifier('resnet'), preset), images(2), 17)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    weights = [n for n in model.graph.node if n.op_type == 'DequantizeLinear' and n.input[0] in stored]
+    assert len(weights) == 21
+    assert set(Counter(node.input[2] for node in weights).values()) == {1}
+    read = {name for node in model.graph.node for name in node.input}
+    assert stored <= read, 'an initializer that nobody reads'
+
+
+def quantized(dtype: Any, zero: int, low: int, high: int, scale: Any = 0.3) -> onnx.ModelProto:
+    """Q - Clip of integers - DQ."""
+    scale = np.float32(scale)
+    axis = {'axis': 1} if scale.ndim else {}
+    tensors = {'s': scale, 'z': np.full(scale.shape, zero, dtype), 'l': dtype(low)}
+    nodes = [
+        helper.make_node('Constant', [], ['h'], name='bound', value=numpy_helper.from_array(np.asarray(dtype(high)))),
+        helper.make_node('QuantizeLinear', ['x', 's', 'z'], ['q'], name='Q', **axis),
+        helper.make_node('Clip', ['q', 'l', 'h'], ['c'], name='C'),
+        helper.make_node('DequantizeLinear', ['c', 's', 'z'], ['y'], name='DQ', **axis),
+    ]
+    return model_of(nodes, tensors, ['N', 2])
+
+
+@pytest.mark.parametrize(('zero', 'low', 'high'), [(0, -8, 7), (0, 0, 15), (3, -4, 3)])
+def test_clip_of_int8_moves_before_the_quantizer(zero: int, low: int, high: int) -> None:
+    model = quantized(np.int8, zero, low, high)
+    x = np.linspace(-9, 9, 400, dtype=np.float32).reshape(-1, 2)
+    wanted = run_as_written(model, x)
+    by_hand = (np.clip(np.round(x / np.float32(0.3)) + zero, low, high) - zero) * np.float32(0.3)
+    np.testing.assert_allclose(wanted, by_hand, rtol=1e-6, atol=1e-6)
+    clip_signed_values(model)
+    onnx.checker.check_model(model)
+    assert ops(model) == ['Clip', 'QuantizeLinear', 'DequantizeLinear']
+    np.testing.assert_array_equal(run_as_written(model, x), wanted)
+    clip_signed_values(model)
+    assert ops(model) == ['Clip', 'QuantizeLinear', 'DequantizeLinear']
+
+
+@pytest.mark.parametrize(
+    'model', [quantized(np.uint8, 0, 0, 15), quantized(np.int8, 0, -8, 7, [0.3, 0.4])], ids=['uint8', 'per channel']
+)
+def test_other_clips_of_integers_stay(model: onnx.ModelProto) -> None:
+    before = model.SerializeToString()
+    clip_signed_values(model)
+    assert model.SerializeToString() == before
+
+
+def test_rewrites_keep_what_the_exported_graph_computes() -> None:
+    """Against the file that torch writes, before any rewrite."""
+    model = packed(classifier('resnet'), 'onnxruntime', 4, 4)
+    buffer = io.BytesIO()
+    options = {'dynamo': False} if torch.__version__ >= '2.5' else {}
+    with torch.no_grad():
+        torch.onnx.export(model.compiled, (images(2),), buffer, opset_version=17, do_constant_folding=False, **options)
+    plain = onnx.load_from_string(buffer.getvalue())
+    x = images(2, seed=1).numpy()
+    np.testing.assert_allclose(
+        run_as_written(onnx_model(model, images(2), 17), x), run_as_written(plain, x), rtol=1e-6, atol=1e-6
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Compiled kernels against the same arithmetic in torch's operations, in float64 or one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmbrecq.fake_quants.masks import Mask, mix_
+from mmbrecq.fake_quants.ops import (
+    FakeQuantizeFunction,
+    Sigmoid,
+    add_regulariser_gradient_,
+    regulariser_factor,
+    soft_weight_,
+    through_sigmoid_,
+)
+from mmbrecq.kernels import native
+from mmbrecq.kernels.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernels, takes
+from mmbrecq.kernels.native_ops import native_fake_quantize
+from mmbrecq.qtype import QType
+
+CURVE = Sigmoid(1.1, -0.1)
+BOUNDS = (CURVE.at(0), CURVE.at(1))
+TABLE_CURVE = Curve(CURVE.gamma, CURVE.stretch, BOUNDS[0], CURVE.at(0.5), BOUNDS[1])
+# the second is larger than what one thread takes, a row of the third than a block
+SHAPES = [(5, 7, 3, 3), (40, 900), (2, 9000)]
+
+needs_compiler = pytest.mark.skipif(kernels() is None, reason='there is no C compiler')
+
+
+@pytest.fixture
+def compiled() -> Kernels:
+    found = kernels()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    kernels.cache_clear()
+    yield
+    kernels.cache_clear()
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Layer:
+    """A layer whose rounding is learned, in tensors, and the table that the kernels read.
+
+    Args:
+        shape: Of its weight.
+        per_channel: Whether it has a scale and a gain for each channel.
+    """
+
+    def __init__(self, shape: tuple[int, ...], per_channel: bool = True) -> None:
+        self.alpha, self.grad = 4 * normal(shape, 0), normal(shape, 1)
+        # integers from -3 to 4, some of them with one way to go only
+        self.grid = (3 * normal(shape, 2)).round().clamp(-6, 8).to(torch.int16)
+        rows = (shape[0], *[1] * (len(shape) - 1)) if per_channel else (1,)
+        self.scale, self.gain = 0.1 + normal(rows, 3).abs(), 1 + 0.1 * normal(rows, 4)
+        self.weight, self.out = torch.empty(shape), torch.full(shape, 7.0)
+        self.gain_grad = torch.empty(shape[0])
+        self.table = (RoundingLayer * 1)()
+        layer = self.table[0]
+        layer.rows, layer.columns = shape[0], self.alpha.numel() // shape[0]
+        layer.scale_step = layer.gain_step = int(per_channel)
+        for name in ('alpha', 'grid', 'scale', 'gain', 'weight', 'grad', 'out', 'gain_grad'):
+            setattr(layer, name, getattr(self, name).data_ptr())
+
+    @property
+    def line(self) -> tuple[Tensor, Tensor]:
+        """What the weight is at ``sigma`` 0, and how it rises with it, without the gain; float64."""
+        step = self.scale.double() * (self.grid & 1)
+        return self.scale.double() * (self.grid >> 1) + step * CURVE.gamma, step * CURVE.stretch
+
+
+@needs_compiler
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_soft_weights(compiled: Kernels, shape: tuple[int, ...], per_channel: bool) -> None:
+    layer = Layer(shape, per_channel)
+    compiled.soft_weights(layer.table, TABLE_CURVE)
+    sigma, expected = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    soft_weight_(sigma, expected, layer.alpha.double(), *layer.line, CURVE)
+    torch.testing.assert_close(layer.weight.double(), expected * layer.gain.double(), rtol=1e-6, atol=4e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize('beta', [None, 2.0, 4.3, 20.0])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_rounding_gradients(compiled: Kernels, shape: tuple[int, ...], beta: float | None) -> None:
+    layer = Layer(shape)
+    factor = 0.0 if beta is None else regulariser_factor(CURVE, beta, 0.3)
+    power = 0.0 if beta is None else (beta - 2) / 2
+    compiled.rounding_gradients(layer.table, TABLE_CURVE, power, factor)
+
+    sigma, weight = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+    soft_weight_(sigma, weight, layer.alpha.double(), *layer.line, CURVE)
+    expected = layer.grad.double() * layer.line[1] * layer.gain.double()
+    if beta is not None:
+        scratch = (torch.empty_like(expected), torch.empty_like(expected))
+        add_regulariser_gradient_(expected, sigma, CURVE, beta, 0.3, scratch)
+    inside = (sigma > BOUNDS[0]) & (sigma < BOUNDS[1])
+    through_sigmoid_(expected, sigma, CURVE)
+    # the power is rough, and what the regulariser and the loss make may nearly cancel
+    torch.testing.assert_close(layer.out.double(), expected * inside, rtol=2e-4, atol=5e-5)
+    # variables that have settled have none at all
+    assert not inside.all()
+    assert bool((layer.out[~inside] == 0).all())
+    product = (layer.grad.double() * weight).flatten(1).sum(1)
+    torch.testing.assert_close(layer.gain_grad.double(), product, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_step_where_the_gradient_is_found(compiled: Kernels, shape: tuple[int, ...]) -> None:
+    """The variables end where a gradient, and then torch's Adam, takes them."""
+    layer, apart = Layer(shape), Layer(shape)
+    # more than a block of columns, and not whole blocks
+    moments = [torch.zeros(shape), torch.zeros(shape)]
+    layer.table[0].mean, layer.table[0].square = (moment.data_ptr() for moment in moments)
+    reference = torch.nn.Parameter(apart.alpha)
+    adam = torch.optim.Adam([reference], lr=0.01)
+    for count in range(1, 4):
+        step = AdamStep.at(count, 0.01, (0.9, 0.999), 1e-8)
+        compiled.rounding_gradients(layer.table, TABLE_CURVE, 1.0, -0.3, step)
+        compiled.rounding_gradients(apart.table, TABLE_CURVE, 1.0, -0.3)
+        reference.grad = apart.out
+        adam.step()
+    torch.testing.assert_close(layer.alpha, reference.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.gain_grad, apart.gain_grad, rtol=1e-4, atol=1e-4)
+    assert bool((layer.out == 7).all())
+    state = adam.state[reference]
+    torch.testing.assert_close(moments[0], state['exp_avg'], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments[1], state['exp_avg_sq'], rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize('rectifier', [None, (0.0, math.inf), (0.0, 0.9)])
+@pytest.mark.parametrize('dropping', [True, False])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [5, 40])
+def test_fake_quantize(
+    size: int, layout: torch.memory_format, dropping: bool, rectifier: tuple[float, float] | None
+) -> None:
+    """The same bits as torch's operations give, and sums that are more exact."""
+    qtype, zero_point = QType(3, symmetric=False, signed=False), torch.tensor(2)
+    shape = (4, 6, size, size)
+    x, upstream = (normal(shape, seed) for seed in (0, 1))
+    # halves are rounded to even
+    x.view(-1)[:8] = 0.25 * (torch.arange(8) - 3.5)
+    x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
+    keep = (normal(shape, 2) > 0).byte().contiguous(memory_format=layout) if dropping else None
+    results = []
+    for enabled in (True, False):
+        a, scale = x.clone().requires_grad_(True), torch.tensor(0.25, requires_grad=True)
+        if enabled:
+            mask = None if keep is None else Mask(keep)
+            out = native_fake_quantize(a, scale, zero_point, qtype, mask, rectifier)
+        else:
+            out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep, rectifier)
+        assert out is not None
+        out.backward(upstream)
+        results.append((out.detach(), a.grad, scale.grad))
+    (ours, grad, total), (expected, expected_grad, expected_total) = results
+    assert torch.equal(ours, expected)
+    assert torch.equal(grad, expected_grad)  # type: ignore[arg-type]
+    assert ours.stride() == x.stride()
+    assert float(total) == pytest.approx(float(expected_total), rel=1e-3, abs=1e-3)  # type: ignore[arg-type]
+
+
+def test_what_the_kernels_do_not_compute() -> None:
+    qtype, x = QType(4), torch.zeros(3, 4)
+    assert native_fake_quantize(x, torch.ones(3), torch.zeros(3), qtype) is None
+    assert native_fake_quantize(x.double(), torch.tensor(1.0), torch.tensor(0), qtype) is None
+    assert native_fake_quantize(x[:, ::2], torch.tensor(1.0), torch.tensor(0), qtype) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize('size', [5, 40])
+def test_mix(size: int) -> None:
+    x, other = (normal((4, 6, size, size), seed) for seed in range(2))
+    keep = (normal(x.shape, 2) > 0).byte()
+    expected = torch.where(keep.bool(), x, other)
+    by_torch = x.double()
+    mix_(by_torch, other.double(), Mask(keep.view(-1)))
+    assert torch.equal(by_torch, expected.double())
+    mix_(x, other, Mask(keep.view(-1)))
+    assert torch.equal(x, expected)
+
+
+@needs_compiler
+def test_sums_do_not_depend_on_the_number_of_threads(compiled: Kernels) -> None:
+    grad, x, out = (normal((300_001,), seed) for seed in range(3))
+    threads = torch.get_num_threads()
+    totals = set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            totals |= {compiled.fake_quantize_gradient(grad, x, out, None, -1.0, 1.0)[1] for _ in range(5)}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(totals) == 1
+    inside = ((x > -1) & (x < 1)).double()
+    expected = (grad.double() * (out.double() - inside * x.double())).sum()
+    assert totals.pop() == pytest.approx(float(expected), rel=1e-5)
+
+
+@needs_compiler
+def test_what_is_not_finite_stays_so(compiled: Kernels) -> None:
+    out = compiled.fake_quantize(torch.tensor([float('nan'), float('inf'), 0.3]), None, 0.1, -8, 7)
+    assert torch.isnan(out[0])
+    assert out[1:].tolist() == pytest.approx([0.7, 0.3])
+
+
+@pytest.mark.usefixtures('fresh')
+@pytest.mark.parametrize(('name', 'value'), [(SWITCH, '0'), ('CC', 'no-such-compiler'), ('CC', 'false')])
+def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    assert kernels() is None
+
+
+def test_they_are_compiled_once() -> None:
+    assert kernels() is kernels()
+
+
+def test_the_source_is_beside_the_module() -> None:
+    assert f'#define BLOCK {native.BLOCK}\n' in native.SOURCE.read_text()
+
+
+def test_what_kernels_take() -> None:
+    x = torch.zeros(2, 3, 4, 5)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert takes(x)
+    assert takes(x, x.clone())
+    assert takes(last, last.clone())
+    assert not takes(x, last)
+    assert not takes(x.double())
+    assert not takes(x[:, :, ::2])
+    assert not takes(x, torch.zeros(1).expand(2, 3, 4, 5))
