@@ -137,7 +137,7 @@ def main() -> None:
                 drawn.append(next(iter(metric().values())))
         noise.append((power, statistics.mean(drawn), statistics.stdev(drawn) if len(drawn) > 1 else 0.0))
     for path in files:
-        DeployedModel(model, path).plug()
+        DeployedModel(model, path).attach()
         rows.append((path.name, metric(), outputs()))
     print('| computed by | metric | from the simulation | from float activations |\n| --- | --- | --- | --- |')
     for name, values, found in rows:

@@ -112,7 +112,7 @@ def remarks(prepared: QuantizedModel) -> list[str]:
         if layer.float_reason:
             floats[layer.float_reason] = floats.get(layer.float_reason, 0) + 1
     found = [f'{count} in float: {reason}' for reason, count in floats.items()]
-    return found + [f'{path} is one call' for part in prepared.parts for path in part.arithmetic.opaque]
+    return found + [f'{path} is one call' for part in prepared.parts for path in part.traced.opaque]
 
 
 def main() -> None:

@@ -237,7 +237,7 @@ def main() -> None:
     model, device = subject.model, subject.images.device
     names = [stage.name for stage in subject.stages]
     for head in model.heads:
-        print(f'{head.arithmetic.path} reads regions and is left out')
+        print(f'{head.traced.path} reads regions and is left out')
     cells = [f'{name} {what}' for name in names for what in ('it/s', 'ratio', 'set-up ms', 'caching')]
     print(f'on {device}, {args.steps} steps, {args.repeats} times')
     print('| unit | plain it/s | ' + ' | '.join(cells) + ' | peak MB |')

@@ -137,7 +137,7 @@ def test_mobilenetv3_example(tmp_path: Path) -> None:
         'backbone.layer0.conv', 'head.layers.0.fc', 'head.layers.1.fc', *(name for name in bits if '.se.' in name)
     }  # fmt: skip
     assert {layer_bits for name, layer_bits in bits.items() if name not in eight} == {(4, 8)}
-    assert len(bits) == 54 and not prepared.arithmetic.opaque
+    assert len(bits) == 54 and not prepared.traced.opaque
     blocks = [unit.name for unit in prepared.units if len(unit.layers) > 1]
     assert blocks == [f'backbone.layer{i}' for i in range(1, 12)]
     assert prepared.preset is PRESETS['openvino']

@@ -65,7 +65,7 @@ def equalize(model: QuantizedModel, run: Callable[[], None], first: int = 0) -> 
     """
     if not model.equalization or not model.quantizers:
         return 0
-    groups = find_channel_groups(Roles(model.model, model.arithmetic.graph))
+    groups = find_channel_groups(Roles(model.model, model.traced.graph))
     with torch.no_grad(), _channel_ranges(model) as ranges:
         run()
     ranges = _of_all_processes(ranges, first)

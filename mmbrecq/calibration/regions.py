@@ -60,7 +60,7 @@ class RegionCapture:
             DataError: No region is proposed on any image.
             GraphError: The head reads something else than the features that were cut out.
         """
-        path = head.arithmetic.path
+        path = head.traced.path
         done = self.first
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
@@ -128,7 +128,7 @@ class RegionCapture:
 
 def no_regions(head: QuantizedModel) -> DataError:
     """What to raise where the input of a head is not to be had."""
-    path = head.arithmetic.path
+    path = head.traced.path
     return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
 
 

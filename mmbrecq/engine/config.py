@@ -143,7 +143,7 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
         raise
     except Exception as error:
         raise _explain(error, cfg, path) from error
-    runner.speak()
+    runner.log_environment()
     return runner
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmbrecq.data.data_errors import explain_data_error
 from mmbrecq.errors import ConfigError, StorageError
-from mmbrecq.graph.arithmetic import evaluation_mode
+from mmbrecq.graph.traced_graph import evaluation_mode
 
 SHOWN, REPORTED = 10, 4
 """Images that are drawn, and those that a report shows, evenly spread over the dataset: many are sorted by class."""

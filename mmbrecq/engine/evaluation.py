@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from mmbrecq.data.data_errors import explain_data_error
 from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
-from mmbrecq.graph.arithmetic import evaluation_mode
-from mmbrecq.graph.components import ImageArithmetic
+from mmbrecq.graph.components import ImageForward
+from mmbrecq.graph.traced_graph import evaluation_mode
 from mmbrecq.progress import track, without_chatter
 
 _OTHER_IMAGES = 'Results do not correspond to current coco set'
@@ -31,7 +31,7 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
     """
     with evaluation_mode(model):
         try:
-            ImageArithmetic(model)(images)
+            ImageForward(model)(images)
         except Exception as error:
             where = f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}'
             raise GraphError(f'{where}: {first_line(error)}') from error

@@ -286,7 +286,7 @@ class PTQLoop(BaseLoop):
             self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.all_layers if la.float_reason]
             self.summary.model_size_bytes = model_size(model)
             opaque = [
-                f'{path} stays one call: {why}' for part in model.parts for path, why in part.arithmetic.opaque.items()
+                f'{path} stays one call: {why}' for part in model.parts for path, why in part.traced.opaque.items()
             ]
             self.summary.warnings += opaque
         for line in self.summary.float_layers + opaque:
@@ -355,11 +355,11 @@ class PTQLoop(BaseLoop):
             count = deployed.integer_kernels()
             self.summary.integer_kernels[deployed.name] = KernelCount(count.quantized, count.integer)
             if 'deployed' in self.evaluations:
-                deployed.plug()
+                deployed.attach()
                 metrics = self._measure(f'deployed in {deployed.name}')
                 self.summary.metrics.deployed[deployed.name] = metrics
                 for part in model.parts:
-                    part.arithmetic.plug(part.compiled)
+                    part.traced.attach(part.compiled)
 
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:

@@ -17,7 +17,7 @@ class ToolRunner(Runner):
     """A runner whose long account of environment, config and hooks goes to the log file alone."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
-        """Builds mmengine's logger; it prints warnings alone until :meth:`speak`."""
+        """Builds mmengine's logger; it prints warnings alone until :meth:`log_environment`."""
         logger = super().build_logger(*args, **kwargs)
         self._consoles = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
         self._console_levels = [handler.level for handler in self._consoles]
@@ -25,7 +25,7 @@ class ToolRunner(Runner):
             handler.setLevel(max(handler.level, logging.WARNING))
         return logger
 
-    def speak(self) -> None:
+    def log_environment(self) -> None:
         """Lets the logger print what the config's ``log_level`` asks for."""
         for handler, level in zip(self._consoles, self._console_levels, strict=True):
             handler.setLevel(level)

@@ -74,7 +74,7 @@ class QuantizedTestLoop(BaseLoop):
             load_float_checkpoint(model, self.float_checkpoint)
             float_predictions = self.drawing.predict(model)
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
-            DeployedModel(model, Path(self.checkpoint)).plug()
+            DeployedModel(model, Path(self.checkpoint)).attach()
         else:
             load_quantized(model, self.quantizer, self.checkpoint, self.own_bits)
         metrics = evaluate(model, self.dataloader, self.evaluator, 'evaluation')

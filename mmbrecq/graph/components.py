@@ -50,7 +50,7 @@ class Features(tuple[Tensor, ...]):
         return made
 
 
-class ImageArithmetic(nn.Module):
+class ImageForward(nn.Module):
     """All that follows from the image alone, as a module of one argument.
 
     Of a two-stage detector these are the feature maps that its heads read, and the outputs of the RPN head.
@@ -73,7 +73,7 @@ class ImageArithmetic(nn.Module):
         return tuple(features)[:read], model.rpn_head(features)
 
 
-class RegionArithmetic(nn.Module):
+class RegionForward(nn.Module):
     """One head of a two-stage detector as a module of one argument.
 
     Args:
@@ -136,7 +136,7 @@ def components_of(model: nn.Module) -> list[nn.Module]:
     return [component for component in found if isinstance(component, nn.Module)]
 
 
-def plug(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
+def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
     """Makes ``model`` compute ``arithmetic`` wherever it would have run the components of :func:`components_of`."""
     first, *others = components_of(model)
     if is_two_stage(model):

@@ -15,7 +15,7 @@ from mmbrecq.presets import Preset
 
 
 @dataclass(frozen=True)
-class Place:
+class QuantizerPosition:
     """Values that share one activation quantizer.
 
     Args:
@@ -37,18 +37,19 @@ class Place:
     full_scale: bool = False
 
 
-def find_places(roles: Roles, preset: Preset) -> list[Place]:
-    """Returns the places of a graph in the order of its nodes."""
+def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
+    """Returns the positions of a graph in the order of its nodes."""
     quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
-    places = []
+    positions = []
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
         readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
-        places.append(Place(group[0].name, tuple(group), tuple(layers), non_negative, readers, full_scale))
-    return places
+        name = group[0].name
+        positions.append(QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale))
+    return positions
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:

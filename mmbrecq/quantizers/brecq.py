@@ -13,10 +13,10 @@ from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
-from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic, trace_region_head
 from mmbrecq.graph.components import region_heads
-from mmbrecq.graph.placement import Place, find_places
+from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_region_head
 from mmbrecq.graph.tracer import WEIGHTED
 from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, find_blocks, is_below
 from mmbrecq.presets import get_preset
@@ -90,16 +90,16 @@ class BRECQQuantizer:
             model: A float OpenMMLab model; changed in place.
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``, N >= 2.
         """
-        arithmetic = trace_arithmetic(model, example)
+        traced = trace_image_graph(model, example)
         heads = [trace_region_head(model, head) for head in region_heads(model)]
-        bits = self._assign_bits([arithmetic, *heads])
+        bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
-        parts = [self._quantize(part, bits) for part in (arithmetic, *heads)]
+        parts = [self._quantize(part, bits) for part in (traced, *heads)]
         model.requires_grad_(False)
         parts[0].heads = parts[1:]
         return parts[0]
 
-    def _assign_bits(self, parts: Sequence[Arithmetic]) -> Bits:
+    def _assign_bits(self, parts: Sequence[TracedGraph]) -> Bits:
         """Bits of every layer of every graph; overrides are patterns over all of them."""
         model = parts[0].model
         called = {layer: None for part in parts for layer in _called_layers(part)}
@@ -112,51 +112,51 @@ class BRECQQuantizer:
             first_last |= last if part.path else first | last
         return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
 
-    def _quantize(self, arithmetic: Arithmetic, all_bits: Bits) -> QuantizedModel:
+    def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedModel:
         """One graph with its quantizers; ``all_bits`` names the layers of the others too."""
-        bits = {layer: all_bits[layer] for layer in _called_layers(arithmetic)}
+        bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
         names = []
-        for place in find_places(Roles(arithmetic.model, arithmetic.graph), self.preset):
-            names += self._insert(arithmetic, place, bits)
-        opaque_inputs = self._quantize_opaque(arithmetic, bits)
+        for position in find_positions(Roles(traced.model, traced.graph), self.preset):
+            names += self._insert(traced, position, bits)
+        opaque_inputs = self._quantize_opaque(traced, bits)
         for layer, (weight_bits, _) in bits.items():
             if weight_bits is not None:
-                self._quantize_weight(arithmetic.model, layer, weight_bits)
-        return self._assemble(arithmetic, bits, [*names, *opaque_inputs.values()], opaque_inputs)
+                self._quantize_weight(traced.model, layer, weight_bits)
+        return self._assemble(traced, bits, [*names, *opaque_inputs.values()], opaque_inputs)
 
     def _assemble(
-        self, arithmetic: Arithmetic, bits: Bits, names: Sequence[str], opaque_inputs: dict[str, str]
+        self, traced: TracedGraph, bits: Bits, names: Sequence[str], opaque_inputs: dict[str, str]
     ) -> QuantizedModel:
-        model = arithmetic.model
+        model = traced.model
         found = {name: model.get_submodule(name) for name in names}
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
         blocks = find_blocks(model, self.blocks)
-        cut = partial(cut_units, model, arithmetic.graph, quantized, set(quantizers), blocks, arithmetic.path)
+        cut = partial(cut_units, model, traced.graph, quantized, set(quantizers), blocks, traced.path)
         units = cut(self.granularity)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(
-            model, arithmetic, self.preset, _list_layers(arithmetic, bits, units), units, cut, quantizers,
+            model, traced, self.preset, _list_layers(traced, bits, units), units, cut, quantizers,
             opaque_inputs, observers, self.equalization,
         )  # fmt: skip
 
-    def _insert(self, arithmetic: Arithmetic, place: Place, bits: Bits) -> list[str]:
-        """Puts the quantizer of a place into the graph; returns its path, nothing where the values stay in float."""
-        place_bits = self._place_bits(place.layers, bits)
-        if place_bits is None:
+    def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
+        """Puts the quantizer of a position into the graph; returns its path, nothing where the values stay in float."""
+        position_bits = self._position_bits(position.layers, bits)
+        if position_bits is None:
             return []
-        name = f'{arithmetic.path.replace(".", "_")}_{place.name}' if arithmetic.path else place.name
+        name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
         path = self._add_quantizer(
-            arithmetic.model, name, place_bits, place.non_negative, place.nodes[0], place.full_scale
+            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale
         )
-        for node in place.nodes:
-            with arithmetic.graph.inserting_after(node):
-                new = arithmetic.graph.call_module(path, (node,))
+        for node in position.nodes:
+            with traced.graph.inserting_after(node):
+                new = traced.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            node.replace_all_uses_with(new, delete_user_cb=partial(_moves, place.float_readers | {new}))
+            node.replace_all_uses_with(new, delete_user_cb=partial(_moves, position.float_readers | {new}))
         return [path]
 
-    def _place_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
+    def _position_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
         """Bits of a value: the most that a reader asks for, the default where no layer reads it."""
         if not layers:
             return self.activation_bits
@@ -183,16 +183,16 @@ class BRECQQuantizer:
         model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
 
-    def _quantize_opaque(self, arithmetic: Arithmetic, bits: Bits) -> dict[str, str]:
+    def _quantize_opaque(self, traced: TracedGraph, bits: Bits) -> dict[str, str]:
         """Quantizes the input of every layer that only an opaque module calls, by a hook on the layer."""
         paths = {}
         for layer, (_, activation_bits) in bits.items():
-            if activation_bits is None or not any(is_below(layer, path) for path in arithmetic.opaque):
+            if activation_bits is None or not any(is_below(layer, path) for path in traced.opaque):
                 continue
             name = layer.replace('.', '_') + '_input'
-            paths[layer] = self._add_quantizer(arithmetic.model, name, activation_bits, non_negative=False)
-            quantizer = arithmetic.model.get_submodule(paths[layer])
-            module = arithmetic.model.get_submodule(layer)
+            paths[layer] = self._add_quantizer(traced.model, name, activation_bits, non_negative=False)
+            quantizer = traced.model.get_submodule(paths[layer])
+            module = traced.model.get_submodule(layer)
             module.register_forward_pre_hook(partial(_quantize_first, quantizer))
         return paths
 
@@ -215,9 +215,9 @@ def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ..
     return (quantizer(args[0]), *args[1:])
 
 
-def _called_layers(arithmetic: Arithmetic) -> list[str]:
+def _called_layers(traced: TracedGraph) -> list[str]:
     """Paths of the layers that the graph runs, within opaque modules too, in the order of their first call."""
-    return list(dict.fromkeys(layer for node in arithmetic.graph.nodes for layer in node.meta.get('layers', ())))
+    return list(dict.fromkeys(layer for node in traced.graph.nodes for layer in node.meta.get('layers', ())))
 
 
 def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:
@@ -235,12 +235,12 @@ def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:
     return first, {str(n.target) for n in weighted if n not in follows}
 
 
-def _list_layers(arithmetic: Arithmetic, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
+def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
     unit_of = {layer: unit.name for unit in units for layer in unit.layers}
     layers = []
-    elsewhere = [] if arithmetic.path else [head.path for head in region_heads(arithmetic.model)]
-    for name, module in arithmetic.model.named_modules():
-        if not isinstance(module, WEIGHTED) or not is_below(name, arithmetic.path):
+    elsewhere = [] if traced.path else [head.path for head in region_heads(traced.model)]
+    for name, module in traced.model.named_modules():
+        if not isinstance(module, WEIGHTED) or not is_below(name, traced.path):
             continue
         if any(is_below(name, path) for path in elsewhere):
             continue

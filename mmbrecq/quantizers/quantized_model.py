@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction, round_bias
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
-from mmbrecq.graph.arithmetic import Arithmetic
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.traced_graph import TracedGraph
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
 
@@ -47,7 +47,7 @@ class QuantizedModel:
 
     Args:
         model: The OpenMMLab model, its components replaced by the graph.
-        arithmetic: The graph with its activation quantizers.
+        traced: The graph with its activation quantizers.
         preset: The rules it was prepared for.
         layers: Every convolution and linear layer that the graph stands for.
         units: In the order of execution.
@@ -60,7 +60,7 @@ class QuantizedModel:
     """
 
     model: nn.Module
-    arithmetic: Arithmetic
+    traced: TracedGraph
     preset: Preset
     layers: list[LayerInfo]
     units: list[ReconstructionUnit]
@@ -72,8 +72,8 @@ class QuantizedModel:
     heads: list[QuantizedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.compiled = self.arithmetic.compile()
-        self.arithmetic.plug(self.compiled)
+        self.compiled = self.traced.compile()
+        self.traced.attach(self.compiled)
 
     @property
     def parts(self) -> list[QuantizedModel]:
@@ -152,9 +152,9 @@ class QuantizedModel:
 
     def _sources(self) -> dict[str, set[str]]:
         """What every layer reads, by name."""
-        roles = Roles(self.arithmetic.model, self.arithmetic.graph)
+        roles = Roles(self.traced.model, self.traced.graph)
         read: dict[str, set[str]] = {}
-        for node in self.arithmetic.graph.nodes:
+        for node in self.traced.graph.nodes:
             if roles.is_weighted(node):
                 read.setdefault(str(node.target), set()).update(str(n.target) for n in roles.sources(node))
         return read

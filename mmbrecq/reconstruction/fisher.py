@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
-from mmbrecq.graph.components import plug
+from mmbrecq.graph.components import attach
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.values import CachedValues, Values
@@ -87,7 +87,7 @@ def task_fisher(
     """
     squares = _Squares(model, len(images), cache)
     start = 0
-    plug(model.model, squares.run)
+    attach(model.model, squares.run)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -97,7 +97,7 @@ def task_fisher(
                 squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
                 start = stop
     finally:
-        plug(model.model, model.compiled)
+        attach(model.model, model.compiled)
     return squares.normalised(FISHER_BATCH)
 
 

@@ -90,7 +90,7 @@ class BaseReconstructor:
             stages = self.stages if part is task.model else [_for_regions(stage) for stage in self.stages]
             count = len(task.images) * (1 if part is task.model else REGIONS_PER_IMAGE)
             sizes = self._sizes(part, count, part is not task.model)
-            inputs = next(n.name for n in part.arithmetic.graph.nodes if n.op == 'placeholder')
+            inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
             for stage in stages:
                 units = stage_units(part, stage)
@@ -127,7 +127,7 @@ class BaseReconstructor:
 
     def _sizes(self, part: QuantizedModel, count: int, is_head: bool) -> dict[str, int]:
         """Bytes of every value of a graph over ``count`` images or regions."""
-        nodes = [n for n in part.arithmetic.graph.nodes if _is_batched(n.meta.get('example'))]
+        nodes = [n for n in part.traced.graph.nodes if _is_batched(n.meta.get('example'))]
         mirrored = 1 if is_head else 1 + self.mirror
         sizes = {n.name: self.cache_dtype.itemsize * mirrored * count * n.meta['example'][0].numel() for n in nodes}
         inputs = next(n for n in nodes if n.op == 'placeholder')
@@ -142,7 +142,7 @@ class BaseReconstructor:
             return name
         if task.task_loss is None:
             return f'{name}, by the distance of quantized from float outputs, for there are no annotations'
-        heads = ', '.join(head.arithmetic.path for head in task.model.heads)
+        heads = ', '.join(head.traced.path for head in task.model.heads)
         of_heads = f'; {heads}: by the distance of quantized from float outputs' if heads else ''
         return f'{name}, by the task loss on annotated images{of_heads}'
 

@@ -45,7 +45,7 @@ class Streams:
         self.first = first
         self._batches = aligned_batches(len(inputs), batch_size, first or 0)
         self.model, self.units, self.cache = model, units, cache
-        name = next(n.name for n in model.arithmetic.graph.nodes if n.op == 'placeholder')
+        name = next(n.name for n in model.traced.graph.nodes if n.op == 'placeholder')
         self.count = len(inputs)
         self.float_values: dict[str, CachedValues] = {name: inputs}
         self.quantized_values: dict[str, CachedValues] = {

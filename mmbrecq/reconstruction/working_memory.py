@@ -115,7 +115,7 @@ def working_memory(
         images: Images of a step.
         fisher: Whether the loss has Fisher weights.
     """
-    examples = {node.name: node.meta.get('example') for node in model.arithmetic.graph.nodes}
+    examples = {node.name: node.meta.get('example') for node in model.traced.graph.nodes}
     needed = []
     with model.quantization(weights=False, activations=stage.quantizes_activations):
         for unit in units:
@@ -188,7 +188,7 @@ def observed_units(model: QuantizedModel, units: Iterable[ReconstructionUnit], i
         units: Among these.
         inputs: Of the graph per image.
     """
-    examples = {node.name: node.meta.get('example') for node in model.arithmetic.graph.nodes}
+    examples = {node.name: node.meta.get('example') for node in model.traced.graph.nodes}
     found = []
     for unit in units:
         quantizers = model.unit_quantizers(unit)

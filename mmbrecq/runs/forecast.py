@@ -24,7 +24,7 @@ class Forecast:
 
     def __init__(self, model: QuantizedModel, reconstructor: BaseReconstructor) -> None:
         macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
-        overhead = OVERHEAD.get(model.arithmetic.example.device.type, OVERHEAD['cuda'])
+        overhead = OVERHEAD.get(model.traced.example.device.type, OVERHEAD['cuda'])
         self._left = {
             (stage.name, unit.name): _work(stage, unit, macs, overhead)
             for stage in reconstructor.stages

@@ -88,7 +88,7 @@ def stem_ranges(model: QuantizedModel) -> Tensor:
 
 def test_groups_of_values_that_share_their_channels() -> None:
     model, _ = prepared(0.5)
-    groups = find_channel_groups(Roles(model.model, model.arithmetic.graph))
+    groups = find_channel_groups(Roles(model.model, model.traced.graph))
     named = {
         tuple(tuple(path.removeprefix('backbone.') for path in paths) for paths in (group.writers, group.readers))
         for group in groups
@@ -120,7 +120,7 @@ def test_ranges_shrink_to_the_power_that_is_left() -> None:
             )  # fmt: skip
         run()
         group = next(
-            g for g in find_channel_groups(Roles(model.model, model.arithmetic.graph)) if 'backbone.stem' in g.writers
+            g for g in find_channel_groups(Roles(model.model, model.traced.graph)) if 'backbone.stem' in g.writers
         )
         mean = torch.stack([torch.stack(seen[name]).mean(0) for name in group.quantizers]).mean(0)
         before = stem_ranges(model)

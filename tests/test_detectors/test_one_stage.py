@@ -9,7 +9,7 @@ from small_detectors import build, data, predict, preprocess, same
 from torch import Tensor, nn
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
-from mmbrecq.deploy.backends import DeployedModel, ONNXRuntimeBackend, as_arithmetic, open_backend
+from mmbrecq.deploy.backends import DeployedModel, ONNXRuntimeBackend, as_forward, open_backend
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.errors import ExportError
 from mmbrecq.graph.structure import flatten_outputs
@@ -59,7 +59,7 @@ def test_a_head_that_cannot_be_traced_is_quantized_within_one_call(tmp_path: Pat
         raw: Any = model(images, mode='tensor')
     wanted = predict(model, batch)
     prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}).prepare(model, preprocess(model, data(2)))
-    assert list(prepared.arithmetic.opaque) == ['bbox_head']
+    assert list(prepared.traced.opaque) == ['bbox_head']
     with torch.no_grad():
         found = flatten_outputs(prepared(images))
     for name, value in flatten_outputs(raw).items():
@@ -122,7 +122,7 @@ def test_deployed_detectors_give_the_simulated_maps(preset: str, name: str, tmp_
         wanted = flatten_outputs(prepared(images))
     # the file as it is written; what an optimizer makes of it moves more
     backend = open_backend(paths[0]) if preset == 'openvino' else ONNXRuntimeBackend(paths[0], optimize=False)
-    found = flatten_outputs(as_arithmetic(backend)(images))
+    found = flatten_outputs(as_forward(backend)(images))
     assert found.keys() == wanted.keys()
     for place, value in wanted.items():
         tolerance = 3 * moved_by_rounding(prepared, images, place) + (0.02 if preset == 'openvino' else 1e-5)
@@ -131,5 +131,5 @@ def test_deployed_detectors_give_the_simulated_maps(preset: str, name: str, tmp_
     count = deployed.integer_kernels()
     assert count.quantized >= len(prepared.layers)
     assert preset != 'openvino' or count.integer == count.quantized
-    deployed.plug()
+    deployed.attach()
     assert flatten_outputs(prepared.model(images, mode='tensor')).keys() == wanted.keys()

@@ -44,7 +44,7 @@ def test_prepared_without_quantization_predicts_what_the_float_model_does(name: 
     prepared = prepare(model, 4, 4)
     with prepared.quantization(False, False):
         same(predict(model, batch), wanted)
-    assert [head.arithmetic.path for head in prepared.heads] == [f'roi_head.{head}' for head in HEADS[name]]
+    assert [head.traced.path for head in prepared.heads] == [f'roi_head.{head}' for head in HEADS[name]]
 
 
 def test_every_layer_is_quantized_and_the_last_of_each_head_at_8_bits() -> None:
@@ -100,7 +100,7 @@ def test_deployed_files_predict_what_the_simulation_does(exporter: Any, tmp_path
     # a size that the graphs were not traced with
     batch = data(2, 96, 64, seed=2)
     wanted = predict(prepared.model, batch)
-    deployed.plug()
+    deployed.attach()
     found = predict(prepared.model, batch)
     for a, b in zip(found, wanted, strict=True):
         assert len(a['scores']) == len(b['scores']) > 0

@@ -31,7 +31,7 @@ def test_the_long_account_goes_to_the_log_file(capsys: pytest.CaptureFixture[str
     runner = make_runner(tmp_path)
     runner.logger.info('before speaking')
     runner.logger.warning('a warning')
-    runner.speak()
+    runner.log_environment()
     runner.logger.info('after speaking')
     shown = capsys.readouterr().out
     assert 'a warning' in shown and 'after speaking' in shown

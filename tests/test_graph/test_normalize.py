@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small_models import conv, images, net, run
 from torch import Tensor, nn
 
-from mmbrecq.graph.arithmetic import trace_arithmetic
+from mmbrecq.graph.traced_graph import trace_image_graph
 
 
 class FlatLinear(nn.Module):
@@ -37,7 +37,7 @@ def test_folded_batch_norm_equals_float(modules: dict[str, nn.Module]) -> None:
     model = net(lambda self, x: torch.relu(self.bn(self.layer(x))), **modules)
     x = images()
     wanted = run(model, x)
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     assert traced.folded == ['backbone.layer']
     assert isinstance(model.backbone.bn, nn.Identity)
     assert 'backbone.bn' not in {n.target for n in traced.graph.nodes}
@@ -47,7 +47,7 @@ def test_folded_batch_norm_equals_float(modules: dict[str, nn.Module]) -> None:
 def test_folded_batch_norm_of_a_linear_layer_equals_float() -> None:
     model = net(lambda self, x: self.flat(x), flat=FlatLinear())
     wanted = run(model, images())
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     assert traced.folded == ['backbone.flat.fc']
     torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=1e-5, atol=1e-6)
 
@@ -57,7 +57,7 @@ def test_folded_weight_and_bias_are_the_closed_form() -> None:
     model = net(lambda self, x: self.bn(self.layer(x)), layer=layer, bn=norm)
     weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
     factor = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + 0.01)
-    trace_arithmetic(model, images(2))
+    trace_image_graph(model, images(2))
     wanted = (bias - norm.running_mean.double()) * factor + norm.bias.detach().double()
     torch.testing.assert_close(layer.weight.detach(), (weight * factor[:, None, None, None]).float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(layer.bias.detach(), wanted.float(), rtol=1e-6, atol=1e-8)
@@ -84,7 +84,7 @@ def _twice_read(self: Any, x: Tensor) -> Tensor:
 def test_what_cannot_be_folded_stays(function: Any, norm: nn.Module) -> None:
     model = net(function, layer=conv(3, 3), bn=norm)
     wanted = run(model, images())
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     assert traced.folded == []
     assert model.backbone.bn is norm
     torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=0, atol=0)
@@ -111,7 +111,7 @@ def _iadd(self: Any, x: Tensor) -> Tensor:
 def test_nothing_is_overwritten(function: Any) -> None:
     model = net(function, layer=conv(3, 3), relu=nn.ReLU(inplace=True))
     wanted = run(model, images())
-    traced = trace_arithmetic(model, images(2)).compile()
+    traced = trace_image_graph(model, images(2)).compile()
     x = images()
     torch.testing.assert_close(run(traced, x), wanted, rtol=0, atol=0)
     assert torch.equal(x, images())
@@ -123,7 +123,7 @@ def test_identities_of_evaluation_are_dropped() -> None:
         layer=conv(3, 3), identity=nn.Identity(), dropout=nn.Dropout(0.9), last=conv(3, 2),
     )  # fmt: skip
     wanted = run(model, images())
-    traced = trace_arithmetic(model.train(), images(2))
+    traced = trace_image_graph(model.train(), images(2))
     assert [n.target for n in traced.graph.nodes if n.op == 'call_module'] == ['backbone.layer', 'backbone.last']
     torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=0, atol=0)
 
@@ -134,6 +134,6 @@ def test_identity_frees_a_batch_norm_for_folding() -> None:
         layer=conv(3, 3), identity=nn.Identity(), bn=nn.BatchNorm2d(3),
     )  # fmt: skip
     wanted = run(model, images())
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     assert traced.folded == ['backbone.layer']
     torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=1e-5, atol=1e-6)

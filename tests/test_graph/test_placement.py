@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from small_models import classifier, conv, images, net, residual
 from torch import Tensor, nn
 
-from mmbrecq.graph.arithmetic import trace_arithmetic
-from mmbrecq.graph.placement import Place, find_places
+from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.traced_graph import trace_image_graph
 from mmbrecq.presets import PRESETS
 
 
-def places(model: nn.Module, preset: str) -> list[Place]:
-    traced = trace_arithmetic(model, images(2))
-    return find_places(Roles(model, traced.graph), PRESETS[preset])
+def places(model: nn.Module, preset: str) -> list[QuantizerPosition]:
+    traced = trace_image_graph(model, images(2))
+    return find_positions(Roles(model, traced.graph), PRESETS[preset])
 
 
-def targets(found: list[Place]) -> list[str]:
+def targets(found: list[QuantizerPosition]) -> list[str]:
     """The producers, modules by their last name and functions by their node's."""
     return [
         '+'.join(str(n.target).removeprefix('backbone.') if n.op == 'call_module' else n.name for n in place.nodes)
@@ -138,9 +138,9 @@ def test_chained_concatenations_share_one_grid() -> None:
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'vgg'])
 def test_network_outputs_stay_float_and_every_layer_reads_a_grid(preset: str, name: str) -> None:
     model = classifier(name)
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
-    found = find_places(roles, PRESETS[preset])
+    found = find_positions(roles, PRESETS[preset])
     output = next(n for n in traced.graph.nodes if n.op == 'output')
     assert not any(node in output.all_input_nodes for place in found for node in place.nodes)
     read = {layer for place in found for layer in place.layers}

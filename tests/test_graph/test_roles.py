@@ -9,14 +9,14 @@ from mmcv.cnn.bricks import HSwish, Swish
 from small_models import conv, images, net
 from torch import Tensor, fx, nn
 
-from mmbrecq.graph.arithmetic import trace_arithmetic
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.traced_graph import trace_image_graph
 
 
 def last_node(function: Any, **modules: nn.Module) -> tuple[Roles, fx.Node]:
     """The node whose value is the output of ``function``, behind a convolution."""
     model = net(lambda self, x: function(self, self.conv(x)), conv=conv(), **modules)
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
     output = next(n for n in traced.graph.nodes if n.op == 'output')
     return roles, output.all_input_nodes[0]
@@ -137,7 +137,7 @@ def test_consumers_are_found_behind_moves() -> None:
         return self.left(self.pool(y)) + self.right(self.pool(y)[:, :2]) + F.avg_pool2d(y, 2)[:, :2]
 
     model = net(forward, first=conv(), pool=nn.MaxPool2d(2), left=conv(4, 2), right=conv(2, 2))
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
     first = next(n for n in traced.graph.nodes if n.target == 'backbone.first')
     assert {str(n.target) for n in roles.consumers(first) if n.op == 'call_module'} == {
@@ -148,6 +148,6 @@ def test_consumers_are_found_behind_moves() -> None:
 
 def test_only_floating_point_values_are_tensors() -> None:
     model = net(lambda self, x: self.conv(x).view(x.size(0), -1), conv=conv())
-    traced = trace_arithmetic(model, images(2))
+    traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
     assert [roles.is_tensor(n) for n in traced.graph.nodes if n.op in ('call_method', 'output')] == [False, True, False]

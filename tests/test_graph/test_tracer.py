@@ -9,14 +9,14 @@ from small_models import Apply, Net, classifier, conv, images, net, residual, ru
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.arithmetic import trace_arithmetic
-from mmbrecq.graph.components import ImageArithmetic
+from mmbrecq.graph.components import ImageForward
+from mmbrecq.graph.traced_graph import trace_image_graph
 from mmbrecq.graph.tracer import ConcreteTracer
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> tuple[fx.GraphModule, ConcreteTracer]:
     tracer = ConcreteTracer(images(2) if example is None else example)
-    return fx.GraphModule(model, tracer.trace_model(model, ImageArithmetic(model))), tracer
+    return fx.GraphModule(model, tracer.trace_model(model, ImageForward(model))), tracer
 
 
 def _flatten_by_size(self: Any, x: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ def test_a_component_called_by_its_forward_is_recorded_as_a_call() -> None:
     torch.testing.assert_close(run(traced, x), wanted, rtol=0, atol=0)
     torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
     # in the place of the head runs the graph, and in the graph the head
-    arithmetic = trace_arithmetic(model, images(2))
-    arithmetic.plug(arithmetic.compile())
+    traced = trace_image_graph(model, images(2))
+    traced.attach(traced.compile())
     torch.testing.assert_close(model(x), wanted, rtol=0, atol=0)
 
 
@@ -208,7 +208,7 @@ def test_model_that_cannot_be_traced_is_named() -> None:
             return y
 
     with pytest.raises(GraphError, match='^Whole cannot be traced: .*item assignment'):
-        trace_arithmetic(Whole(), images(2))
+        trace_image_graph(Whole(), images(2))
 
 
 def test_subclass_of_a_convolution_is_a_leaf() -> None:

@@ -11,7 +11,7 @@ from small_models import Apply, classifier, conv, images, net, packed, run
 from torch import Tensor, nn
 
 from mmbrecq.errors import ConfigError, PatternError
-from mmbrecq.graph.arithmetic import Arithmetic, trace_arithmetic
+from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph
 from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, find_blocks, is_below
 
 
@@ -21,8 +21,8 @@ def layers_of(model: nn.Module) -> set[str]:
 
 def cut(
     model: nn.Module, granularity: str, blocks: Sequence[str] | None = None
-) -> tuple[list[ReconstructionUnit], Arithmetic]:
-    traced = trace_arithmetic(model, images(2))
+) -> tuple[list[ReconstructionUnit], TracedGraph]:
+    traced = trace_image_graph(model, images(2))
     found = find_blocks(model, blocks)
     return cut_units(model, traced.graph, layers_of(model), set(), found, '', granularity), traced
 
@@ -38,7 +38,7 @@ def run_units(units: list[ReconstructionUnit], x: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def outputs_of(traced: Arithmetic) -> list[str]:
+def outputs_of(traced: TracedGraph) -> list[str]:
     return [n.name for n in next(n for n in traced.graph.nodes if n.op == 'output').all_input_nodes]
 
 
@@ -163,7 +163,7 @@ def test_units_hold_the_quantizers_of_what_they_compute() -> None:
     held = Counter(name for unit in model.units for name in unit.quantizers)
     assert held == Counter(model.quantizers.keys())
     x = images(3, seed=1)
-    (output,) = outputs_of(model.arithmetic)
+    (output,) = outputs_of(model.traced)
     torch.testing.assert_close(run_units(model.units, x)[output], run(model, x), rtol=0, atol=0)
 
 

@@ -150,7 +150,7 @@ class _Opaque(nn.Module):
 def test_layer_in_an_opaque_module_is_quantized_at_its_input() -> None:
     model = net(lambda self, x: self.last(self.odd(self.first(x))), first=conv(), odd=_Opaque(), last=conv(4, 2))
     prepared = prepare(model, 'academic', 2, 4)
-    assert list(prepared.arithmetic.opaque) == ['backbone.odd']
+    assert list(prepared.traced.opaque) == ['backbone.odd']
     assert prepared.opaque_inputs == {'backbone.odd.inner': 'activation_quantizers.backbone_odd_inner_input'}
     assert bits(prepared)['odd.inner'] == (2, 4)
     unit = next(unit for unit in prepared.units if 'backbone.odd.inner' in unit.layers)

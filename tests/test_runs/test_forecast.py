@@ -37,7 +37,7 @@ def forecast(monkeypatch: pytest.MonkeyPatch) -> Forecast:
         Stage('weights', StageOptions(iterations=10, batch_size=100), True, False),
         Stage('activations', StageOptions(iterations=5, batch_size=100), False, True),
     ]
-    part = SimpleNamespace(arithmetic=SimpleNamespace(example=torch.zeros(1)), quantizers={'a': 1})
+    part = SimpleNamespace(traced=SimpleNamespace(example=torch.zeros(1)), quantizers={'a': 1})
     part.parts = [part]
     reconstructor: Any = SimpleNamespace(stages=stages)
     return Forecast(part, reconstructor)  # type: ignore[arg-type]

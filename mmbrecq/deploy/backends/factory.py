@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
-from mmbrecq.graph.components import head_file, plug, region_heads
+from mmbrecq.graph.components import attach, head_file, region_heads
 from mmbrecq.graph.modules import set_forward
 from mmbrecq.graph.structure import nest_outputs
 from mmbrecq.registry import BACKENDS
@@ -33,7 +33,7 @@ def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBacken
     return by_suffix[suffix](path, num_threads=num_threads)
 
 
-def as_arithmetic(backend: BaseBackend) -> Callable[[Tensor], Any]:
+def as_forward(backend: BaseBackend) -> Callable[[Tensor], Any]:
     """The backend as a function of the images: its outputs nested as the network's are, on the images' device."""
     names = backend.output_names
 
@@ -65,11 +65,11 @@ class DeployedModel:
         """The runtime's name."""
         return self.image_backend.name
 
-    def plug(self) -> None:
+    def attach(self) -> None:
         """Makes the model run the files wherever it would have run its components."""
-        plug(self.model, as_arithmetic(self.image_backend))
+        attach(self.model, as_forward(self.image_backend))
         for path, backend in self.heads.items():
-            set_forward(self.model.get_submodule(path), as_arithmetic(backend))
+            set_forward(self.model.get_submodule(path), as_forward(backend))
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers of all files that run in integers."""

@@ -42,8 +42,8 @@ class BaseExporter(metaclass=ABCMeta):
         paths = [self.export(model, example, folder)]
         for head in model.heads:
             beside = copy.copy(self)
-            beside.filename = head_file(paths[0], head.arithmetic.path).name
-            paths.append(beside.export(head, head.arithmetic.example, folder))
+            beside.filename = head_file(paths[0], head.traced.path).name
+            paths.append(beside.export(head, head.traced.example, folder))
         return paths
 
     def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
@@ -87,5 +87,5 @@ class BaseExporter(metaclass=ABCMeta):
 def count_quantized_calls(model: QuantizedModel) -> int:
     """Calls of quantized layers in the graph; a layer that several levels share counts once per call."""
     quantized = {layer.name for layer in model.layers if layer.weight_bits is not None}
-    calls = [str(n.target) for n in model.arithmetic.graph.nodes if n.op == 'call_module']
+    calls = [str(n.target) for n in model.traced.graph.nodes if n.op == 'call_module']
     return sum(is_below(layer, target) for target in calls for layer in quantized)

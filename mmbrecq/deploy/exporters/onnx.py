@@ -56,7 +56,7 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
     buffer = io.BytesIO()
     sink: Any = buffer
     compiled = model.compiled.eval()
-    outputs = model.arithmetic.example_outputs()
+    outputs = model.traced.example_outputs()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -84,7 +84,7 @@ def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
     """
     found = []
     for part in model.parts:
-        example = part.arithmetic.example
+        example = part.traced.example
         times = 1 if part is model else _regions(model.model)
         with torch.no_grad(), _calls(part, times) as calls, model.quantization(weights=False, activations=False):
             part(example)

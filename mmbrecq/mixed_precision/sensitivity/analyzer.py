@@ -122,7 +122,7 @@ class Analyzer:
         if task.task_loss is None:
             raise ConfigError("expected annotated calibration images for search.loss='fisher', but they have none")
         if task.model.heads:
-            names = ', '.join(head.arithmetic.path for head in task.model.heads)
+            names = ', '.join(head.traced.path for head in task.model.heads)
             raise ConfigError(
                 f"expected a network without heads of regions for search.loss='fisher', but got {names}: the task loss "
                 "chooses other regions than the detector; use search.loss='outputs'"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.graph.components import plug
+from mmbrecq.graph.components import attach
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.fisher import TaskLoss
@@ -127,7 +127,7 @@ def squared_gradients(
     recorder = _Outputs(model.compiled)
     squares: list[list[Tensor]] = []
     start = 0
-    plug(model.model, recorder)
+    attach(model.model, recorder)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -140,7 +140,7 @@ def squared_gradients(
                 squares.append([gradient.square() for gradient in gradients])
                 start += len(x)
     finally:
-        plug(model.model, model.compiled)
+        attach(model.model, model.compiled)
     return [torch.cat(parts) for parts in zip(*squares, strict=True)]
 
 

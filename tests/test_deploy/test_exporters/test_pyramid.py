@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_models import conv, images, net, packed
 from torch import Tensor
 
-from mmbrecq.deploy.backends import ONNXRuntimeBackend, as_arithmetic, open_backend
+from mmbrecq.deploy.backends import ONNXRuntimeBackend, as_forward, open_backend
 from mmbrecq.deploy.backends.onnxruntime import unshare_weights
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.exporters.base import count_quantized_calls
@@ -35,7 +35,7 @@ def model() -> QuantizedModel:
 
 @pytest.mark.parametrize('exporter', [ONNXExporter, OpenVINOExporter])
 def test_nested_outputs_of_any_image_size(exporter: Any, model: QuantizedModel, tmp_path: Path) -> None:
-    run = as_arithmetic(open_backend(exporter().export(model, images(2), tmp_path), num_threads=1))
+    run = as_forward(open_backend(exporter().export(model, images(2), tmp_path), num_threads=1))
     for batch, height, width in [(2, 16, 16), (1, 24, 10), (3, 7, 9)]:
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
-from mmbrecq.graph.components import ImageArithmetic, RegionArithmetic, RegionHead, plug, region_shape
+from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, attach, region_shape
 from mmbrecq.graph.modules import graph_module, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
 from mmbrecq.graph.structure import flatten_outputs
@@ -22,7 +22,7 @@ from mmbrecq.graph.tracer import ConcreteTracer
 
 
 @dataclass
-class Arithmetic:
+class TracedGraph:
     """A traced part of a model.
 
     Args:
@@ -45,12 +45,12 @@ class Arithmetic:
         example: Tensor = next(n for n in self.graph.nodes if n.op == 'placeholder').meta['example']
         return example
 
-    def plug(self, run: Callable[[Tensor], Any]) -> None:
+    def attach(self, run: Callable[[Tensor], Any]) -> None:
         """Makes the model compute ``run`` wherever it would have run the modules that the graph stands for."""
         if self.path:
             set_forward(self.model.get_submodule(self.path), run)
         else:
-            plug(self.model, run)
+            attach(self.model, run)
 
     def example_outputs(self) -> dict[str, Tensor]:
         """The outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
@@ -59,10 +59,10 @@ class Arithmetic:
 
     def compile(self) -> fx.GraphModule:
         """A module that runs the graph as it stands now, on the modules of the model."""
-        return graph_module(self.model, self.graph, 'Arithmetic')
+        return graph_module(self.model, self.graph, 'TracedGraph')
 
 
-def trace_arithmetic(model: nn.Module, example: Tensor) -> Arithmetic:
+def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
     """Traces what follows from the image alone and folds its BatchNorms.
 
     Args:
@@ -72,19 +72,19 @@ def trace_arithmetic(model: nn.Module, example: Tensor) -> Arithmetic:
     Raises:
         GraphError: It cannot be traced.
     """
-    return _trace(model, ImageArithmetic(model), example, type(model).__name__)
+    return _trace(model, ImageForward(model), example, type(model).__name__)
 
 
-def trace_region_head(model: nn.Module, head: RegionHead) -> Arithmetic:
-    """Traces one head of a two-stage detector, see :func:`trace_arithmetic`."""
+def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
+    """Traces one head of a two-stage detector, see :func:`trace_image_graph`."""
     device = next(model.parameters()).device
     example = torch.zeros((2, *region_shape(model, head)), device=device)
-    arithmetic = _trace(model, RegionArithmetic(model, head.path), example, head.path)
-    arithmetic.path = head.path
-    return arithmetic
+    traced = _trace(model, RegionForward(model, head.path), example, head.path)
+    traced.path = head.path
+    return traced
 
 
-def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> Arithmetic:
+def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> TracedGraph:
     model.eval()
     tracer = ConcreteTracer(example)
     try:
@@ -94,7 +94,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> Ar
     drop_identities(model, graph)
     make_out_of_place(model, graph)
     folded = fold_batch_norms(model, graph)
-    return Arithmetic(model, graph, opaque=dict(tracer.opaque), folded=folded)
+    return TracedGraph(model, graph, opaque=dict(tracer.opaque), folded=folded)
 
 
 @contextmanager

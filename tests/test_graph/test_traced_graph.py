@@ -7,8 +7,8 @@ import torch
 from small_models import classifier, conv, images, net, relative_error, run
 from torch import Tensor, nn
 
-from mmbrecq.graph.arithmetic import evaluation_mode, trace_arithmetic
-from mmbrecq.graph.components import components_of, plug
+from mmbrecq.graph.components import attach, components_of
+from mmbrecq.graph.traced_graph import evaluation_mode, trace_image_graph
 
 
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'regnet', 'vgg'])
@@ -16,8 +16,8 @@ def test_plugged_graph_gives_the_float_predictions(name: str) -> None:
     model, x = classifier(name), images(3, seed=1)
     raw = run(lambda v: model(v, mode='tensor'), x)
     scores = torch.stack([sample.pred_score for sample in run(model.predict, x)])
-    arithmetic = trace_arithmetic(model, images(2))
-    plug(model, arithmetic.compile())
+    traced = trace_image_graph(model, images(2))
+    attach(model, traced.compile())
     plugged = run(lambda v: model(v, mode='tensor'), x)
     assert relative_error(plugged, raw) < 1e-5
     found = torch.stack([sample.pred_score for sample in run(model.predict, x)])
@@ -34,7 +34,7 @@ def test_whatever_is_plugged_in_feeds_the_post_processing() -> None:
         seen.append(inputs)
         return logits
 
-    plug(model, arithmetic)
+    attach(model, arithmetic)
     x = images(2)
     samples = run(model.predict, x)
     assert len(seen) == 1 and seen[0] is x
@@ -46,7 +46,7 @@ def test_plugging_leaves_modules_and_state_alone() -> None:
     model = classifier('resnet')
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = [name for name, _ in model.named_modules()]
-    plug(model, lambda x: x)
+    attach(model, lambda x: x)
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -75,6 +75,6 @@ def test_evaluation_mode_is_put_back(training: bool) -> None:
 
 def test_tracing_puts_the_model_into_evaluation_mode() -> None:
     model = net(lambda self, x: self.drop(self.conv(x)), conv=conv(), drop=nn.Dropout(0.9)).train()
-    traced = trace_arithmetic(model, images(2)).compile()
+    traced = trace_image_graph(model, images(2)).compile()
     assert not model.training
     torch.testing.assert_close(run(traced, images()), run(model, images()))
