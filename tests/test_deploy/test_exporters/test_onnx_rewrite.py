@@ -91,7 +91,7 @@ def test_shared_zero_points_become_each_weights_own() -> None:
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_exported_weights_share_no_zero_point(preset: str) -> None:
-    model = onnx_model(packed(classifier('resnet'), preset), images(2), 17)
+    model = onnx_model(packed(classifier('resnet'), preset).image_graph, images(2), 17)
     stored = {tensor.name for tensor in model.graph.initializer}
     weights = [n for n in model.graph.node if n.op_type == 'DequantizeLinear' and n.input[0] in stored]
     assert len(weights) == 21
