@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import BackendError, ConfigError
@@ -21,8 +21,7 @@ from mmbrecq.mixed_precision.search import (
     write_bit_config,
 )
 from mmbrecq.mixed_precision.search.config_file import RESULT
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable, split_search
-from mmbrecq.quantizers.options import parse_options
+from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.bits import choice_text
 from mmbrecq.report.sensitivity import write_sensitivities
@@ -35,8 +34,7 @@ FOLDER = 'search'
 
 def search_options(cfg: Config) -> SearchOptions:
     """What of the config's ``search`` is about the choice; ConfigError where it has an unknown option."""
-    _, choice = split_search(cfg.get('search') or {})
-    return parse_options(SearchOptions, choice, 'search')
+    return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:

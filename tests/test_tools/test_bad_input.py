@@ -111,10 +111,10 @@ def test_an_unknown_type_of_many(refuse: Callable[..., str], demo: Path) -> None
     ('option', 'message'),
     [
         ('quantizer.bits=2', "unknown option 'bits' of BRECQQuantizer: expected weight or activation or preset or "),
-        ('quantizer.weight.bit=2', "expected the keys of quantizer.weight to be among ['bits', 'per_channel', "),
-        ('reconstructor.weights.iters=2', "expected the keys of reconstructor.weights to be among ['iterations', "),
+        ('quantizer.weight.bit=2', "unknown option 'bit' of quantizer.weight: expected bits or per_channel or "),
+        ('reconstructor.weights.iters=2', "unknown option 'iters' of reconstructor.weights: expected iterations or "),
         ('exporters=[ONNX]', "expected the config of an exporter to be a dict, but got 'ONNX'"),
-        ('calibration.samples=2', 'unknown option calibration.samples; the options are num_samples, seed, '),
+        ('calibration.samples=2', "unknown option 'samples' of calibration: expected num_samples or seed or "),
         ('exporters.0.ops=2', "unknown option 'ops' of ONNXExporter: expected filename or opset"),
         ('evaluations=[all]', "expected evaluations to be among ['float', 'nearest', 'weights', 'quantized', "),
         ('quantizer.preset=best', "expected preset to be one of ['academic', 'onnxruntime', 'openvino', 'tensorrt'"),
