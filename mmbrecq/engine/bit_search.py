@@ -9,9 +9,10 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmbrecq.building import build, parse_options
+from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
-from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.search import (
     SearchOptions,
     SearchResult,
@@ -89,7 +90,7 @@ def choose_bits(
     result.front_cost = next(iter(budgets))
     try:
         result.front = find_front(problem, result.front_cost, seed)
-    except BackendError as error:
+    except DependencyError as error:
         print(f'no front in the report: {error}')
     asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
     checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
@@ -113,6 +114,7 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
         return found
     if not options.budgets:
         return None
+    build_exporters(cfg.get('exporters', ()))  # what they need is missed now, not after the search
     own = cfg.copy()
     own.work_dir = str(Path(cfg.work_dir) / FOLDER)
     analyze(own, path)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data import CalibrationSet, build_calibration_set
 from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images
-from mmbrecq.deploy.backends import DeployedModel
+from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.distributed import (
     aligned_batches,
     check_same_bits,
@@ -43,7 +42,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionScalarsHook,
 )
 from mmbrecq.engine.task_loss import task_loss_of
-from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.choice import Choice
 from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.progress import track
@@ -53,7 +52,7 @@ from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
 from mmbrecq.runs.checkpoint import load_float_checkpoint
@@ -122,9 +121,7 @@ class PTQLoop(BaseLoop):
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
         self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
-        self.exporters = [build(EXPORTERS, exporter) for exporter in exporters]
-        for exporter in self.exporters:
-            _check_runtime(exporter.suffix)
+        self.exporters = build_exporters(exporters)
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
         # formatting it takes a good part of a second: once, not for every checkpoint
@@ -386,13 +383,3 @@ class PTQLoop(BaseLoop):
         start = time.perf_counter()
         yield
         setattr(self.summary.seconds, step, time.perf_counter() - start)
-
-
-def _check_runtime(suffix: str) -> None:
-    """Refuses to start a run whose exported file nothing here could open; BackendError says what to install."""
-    for backend in BACKENDS.module_dict.values():
-        if backend.suffix == suffix and find_spec(backend.package) is None:
-            raise BackendError(
-                f'expected {backend.name} for the exported {suffix} file, but it is not installed: '
-                f'pip install {backend.package}'
-            )
