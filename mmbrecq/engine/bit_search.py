@@ -81,7 +81,7 @@ def choose_bits(
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
     problem = build_problem(table, models, budgets)
-    seed = cfg.get('seed') or 0
+    seed = cfg.randomness['seed']
     choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
     result = describe_choice(table, models, problem, choice)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
