@@ -108,13 +108,10 @@ class CalibrationSet:
         """The images of this process.
 
         Raises:
-            DataError: There are less than two for every process.
+            DataError: There is not one for every process.
         """
-        if len(self) < 2 * process_count():
-            raise DataError(
-                f'expected at least {2 * process_count()} calibration images for {process_count()} processes, '
-                f'but got {len(self)}'
-            )
+        if len(self) < process_count():
+            raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))
         indices = self._indices[share.start : share.stop]
         return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)

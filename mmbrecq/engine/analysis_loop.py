@@ -16,7 +16,7 @@ from mmbrecq.calibration.calibrator import calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data import build_calibration_set
 from mmbrecq.data.annotations import has_annotations
-from mmbrecq.data.images import collect_images
+from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
@@ -118,7 +118,7 @@ class AnalysisLoop(BaseLoop):
         changed['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
         if activation_bits is not None:
             changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
-        prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(model, self.images[:2])
+        prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(model, example_of(self.images))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
         equalize_parts(prepared, self.images, task.regions)

@@ -22,7 +22,7 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regi
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data import CalibrationSet, build_calibration_set
 from mmbrecq.data.annotations import has_annotations
-from mmbrecq.data.images import collect_images
+from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.distributed import (
     aligned_batches,
@@ -179,7 +179,7 @@ class PTQLoop(BaseLoop):
         self.journal.save()
         self._reconstruct(task, plan)
         self._measure_choice(task, last=True)
-        example = images[:2].clone()
+        example = example_of(images)
         del images, task
         self.task = None
         self._finish(model, example)
@@ -239,7 +239,7 @@ class PTQLoop(BaseLoop):
     def _open_journal(self, inputs: Mapping[str, str]) -> None:
         """Starts the record of what is done, or goes on with that of an interrupted run."""
         identity = describe_config(self.runner.cfg)
-        identity.update({key: inputs[key] for key in ('seed', 'float weights', 'calibration images')})
+        identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
         self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
         if not self.resume:
@@ -275,7 +275,7 @@ class PTQLoop(BaseLoop):
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph; a copy, for a view would keep all images
-            example = on_main(lambda: images[:2].cpu()).to(images.device).clone()
+            example = on_main(lambda: example_of(images).cpu()).to(images.device)
             self.model = model = self.quantizer.prepare(self.runner.model, example)
             self.summary.bits = {
                 layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers
