@@ -27,6 +27,7 @@ from mmbrecq.calibration.calibrator import (
     observing,
 )
 from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq.data.images import example_of
 from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
@@ -69,11 +70,6 @@ def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> Quan
         GraphError: The model cannot be traced, or its graph computes something else.
     """
     return quantizer.prepare(model, example_of(images))
-
-
-def example_of(images: Tensor) -> Tensor:
-    """Returns two images to trace with: a copy, since a view would keep all images."""
-    return images[torch.arange(2) % len(images)].clone()
 
 
 def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activations: bool = True) -> int:
@@ -181,7 +177,7 @@ def rehearse(
     """
     images = images[:4]
     quantized = prepare(copy.deepcopy(model), images, quantizer)
-    observers = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
+    observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)
     calibrate_weights(rough)
     calibrate_activations(rough, [images])

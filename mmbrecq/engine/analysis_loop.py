@@ -12,7 +12,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
 from mmbrecq import pipeline
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.data import build_calibration_set
 from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images
@@ -20,9 +20,8 @@ from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
-from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search
+from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
 from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
-from mmbrecq.quantizers.options import parse_options
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
@@ -61,9 +60,8 @@ class AnalysisLoop(BaseLoop):
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
-        analysis, choice = split_search(search)
-        self.options = parse_options(AnalysisOptions, analysis, 'search')
-        self.choice = parse_options(SearchOptions, choice, 'search')
+        self.options = parse_options(AnalysisOptions, search, 'search', beside=SearchOptions)
+        self.choice = parse_options(SearchOptions, search, 'search', beside=AnalysisOptions)
         build(SEARCHERS, dict(self.choice.searcher))
         passes = ('weights', 'joint')
         steps: Mapping[str, Any] = next((reconstructor[name] for name in passes if name in reconstructor), {})

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from mmbrecq import pipeline
 from mmbrecq.building import build
 from mmbrecq.data import CalibrationSet, build_calibration_set
 from mmbrecq.data.annotations import has_annotations
-from mmbrecq.data.images import collect_images
-from mmbrecq.deploy.backends import DeployedModel
+from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import (
     check_same_bits,
@@ -40,7 +39,7 @@ from mmbrecq.engine.hooks import (
     ReconstructionScalarsHook,
 )
 from mmbrecq.engine.task_loss import task_loss_of
-from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.choice import Choice
 from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -48,7 +47,7 @@ from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount
 from mmbrecq.runs.checkpoint import load_float_checkpoint
@@ -116,9 +115,7 @@ class PTQLoop(BaseLoop):
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
         self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
-        self.exporters = [build(EXPORTERS, exporter) for exporter in exporters]
-        for exporter in self.exporters:
-            _check_runtime(exporter.suffix)
+        self.exporters = build_exporters(exporters)
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
         # formatting it takes a good part of a second: once, not for every checkpoint
@@ -174,7 +171,7 @@ class PTQLoop(BaseLoop):
         self.journal.save()
         self._reconstruct(task, plan)
         self._measure_choice(task, last=True)
-        example = pipeline.example_of(images)
+        example = example_of(images)
         del images, task
         self._finish(model)
         self.summary.pictures = on_main(partial(pictures.draw, self.runner.model))
@@ -190,7 +187,7 @@ class PTQLoop(BaseLoop):
     def _open_journal(self, inputs: Mapping[str, str]) -> None:
         """Starts the record of what is done, or goes on with that of an interrupted run."""
         identity = describe_config(self.runner.cfg)
-        identity.update({key: inputs[key] for key in ('seed', 'float weights', 'calibration images')})
+        identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
         self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
         if not self.resume:
@@ -226,7 +223,7 @@ class PTQLoop(BaseLoop):
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
-            example = on_main(lambda: pipeline.example_of(images).cpu()).to(images.device)
+            example = on_main(lambda: example_of(images).cpu()).to(images.device)
             self.model = model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:
@@ -328,13 +325,3 @@ class PTQLoop(BaseLoop):
         start = time.perf_counter()
         yield
         setattr(self.summary.seconds, step, time.perf_counter() - start)
-
-
-def _check_runtime(suffix: str) -> None:
-    """Refuses to start a run whose exported file nothing here could open; BackendError says what to install."""
-    for backend in BACKENDS.module_dict.values():
-        if backend.suffix == suffix and find_spec(backend.package) is None:
-            raise BackendError(
-                f'expected {backend.name} for the exported {suffix} file, but it is not installed: '
-                f'pip install {backend.package}'
-            )

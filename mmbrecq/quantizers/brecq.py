@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
@@ -27,7 +27,6 @@ from mmbrecq.quantizers.options import (
     WeightOptions,
     assign_bits,
     check_bits,
-    parse_options,
 )
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS

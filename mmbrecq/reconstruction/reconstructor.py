@@ -12,14 +12,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.distributed import gather, on_main, process_count, process_index, processes_here
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Progress
@@ -68,7 +67,7 @@ class BaseReconstructor:
     ) -> None:
         self.stages = tuple(stages)
         if network is not None:
-            options = _options(network, 'reconstructor.network', iterations=500)
+            options = parse_options(StageOptions, network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
         if mirror and self.loss.needs_fisher:
@@ -378,12 +377,6 @@ def _is_batched(example: Any) -> bool:
     return isinstance(example, Tensor) and example.dim() > 0
 
 
-def _options(values: Mapping[str, Any] | None, where: str, **defaults: Any) -> StageOptions:
-    if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
-    return parse_options(StageOptions, {**defaults, **(values or {})}, where)
-
-
 @RECONSTRUCTORS.register_module()
 class BRECQReconstructor(BaseReconstructor):
     """Weights first, with float activations; then the step sizes of activations (Li et al., ICLR 2021).
@@ -405,9 +398,10 @@ class BRECQReconstructor(BaseReconstructor):
         cache_dtype: str = 'float32',
         memory_limit: int | str | None = None,
     ) -> None:
+        second = parse_options(StageOptions, activations or {}, 'reconstructor.activations', iterations=5000)
         stages = (
-            Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
-            Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
+            Stage('weights', parse_options(StageOptions, weights or {}, 'reconstructor.weights'), True, False),
+            Stage('activations', second, False, True),
         )
         super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)
 
@@ -431,6 +425,7 @@ class QDropReconstructor(BaseReconstructor):
         cache_dtype: str = 'float32',
         memory_limit: int | str | None = None,
     ) -> None:
-        options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
+        where = 'reconstructor.joint'
+        options = parse_options(StageOptions, joint or {}, where, activation_lr=4e-5, drop_prob=0.5)
         stages = [Stage('joint', options, True, True)]
         super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)

@@ -12,6 +12,7 @@ import torch
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import BiasCorrection
 from mmbrecq.fake_quants.weight import weight_fake_quant
+from mmbrecq.kernels.native import kernel_state
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.report.summary import ModelSize, PeakMemory
 from mmbrecq.version import __version__
@@ -23,14 +24,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmbrecq, Python and the packages that decide results; those that are installed."""
+    """Versions of mmbrecq, Python and the installed packages that decide results, and whether kernels are compiled."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, 'kernels': kernel_state()}
 
 
 def peak_memory() -> PeakMemory:

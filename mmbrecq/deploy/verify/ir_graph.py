@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify.ir_nodes import (
     CONV_AXES,
     INTEGER_TYPES,
@@ -20,7 +21,7 @@ from mmbrecq.deploy.verify.ir_nodes import (
     Weight,
 )
 from mmbrecq.deploy.verify.violation import ExpectedQuantization
-from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.errors import ExportError
 
 
 class IRGraph:
@@ -197,13 +198,10 @@ def read_ir(path: Path, expected: ExpectedQuantization | None = None) -> IRGraph
     """Reads an OpenVINO IR (``.xml`` with its ``.bin`` beside it).
 
     Raises:
-        BackendError: OpenVINO is not installed.
+        DependencyError: OpenVINO is not installed.
         ExportError: The file cannot be read.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(f'{path}: cannot read it without OpenVINO: pip install "mmbrecq[deploy]"') from error
+    openvino = require('openvino')
     try:
         return IRGraph(openvino.Core().read_model(path), str(path), expected)
     except RuntimeError as error:
