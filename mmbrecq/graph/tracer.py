@@ -140,6 +140,9 @@ class ConcreteTracer(fx.Tracer):
         self._owners.append(path)
         try:
             if self.is_leaf_module(m, path):
+                if not isinstance(m, WEIGHTED) and not path.startswith(self._owners[-2]):
+                    # an activation that several modules share, each calls for itself
+                    self._owners[-1] = self._owners[-2]
                 return self.create_proxy('call_module', path, args, kwargs)
             return forward(*args, **kwargs)
         except Exception as error:
