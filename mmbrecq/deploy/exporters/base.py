@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmbrecq.deploy.verify import ExpectedQuantization, check_file
+from mmbrecq.deploy.verify import ExpectedQuantization, Grid, check_file
 from mmbrecq.errors import ExportError, StorageError
+from mmbrecq.fake_quants.weight import PackedWeight
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.units import is_below
 from mmbrecq.quantizers.quantized_model import QuantizedModel
@@ -69,8 +70,7 @@ class BaseExporter(metaclass=ABCMeta):
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
                 written = Path(beside) / self.filename
                 self.write(model, example, written)
-                expected = ExpectedQuantization(layers=count_quantized_calls(model))
-                check_file(written, model.preset.name, expected, shown_as=path)
+                check_file(written, model.preset.name, expected_quantization(model), shown_as=path)
                 # in the order of their names a .bin comes before the .xml that points at it
                 for made in sorted(Path(beside).iterdir()):
                     with replacing(folder / made.name) as partial:
@@ -82,6 +82,25 @@ class BaseExporter(metaclass=ABCMeta):
     @abstractmethod
     def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
         """Writes ``model`` to ``path``, and nothing else that stays but files to be kept beside it."""
+
+
+def expected_quantization(model: QuantizedModel) -> ExpectedQuantization:
+    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
+    packed = {path: module for path, module in model.model.named_modules() if isinstance(module, PackedWeight)}
+    weights = {
+        path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
+        for path, module in packed.items()
+    }
+    grids = [
+        Grid(
+            tuple(quantizer.scale.detach().reshape(-1).double().tolist()),
+            tuple(quantizer.zero_point.reshape(-1).tolist()),
+            quantizer.qtype.quant_min,
+            quantizer.qtype.quant_max,
+        )
+        for quantizer in model.quantizers.values()
+    ]
+    return ExpectedQuantization(count_quantized_calls(model), weights, frozenset(grids))
 
 
 def count_quantized_calls(model: QuantizedModel) -> int:

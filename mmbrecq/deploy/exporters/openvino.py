@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.deploy.exporters.base import BaseExporter, expected_quantization
 from mmbrecq.deploy.exporters.onnx import onnx_model
 from mmbrecq.deploy.exporters.onnx_rewrite import clip_signed_values
+from mmbrecq.deploy.verify import check_file
 from mmbrecq.errors import BackendError, ExportError, first_line
 from mmbrecq.presets import IR_PRESET
 from mmbrecq.quantizers.quantized_model import QuantizedModel
@@ -47,6 +48,9 @@ class OpenVINOExporter(BaseExporter):
             proto = onnx_model(model, example, self.opset)
             clip_signed_values(proto)
             source.write_bytes(proto.SerializeToString())
+            # the file is written in a folder below that in which it will lie
+            shown_as = path.parents[1] / path.name
+            check_file(source, model.preset.name, expected_quantization(model), shown_as)
             try:
                 graph = convert(source)
                 graph.set_rt_info(model.preset.name, list(IR_PRESET))

@@ -166,7 +166,7 @@ def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
 
 
 def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
-    """C5: every Q feeds one DQ of the same grid, none is doubled, every quantized layer is there."""
+    """C5: every Q feeds one DQ of the same grid, none is right behind another pair, every quantized layer is there."""
     for node in graph.of_type('QuantizeLinear'):
         yield from _pair_faults(graph, node)
     for node in graph.of_type('DequantizeLinear'):
@@ -192,17 +192,12 @@ def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
         yield Violation('C5', node.name, f'expected one DequantizeLinear to read it, but got {found}')
     elif graph.scale(node) is not None and not graph.same_grid(node, readers[0]) and _finite(graph, node, readers[0]):
         yield Violation('C5', node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ')
-    earlier = graph.producer(node.input(0))
-    if earlier is not None and earlier.op == 'DequantizeLinear' and _repeats(graph, earlier, node):
-        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} before it has the same grid')
-
-
-def _repeats(graph: OnnxGraph, earlier: Node, node: Node) -> bool:
-    """Whether a Q, with the Clip of integers behind it, changes nothing that comes from the DQ before it."""
-    first, clip = graph.quantizer(earlier), graph.integer_clip(node)
-    first_clip = None if first is None else graph.integer_clip(first)
-    bounds = [None if found is None else graph.clip_bounds(found) for found in (first_clip, clip)]
-    return graph.same_grid(earlier, node) and (clip is None or bounds[0] == bounds[1])
+    clip = graph.grid_clip(node)
+    earlier = graph.producer((clip or node).input(0))
+    while earlier is not None and earlier.op == 'Identity':
+        earlier = graph.producer(earlier.input(0))
+    if earlier is not None and earlier.op == 'DequantizeLinear':
+        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} is right before it')
 
 
 def _finite(graph: OnnxGraph, *nodes: Node) -> bool:
