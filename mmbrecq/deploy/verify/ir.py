@@ -5,7 +5,6 @@ Source: OpenVINO's specification of FakeQuantize and its pages on low-precision 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,7 @@ TOLERANCE = 0.01
 
 
 def read_ir(path: Path) -> list[Any]:
-    """Operations of an OpenVINO IR, ``.xml`` with its ``.bin`` beside it.
-
-    Raises:
-        BackendError: OpenVINO is not installed.
-        ExportError: The file cannot be read.
-    """
+    """Operations of an OpenVINO IR; BackendError without OpenVINO, ExportError where the file cannot be read."""
     try:
         import openvino
     except ImportError as error:
@@ -45,26 +39,20 @@ def read_ir(path: Path) -> list[Any]:
 
 def verify_ir(operations: list[Any]) -> Iterator[Violation]:
     """Applies the rules that an IR can be held against."""
-    weights: set[str] = set()
-    for op in operations:
-        name, inputs = op.get_friendly_name(), _inputs(op)
-        if op.get_type_name() == 'FakeQuantize' and not _is_constant(inputs[0]):
-            yield from _range_faults(op, is_weight=False)
-            integers = any(
-                re.match('[iu]', reader.get_output_element_type(0).get_type_name()) for reader in _readers(op)
-            )
-            readers = list(_reached(op, integers))
-            for result in (reader for reader in readers if reader.get_type_name() == 'Result'):
-                yield Violation(
-                    'V6', name, f'expected a float network output, but it quantizes {result.get_friendly_name()!r}'
-                )
-            size = max(_constant(end).size for end in inputs[1:5])
-            if size != 1 and not (readers and all(_is_depthwise(reader) for reader in readers)):
-                yield Violation('V5', name, f'expected one range per tensor, but got {size}')
-        for source in inputs[:2] if op.get_type_name() in LAYERS else ():
-            if source.get_name() not in weights:
-                weights.add(source.get_name())
-                yield from _weight_faults(source)
+    for op in (op for op in operations if op.get_type_name() == 'FakeQuantize' and not _is_constant(_inputs(op)[0])):
+        name = op.get_friendly_name()
+        yield from _range_faults(op, is_weight=False)
+        readers = list(_reached(op, any(_dtype(reader)[0] in 'iu' for reader in _readers(op))))
+        for result in (reader for reader in readers if reader.get_type_name() == 'Result'):
+            output = result.get_friendly_name()
+            yield Violation('V6', name, f'expected a float network output, but it quantizes output {output!r}')
+        size = max(_constant(end).size for end in _inputs(op)[1:5])
+        by_channel = [r.get_type_name() == 'GroupConvolution' and r.get_input_shape(1)[2] == 1 for r in readers]
+        if size != 1 and not (by_channel and all(by_channel)):
+            yield Violation('V5', name, f'expected one range per tensor, but got {size}')
+    layers = (op for op in operations if op.get_type_name() in LAYERS)
+    for source in {source.get_name(): source for layer in layers for source in _inputs(layer)[:2]}.values():
+        yield from _weight_faults(source)
 
 
 def _range_faults(op: Any, is_weight: bool) -> Iterator[Violation]:
@@ -76,19 +64,18 @@ def _range_faults(op: Any, is_weight: bool) -> Iterator[Violation]:
             yield Violation('C1', name, f'expected a constant finite range with low < high, but got {found}')
             return
     steps = low * (levels - 1) / (high - low)
-    symmetric = bool((np.abs(steps + levels // 2) <= TOLERANCE).all())
+    symmetric = (np.abs(steps + levels // 2) <= TOLERANCE).all()
+    on_levels = (np.abs(steps - np.rint(steps)) <= TOLERANCE).all() and (steps > 0.5 - levels).all()
     if levels not in (255, 256):
         yield Violation('V1', name, f'expected 255 or 256 levels, but got {levels}')
     elif is_weight and not symmetric:
         yield Violation('V4', name, 'expected a symmetric weight, but its zero-point is not 0')
     elif (low > 0).any():
         yield Violation('V3', name, f'expected a range that starts at 0, but it starts at {low.max():g}')
-    elif (low < 0).any() and not symmetric:
-        whole = (np.abs(steps - np.rint(steps)) <= TOLERANCE).all() and (steps > -levels + 0.5).all()
-        if levels == 255 or not whole:
-            message = 'expected 0 among the levels of the range, or a symmetric one in 255 levels'
-            found = f'{np.ravel(low)[0]:g}..{np.ravel(high)[0]:g}'
-            yield Violation('V2', name, f'{message}, but got {found} in {levels}')
+    elif (low < 0).any() and not symmetric and (levels == 255 or not on_levels):
+        found = f'{np.ravel(low)[0]:g}..{np.ravel(high)[0]:g} in {levels}'
+        message = 'expected 0 among the levels of the range, or a symmetric one in 255 levels'
+        yield Violation('V2', name, f'{message}, but got {found}')
 
 
 def _weight_faults(op: Any) -> Iterator[Violation]:
@@ -97,22 +84,21 @@ def _weight_faults(op: Any) -> Iterator[Violation]:
     while (kind := op.get_type_name()) in (*SHAPE_OPS, *INTEGER_OPS):
         data, *others = _inputs(op)
         if kind == 'Multiply':
-            data, other = (data, others[0]) if _is_constant(others[0]) else (others[0], data)
             # OpenVINO folds a factor behind a layer into its weight, as one more Multiply; the scale is the last one
+            data, other = (data, others[0]) if _is_constant(others[0]) else (others[0], data)
             name, scale = op.get_friendly_name(), _constant(other)
         elif kind == 'Subtract':
             zero_point = _constant(others[0])
         op = data
-    dtype = op.get_output_element_type(0).get_type_name()
     if kind == 'FakeQuantize' and _is_constant(_inputs(op)[0]):
         yield from _range_faults(op, is_weight=True)
-    elif kind == 'Constant' and name and re.fullmatch(r'[iu]\d+', dtype):
+    elif kind == 'Constant' and name and _dtype(op)[0] in 'iu':
         if not (np.isfinite(scale) & (scale > 0)).all():
             yield Violation('C1', name, f'expected constant finite scales > 0, but got {scale.min():g}')
-        if dtype not in ('i8', 'u8'):
-            yield Violation('V1', name, f'expected an 8-bit weight, but got {dtype}')
+        if _dtype(op) not in ('i8', 'u8'):
+            yield Violation('V1', name, f'expected an 8-bit weight, but got {_dtype(op)}')
         # u8 around 128 holds the same values as i8 around 0
-        elif (zero_point != (128 if dtype == 'u8' else 0)).any():
+        elif (zero_point != (128 if _dtype(op) == 'u8' else 0)).any():
             yield Violation('V4', name, 'expected a symmetric weight, but its zero-point is not 0')
 
 
@@ -126,16 +112,16 @@ def _reached(op: Any, integers: bool) -> Iterator[Any]:
             yield reader
 
 
-def _is_depthwise(op: Any) -> bool:
-    return op.get_type_name() == 'GroupConvolution' and op.get_input_shape(1)[2] == 1
-
-
 def _inputs(op: Any) -> list[Any]:
     return [source.get_source_output().get_node() for source in op.inputs()]
 
 
 def _readers(op: Any) -> list[Any]:
     return [target.get_node() for output in op.outputs() for target in output.get_target_inputs()]
+
+
+def _dtype(op: Any) -> str:
+    return str(op.get_output_element_type(0).get_type_name())
 
 
 def _is_constant(op: Any) -> bool:
