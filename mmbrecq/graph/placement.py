@@ -24,7 +24,8 @@ class QuantizerPosition:
         layers: Paths of the convolutions and linear layers that read the values.
         non_negative: Whether no value can be negative.
         float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
-            float, and where the target computes an activation function within a layer, nothing comes between the two.
+            float, where the target computes an activation function within a layer, nothing comes between the two, and
+            a module that could not be traced quantizes what its layers read itself.
         full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
     """
@@ -45,7 +46,9 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
-        readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
+        readers = frozenset(
+            u for n in group for u in n.users if _reads_float(u, preset) or _is_inner(u, n, roles, preset)
+        )
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
         name = group[0].name
         positions.append(QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale))
@@ -56,7 +59,7 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if not roles.is_tensor(node) or roles.moves_only(node):
         return False
     consumers = list(roles.consumers(node))
-    if all(c.op == 'output' for c in consumers) or _is_fused(node, roles, preset):
+    if all(_reads_float(c, preset) for c in consumers) or _is_fused(node, roles, preset):
         return False
     if any(roles.is_weighted(c) for c in consumers):
         return True
@@ -69,6 +72,12 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
         return any(_is_shortcut(node, add, roles) for add in consumers)
     return False
+
+
+def _reads_float(user: fx.Node, preset: Preset) -> bool:
+    """Whether ``user`` is the network's output, or an opaque module, whose layers have quantizers of their own."""
+    opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
+    return user.op == 'output' or (opaque and not preset.conv_outputs)
 
 
 def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> bool:

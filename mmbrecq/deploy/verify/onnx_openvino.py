@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mmbrecq.deploy.verify.onnx_graph import Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_tensorrt import half_quantized_faults, per_tensor_faults
+from mmbrecq.deploy.verify.onnx_tensorrt import half_quantized_faults
 from mmbrecq.deploy.verify.violation import Violation
 
 
@@ -54,8 +54,17 @@ def check_layer_inputs(graph: OnnxGraph) -> Iterator[Violation]:
 
 
 def check_per_tensor(graph: OnnxGraph) -> Iterator[Violation]:
-    """V5: activations have one scale per tensor."""
-    return per_tensor_faults(graph, 'V5')
+    """V5: activations have one scale per tensor; where depthwise convolutions alone read them, one per channel too."""
+    readers: dict[Node, list[int]] = {}
+    for layer in graph.layers():
+        for dq in graph.quantized_sources(layer.data) or []:
+            group = layer.node.attributes.get('group', 1) if layer.node.op == 'Conv' else 1
+            readers.setdefault(dq, []).append(group)
+    for node in graph.activation_quantizers():
+        scale = graph.scale(node)
+        groups = [group for dq in graph.dequantizers(node) for group in readers.get(dq, [1])]
+        if scale is not None and scale.size != 1 and set(groups) != {scale.size}:
+            yield Violation('V5', node.name, f'expected one scale per tensor, but got {scale.size}')
 
 
 def check_network_outputs(graph: OnnxGraph) -> Iterator[Violation]:
