@@ -14,7 +14,8 @@ from mmbrecq.distributed import gather, process_count
 from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.weight import original_weight
-from mmbrecq.observers import BaseObserver, build_observer
+from mmbrecq.observers import BaseObserver, MinMaxObserver, build_observer
+from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 OBSERVED = 64
@@ -50,7 +51,7 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     """
     names = {id(quantizer): name for name, quantizer in model.quantizers.items()}
     for quantizer in quantizers:
-        quantizer.observer = build_observer(dict(model.observers['activation']), quantizer.qtype)
+        quantizer.observer = _build_activation_observer(model, quantizer.qtype)
         quantizer.observer.first = first
     try:
         yield
@@ -64,6 +65,16 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
+
+
+def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObserver:
+    """Builds the configured observer; channels that the preset gives a scale each have their whole range.
+
+    A search for every channel would cost a histogram of each, and gain little where no channel shares its scale.
+    """
+    if qtype.ch_axis is not None and model.preset.depthwise_per_channel:
+        return MinMaxObserver(qtype)
+    return build_observer(dict(model.observers['activation']), qtype)
 
 
 def merge_observers(observers: Sequence[BaseObserver | None]) -> None:

@@ -190,7 +190,14 @@ def _read_op(op: Any) -> IRNode:
     elif kind == 'Constant':
         # Packed values cannot be seen as an array; an empty one keeps the constant known as a constant.
         value = np.empty(0)
-    return IRNode(op.get_friendly_name(), kind, dtype, dict(op.get_attributes()), value=value)
+    return IRNode(op.get_friendly_name(), kind, dtype, dict(op.get_attributes()), value=value, shape=_shape(op))
+
+
+def _shape(op: Any) -> tuple[int, ...]:
+    shape = op.get_output_partial_shape(0) if op.get_output_size() else None
+    if shape is None or shape.rank.is_dynamic:
+        return ()
+    return tuple(axis.get_length() if axis.is_static else -1 for axis in shape)
 
 
 def read_ir(path: Path, expected: ExpectedQuantization | None = None) -> IRGraph:

@@ -24,7 +24,7 @@ INTEGER_TYPES = frozenset({'i2', 'i4', 'i8', 'i16', 'i32', 'u2', 'u4', 'u8', 'u1
 
 @dataclass(eq=False)
 class IRNode:
-    """An operation: friendly name, type, operations that it reads and that read it, value of a Constant."""
+    """An operation: friendly name, type, what it reads and what reads it, a Constant's value, shape (-1 where free)."""
 
     name: str
     op: str
@@ -33,6 +33,7 @@ class IRNode:
     inputs: list[IRNode] = field(default_factory=list)
     readers: list[IRNode] = field(default_factory=list)
     value: Array | None = None
+    shape: tuple[int, ...] = ()
 
     def constant(self) -> Array | None:
         """Value as float64 where the operation is a Constant, converted or reshaped or not; else None."""

@@ -11,11 +11,13 @@ import numpy as np
 
 from mmbrecq.deploy.verify.ir_common import quantized_weights
 from mmbrecq.deploy.verify.ir_graph import IRGraph
-from mmbrecq.deploy.verify.ir_nodes import FakeQuant, Weight
+from mmbrecq.deploy.verify.ir_nodes import CONV_AXES, MOVE_OPS, Array, FakeQuant, Weight
 from mmbrecq.deploy.verify.violation import Violation
 
 # Steps that the end of a range may lie off an integer: ranges are rounded to float32.
 RANGE_TOLERANCE = 0.01
+# They move values within their channels.
+CHANNEL_OPS = frozenset({'Interpolate', 'MaxPool', 'Pad'})
 # Levels -> steps from the smallest value of a signed range to 0.
 SIGNED_LOW = {256: 128, 255: 127}
 
@@ -87,11 +89,27 @@ def _is_symmetric(weight: Weight) -> bool:
 
 
 def check_per_tensor(graph: IRGraph) -> Iterator[Violation]:
-    """V5: activations have one range per tensor."""
+    """V5: activations have one range per tensor, or one per channel where of all layers depthwise convolutions read."""
     for quant in graph.fake_quants():
-        size = max(bound.size for bound in (quant.low, quant.high, quant.out_low, quant.out_high))
-        if size != 1:
-            yield Violation('V5', quant.end.name, f'expected one range per tensor, but got {size}')
+        widest = max((quant.low, quant.high, quant.out_low, quant.out_high), key=lambda bound: bound.size)
+        if widest.size != 1 and not _is_read_by_channel(quant, widest):
+            message = 'expected one range per tensor, or depthwise convolutions that read its channels'
+            yield Violation('V5', quant.end.name, f'{message}, but got {widest.size} ranges')
+
+
+def _is_read_by_channel(quant: FakeQuant, bound: Array) -> bool:
+    readers = list(quant.end.readers)
+    for reader in readers:
+        if reader.op in MOVE_OPS | {'Interpolate'}:
+            if reader.op not in CHANNEL_OPS:
+                return False
+            readers += reader.readers
+        # The weight of groups is (groups, outputs of a group, inputs of a group, ...).
+        elif reader.op == 'GroupConvolution' and reader.inputs[1].shape[0] == bound.size:
+            continue
+        elif reader.op in {*CONV_AXES, 'MatMul'}:
+            return False
+    return [axis for axis, size in enumerate(bound.shape) if size != 1] == [1]
 
 
 def check_network_outputs(graph: IRGraph) -> Iterator[Violation]:
