@@ -105,7 +105,13 @@ class BaseReconstructor:
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
         plan = plan_cache(
-            self.cache, max(cached), max(working), device, task.directory, self.memory_limit, self.cache_dtype
+            self.cache,
+            max(cached, default=(0, '')),
+            max(working),
+            device,
+            task.directory,
+            self.memory_limit,
+            self.cache_dtype,
         )
         return replace(plan, observed=images)
 
