@@ -45,10 +45,10 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
 
     Args:
         model: The prepared model.
-        quantizers: Of its graph.
+        quantizers: Some of its activation quantizers.
         first: Number of the first batch that this process observes, among all; None where that is not known.
     """
-    names = {id(quantizer): name for name, quantizer in model.quantizers.items()}
+    names = {id(q): name for graph in model.graphs for name, q in graph.quantizers.items()}
     for quantizer in quantizers:
         quantizer.observer = build_observer(dict(model.observers['activation']), quantizer.qtype)
         quantizer.observer.first = first
@@ -91,13 +91,13 @@ def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch
     Raises:
         DataError: No region is proposed on any image.
     """
-    if not any(head.quantizers for head in model.heads):
+    if not any(head.quantizers for head in model.region_graphs):
         return
     with ExitStack() as stack:
-        for head in model.heads:
-            stack.enter_context(observing(head, list(head.quantizers.values()), first_batch))
+        for head in model.region_graphs:
+            stack.enter_context(observing(model, list(head.quantizers.values()), first_batch))
         capture.observe()
-        for head in model.heads:
+        for head in model.region_graphs:
             observers = [quantizer.observer for quantizer in head.quantizers.values()]
             if not any(gather(all(observer is not None and observer.batches for observer in observers))):
                 raise no_regions(head)
@@ -114,9 +114,10 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
     Raises:
         NonFiniteError: An activation is NaN or infinite.
     """
-    quantizers = list(model.quantizers.values())
+    graph = model.image_graph
+    quantizers = list(graph.quantizers.values())
     if not quantizers:
         return
     with torch.no_grad(), model.quantization(weights=False, activations=False), observing(model, quantizers, first):
         for batch in images:
-            model(batch)
+            graph(batch)
