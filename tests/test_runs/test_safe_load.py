@@ -217,7 +217,5 @@ def test_a_file_of_safetensors_whatever_its_name(tmp_path: Path, name: str) -> N
 def test_safetensors_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'weights.safetensors').touch()
     monkeypatch.setitem(sys.modules, 'safetensors', None)
-    with pytest.raises(
-        DependencyError, match='safetensors is not installed; .*: pip install safetensors$'
-    ):
+    with pytest.raises(DependencyError, match='safetensors is not installed; .*: pip install safetensors$'):
         read_checkpoint(tmp_path / 'weights.safetensors')
