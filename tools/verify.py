@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmbrecq.deploy.verify import PRESETS, RULES, verify_file
 from mmbrecq.deploy.verify.rules import rules_of
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     violations = verify_file(args.file, args.preset)
     for violation in violations:
         print(violation)
-    print(f'{args.file}: {len(violations)} violation(s) of the {args.preset} rules' if violations else
-          f'{args.file}: keeps all rules of preset {args.preset}')  # fmt: skip
+    checked = ', '.join(rules_of(args.preset, Path(args.file).suffix))
+    print(f'{args.file}: {len(violations) or "no"} violation(s) of the rules of preset {args.preset} ({checked})')
     return 1 if violations else 0
 
 

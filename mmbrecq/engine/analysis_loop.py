@@ -11,12 +11,11 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
+from mmbrecq import pipeline
 from mmbrecq.building import build, parse_options
-from mmbrecq.calibration.calibrator import calibrate_weights
-from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data import build_calibration_set
 from mmbrecq.data.annotations import has_annotations
-from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.data.images import collect_images
 from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
@@ -24,7 +23,6 @@ from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
 from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
 from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
-from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
@@ -119,27 +117,12 @@ class AnalysisLoop(BaseLoop):
         changed['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
         if activation_bits is not None:
             changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
-        prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(model, example_of(self.images))
+        prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, {**self.quantizer, **changed}))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
-        equalize_parts(prepared, self.images, task.regions)
-        calibrate_weights(prepared)
+        pipeline.calibrate(task, activations=False)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:
         """A budget that cannot be kept is an error before the work, not after it."""
         check_budgets(table, [build(COST_MODELS, dict(model)) for model in self.choice.costs], self.choice.budgets)
-
-    def record(self, result: UnitResult) -> None:
-        """Units are kept as files; there is no summary to take them into."""
-
-    def count_done(self, stage: Stage) -> int:
-        """Finished units are passed without a word."""
-        return 0
-
-    def time_left(self) -> float | None:
-        """Not known: most of an analysis is no reconstruction."""
-        return None
-
-    def measure_weights(self, stage: Stage) -> None:
-        """An analysis has a measure of its own."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.deploy.exporters.base import BaseExporter, expected_quantization
 from mmbrecq.deploy.exporters.onnx import onnx_model
 from mmbrecq.deploy.exporters.onnx_rewrite import clip_signed_values
+from mmbrecq.deploy.verify import check_file
 from mmbrecq.errors import ExportError, first_line
 from mmbrecq.presets import IR_PRESET
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
@@ -45,6 +46,9 @@ class OpenVINOExporter(BaseExporter):
             proto = onnx_model(graph, example, self.opset)
             clip_signed_values(proto)
             source.write_bytes(proto.SerializeToString())
+            # the file is written in a folder below that in which it will lie
+            shown_as = path.parents[1] / path.name
+            check_file(source, graph.preset.name, expected_quantization(graph), shown_as)
             try:
                 converted = convert(source)
                 converted.set_rt_info(graph.preset.name, list(IR_PRESET))

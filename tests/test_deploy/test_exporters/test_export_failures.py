@@ -116,3 +116,19 @@ def test_missing_layer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(model.model.backbone.down.weight.detach(), weight)
     with pytest.raises(ExportError, match='C5 .*: expected 5 quantized convolution and linear layers, but got 4'):
         ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_weight_of_more_bits_is_noticed(tmp_path: Path) -> None:
+    model = packed(residual(), 'openvino', 2, 8)
+    codes = dict(model.model.named_parameters())['backbone.conv1.parametrizations.weight.original0']
+    with torch.no_grad():
+        codes[0, 0, 0, 0] = 100
+    with pytest.raises(ExportError, match=r'C6 /conv1/.*: expected integers in -2\.\.1, but got -1\.\.100'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_activation_of_more_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(residual(), 'onnxruntime', 8, 4)
+    monkeypatch.setattr(model.image_graph.quantizers['activation_quantizers.backbone_relu1'], '_clip', lambda: None)
+    with pytest.raises(ExportError, match=r'C7 /backbone_relu1/.*: expected the integers 0\.\.15, but got 0\.\.255'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
