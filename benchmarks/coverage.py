@@ -95,12 +95,12 @@ def row(name: str, size: tuple[int, int]) -> list[str]:
         prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}).prepare(model, images)
     except MMBrecqError as error:
         return [name, str(len(layers)), '', '', f'refused: {error}']
-    quantized = {layer.name for layer in prepared.all_layers if not layer.float_reason and layer.unit}
+    quantized = {layer.name for layer in prepared.layers if not layer.float_reason and layer.unit}
     return [
         name,
         str(len(layers)),
         str(len(quantized & layers)),
-        str(len(prepared.heads)),
+        str(len(prepared.region_graphs)),
         '; '.join(remarks(prepared)),
     ]
 
@@ -108,11 +108,11 @@ def row(name: str, size: tuple[int, int]) -> list[str]:
 def remarks(prepared: QuantizedModel) -> list[str]:
     """What stays in float, and what is one call."""
     floats: dict[str, int] = {}
-    for layer in prepared.all_layers:
+    for layer in prepared.layers:
         if layer.float_reason:
             floats[layer.float_reason] = floats.get(layer.float_reason, 0) + 1
     found = [f'{count} in float: {reason}' for reason, count in floats.items()]
-    return found + [f'{path} is one call' for part in prepared.parts for path in part.traced.opaque]
+    return found + [f'{path} is one call' for part in prepared.graphs for path in part.traced.opaque]
 
 
 def main() -> None:

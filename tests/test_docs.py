@@ -137,8 +137,8 @@ def test_mobilenetv3_example(tmp_path: Path) -> None:
         'backbone.layer0.conv', 'head.layers.0.fc', 'head.layers.1.fc', *(name for name in bits if '.se.' in name)
     }  # fmt: skip
     assert {layer_bits for name, layer_bits in bits.items() if name not in eight} == {(4, 8)}
-    assert len(bits) == 54 and not prepared.traced.opaque
-    blocks = [unit.name for unit in prepared.units if len(unit.layers) > 1]
+    assert len(bits) == 54 and not prepared.image_graph.traced.opaque
+    blocks = [unit.name for unit in prepared.image_graph.units if len(unit.layers) > 1]
     assert blocks == [f'backbone.layer{i}' for i in range(1, 12)]
     assert prepared.preset is PRESETS['openvino']
     assert build(RECONSTRUCTORS, cfg.reconstructor).stages[0].options.round_weight == 0.1
@@ -146,7 +146,7 @@ def test_mobilenetv3_example(tmp_path: Path) -> None:
 
 def test_resnext_example(tmp_path: Path) -> None:
     prepared = prepare(example_config('configs/brecq/resnext/brecq_w4a4_resnext50-32x4d_in1k.py', tmp_path))
-    names = [unit.name for unit in prepared.units if len(unit.layers) > 1]
+    names = [unit.name for unit in prepared.image_graph.units if len(unit.layers) > 1]
     assert names == [f'backbone.layer{i}.{j}' for i, count in enumerate((3, 4, 6, 3), 1) for j in range(count)]
 
 

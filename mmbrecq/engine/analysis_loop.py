@@ -124,8 +124,7 @@ class AnalysisLoop(BaseLoop):
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
         equalize_parts(prepared, self.images, task.regions)
-        for part in prepared.parts:
-            calibrate_weights(part)
+        calibrate_weights(prepared)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:

@@ -88,7 +88,7 @@ class ReconstructionCheckpointHook(ReconstructionHook):
     def after_reconstruct_unit(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
     ) -> None:
-        runner.test_loop.journal.add(runner.test_loop.model, unit, result)
+        runner.test_loop.journal.add(runner.test_loop.model.model, unit, result)
 
     def after_reconstruct(self, runner: Runner) -> None:
         runner.test_loop.journal.save()

@@ -234,7 +234,7 @@ class PTQLoop(BaseLoop):
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
         if not stage.quantizes_activations and self.task is not None:
             self._measure_choice(self.task, last=False)
-        if not stage.quantizes_activations and any(part.quantizers for part in self.model.parts):
+        if not stage.quantizes_activations and self.model.quantizes_activations:
             with self.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
             self.journal.save()
@@ -281,12 +281,12 @@ class PTQLoop(BaseLoop):
             example = on_main(lambda: images[:2].cpu()).to(images.device).clone()
             self.model = model = self.quantizer.prepare(self.runner.model, example)
             self.summary.bits = {
-                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers
+                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers
             }
-            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.all_layers if la.float_reason]
+            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.layers if la.float_reason]
             self.summary.model_size_bytes = model_size(model)
             opaque = [
-                f'{path} stays one call: {why}' for part in model.parts for path, why in part.traced.opaque.items()
+                f'{path} stays one call: {why}' for part in model.graphs for path, why in part.traced.opaque.items()
             ]
             self.summary.warnings += opaque
         for line in self.summary.float_layers + opaque:
@@ -301,8 +301,7 @@ class PTQLoop(BaseLoop):
             count = equalize_parts(model, task.images, task.regions, at_once, first_batch)
             if model.equalization:
                 self.runner.logger.info(f'channels of {count} groups of values are equalised')
-            for part in model.parts:
-                calibrate_weights(part)
+            calibrate_weights(model)
             batches = aligned_batches(len(task.images), at_once, task.first)
             images = (task.images[batch] for batch in track(batches, 'calibration'))
             calibrate_activations(model, images, task.first // at_once)
@@ -338,7 +337,7 @@ class PTQLoop(BaseLoop):
         check_same_bits(model.model)
         self.files.write_checkpoint(model, example)
         self._evaluate('quantized')
-        if not any(part.quantizers for part in model.parts):
+        if not model.quantizes_activations:
             self.summary.metrics.weights = dict(self.summary.metrics.quantized)
         self.files.write_summary()
 
@@ -358,8 +357,7 @@ class PTQLoop(BaseLoop):
                 deployed.attach()
                 metrics = self._measure(f'deployed in {deployed.name}')
                 self.summary.metrics.deployed[deployed.name] = metrics
-                for part in model.parts:
-                    part.traced.attach(part.compiled)
+                model.attach()
 
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:

@@ -57,7 +57,7 @@ class Choice:
 
     def check(self, model: QuantizedModel) -> None:
         """Raises ConfigError where the prepared model has other bits than were chosen: a config edited by hand."""
-        bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in model.all_layers}
+        bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in model.layers}
         for name, wanted in self.result.bits.items():
             weight, activation = bits.get(name, (None, None))
             if weight != wanted or self.result.activation_bits.get(name, activation) != activation:
@@ -69,7 +69,7 @@ class Choice:
     def take_up(self, task: Task, stage: Stage) -> Task:
         """The task with the rounding of the analysis in its model; units that have all of it are done in this pass."""
         done = set(task.done)
-        for part in task.model.parts:
+        for part in task.model.graphs:
             for unit in part.units:
                 paths = self._paths(unit)
                 if paths and all(path.exists() for path in paths.values()):
@@ -92,7 +92,7 @@ class Choice:
     def measure(self, task: Task) -> float:
         """The rise of the loss with all that was searched quantized, and everything else in float."""
         total = 0.0
-        for part in task.model.parts:
+        for part in task.model.graphs:
             layers = {name for name, _, _ in part.weights() if name in self.result.bits}
             read = part.read_quantizers()
             quantizers = {path for name in self.result.activation_bits for path in read.get(name, ())}
@@ -100,7 +100,7 @@ class Choice:
                 inputs = task.images
                 if self.result.images is not None:
                     inputs = inputs[: max(self.result.images - task.first, 0)]
-                if part is not task.model:
+                if part.is_region:
                     inputs = task.regions.pairs(part, weights=False, activations=False)[0]
                 total += output_loss(task, part, inputs, self.needs_task_loss).of(layers, quantizers)
         return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from mmbrecq.quantizers.options import (
     check_bits,
     parse_options,
 )
-from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
+from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'
@@ -94,10 +95,10 @@ class BRECQQuantizer:
         heads = [trace_region_head(model, head) for head in region_heads(model)]
         bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
-        parts = [self._quantize(part, bits) for part in (traced, *heads)]
+        graphs = [self._quantize(graph, bits) for graph in (traced, *heads)]
         model.requires_grad_(False)
-        parts[0].heads = parts[1:]
-        return parts[0]
+        observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
+        return QuantizedModel(model, graphs, observers, self.equalization)
 
     def _assign_bits(self, parts: Sequence[TracedGraph]) -> Bits:
         """Bits of every layer of every graph; overrides are patterns over all of them."""
@@ -112,7 +113,7 @@ class BRECQQuantizer:
             first_last |= last if part.path else first | last
         return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
 
-    def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedModel:
+    def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedGraph:
         """One graph with its quantizers; ``all_bits`` names the layers of the others too."""
         bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
         names = []
@@ -126,19 +127,20 @@ class BRECQQuantizer:
 
     def _assemble(
         self, traced: TracedGraph, bits: Bits, names: Sequence[str], opaque_inputs: dict[str, str]
-    ) -> QuantizedModel:
+    ) -> QuantizedGraph:
         model = traced.model
         found = {name: model.get_submodule(name) for name in names}
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
         blocks = find_blocks(model, self.blocks)
-        cut = partial(cut_units, model, traced.graph, quantized, set(quantizers), blocks, traced.path)
+
+        def cut(granularity: str) -> list[ReconstructionUnit]:
+            units = cut_units(model, traced.graph, quantized, set(quantizers), blocks, traced.path, granularity)
+            return [_with_opaque_inputs(unit, opaque_inputs) for unit in units]
+
         units = cut(self.granularity)
-        observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
-        return QuantizedModel(
-            model, traced, self.preset, _list_layers(traced, bits, units), units, cut, quantizers,
-            opaque_inputs, observers, self.equalization,
-        )  # fmt: skip
+        layers = _list_layers(traced, bits, units)
+        return QuantizedGraph(traced, self.preset, layers, units, cut, quantizers, opaque_inputs)
 
     def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
         """Puts the quantizer of a position into the graph; returns its path, nothing where the values stay in float."""
@@ -213,6 +215,11 @@ def _moves(stays: frozenset[fx.Node], user: fx.Node) -> bool:
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (quantizer(args[0]), *args[1:])
+
+
+def _with_opaque_inputs(unit: ReconstructionUnit, opaque_inputs: Mapping[str, str]) -> ReconstructionUnit:
+    more = tuple(opaque_inputs[layer] for layer in unit.layers if layer in opaque_inputs)
+    return replace(unit, quantizers=unit.quantizers + more)
 
 
 def _called_layers(traced: TracedGraph) -> list[str]:

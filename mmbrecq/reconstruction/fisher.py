@@ -17,8 +17,7 @@ from torch import Tensor, fx
 
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
-from mmbrecq.graph.components import attach
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.values import CachedValues, Values
 
@@ -85,9 +84,9 @@ def task_fisher(
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
-    squares = _Squares(model, len(images), cache)
+    squares = _Squares(model.image_graph, len(images), cache)
     start = 0
-    attach(model.model, squares.run)
+    model.image_graph.traced.attach(squares.run)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -97,12 +96,12 @@ def task_fisher(
                 squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
                 start = stop
     finally:
-        attach(model.model, model.compiled)
+        model.image_graph.attach()
     return squares.normalised(FISHER_BATCH)
 
 
 def output_fisher(
-    model: QuantizedModel, inputs: Values, quantized_inputs: Values, cache: ActivationCache, batch_size: int
+    graph: QuantizedGraph, inputs: Values, quantized_inputs: Values, cache: ActivationCache, batch_size: int
 ) -> FisherWeights:
     """Squared gradients of the distance between quantized and float outputs, normalised to mean 1.
 
@@ -110,7 +109,7 @@ def output_fisher(
     class scores and box deltas differ in scale.
 
     Args:
-        model: The prepared model, or a head of regions.
+        graph: A graph of a prepared model.
         inputs: Of the float network, ``(N, ...)``.
         quantized_inputs: Of the quantized one; the images are the same in both.
         cache: Where the weights are kept.
@@ -119,28 +118,28 @@ def output_fisher(
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
-    squares = _Squares(model, len(inputs), cache)
+    squares = _Squares(graph, len(inputs), cache)
     for start in range(0, len(inputs), batch_size):
         index = slice(start, min(start + batch_size, len(inputs)))
-        with torch.no_grad(), model.quantization(weights=False, activations=False):
-            targets = _tensors(model(inputs[index]))
-        with torch.enable_grad(), model.quantization(weights=True, activations=False):
+        with torch.no_grad(), graph.quantization(weights=False, activations=False):
+            targets = _tensors(graph(inputs[index]))
+        with torch.enable_grad(), graph.quantization(weights=True, activations=False):
             outputs = _tensors(squares.run(quantized_inputs[index].detach().requires_grad_(True)))
             pairs = zip(outputs, targets, strict=True)
             squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
     return squares.normalised(batch_size)
 
 
-def weighted_outputs(model: QuantizedModel) -> set[str]:
+def weighted_outputs(graph: QuantizedGraph) -> set[str]:
     """Names of the outputs that have Fisher weights: those of the units, and of the whole graph."""
-    return {name for unit in (*model.units, *model.cut('net')) if unit.is_quantized for name in unit.outputs}
+    return {name for unit in (*graph.units, *graph.cut('net')) if unit.is_quantized for name in unit.outputs}
 
 
 class _Squares:
     """Squared gradients at the weighted outputs of a graph, over all calibration images."""
 
-    def __init__(self, model: QuantizedModel, count: int, cache: ActivationCache) -> None:
-        self._recorder = _Recorder(model.compiled, weighted_outputs(model))
+    def __init__(self, graph: QuantizedGraph, count: int, cache: ActivationCache) -> None:
+        self._recorder = _Recorder(graph.compiled, weighted_outputs(graph))
         self._count, self._cache = count, cache
         self._weights: dict[str, CachedValues] = {}
         self._sums: dict[str, float] = {}

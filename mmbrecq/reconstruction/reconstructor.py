@@ -20,7 +20,7 @@ from mmbrecq.distributed import gather, on_main, process_count, process_index, p
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.options import parse_options
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, FisherWeights, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.losses import MSELoss
@@ -86,10 +86,10 @@ class BaseReconstructor:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
         device = next(task.model.model.parameters()).device
         cached, working = [], []
-        for part in task.model.parts:
-            stages = self.stages if part is task.model else [_for_regions(stage) for stage in self.stages]
-            count = len(task.images) * (1 if part is task.model else REGIONS_PER_IMAGE)
-            sizes = self._sizes(part, count, part is not task.model)
+        for part in task.model.graphs:
+            stages = self.stages if not part.is_region else [_for_regions(stage) for stage in self.stages]
+            count = len(task.images) * (REGIONS_PER_IMAGE if part.is_region else 1)
+            sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
             for stage in stages:
@@ -98,7 +98,7 @@ class BaseReconstructor:
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
                 needed = working_memory(part, units, stage, images, self.loss.needs_fisher)
                 # features of regions are collected in memory, and then joined, wherever all else is cached
-                features = 0 if part is task.model else 2 * sizes[inputs]
+                features = 2 * sizes[inputs] if part.is_region else 0
                 working += [(size + features, unit) for size, unit in needed]
         observed = self._observed(task)
         images = task.observed or self._observed_at_once(observed, device)
@@ -117,22 +117,22 @@ class BaseReconstructor:
 
     def _observed(self, task: Task) -> list[ObservedUnit]:
         """What is observed: the network in the calibration, and units in the stages that quantize activations."""
-        found = observed_units(task.model, task.model.cut('net'))
+        found = observed_units(task.model.image_graph, task.model.image_graph.cut('net'))
         for stage in self.stages:
             if stage.quantizes_activations and stage.observes:
-                for part in task.model.parts:
-                    inputs = 1 if part is task.model else REGIONS_PER_IMAGE
+                for part in task.model.graphs:
+                    inputs = REGIONS_PER_IMAGE if part.is_region else 1
                     found += observed_units(part, stage_units(part, stage), inputs)
         return found
 
-    def _sizes(self, part: QuantizedModel, count: int, is_head: bool) -> dict[str, int]:
+    def _sizes(self, part: QuantizedGraph, count: int) -> dict[str, int]:
         """Bytes of every value of a graph over ``count`` images or regions."""
         nodes = [n for n in part.traced.graph.nodes if _is_batched(n.meta.get('example'))]
-        mirrored = 1 if is_head else 1 + self.mirror
+        mirrored = 1 if part.is_region else 1 + self.mirror
         sizes = {n.name: self.cache_dtype.itemsize * mirrored * count * n.meta['example'][0].numel() for n in nodes}
         inputs = next(n for n in nodes if n.op == 'placeholder')
         # as they are; of a head, other features in either stream
-        sizes[inputs.name] = 4 * count * inputs.meta['example'][0].numel() * (2 if is_head else 1)
+        sizes[inputs.name] = 4 * count * inputs.meta['example'][0].numel() * (2 if part.is_region else 1)
         return sizes
 
     def describe_loss(self, task: Task) -> str:
@@ -142,7 +142,7 @@ class BaseReconstructor:
             return name
         if task.task_loss is None:
             return f'{name}, by the distance of quantized from float outputs, for there are no annotations'
-        heads = ', '.join(head.traced.path for head in task.model.heads)
+        heads = ', '.join(head.path for head in task.model.region_graphs)
         of_heads = f'; {heads}: by the distance of quantized from float outputs' if heads else ''
         return f'{name}, by the task loss on annotated images{of_heads}'
 
@@ -154,17 +154,17 @@ class BaseReconstructor:
             images = cache.hold(task.images, self.mirror)
             fisher = self._fisher(task, images, cache)
             for stage in self.stages:
-                if stage.name == 'activations' and not any(part.quantizers for part in task.model.parts):
+                if stage.name == 'activations' and not task.model.quantizes_activations:
                     continue
-                units = [unit for part in task.model.parts for unit in stage_units(part, stage)]
+                units = [unit for part in task.model.graphs for unit in stage_units(part, stage)]
                 listener.before_stage(stage, units)
                 if self._take_up_stage(task, stage, units):
                     listener.after_stage(stage)
                     continue
                 # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
-                results += self._run_stage(task, task.model, stage, images, None, cache, known, listener)
-                for head in task.model.heads:
+                results += self._run_stage(task, task.model.image_graph, stage, images, None, cache, known, listener)
+                for head in task.model.region_graphs:
                     features = task.regions.pairs(
                         head, weights=not stage.independent, activations=stage.quantizes_activations
                     )
@@ -187,7 +187,7 @@ class BaseReconstructor:
         if not left or not all((stage.name, unit.name) in task.resumed for unit in left):
             return False
         for unit in left:
-            load_unit_state(task.model, unit, task.resumed[stage.name, unit.name].state)
+            load_unit_state(task.model.model, unit, task.resumed[stage.name, unit.name].state)
         return True
 
     def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
@@ -195,13 +195,13 @@ class BaseReconstructor:
         if not self.loss.needs_fisher:
             return None
         if task.task_loss is None:
-            return output_fisher(task.model, images, images, cache, FISHER_BATCH)
+            return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
         return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
 
     def _run_stage(
         self,
         task: Task,
-        model: QuantizedModel,
+        graph: QuantizedGraph,
         stage: Stage,
         inputs: CachedValues,
         quantized_inputs: CachedValues | None,
@@ -211,16 +211,16 @@ class BaseReconstructor:
     ) -> list[UnitResult]:
         """All units of one graph."""
         results = []
-        units = stage_units(model, stage)
+        units = stage_units(graph, stage)
         # regions and mirror images do not lie in the order in which one process would have them
-        first = task.first if model is task.model and not self.mirror else None
-        streams = Streams(model, units, inputs, cache, stage.options.batch_size, quantized_inputs, first)
+        first = task.first if not graph.is_region and not self.mirror else None
+        streams = Streams(graph, units, inputs, cache, stage.options.batch_size, quantized_inputs, first)
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
             resumed = task.resumed.get((stage.name, unit.name))
             if resumed is not None:
-                load_unit_state(model, unit, resumed.state)
+                load_unit_state(graph.model, unit, resumed.state)
             if not unit.is_quantized or resumed is not None or (stage.name, unit.name) in task.done:
                 unit_inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
                 if not stage.independent:
@@ -237,7 +237,7 @@ class BaseReconstructor:
             listener.before_unit(stage, unit)
             training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
             before, after, outputs, steps = self._reconstruct(
-                task, model, stage, streams, unit, data, training, listener
+                task, graph, stage, streams, unit, data, training, listener
             )
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             kept = steps > 0 and not after < before
@@ -269,7 +269,7 @@ class BaseReconstructor:
     def _reconstruct(
         self,
         task: Task,
-        model: QuantizedModel,
+        graph: QuantizedGraph,
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
@@ -279,16 +279,16 @@ class BaseReconstructor:
     ) -> tuple[float, float, list[CachedValues], int]:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         activations = stage.quantizes_activations
-        weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
+        weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
         loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             images = streams.cache.plan.observed
-            _observe(model, unit, streams, images * (1 if model is task.model else REGIONS_PER_IMAGE))
+            _observe(task.model, graph, unit, streams, images * (REGIONS_PER_IMAGE if graph.is_region else 1))
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = data.mean_loss(outputs, loss, stage.options.batch_size)
-        state = unit_state(model, unit)
-        with model.quantization(weights=True, activations=activations):
+        state = unit_state(graph.model, unit)
+        with graph.quantization(weights=True, activations=activations):
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
@@ -298,16 +298,18 @@ class BaseReconstructor:
             return before, before, outputs, 0
         if process_count() > 1:
             # other kinds of processors differ in last bits
-            load_unit_state(model, unit, on_main(lambda: unit_state(model, unit)))
+            load_unit_state(graph.model, unit, on_main(lambda: unit_state(graph.model, unit)))
         learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         after = data.mean_loss(learned, loss, stage.options.batch_size)
         if after < before:
             return before, after, learned, steps
-        load_unit_state(model, unit, state)
+        load_unit_state(graph.model, unit, state)
         return before, after, outputs, steps
 
 
-def _observe(model: QuantizedModel, unit: ReconstructionUnit, streams: Streams, size: int) -> None:
+def _observe(
+    model: QuantizedModel, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams, size: int
+) -> None:
     """Finds the grids of a unit's activations from its quantized inputs, so many at once where there is room."""
     fitting = streams.micro_batches(unit)
 
@@ -315,15 +317,15 @@ def _observe(model: QuantizedModel, unit: ReconstructionUnit, streams: Streams, 
         at_once = images if fitting.split else size
         first = None if streams.first is None or fitting.split else streams.first // size
         # observers of a failed attempt are gone with it
-        with observing(model, model.unit_quantizers(unit), first):
+        with observing(model, graph.unit_quantizers(unit), first):
             streams.observe(unit, at_once)
 
     fitting.run(run)
 
 
-def stage_units(model: QuantizedModel, stage: Stage) -> list[ReconstructionUnit]:
+def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]:
     """Into what a graph is cut for a pass."""
-    return model.units if stage.granularity is None else model.cut(stage.granularity)
+    return graph.units if stage.granularity is None else graph.cut(stage.granularity)
 
 
 def _for_regions(stage: Stage) -> Stage:

@@ -9,7 +9,7 @@ import torch
 
 from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
 from mmbrecq.reconstruction.layout import memory_format
 from mmbrecq.reconstruction.micro_batches import MicroBatches
@@ -23,7 +23,7 @@ class Streams:
     of the units before it.
 
     Args:
-        model: The prepared model.
+        graph: A graph of the prepared model.
         units: Its units in the order of execution.
         inputs: What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
         cache: Where activations are kept.
@@ -34,7 +34,7 @@ class Streams:
 
     def __init__(
         self,
-        model: QuantizedModel,
+        graph: QuantizedGraph,
         units: Sequence[ReconstructionUnit],
         inputs: CachedValues,
         cache: ActivationCache,
@@ -44,8 +44,8 @@ class Streams:
     ) -> None:
         self.first = first
         self._batches = aligned_batches(len(inputs), batch_size, first or 0)
-        self.model, self.units, self.cache = model, units, cache
-        name = next(n.name for n in model.traced.graph.nodes if n.op == 'placeholder')
+        self.graph, self.units, self.cache = graph, units, cache
+        name = next(n.name for n in graph.traced.graph.nodes if n.op == 'placeholder')
         self.count = len(inputs)
         self.float_values: dict[str, CachedValues] = {name: inputs}
         self.quantized_values: dict[str, CachedValues] = {
@@ -86,7 +86,7 @@ class Streams:
                     output.write(start, result)
 
         fitting = self.micro_batches(unit)
-        with torch.no_grad(), self.model.quantization(weights, activations):
+        with torch.no_grad(), self.graph.quantization(weights, activations):
             for batch in self._batches:
                 fitting.run(partial(write, batch))
         return outputs
@@ -99,7 +99,7 @@ class Streams:
             size: Inputs per batch: what an observer makes of values depends on it, so it is that of the calibration.
         """
         inputs = self.quantized_inputs(unit)
-        with torch.no_grad(), self.model.quantization(weights=True, activations=False):
+        with torch.no_grad(), self.graph.quantization(weights=True, activations=False):
             for batch in aligned_batches(self.count, size, self.first or 0):
                 unit.module(*[x[batch] for x in inputs])
 

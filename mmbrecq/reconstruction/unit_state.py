@@ -11,7 +11,6 @@ from mmbrecq.errors import CheckpointError
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import weight_fake_quant
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 UnitState = dict[str, Tensor]
 """Tensors by the path of the layer or quantizer, what they belong to, and their own name."""
@@ -23,17 +22,17 @@ def layer_owners(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(owner, key) for owner, key in owners if owner is not None]
 
 
-def unit_state(model: QuantizedModel, unit: ReconstructionUnit) -> UnitState:
+def unit_state(model: nn.Module, unit: ReconstructionUnit) -> UnitState:
     """Copies of all that the unit has learned: codes, scales, zero-points and corrections of biases.
 
     Args:
-        model: The prepared model.
-        unit: Of its graph or of a head's.
+        model: The prepared model, owner of all modules.
+        unit: One of its units.
     """
     return {name: tensor.detach().to('cpu', copy=True) for name, tensor in _tensors(model, unit)}
 
 
-def load_unit_state(model: QuantizedModel, unit: ReconstructionUnit, state: UnitState) -> None:
+def load_unit_state(model: nn.Module, unit: ReconstructionUnit, state: UnitState) -> None:
     """Puts what :func:`unit_state` gave into the unit.
 
     Raises:
@@ -48,11 +47,11 @@ def load_unit_state(model: QuantizedModel, unit: ReconstructionUnit, state: Unit
             tensor.copy_(state[name])
 
 
-def _tensors(model: QuantizedModel, unit: ReconstructionUnit) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, unit: ReconstructionUnit) -> Iterator[tuple[str, Tensor]]:
     owners = [
-        (f'{path}.{key}', owner) for path in unit.layers for owner, key in layer_owners(model.model.get_submodule(path))
+        (f'{path}.{key}', owner) for path in unit.layers for owner, key in layer_owners(model.get_submodule(path))
     ]
-    owners += [(path, model.model.get_submodule(path)) for path in model.unit_quantizer_names(unit)]
+    owners += [(path, model.get_submodule(path)) for path in unit.quantizers]
     for path, owner in owners:
         for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
             yield f'{path}.{name}', tensor

@@ -16,7 +16,7 @@ from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.observers.distribution import DistributionObserver
 from mmbrecq.observers.histogram import CHUNK
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, weighted_outputs
 from mmbrecq.reconstruction.stages import Stage
 
@@ -104,22 +104,22 @@ def measure_footprint(
 
 
 def working_memory(
-    model: QuantizedModel, units: Sequence[ReconstructionUnit], stage: Stage, images: int, fisher: bool
+    graph: QuantizedGraph, units: Sequence[ReconstructionUnit], stage: Stage, images: int, fisher: bool
 ) -> list[tuple[int, str]]:
     """Most bytes that the work on each unit takes beside cached activations, and its name.
 
     Args:
-        model: The prepared graph.
+        graph: A prepared graph.
         units: Of the stage.
         stage: What is learned, and how.
         images: Images of a step.
         fisher: Whether the loss has Fisher weights.
     """
-    examples = {node.name: node.meta.get('example') for node in model.traced.graph.nodes}
+    examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     needed = []
-    with model.quantization(weights=False, activations=stage.quantizes_activations):
+    with graph.quantization(weights=False, activations=stage.quantizes_activations):
         for unit in units:
-            layers = [module for module, _ in model.unit_weights(unit)]
+            layers = [module for module, _ in graph.unit_weights(unit)]
             footprint = measure_footprint(
                 unit.module,
                 [examples[name] for name in unit.inputs],
@@ -128,9 +128,9 @@ def working_memory(
             )
             needed.append((_with_headroom(step_bytes(footprint, stage, images, fisher)), unit.name))
         if fisher:
-            (network,) = model.cut('net')
+            (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
-            outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(model))
+            outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(graph))
             passing = gradient_bytes(footprint, outputs, max(images, FISHER_BATCH))
             needed.append((_with_headroom(passing), network.name))
     return needed
@@ -180,18 +180,18 @@ class ObservedUnit:
         return _with_headroom(observing_bytes(self.footprint, self.quantizers, images * self.inputs))
 
 
-def observed_units(model: QuantizedModel, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
+def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
     """Those that have activations to observe.
 
     Args:
-        model: The prepared graph.
+        graph: A prepared graph.
         units: Among these.
         inputs: Of the graph per image.
     """
-    examples = {node.name: node.meta.get('example') for node in model.traced.graph.nodes}
+    examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     found = []
     for unit in units:
-        quantizers = model.unit_quantizers(unit)
+        quantizers = graph.unit_quantizers(unit)
         if quantizers:
             footprint = measure_footprint(unit.module, [examples[name] for name in unit.inputs], [])
             found.append(ObservedUnit(unit.name, footprint, len(quantizers), inputs))

@@ -24,12 +24,12 @@ class Forecast:
 
     def __init__(self, model: QuantizedModel, reconstructor: BaseReconstructor) -> None:
         macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
-        overhead = OVERHEAD.get(model.traced.example.device.type, OVERHEAD['cuda'])
+        overhead = OVERHEAD.get(model.image_graph.traced.example.device.type, OVERHEAD['cuda'])
         self._left = {
             (stage.name, unit.name): _work(stage, unit, macs, overhead)
             for stage in reconstructor.stages
-            if stage.name != 'activations' or any(part.quantizers for part in model.parts)
-            for part in model.parts
+            if stage.name != 'activations' or model.quantizes_activations
+            for part in model.graphs
             for unit in stage_units(part, stage)
             if unit.is_quantized
         }

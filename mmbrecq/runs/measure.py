@@ -47,7 +47,7 @@ def model_size(model: QuantizedModel) -> ModelSize:
     channel; what is not quantized counts 32 bits.
     """
     saved = 0.0
-    for layer in model.all_layers:
+    for layer in model.layers:
         fake_quant = weight_fake_quant(model.model.get_submodule(layer.name))
         if fake_quant is not None:
             bits = fake_quant.qtype.bits

@@ -64,9 +64,9 @@ class RunFiles:
 
 def _layer_list(model: QuantizedModel) -> str:
     """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
-    width = max(len(layer.name) for layer in model.all_layers)
+    width = max(len(layer.name) for layer in model.layers)
     lines = []
-    for layer in model.all_layers:
+    for layer in model.layers:
         bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
         tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
         lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')

@@ -160,11 +160,11 @@ def test_only_tensors_cross_from_unit_to_unit() -> None:
 
 def test_units_hold_the_quantizers_of_what_they_compute() -> None:
     model = packed(classifier('resnet'), 'onnxruntime')
-    held = Counter(name for unit in model.units for name in unit.quantizers)
-    assert held == Counter(model.quantizers.keys())
+    held = Counter(name for unit in model.image_graph.units for name in unit.quantizers)
+    assert held == Counter(model.image_graph.quantizers.keys())
     x = images(3, seed=1)
-    (output,) = outputs_of(model.traced)
-    torch.testing.assert_close(run_units(model.units, x)[output], run(model, x), rtol=0, atol=0)
+    (output,) = outputs_of(model.image_graph.traced)
+    torch.testing.assert_close(run_units(model.image_graph.units, x)[output], run(model, x), rtol=0, atol=0)
 
 
 def test_unknown_granularity() -> None:

@@ -77,8 +77,8 @@ def reconstruct(share: range, loss: str) -> dict[str, Any]:
     return {
         'losses': [(result.loss_before, result.loss_after) for result in results],
         'digest': check_same_bits(model.model),
-        'distance': OutputLoss(model, task.images).of({layer.name for layer in model.layers}),
-        'scales': {name: quantizer.scale.detach() for name, quantizer in model.quantizers.items()},
+        'distance': OutputLoss(model.image_graph, task.images).of({layer.name for layer in model.layers}),
+        'scales': {name: quantizer.scale.detach() for name, quantizer in model.image_graph.quantizers.items()},
     }
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     found: dict[str, Any] = {'share': (share.start, share.stop)}
     for observer in OBSERVERS:
         model = prepare(share, observer)
-        found[observer] = {name: quantizer.scale.detach() for name, quantizer in model.quantizers.items()}
+        found[observer] = {name: quantizer.scale.detach() for name, quantizer in model.image_graph.quantizers.items()}
     found['equalized'] = prepare(share, 'MinMaxObserver', equalization=0.75).model.state_dict()
     for loss in ('MSELoss', 'FisherLoss'):
         found[loss] = reconstruct(share, loss)

@@ -86,7 +86,7 @@ def test_the_model_is_left_as_it_was(prepared: Prepare, task: MakeTask, host: Ac
     assert all(parameter.grad is None for parameter in model.model.parameters())
     assert torch.equal(model.model(work.images, mode='tensor'), expected)
     runs = []
-    model.compiled.register_forward_hook(lambda *args: runs.append(args))
+    model.image_graph.compiled.register_forward_hook(lambda *args: runs.append(args))
     with model.quantization(True, True):
         quantized = model.model(work.images, mode='tensor')
     assert not torch.equal(quantized, expected)
@@ -130,7 +130,7 @@ def test_outputs_that_the_loss_does_not_depend_on_count_unweighted(
     work, told = task(prepared()), []
     monkeypatch.setattr('mmbrecq.reconstruction.fisher.print_log', lambda message, **_: told.append(message))
     recorder = []
-    pool = work.model.compiled.get_submodule('backbone.pool')
+    pool = work.model.image_graph.compiled.get_submodule('backbone.pool')
     pool.register_forward_hook(lambda module, inputs, output: recorder.append(output))
 
     def of_the_backbone(batch: Any, images: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_without_annotations_the_distance_of_the_outputs(
     work = task(prepared())
     with work.model.quantization(True, False):
         rounded = {name: module.weight.detach().clone() for name, module, _ in work.model.weights()}
-    weights = output_fisher(work.model, work.images, work.images, host, batch_size=10).values
+    weights = output_fisher(work.model.image_graph, work.images, work.images, host, batch_size=10).values
 
     expected_logits = classifier(work.images).detach()
     for name, weight in rounded.items():

@@ -116,10 +116,10 @@ def test_a_pass_gives_the_same(prepared: Prepare, images: Tensor, host: Activati
     model = prepared()
     results = []
     for most in (24, 4):
-        streams = Streams(model, model.units, host.hold(images), host, 10)
+        streams = Streams(model.image_graph, model.image_graph.units, host.hold(images), host, 10)
         with small_gpu(model, 'backbone.stem', most) as sizes:
-            (output,) = streams.run(model.units[0], [images], weights=True, activations=False)
-        results.append((output[:], sizes, streams.micro_batches(model.units[0]).split))
+            (output,) = streams.run(model.image_graph.units[0], [images], weights=True, activations=False)
+        results.append((output[:], sizes, streams.micro_batches(model.image_graph.units[0]).split))
     (expected, whole, not_split), (got, parts, split) = results
     torch.testing.assert_close(got, expected)
     assert (whole, not_split) == ([10, 10, 4], False)

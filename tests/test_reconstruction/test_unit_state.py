@@ -21,11 +21,11 @@ def tensors(model: QuantizedModel) -> dict[str, Tensor]:
 
 def disturb(model: QuantizedModel, index: int) -> None:
     """Changes all that a unit can learn."""
-    for module, fake_quant in model.unit_weights(model.units[index]):
+    for module, fake_quant in model.image_graph.unit_weights(model.image_graph.units[index]):
         fake_quant.codes.add_(1)
         fake_quant.scale.mul_(1.5)
         module.parametrizations['bias'][0].offset.data.add_(0.25)  # type: ignore[index, union-attr]
-    for quantizer in model.unit_quantizers(model.units[index]):
+    for quantizer in model.image_graph.unit_quantizers(model.image_graph.units[index]):
         quantizer.scale.data.mul_(2)
         quantizer.zero_point.add_(1)
 
@@ -33,12 +33,12 @@ def disturb(model: QuantizedModel, index: int) -> None:
 def test_what_was_learned_comes_back_bit_for_bit(prepared: Prepare) -> None:
     model = prepared()
     before = tensors(model)
-    state = unit_state(model, model.units[1])
+    state = unit_state(model.model, model.image_graph.units[1])
     for _ in range(2):
         disturb(model, 1)
         changed = {name.rpartition('.')[2] for name, tensor in tensors(model).items() if not tensor.equal(before[name])}
         assert changed == {'codes', 'scale', 'offset', 'zero_point'}
-        load_unit_state(model, model.units[1], state)
+        load_unit_state(model.model, model.image_graph.units[1], state)
         after = tensors(model)
         assert after.keys() == before.keys()
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -46,18 +46,18 @@ def test_what_was_learned_comes_back_bit_for_bit(prepared: Prepare) -> None:
 
 def test_other_units_are_left_alone(prepared: Prepare) -> None:
     model = prepared()
-    state = unit_state(model, model.units[1])
+    state = unit_state(model.model, model.image_graph.units[1])
     disturb(model, 0)
     before = tensors(model)
-    load_unit_state(model, model.units[1], state)
+    load_unit_state(model.model, model.image_graph.units[1], state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
 
 
 def test_another_units_state_is_refused(prepared: Prepare) -> None:
     model = prepared()
-    block = next(i for i, unit in enumerate(model.units) if len(unit.layers) == 2)
-    other = next(unit for unit in model.units if len(unit.layers) == 1)
+    block = next(i for i, unit in enumerate(model.image_graph.units) if len(unit.layers) == 2)
+    other = next(unit for unit in model.image_graph.units if len(unit.layers) == 1)
     before = tensors(model)
     with pytest.raises(CheckpointError, match=f"expected the state of unit '{other.name}', but it does not fit at '"):
-        load_unit_state(model, other, unit_state(model, model.units[block]))
+        load_unit_state(model.model, other, unit_state(model.model, model.image_graph.units[block]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())

@@ -16,9 +16,9 @@ RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4
 
 
 def variables_of(model: QuantizedModel, rounding: bool = True, scale: bool = True, **options: Any) -> Variables:
-    unit = model.units[1]
+    unit = model.image_graph.units[1]
     stage = Stage('joint', StageOptions(**{**RATES, **options}), rounding, scale)
-    return Variables(unit.module, model.unit_weights(unit), model.unit_quantizers(unit), stage)
+    return Variables(unit.module, model.image_graph.unit_weights(unit), model.image_graph.unit_quantizers(unit), stage)
 
 
 def rates(variables: Variables) -> dict[float, int]:
@@ -57,7 +57,7 @@ def test_what_is_learned(prepared: Prepare, rounding: bool, scale: bool, options
 
 def test_a_fixed_step_size_is_not_learned(prepared: Prepare) -> None:
     model = prepared()
-    quantizer = model.unit_quantizers(model.units[1])[0]
+    quantizer = model.image_graph.unit_quantizers(model.image_graph.units[1])[0]
     quantizer.fixed = True
     assert rates(variables_of(model)) == {0.1: 1, 0.2: 2, 0.3: 2, 0.4: 1}
     assert not quantizer.scale.requires_grad
@@ -87,12 +87,12 @@ def test_finishing_fixes_everything(prepared: Prepare) -> None:
     variables = variables_of(model)
     disturb(variables)
     variables.finish()
-    unit = model.units[1]
+    unit = model.image_graph.units[1]
     assert set(state_of(model)) == names
-    for module, fake_quant in model.unit_weights(unit):
+    for module, fake_quant in model.image_graph.unit_weights(unit):
         correction = bias_correction(module)
         assert correction is not None
         assert not correction.offset.requires_grad
         assert correction.offset.abs().min() > 0
         assert not list(fake_quant.parameters())
-    assert not any(p.requires_grad for q in model.unit_quantizers(unit) for p in q.parameters())
+    assert not any(p.requires_grad for q in model.image_graph.unit_quantizers(unit) for p in q.parameters())

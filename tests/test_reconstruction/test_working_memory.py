@@ -106,19 +106,21 @@ def test_as_many_images_as_have_room_are_observed() -> None:
 
 def test_units_without_quantizers_observe_nothing(prepared: Prepare) -> None:
     model = prepared()
-    found = observed_units(model, model.units, inputs=3)
+    found = observed_units(model.image_graph, model.image_graph.units, inputs=3)
     assert {unit.name: unit.quantizers for unit in found} == {
-        u.name: len(u.quantizers) for u in model.units if u.quantizers
+        u.name: len(u.quantizers) for u in model.image_graph.units if u.quantizers
     }
-    assert len(found) < len(model.units) and {unit.inputs for unit in found} == {3}
+    assert len(found) < len(model.image_graph.units) and {unit.inputs for unit in found} == {3}
 
 
 @pytest.mark.parametrize('fisher', [False, True])
 def test_units_of_a_model(prepared: Prepare, fisher: bool) -> None:
     model = prepared()
-    found = {name: size for size, name in working_memory(model, model.units, stage(), 24, fisher)}
-    assert set(found) == {unit.name for unit in model.units} | ({'net0'} if fisher else set())
+    found = {
+        name: size for size, name in working_memory(model.image_graph, model.image_graph.units, stage(), 24, fisher)
+    }
+    assert set(found) == {unit.name for unit in model.image_graph.units} | ({'net0'} if fisher else set())
     # of a block over 8 x 8: the inputs of both convolutions, and their outputs in the ReLU and in the sum
     assert found['backbone.first'] - BASE >= HEADROOM * 24 * 3 * 6 * 64 * 4
     assert found['backbone.first'] > found['backbone.second'] > found['head.fc'] > BASE
-    assert not any(quantizer.enabled for quantizer in model.quantizers.values())
+    assert not any(quantizer.enabled for quantizer in model.image_graph.quantizers.values())

@@ -38,7 +38,7 @@ def forecast(monkeypatch: pytest.MonkeyPatch) -> Forecast:
         Stage('activations', StageOptions(iterations=5, batch_size=100), False, True),
     ]
     part = SimpleNamespace(traced=SimpleNamespace(example=torch.zeros(1)), quantizers={'a': 1})
-    part.parts = [part]
+    part.graphs, part.quantizes_activations, part.image_graph = [part], True, part
     reconstructor: Any = SimpleNamespace(stages=stages)
     return Forecast(part, reconstructor)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ from mmbrecq.errors import ExportError, StorageError
 from mmbrecq.fake_quants.weight import PackedWeight
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.units import is_below
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.runs.storage import replacing
 
 
@@ -40,20 +40,20 @@ class BaseExporter(metaclass=ABCMeta):
         Returns:
             The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
         """
-        paths = [self.export(model, example, folder)]
-        for head in model.heads:
+        paths = [self.export(model.image_graph, example, folder)]
+        for head in model.region_graphs:
             beside = copy.copy(self)
-            beside.filename = head_file(paths[0], head.traced.path).name
+            beside.filename = head_file(paths[0], head.path).name
             paths.append(beside.export(head, head.traced.example, folder))
         return paths
 
-    def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
-        """Writes ``model`` below ``folder`` and verifies the file against the rules of its preset.
+    def export(self, graph: QuantizedGraph, example: Tensor, folder: Path) -> Path:
+        """Writes ``graph`` below ``folder`` and verifies the file against the rules of its preset.
 
         A file that fails is not left behind, and does not replace one of an earlier export.
 
         Args:
-            model: A packed model.
+            graph: A graph of a packed model.
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``; N stays free in the file.
             folder: Made where it is missing.
 
@@ -69,8 +69,8 @@ class BaseExporter(metaclass=ABCMeta):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
                 written = Path(beside) / self.filename
-                self.write(model, example, written)
-                check_file(written, model.preset.name, expected_quantization(model), shown_as=path)
+                self.write(graph, example, written)
+                check_file(written, graph.preset.name, expected_quantization(graph), shown_as=path)
                 # in the order of their names a .bin comes before the .xml that points at it
                 for made in sorted(Path(beside).iterdir()):
                     with replacing(folder / made.name) as partial:
@@ -80,13 +80,13 @@ class BaseExporter(metaclass=ABCMeta):
         return path
 
     @abstractmethod
-    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
-        """Writes ``model`` to ``path``, and nothing else that stays but files to be kept beside it."""
+    def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
+        """Writes ``graph`` to ``path``, and nothing else that stays but files to be kept beside it."""
 
 
-def expected_quantization(model: QuantizedModel) -> ExpectedQuantization:
-    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
-    packed = {path: module for path, module in model.model.named_modules() if isinstance(module, PackedWeight)}
+def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
+    """What the verifier holds the ONNX file of a packed graph against: its layers, and the grids of all of them."""
+    packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
     weights = {
         path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
         for path, module in packed.items()
@@ -98,13 +98,13 @@ def expected_quantization(model: QuantizedModel) -> ExpectedQuantization:
             quantizer.qtype.quant_min,
             quantizer.qtype.quant_max,
         )
-        for quantizer in model.quantizers.values()
+        for quantizer in graph.quantizers.values()
     ]
-    return ExpectedQuantization(count_quantized_calls(model), weights, frozenset(grids))
+    return ExpectedQuantization(count_quantized_calls(graph), weights, frozenset(grids))
 
 
-def count_quantized_calls(model: QuantizedModel) -> int:
+def count_quantized_calls(graph: QuantizedGraph) -> int:
     """Calls of quantized layers in the graph; a layer that several levels share counts once per call."""
-    quantized = {layer.name for layer in model.layers if layer.weight_bits is not None}
-    calls = [str(n.target) for n in model.traced.graph.nodes if n.op == 'call_module']
+    quantized = {layer.name for layer in graph.layers if layer.weight_bits is not None}
+    calls = [str(n.target) for n in graph.traced.graph.nodes if n.op == 'call_module']
     return sum(is_below(layer, target) for target in calls for layer in quantized)

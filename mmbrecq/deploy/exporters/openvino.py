@@ -17,7 +17,7 @@ from mmbrecq.deploy.exporters.onnx_rewrite import clip_signed_values
 from mmbrecq.deploy.verify import check_file
 from mmbrecq.errors import BackendError, ExportError, first_line
 from mmbrecq.presets import IR_PRESET
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.registry import EXPORTERS
 
 
@@ -38,23 +38,23 @@ class OpenVINOExporter(BaseExporter):
         super().__init__(filename)
         self.opset = opset
 
-    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
+    def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
         try:
             import openvino
         except ImportError as error:
             raise BackendError('expected OpenVINO to be installed, but it is not: pip install openvino') from error
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             source = Path(folder) / 'model.onnx'
-            proto = onnx_model(model, example, self.opset)
+            proto = onnx_model(graph, example, self.opset)
             clip_signed_values(proto)
             source.write_bytes(proto.SerializeToString())
             # the file is written in a folder below that in which it will lie
             shown_as = path.parents[1] / path.name
-            check_file(source, model.preset.name, expected_quantization(model), shown_as)
+            check_file(source, graph.preset.name, expected_quantization(graph), shown_as)
             try:
-                graph = convert(source)
-                graph.set_rt_info(model.preset.name, list(IR_PRESET))
-                openvino.save_model(graph, path, compress_to_fp16=False)
+                converted = convert(source)
+                converted.set_rt_info(graph.preset.name, list(IR_PRESET))
+                openvino.save_model(converted, path, compress_to_fp16=False)
             except RuntimeError as error:
                 raise ExportError(f'OpenVINO cannot convert the graph: {first_line(error)}') from error
 

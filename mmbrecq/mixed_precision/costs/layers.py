@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import BiasCorrection
 from mmbrecq.fake_quants.weight import original_weight, weight_fake_quant
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS = 1000
 """Regions that an RPN hands to the heads where the detector's config does not say."""
@@ -83,9 +83,9 @@ def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
         model: Prepared, not packed.
     """
     found = []
-    for part in model.parts:
+    for part in model.graphs:
         example = part.traced.example
-        times = 1 if part is model else _regions(model.model)
+        times = 1 if not part.is_region else _regions(model.model)
         with torch.no_grad(), _calls(part, times) as calls, model.quantization(weights=False, activations=False):
             part(example)
         for layer in part.layers:
@@ -107,7 +107,7 @@ def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
 
 def other_bytes(model: QuantizedModel) -> int:
     """Bytes of the parameters that are no weight of a quantized layer, all of them float."""
-    quantized = [original_weight(module) for part in model.parts for _, module, _ in part.weights()]
+    quantized = [original_weight(module) for _, module, _ in model.weights()]
     quantizers = [m for m in model.model.modules() if isinstance(m, (FakeQuantize, BiasCorrection))]
     added = {id(p) for module in quantizers for p in module.parameters()}
     total = sum(p.numel() for p in model.model.parameters() if id(p) not in added)
@@ -115,7 +115,7 @@ def other_bytes(model: QuantizedModel) -> int:
 
 
 @contextmanager
-def _calls(part: QuantizedModel, times: int) -> Iterator[dict[str, list[Call]]]:
+def _calls(part: QuantizedGraph, times: int) -> Iterator[dict[str, list[Call]]]:
     """Collects the calls of every layer of a graph while it runs."""
     calls: dict[str, list[Call]] = {layer.name: [] for layer in part.layers}
 

@@ -10,12 +10,12 @@ from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regi
 from mmbrecq.mixed_precision.sensitivity.measure import BATCH, FISHER, output_loss
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.progress import track
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.task import Task
 
 
 def measure_activations(
-    task: Task, table: SensitivityTable, bits: int, inputs_of: Callable[[Task, QuantizedModel], Tensor]
+    task: Task, table: SensitivityTable, bits: int, inputs_of: Callable[[Task, QuantizedGraph], Tensor]
 ) -> None:
     """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
 
@@ -29,7 +29,7 @@ def measure_activations(
     """
     calibrate_activations(task.model, task.images.split(BATCH))
     calibrate_regions(task.model, task.regions)
-    for part in task.model.parts:
+    for part in task.model.graphs:
         own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
         missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
         if missing:

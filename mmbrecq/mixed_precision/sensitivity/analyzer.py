@@ -26,7 +26,7 @@ from mmbrecq.mixed_precision.sensitivity.values import value_groups
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
@@ -98,8 +98,8 @@ class Analyzer:
         self._check_loss(fewest)
         shapes = layer_shapes(model)
         searched = self._searched(model)
-        units = {name: unit.name for part in model.parts for unit in part.units for name in unit.layers}
-        kind = FISHER if self.options.loss == 'fisher' else OutputLoss(model, fewest.images[:1]).kind
+        units = {name: unit.name for part in model.graphs for unit in part.units for name in unit.layers}
+        kind = FISHER if self.options.loss == 'fisher' else OutputLoss(model.image_graph, fewest.images[:1]).kind
         self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
         self.table.images = self.options.images
         if FLOAT in self.options.candidates:
@@ -107,7 +107,7 @@ class Analyzer:
             self.table.loss = {name: {FLOAT_BITS: 0.0} for name in searched}
         if self.options.activation_candidates:
             self.table.activation_candidates = sorted(self.options.activation_candidates)
-            groups = [group for part in model.parts for group in value_groups(part, searched)]
+            groups = [group for part in model.graphs for group in value_groups(part, searched)]
             if not groups:
                 raise ConfigError(
                     'expected activations whose bits are to be chosen for search.activation_candidates, but the config '
@@ -121,8 +121,8 @@ class Analyzer:
             return
         if task.task_loss is None:
             raise ConfigError("expected annotated calibration images for search.loss='fisher', but they have none")
-        if task.model.heads:
-            names = ', '.join(head.traced.path for head in task.model.heads)
+        if task.model.region_graphs:
+            names = ', '.join(head.path for head in task.model.region_graphs)
             raise ConfigError(
                 f"expected a network without heads of regions for search.loss='fisher', but got {names}: the task loss "
                 "chooses other regions than the detector; use search.loss='outputs'"
@@ -132,8 +132,8 @@ class Analyzer:
         """Layers whose bits the config does not fix: they have others when the default is another."""
         fewest = self.options.bits[0]
         default = MAX_BITS if fewest < MAX_BITS else MIN_BITS
-        others = {layer.name: layer.weight_bits for layer in self.prepare(default, None).model.all_layers}
-        weights = [layer.name for part in model.parts for layer in part.layers if layer.weight_bits == fewest]
+        others = {layer.name: layer.weight_bits for layer in self.prepare(default, None).model.layers}
+        weights = [layer.name for layer in model.layers if layer.weight_bits == fewest]
         searched = [name for name in weights if others[name] == default]
         if not searched:
             raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
@@ -151,7 +151,7 @@ class Analyzer:
     def _reconstruct(self, task: Task, bits: int) -> None:
         """Learns the rounding of every unit that has layers to choose bits for; finished ones are loaded."""
         done = set()
-        for part in task.model.parts:
+        for part in task.model.graphs:
             for unit in part.units:
                 path = state_path(self.folder / 'states', unit.name, bits)
                 if not set(unit.layers) & set(self.table.searched):
@@ -165,7 +165,7 @@ class Analyzer:
 
     def _measure(self, task: Task, bits: int) -> None:
         """The loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
-        for part in task.model.parts:
+        for part in task.model.graphs:
             own = {layer.name for layer in part.layers} & set(self.table.searched)
             missing = [name for name in self.table.searched if name in own]
             missing = [name for name in missing if bits not in self.table.loss.get(name, {})]
@@ -180,12 +180,12 @@ class Analyzer:
                 alone = self.table.loss[first][bits] + self.table.loss[second][bits]
                 self.table.pairs.setdefault((first, second), {})[bits] = loss.of({first, second}) - alone
 
-    def _pairs(self, part: QuantizedModel, layers: set[str]) -> Iterator[tuple[str, str]]:
+    def _pairs(self, part: QuantizedGraph, layers: set[str]) -> Iterator[tuple[str, str]]:
         for unit in part.units:
             yield from combinations([name for name in self.table.searched if name in layers & set(unit.layers)], 2)
 
-    def _inputs(self, task: Task, part: QuantizedModel) -> Tensor:
-        if part is task.model:
+    def _inputs(self, task: Task, part: QuantizedGraph) -> Tensor:
+        if not part.is_region:
             return task.images[: self.options.images]
         return task.regions.pairs(part, weights=False, activations=False)[0]
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.graph.components import attach
 from mmbrecq.graph.structure import flatten_outputs
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.fisher import TaskLoss
 from mmbrecq.reconstruction.task import Task
 
@@ -25,10 +24,10 @@ FISHER = 'Fisher-weighted error'
 
 
 @contextmanager
-def quantizing(model: QuantizedModel, layers: Collection[str]) -> Iterator[None]:
+def quantizing(graph: QuantizedGraph, layers: Collection[str]) -> Iterator[None]:
     """Quantizes the weights of ``layers`` alone; all else is float, and as it was afterwards."""
-    with model.quantization(weights=False, activations=False):
-        for name, module, fake_quant in model.weights():
+    with graph.quantization(weights=False, activations=False):
+        for name, module, fake_quant in graph.weights():
             if name in layers:
                 fake_quant.enabled = True
                 correction = bias_correction(module)
@@ -47,19 +46,19 @@ class OutputLoss:
     ``0.5 * sum(gradient^2 * error^2)`` over all elements of all outputs.
 
     Args:
-        model: The prepared graph.
+        graph: A prepared graph.
         inputs (Tensor): ``(N, ...)`` images, or features of regions; of several processes each has its own.
         squared_gradients: Of the task loss at each output, of the output's shape, see :func:`squared_gradients`.
     """
 
     def __init__(
-        self, model: QuantizedModel, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
+        self, graph: QuantizedGraph, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
     ) -> None:
-        self._model, self._inputs = model, inputs
-        with model.quantization(weights=False, activations=False):
+        self._graph, self._inputs = graph, inputs
+        with graph.quantization(weights=False, activations=False):
             self._targets = list(self._outputs())
             # of several processes one may have no image
-            outputs = self._targets[0] if self._targets else _flat(model(inputs.new_zeros(1, *inputs.shape[1:])))
+            outputs = self._targets[0] if self._targets else _flat(graph(inputs.new_zeros(1, *inputs.shape[1:])))
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
         if squared_gradients is not None:
             self.kind = FISHER
@@ -71,9 +70,9 @@ class OutputLoss:
     def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
         """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
         total = 0.0
-        with quantizing(self._model, layers):
+        with quantizing(self._graph, layers):
             for path in quantizers:
-                self._model.quantizers[path].enabled = True
+                self._graph.quantizers[path].enabled = True
             for index, outputs in enumerate(self._outputs()):
                 total += self._batch_loss(outputs, index)
         return sum(gather(total)) if self.kind == 'distance' else mean_over(total, len(self._inputs))
@@ -92,22 +91,22 @@ class OutputLoss:
     @torch.no_grad()
     def _outputs(self) -> Iterator[list[Tensor]]:
         for start in range(0, len(self._inputs), BATCH):
-            yield _flat(self._model(self._inputs[start : start + BATCH]))
+            yield _flat(self._graph(self._inputs[start : start + BATCH]))
 
 
-def output_loss(task: Task, part: QuantizedModel, inputs: Tensor, fisher: bool) -> OutputLoss:
+def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool) -> OutputLoss:
     """The loss of one graph of a task.
 
     Args:
         task: With a task loss where ``fisher`` is asked for.
-        part: The task's model, or one of its heads of regions.
-        inputs (Tensor): Of the part; the first images of the task's, or features of regions.
+        graph: One of the graphs of the task's model.
+        inputs (Tensor): Of the graph; the first images of the task's, or features of regions.
         fisher: Whether the annotations of the images weigh the errors.
     """
     if not fisher:
-        return OutputLoss(part, inputs)
+        return OutputLoss(graph, inputs)
     assert task.task_loss is not None
-    return OutputLoss(part, inputs, squared_gradients(part, task.batches(), inputs, task.task_loss))
+    return OutputLoss(graph, inputs, squared_gradients(task.model, task.batches(), inputs, task.task_loss))
 
 
 def squared_gradients(
@@ -116,7 +115,7 @@ def squared_gradients(
     """Squared gradients of the float network's task loss at each of its outputs, image by image.
 
     Args:
-        model: The prepared graph of the whole network.
+        model: The prepared model.
         batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
         images (Tensor): ``(N, 3, H, W)``.
         task_loss: Computes the loss through ``model.model``, as a mean over its batch.
@@ -124,10 +123,10 @@ def squared_gradients(
     Returns:
         ``[(N, ...)]``, of the shapes of the outputs.
     """
-    recorder = _Outputs(model.compiled)
+    recorder = _Outputs(model.image_graph.compiled)
     squares: list[list[Tensor]] = []
     start = 0
-    attach(model.model, recorder)
+    model.image_graph.traced.attach(recorder)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -140,7 +139,7 @@ def squared_gradients(
                 squares.append([gradient.square() for gradient in gradients])
                 start += len(x)
     finally:
-        attach(model.model, model.compiled)
+        model.image_graph.attach()
     return [torch.cat(parts) for parts in zip(*squares, strict=True)]
 
 
