@@ -15,7 +15,8 @@ from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import LARGEST_BIAS, raise_weight_scale
 from mmbrecq.fake_quants.weight import original_weight
-from mmbrecq.observers import BaseObserver, build_observer
+from mmbrecq.observers import BaseObserver, MinMaxObserver, build_observer
+from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 OBSERVED = 64
@@ -51,7 +52,7 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     """
     names = {id(q): name for graph in model.graphs for name, q in graph.quantizers.items()}
     for quantizer in quantizers:
-        quantizer.observer = build_observer(dict(model.observers['activation']), quantizer.qtype)
+        quantizer.observer = _build_activation_observer(model, quantizer.qtype)
         quantizer.observer.first = first
     try:
         yield
@@ -65,6 +66,16 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
+
+
+def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObserver:
+    """Builds the configured observer; channels that the preset gives a scale each have their whole range.
+
+    A search for every channel would cost a histogram of each, and gain little where no channel shares its scale.
+    """
+    if qtype.ch_axis is not None and model.preset.depthwise_per_channel:
+        return MinMaxObserver(qtype)
+    return build_observer(dict(model.observers['activation']), qtype)
 
 
 def merge_observers(observers: Sequence[BaseObserver | None]) -> None:

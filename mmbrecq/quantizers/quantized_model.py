@@ -10,7 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import LARGEST_BIAS, bake_bias, bias_correction, raise_weight_scale, round_bias
+from mmbrecq.fake_quants.bias import (
+    LARGEST_BIAS,
+    bake_bias,
+    bias_correction,
+    raise_weight_scale,
+    round_bias,
+)
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph

@@ -7,9 +7,11 @@ import os
 import tempfile
 from abc import ABCMeta, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify import ExpectedQuantization, Grid, check_file
 from mmbrecq.errors import ExportError, StorageError
 from mmbrecq.fake_quants.weight import PackedWeight
@@ -28,8 +30,12 @@ class BaseExporter(metaclass=ABCMeta):
 
     suffix: str
     """Ending of the file, which tells the runtime that opens it."""
+    packages: ClassVar[tuple[str, ...]] = ('onnx',)
+    """Packages that writing and verifying take; they are looked for before there is anything to write."""
 
     def __init__(self, filename: str | None = None) -> None:
+        for package in self.packages:
+            require(package)
         self.filename = filename or f'model{self.suffix}'
         if not self.filename.endswith(self.suffix):
             raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
@@ -85,7 +91,7 @@ class BaseExporter(metaclass=ABCMeta):
 
 
 def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
-    """What the verifier holds the ONNX file of a packed graph against: its layers, and the grids of all of them."""
+    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
     packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
     weights = {
         path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)

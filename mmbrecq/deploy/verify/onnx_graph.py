@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify.violation import ExpectedQuantization
-from mmbrecq.errors import BackendError, ExportError, first_line
+from mmbrecq.errors import ExportError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -247,13 +248,10 @@ def read_onnx(path: Path, expected: ExpectedQuantization | None = None) -> OnnxG
     """Reads an ONNX file.
 
     Raises:
-        BackendError: The onnx package is missing.
+        DependencyError: The onnx package is missing.
         ExportError: The file cannot be read, or holds what the rules cannot see into.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendError(f'{path}: cannot read it without onnx: pip install "mmbrecq[deploy]"') from error
+    onnx = require('onnx')
     try:
         model = onnx.load(path)
         # Protobuf accepts many byte strings; a model names its opset and has nodes.

@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     'V3': Rule('ranges without values below 0 start at 0', _OV, ir=True),
     'V4': Rule('input and weight of a layer are both quantized, or neither, and weights are symmetric', _OV,
                onnx_openvino.check_layer_inputs, ir=True),
-    'V5': Rule('activations per tensor, or per channel where depthwise convolutions alone read them', _OV,
+    'V5': Rule('activations per tensor, or per channel where of all layers depthwise convolutions read them', _OV,
                onnx_openvino.check_per_tensor, ir=True),
     'V6': Rule('no quantization on the network output', _OV, onnx_openvino.check_network_outputs, ir=True),
     'V7': Rule('quantized inputs of a concatenation have one grid', _OV, onnx_openvino.check_concats),

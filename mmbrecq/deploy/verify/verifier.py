@@ -27,7 +27,7 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
     Raises:
         ConfigError: Unknown preset.
         ExportError: The file is missing, cannot be read, or is of another kind.
-        BackendError: The package that reads the file is not installed.
+        DependencyError: The package that reads the file is not installed.
     """
     path = Path(path)
     if preset not in PRESETS:

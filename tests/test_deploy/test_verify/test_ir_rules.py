@@ -50,6 +50,25 @@ def test_valid_depthwise_transposed_and_linear(tmp_path: Path) -> None:
     assert verify_file(convert(model, tmp_path), 'openvino') == []
 
 
+@pytest.mark.parametrize('form', ['onnx', 'xml'])
+@pytest.mark.parametrize(
+    ('reader', 'op', 'axis', 'right'),
+    [
+        ('depthwise', '', 1, True), ('depthwise', 'MaxPool', 1, True), ('sum', '', 1, True), ('dense', '', 1, False),
+        ('both', '', 1, False), ('depthwise', 'Transpose', 1, False), ('sum', 'MaxPool', 1, True),
+        ('depthwise', '', 2, False),
+    ],
+)  # fmt: skip
+def test_scales_of_channels_that_depthwise_convolutions_read(
+    tmp_path: Path, reader: str, op: str, axis: int, right: bool, form: str
+) -> None:
+    model = graphs.by_channel(reader, op, axis)
+    path = graphs.save(model, tmp_path) if form == 'onnx' else convert(model, tmp_path)
+    broken = verify_file(path, 'openvino')
+    assert {v.rule for v in broken} == (set() if right else {'V5'})
+    assert right or 'or depthwise convolutions that read its channels, but got' in broken[0].message
+
+
 def test_pool_between_q_and_dq(tmp_path: Path) -> None:
     """convert_model keeps the integers of such a pair: FakeQuantize - Convert - MaxPool - Convert - Multiply."""
     model = graphs.chain()

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from mmbrecq.deploy.verify import PRESETS, RULES, ExpectedQuantization, Violation, check_file, verify_file
-from mmbrecq.errors import BackendError, ConfigError, ExportError
+from mmbrecq.errors import ConfigError, DependencyError, ExportError
 
 
 def test_table_of_rules() -> None:
@@ -67,7 +67,7 @@ def test_control_flow_is_refused(tmp_path: Path) -> None:
 def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str) -> None:
     (tmp_path / f'net{suffix}').touch()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendError, match=r'cannot read it without .*: pip install "mmbrecq\[deploy\]"'):
+    with pytest.raises(DependencyError, match=rf'{package} is not installed; .*: pip install "mmbrecq\[deploy\]"'):
         verify_file(tmp_path / f'net{suffix}', 'academic')
 
 
