@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
@@ -23,13 +23,13 @@ from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_reg
 from mmbrecq.graph.tracer import WEIGHTED
 from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
 from mmbrecq.presets import get_preset
+from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import (
     ActivationOptions,
     Override,
     WeightOptions,
     assign_bits,
     check_bits,
-    parse_options,
 )
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
@@ -162,8 +162,9 @@ class BRECQQuantizer:
             return []
         name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
         path = self._add_quantizer(
-            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale
-        )
+            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
+            position.per_channel,
+        )  # fmt: skip
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
@@ -185,10 +186,14 @@ class BRECQQuantizer:
         non_negative: bool,
         node: fx.Node | None = None,
         full_scale: bool = False,
+        per_channel: bool = False,
     ) -> str:
         options = self.activation
         qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
-        channels = node.meta['example'].shape[1] if node is not None and options.per_channel else 1
+        # signed integers below 8 bits are cut as real values, by one pair of bounds
+        if per_channel and not (qtype.signed and bits < MAX_BITS):
+            qtype = replace(qtype, ch_axis=1)
+        channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
             integer_clip=self.preset.integer_clip, full_scale=full_scale,

@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from mmbrecq.byte_size import weight_bytes
+from mmbrecq.kernels.native import kernel_state
 from mmbrecq.mixed_precision.costs.layers import other_bytes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.report.summary import ModelSize, PeakMemory
@@ -22,14 +23,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmbrecq, Python and the packages that decide results; those that are installed."""
+    """Versions of mmbrecq, Python and the installed packages that decide results, and whether kernels are compiled."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, 'kernels': kernel_state()}
 
 
 def peak_memory() -> PeakMemory:

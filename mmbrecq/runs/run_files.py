@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import master_only
-from torch import Tensor
 
+from mmbrecq import pipeline
+from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.callbacks import Callback, Progress
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.report import Summary, write_report
-from mmbrecq.runs.grids import grids_of
-from mmbrecq.runs.storage import save_atomic, write_text_atomic
+from mmbrecq.runs.journal import Journal
+from mmbrecq.runs.storage import write_text_atomic
 
 
 class RunFiles:
@@ -48,18 +53,34 @@ class RunFiles:
         self.write_summary()
 
     @master_only
-    def write_checkpoint(self, model: QuantizedModel, example: Tensor) -> None:
+    def write_checkpoint(self, model: QuantizedModel, quantizer: Mapping[str, Any]) -> None:
         """Writes ``quantized.pth`` of a packed model."""
-        meta = {
+        facts = {
             'config': self.config_text,
             'seed': self.summary.seed,
             'versions': self.summary.versions,
-            'bits': {name: [bits.weight, bits.activation] for name, bits in self.summary.bits.items()},
-            'grids': grids_of(model.model),
             'calibration_ids_file': self.summary.calibration.ids_file,
-            'example_shape': list(example.shape),
         }
-        save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, self.folder / 'quantized.pth')
+        pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
+
+
+class RunRecorder(Callback):
+    """Records every finished unit in the journal and the summary: the report can be read half-way through a run.
+
+    Args:
+        model: The model that is reconstructed.
+        summary: Takes the results.
+        journal: Takes the states.
+        files: Writes the summary.
+    """
+
+    def __init__(self, model: QuantizedModel, summary: Summary, journal: Journal, files: RunFiles) -> None:
+        self.model, self.summary, self.journal, self.files = model, summary, journal, files
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
+        self.summary.add_unit(result)
+        self.files.write_summary()
+        self.journal.add(self.model.model, unit, result)
 
 
 def _layer_list(model: QuantizedModel) -> str:
