@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmbrecq.mixed_precision.search.result import SearchResult
@@ -26,13 +26,6 @@ class Axis:
 
 class LogAxis(Axis):
     """Whole decades ``10**low .. 10**high``; what is not above 0 stands at the low end."""
-
-    @classmethod
-    def around(cls, values: Iterable[float], start: float, end: float) -> LogAxis:
-        """Returns the axis of the fewest decades that hold ``values``."""
-        logs = [math.log10(value) for value in values if value > 0]
-        low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (-1, 0)
-        return cls(start, end, low, max(high, low + 1))
 
     def place(self, value: float) -> float:
         """Returns the pixel of a value."""
@@ -57,15 +50,11 @@ def drawable(unit: UnitRecord) -> bool:
     return all(math.isfinite(loss) and loss > 0 for loss in (unit.loss_before, unit.loss_after))
 
 
-def loss_axis(units: Sequence[UnitRecord], start: float, end: float) -> LogAxis:
-    """Returns the axis of the losses before and after."""
-    drawn = [unit for unit in units if drawable(unit)]
-    return LogAxis.around((loss for unit in drawn for loss in (unit.loss_before, unit.loss_after)), start, end)
-
-
-def rise_axis(losses: Mapping[str, Mapping[int, float]], start: float, end: float) -> LogAxis:
-    """Returns the axis of the rises of the loss, by layer and number of bits."""
-    return LogAxis.around((value for row in losses.values() for value in row.values()), start, end)
+def log_axis(values: Iterable[Iterable[float]], start: float, end: float) -> LogAxis:
+    """Returns the axis of the fewest decades that hold all ``values`` above 0."""
+    logs = [math.log10(value) for row in values for value in row if value > 0]
+    low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (-1, 0)
+    return LogAxis(start, end, low, max(high, low + 1))
 
 
 def front(chosen: SearchResult) -> list[tuple[float, float]]:
@@ -80,4 +69,4 @@ def front_axes(chosen: SearchResult) -> tuple[Axis, LogAxis, list[float]]:
     losses = [chosen.predicted, chosen.measured or 0.0, *(loss for _, loss in points)]
     least, most = min(costs), max(costs)
     labelled = [least + i * (most - least) / 5 for i in range(6)]
-    return Axis(92, 812, least, most), LogAxis.around(losses, 274, 12), labelled
+    return Axis(92, 812, least, most), log_axis([losses], 274, 12), labelled

@@ -43,7 +43,7 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
     }  # fmt: skip
     return _environment().get_template('report.html').render(
         s=summary, title=title, heading=title.removeprefix(summary.bits_label).strip() or title, date=date,
-        numbers='summary.json', calibration=images, tiles=_tiles(summary), rows=rows.result_rows(summary),
+        numbers='summary.json', calibration=images, rows=rows.result_rows(summary),
         pictures=_pictures(summary, folder), times=_times(summary),
         counts=', '.join(f'{count} at {label}' for label, count in counts.most_common()),
         unit_of={layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers},
@@ -90,9 +90,10 @@ def _environment() -> Environment:
     environment.filters.update(
         px=lambda value: f'{value:.1f}', bytes=rows.format_bytes, seconds=rows.format_seconds, loss=rows.format_loss,
         short=_short, own_layers=_own_layers, numbers=_numbers, front=charts.front, pair=lambda *pair: pair,
+        losses=lambda unit: (unit.loss_before, unit.loss_after), list_values=lambda row: row.values(),
     )  # fmt: skip
     environment.tests.update(drawable=charts.drawable, finite=lambda value: value is not None and math.isfinite(value))
-    functions = [charts.share, charts.loss_axis, charts.rise_axis, charts.front_axes, format_cost, _largest]
+    functions = [charts.share, charts.log_axis, charts.front_axes, format_cost, _largest]
     environment.globals.update({function.__name__.strip('_'): function for function in functions})
     environment.globals.update({name: value for name, value in vars(rows).items() if callable(value)})
     return environment
@@ -122,27 +123,6 @@ def _numbers(losses: Mapping[str, Mapping[int, float]]) -> list[int]:
 def _largest(found: list[rows.ResultRow], metric: str) -> float:
     values = (row.metrics.get(metric, math.nan) for row in found)
     return max((value for value in values if math.isfinite(value)), default=0.0)
-
-
-def _tiles(summary: Summary) -> list[tuple[str, str]]:
-    """Returns the numbers a reader looks for first, those that are known, each with a word on what it is."""
-    made, size, memory = [], summary.model_size_bytes, summary.peak_memory_bytes
-    if summary.metrics.quantized:
-        metric, final = next(iter(summary.metrics.quantized.items()))
-        digits, reference = rows.decimals(rows.result_rows(summary), metric), summary.metrics.float.get(metric)
-        difference = rows.format_difference(final, reference, digits)
-        note = '' if reference is None else f', {difference} to float {rows.format_metric(reference, digits)}'
-        made.append((rows.format_metric(final, digits), metric + note))
-    if size.quantized is not None:
-        ratio = rows.format_ratio(size.float, size.quantized) or 'model size'
-        note = f' than {rows.format_bytes(size.float)}' if size.float else ''
-        made.append((rows.format_bytes(size.quantized), ratio + note))
-    if summary.seconds.total is not None:
-        made.append((rows.format_seconds(summary.seconds.total), 'for the whole run'))
-    if memory.host is not None:
-        on_device = f', {rows.format_bytes(memory.device)} on the device' if memory.device else ''
-        made.append((rows.format_bytes(memory.host), f'peak host memory{on_device}'))
-    return made
 
 
 def _times(summary: Summary) -> list[tuple[str, float]]:
