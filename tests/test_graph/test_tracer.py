@@ -103,7 +103,9 @@ def test_module_that_cannot_be_traced_is_one_opaque_call() -> None:
     model = net(lambda self, x: self.last(self.odd(self.first(x))), first=conv(), odd=_Branches(), last=conv(4, 2))
     traced, tracer = trace(model)
     assert list(tracer.opaque) == ['backbone.odd'] and tracer.value_dependent == {'backbone.odd'}
-    assert re.match(r'_Branches cannot be traced: test_tracer.py:\d+: .* a branch follows', tracer.opaque['backbone.odd'])
+    assert re.match(
+        r'_Branches cannot be traced: test_tracer.py:\d+: .* a branch follows', tracer.opaque['backbone.odd']
+    )
     calls = [(n.op, n.target) for n in traced.graph.nodes if n.op not in ('placeholder', 'output')]
     assert calls == [('call_module', f'backbone.{name}') for name in ('first', 'odd', 'last')]
     x = images(5, seed=1)
