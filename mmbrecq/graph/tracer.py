@@ -265,9 +265,8 @@ class ConcreteTracer(fx.Tracer):
         assert isinstance(obj, ConcreteProxy)
         return bool(obj.read('a branch', bool))
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        assert isinstance(obj, ConcreteProxy)
-        return iter([obj[i] for i in range(len(obj))])
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([operator.getitem(obj, i) for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
@@ -412,11 +411,11 @@ def _note(called: list[str], name: str, *call: Any) -> None:
         called.append(name)
 
 
-def _unpacked(value: ConcreteProxy) -> Any:
+def _unpacked(value: Any) -> Any:
     """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
     if not isinstance(value, fx.Proxy) or not isinstance(value.example, (list, tuple)):
         return value
-    items = [_unpacked(value[i]) for i in range(len(value))]
+    items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
 
 
