@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, attach, region_shape
+from mmbrecq.graph.layers import bake_weights, make_layers
 from mmbrecq.graph.modules import graph_module, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
 from mmbrecq.graph.structure import flatten_outputs
@@ -86,13 +87,16 @@ def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
 
 def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> TracedGraph:
     model.eval()
-    tracer = ConcreteTracer(example)
+    with torch.no_grad():
+        computing = bake_weights(model, lambda: entry(example))
+    tracer = ConcreteTracer(example, computing)
     try:
         graph = tracer.trace_model(model, entry)
     except Exception as error:
         raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
     drop_identities(model, graph)
     make_out_of_place(model, graph)
+    make_layers(model, graph)
     folded = fold_batch_norms(model, graph)
     return TracedGraph(model, graph, opaque=dict(tracer.opaque), folded=folded)
 

@@ -8,7 +8,7 @@ A module that cannot be traced all the same is recorded as one opaque call.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -78,11 +79,12 @@ class ConcreteTracer(fx.Tracer):
 
     Args:
         example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
+        computing: Paths of convolutions and linear layers that compute something else than their class does.
     """
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(self, example: Tensor, computing: Collection[str] = ()) -> None:
         super().__init__()
-        self.example = example
+        self.example, self.computing = example, computing
         self.opaque: dict[str, str] = {}
         self._owners: list[str] = ['']
         self._evaluating = False
@@ -126,9 +128,12 @@ class ConcreteTracer(fx.Tracer):
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, WEIGHTED) or type(m).__name__ in ACTIVATION_NAMES:
+        if isinstance(m, WEIGHTED):
+            return module_qualified_name not in self.computing
+        if type(m).__name__ in ACTIVATION_NAMES:
             return True
-        return m.__module__.startswith('torch.nn') and not isinstance(m, nn.Sequential)
+        # a transformer of torch has layers of its own
+        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,7 +146,7 @@ class ConcreteTracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, path):
                 return self.create_proxy('call_module', path, args, kwargs)
-            return forward(*args, **kwargs)
+            return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
             if any(not isinstance(v, (Tensor, fx.Proxy)) for v in _leaves((args, kwargs))):
                 raise
@@ -198,7 +203,7 @@ class ConcreteTracer(fx.Tracer):
         layers = [
             (name, module)
             for name, module in self._model.get_submodule(target).named_modules(prefix=target)
-            if isinstance(module, WEIGHTED)
+            if isinstance(module, WEIGHTED) and name not in self.computing
         ]
         hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
         try:
