@@ -50,6 +50,11 @@ def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
     return images
 
 
+def example_of(images: Tensor) -> Tensor:
+    """A copy of the first two images, ``(2, 3, H, W)``, to trace with; an image that is alone comes twice."""
+    return torch.cat([images[:1], images[:2][-1:]])
+
+
 def _preprocess(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
         inputs: Tensor = model.data_preprocessor(batch, False)['inputs']  # type: ignore[operator]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
+import inspect
 from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmbrecq.errors import GraphError
@@ -16,36 +16,35 @@ from mmbrecq.graph.modules import replace_module
 from mmbrecq.graph.tracer import WEIGHTED
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
-
-
-def make_out_of_place(model: nn.Module, graph: fx.Graph) -> None:
-    """Replaces in-place operations: a unit must not overwrite the cached output of another.
-
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: Changed in place.
-    """
-    for node in graph.nodes:
-        if node.op == 'call_module':
-            for module in model.get_submodule(str(node.target)).modules():
-                if hasattr(module, 'inplace'):
-                    setattr(module, 'inplace', False)  # noqa: B010 - no common base declares it
-        elif node.op == 'call_function':
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
-            if 'inplace' in node.kwargs:
-                node.kwargs = {**node.kwargs, 'inplace': False}
-        elif node.op == 'call_method' and str(node.target).endswith('_') and not str(node.target).endswith('__'):
-            node.target = str(node.target)[:-1]
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
-    """Removes what does nothing in evaluation: identities, dropout, stochastic depth."""
-    names = ('Dropout', 'Dropout2d', 'Identity', 'DropPath')
+    """Removes what does nothing in evaluation, identities and dropout, and values that nothing reads."""
     for node in list(graph.nodes):
-        if node.op == 'call_module' and type(model.get_submodule(str(node.target))).__name__ in names:
+        if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
+    for node in reversed(list(graph.nodes)):
+        # a layer that is called counts as called
+        unread = not node.users and node.op not in ('placeholder', 'output')
+        if unread and (node.op != 'call_module' or _is_identity(model, node)):
             graph.erase_node(node)
+
+
+def _is_identity(model: nn.Module, node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
+        return False
+    if node.op == 'call_module':
+        return isinstance(model.get_submodule(str(node.target)), (nn.modules.dropout._DropoutNd, nn.Identity))
+    if node.op != 'call_function':
+        return False
+    try:
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    # functions that draw random numbers while a model is trained take this argument, and batch_norm
+    is_off = arguments.arguments.get('training') is False
+    return is_off and torch.equal(node.meta['example'], source.meta['example'])
 
 
 def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:

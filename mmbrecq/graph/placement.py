@@ -28,7 +28,8 @@ class QuantizerPosition:
         layers: Paths of the convolutions and linear layers that read the values.
         non_negative: Whether no value can be negative.
         float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
-            float, and where the target computes an activation function within a layer, nothing comes between the two.
+            float, where the target computes an activation function within a layer, nothing comes between the two, and
+            a module that could not be traced quantizes what its layers read itself.
         full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
         per_channel: Whether every channel has a scale of its own.
@@ -65,7 +66,7 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if not roles.is_tensor(node) or roles.moves_only(node):
         return False
     consumers = list(roles.consumers(node))
-    if all(c.op == 'output' for c in consumers) or _is_fused(node, roles, preset):
+    if all(_is_outside(c, preset) for c in consumers) or _is_fused(node, roles, preset):
         return False
     if any(roles.is_weighted(c) for c in consumers):
         return True
@@ -116,7 +117,13 @@ def _pixel_readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
 
 def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
     """Whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid."""
-    return user.op == 'output' or _is_inner(user, node, roles, preset)
+    return _is_outside(user, preset) or _is_inner(user, node, roles, preset)
+
+
+def _is_outside(user: fx.Node, preset: Preset) -> bool:
+    """Whether ``user`` is the network's output, or an opaque module, whose layers have quantizers of their own."""
+    opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
+    return user.op == 'output' or (opaque and not preset.conv_outputs)
 
 
 def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.data.images import collect_images
+from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.errors import NonFiniteError
 
 
@@ -73,3 +73,10 @@ def test_an_image_that_is_not_finite_is_named() -> None:
     drawn.images[2][1, 3, 3] = float('nan')
     with pytest.raises(NonFiniteError, match=r"NaN or infinity in '2\.png'"):
         collect(drawn)
+
+
+def test_an_example_is_two_images_of_its_own() -> None:
+    images = torch.arange(12.0).reshape(3, 1, 2, 2)
+    example = example_of(images)
+    assert torch.equal(example, images[:2]) and example.untyped_storage().nbytes() == 32
+    assert torch.equal(example_of(images[2:]), images[[2, 2]])

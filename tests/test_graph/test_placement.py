@@ -156,6 +156,31 @@ def test_several_outputs_stay_float_unless_a_layer_reads_them() -> None:
     assert targets(places(model, 'onnxruntime')) == ['inputs', 'relu']
 
 
+class Opaque(nn.Module):
+    """Cannot be traced, and reads what it is given in a convolution straight away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError('not traceable')
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('also', [False, True])
+def test_an_opaque_module_reads_floats_and_quantizes_them_itself(also: bool) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        return self.last(self.opaque(y)) + (self.last(y) if also else 0.0)
+
+    model = net(forward, stem=conv(), opaque=Opaque(), last=conv(4, 4))
+    found = places(model, 'openvino')
+    assert targets(found) == ['inputs', *(['relu'] if also else []), 'opaque']
+    assert [str(n) for position in found for n in position.float_readers] == (['backbone_opaque'] if also else [])
+
+
 class RMSNorm(nn.Module):
     """Written out, as many models have it."""
 

@@ -10,7 +10,7 @@ import torch
 from openvino import opset13
 
 from mmbrecq.deploy.backends import KernelCount, OpenVINOBackend
-from mmbrecq.errors import BackendError
+from mmbrecq.errors import BackendError, DependencyError
 
 
 def convert(onnx_path: Path) -> Path:
@@ -109,5 +109,5 @@ def test_runtime_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path.touch()
     path.with_suffix('.bin').touch()
     monkeypatch.setitem(sys.modules, 'openvino', None)
-    with pytest.raises(BackendError, match='OpenVINO is needed for .*`pip install openvino`'):
+    with pytest.raises(DependencyError, match='openvino is not installed; install it with: pip install '):
         OpenVINOBackend(path)

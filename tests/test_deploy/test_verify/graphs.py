@@ -172,6 +172,14 @@ def set_tensor(model: onnx.ModelProto, name: str, value: Any) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.asarray(value), name))
 
 
+def rename_tensor(model: onnx.ModelProto, name: str, new: str) -> None:
+    """Renames an initializer for all that read it."""
+    next(t for t in model.graph.initializer if t.name == name).name = new
+    for reader in model.graph.node:
+        for index, tensor in enumerate(reader.input):
+            reader.input[index] = new if tensor == name else tensor
+
+
 def add_tensor(model: onnx.ModelProto, name: str, value: Any) -> str:
     model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return name
