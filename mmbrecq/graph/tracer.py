@@ -31,6 +31,7 @@ from mmbrecq.graph.symbolic import (
     stand_in,
     value_dependent,
 )
+from mmbrecq.graph.units import is_below
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
@@ -160,7 +161,7 @@ class ConcreteTracer(fx.Tracer):
             if path in self.forced:
                 raise GraphError(self.forced[path])
             if self.is_leaf_module(m, path):
-                if not isinstance(m, WEIGHTED) and not path.startswith(self._owners[-2]):
+                if not isinstance(m, WEIGHTED) and not is_below(path, self._owners[-2]):
                     # an activation that several modules share, each calls for itself
                     self._owners[-1] = self._owners[-2]
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
@@ -169,7 +170,7 @@ class ConcreteTracer(fx.Tracer):
             if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in _flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
-            self.opaque = {p: why for p, why in self.opaque.items() if not is_within(p, path)}
+            self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
             if isinstance(error, ValueDependentError):
                 self.value_dependent.add(path)
@@ -271,9 +272,8 @@ class ConcreteTracer(fx.Tracer):
         assert isinstance(obj, ConcreteProxy)
         return bool(obj.read('a branch', bool))
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        assert isinstance(obj, ConcreteProxy)
-        return iter([obj[i] for i in range(len(obj))])
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([operator.getitem(obj, i) for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
@@ -418,17 +418,12 @@ def _note(called: list[str], name: str, *call: Any) -> None:
         called.append(name)
 
 
-def _unpacked(value: ConcreteProxy) -> Any:
+def _unpacked(value: Any) -> Any:
     """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
     if not isinstance(value, fx.Proxy) or not isinstance(value.example, (list, tuple)):
         return value
-    items = [_unpacked(value[i]) for i in range(len(value))]
+    items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
-
-
-def is_within(path: str, ancestor: str) -> bool:
-    """Whether a module is another, or lies below it; all lie below the empty path."""
-    return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
 def _erase_after(graph: fx.Graph, last: fx.Node) -> None:
