@@ -147,7 +147,7 @@ class PTQLoop(BaseLoop):
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         share = calibration.share()
-        images = collect_images(self.runner.model, share)
+        images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
