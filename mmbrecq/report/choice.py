@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.report.bits import format_cost
 from mmbrecq.report.charts import escape
 from mmbrecq.report.rows import format_loss
