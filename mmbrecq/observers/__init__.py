@@ -8,13 +8,6 @@ from mmbrecq.observers.kl import HistogramObserver
 from mmbrecq.observers.mse import MSEObserver, mse_search
 
 __all__ = [
-    'BaseObserver',
-    'HistogramObserver',
-    'MSEObserver',
-    'MinMaxObserver',
-    'MovingAverageObserver',
-    'PercentileObserver',
-    'StreamingHistogram',
-    'build_observer',
-    'mse_search',
-]
+    'BaseObserver', 'HistogramObserver', 'MSEObserver', 'MinMaxObserver', 'MovingAverageObserver', 'PercentileObserver',
+    'StreamingHistogram', 'build_observer', 'mse_search',
+]  # fmt: skip

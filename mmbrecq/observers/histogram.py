@@ -1,9 +1,8 @@
-"""A histogram that grows with its data and forgets no value."""
+"""A histogram that grows with its data, and the observers that need to know how values are distributed."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -104,12 +103,12 @@ class StreamingHistogram:
         return min(max(value, self.low), self.high)
 
     def state(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state` needs."""
+        """Returns everything that :meth:`load_state` needs."""
         numbers = {name: getattr(self, name) for name in ('bins', 'low', 'high', 'exponent', 'start')}
         return {**numbers, 'counts': self.counts.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` gave."""
+        """Loads what :meth:`state` returned."""
         for name in ('bins', 'low', 'high', 'exponent', 'start'):
             setattr(self, name, state[name])
         self.counts = state['counts'].clone()
@@ -145,7 +144,7 @@ Self = TypeVar('Self', bound='DistributionObserver')
 
 
 class DistributionObserver(BaseObserver):
-    """Keeps the values of a single batch, and a streaming histogram of many.
+    """Base of the observers that need the distribution: the values of a single batch, a histogram of many.
 
     A weight is one tensor, seen once: its values are kept (as a copy) and searched exactly. Activations come in many
     batches: per tensor they go into a :class:`StreamingHistogram`, and the copy is dropped with the second batch.
@@ -172,57 +171,40 @@ class DistributionObserver(BaseObserver):
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         if self.qtype.ch_axis is None:
             self.histogram.add(rows, float(low), float(high))
-        elif self.batches > 0:
-            raise ConfigError(self._refusal())
+        else:
+            self._refuse_channels(self.batches > 0)
         keep = self.batches == 0 and (self.qtype.ch_axis is not None or rows.numel() <= self.MAX_KEPT)
         self.values = rows.clone() if keep else None
-        self._widen(low, high)
+        super()._update(rows, low, high)
 
     def _merge(self: Self, other: Self) -> None:
-        if self.qtype.ch_axis is not None:
-            raise ConfigError(self._refusal())
-        assert other.low is not None and other.high is not None
+        self._refuse_channels(self.qtype.ch_axis is not None)
         self.histogram.merge(other.histogram)
-        self.values = self._values_of_one_batch(other)
-        self._widen(other.low, other.high)
-
-    def _values_of_one_batch(self: Self, other: Self) -> Tensor | None:
-        """The values of a single batch of which two processes have seen a part each."""
+        # of a single batch of which two processes have seen a part each
         same = self.first is not None and self.first == other.first and self.batches == other.batches == 1
-        if not same or self.values is None or other.values is None:
-            return None
-        # in the order of the processes, which is that of the images
-        values = torch.cat([self.values, other.values.to(self.values.device)], dim=1)
-        return values if values.numel() <= self.MAX_KEPT else None
+        values = None
+        if same and self.values is not None and other.values is not None:
+            # in the order of the processes, which is that of the images
+            values = torch.cat([self.values, other.values.to(self.values.device)], dim=1)
+        self.values = values if values is not None and values.numel() <= self.MAX_KEPT else None
+        super()._merge(other)
 
-    def _refusal(self) -> str:
-        return (
-            f'expected a single batch for {type(self).__name__} with one scale per channel, but got another; '
-            'use MinMaxObserver or MovingAverageObserver, or one scale per tensor'
-        )
+    def _refuse_channels(self, another: bool) -> None:
+        if another:
+            raise ConfigError(
+                f'expected a single batch for {type(self).__name__} with one scale per channel, but got another; '
+                'use MinMaxObserver or MovingAverageObserver, or one scale per tensor'
+            )
 
     def state(self) -> dict[str, Any]:
         """Returns the statistics, see :meth:`BaseObserver.state`."""
         return {**super().state(), 'values': self.values, 'histogram': self.histogram.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` of an observer with the same options gave."""
+        """Loads what :meth:`state` of an observer with the same options returned."""
         super().load_state(state)
         self.values = state['values']
         self.histogram.load_state(state['histogram'])
-
-    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if self.values is not None:
-            return self._solve_values(self.values, low, high)
-        return self._solve_histogram(low, high)
-
-    @abstractmethod
-    def _solve_values(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``(scale, zero_point)`` for ``values`` ``(R, N)`` with ends ``(R,)``."""
-
-    @abstractmethod
-    def _solve_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``(scale, zero_point)`` for :attr:`histogram`, whose values have the ends ``(1,)``."""
 
 
 @OBSERVERS.register_module()
@@ -241,15 +223,14 @@ class PercentileObserver(DistributionObserver):
         super().__init__(qtype, bins)
         self.percentile = percentile
 
-    def _solve_values(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        ordered = values.sort(dim=1).values
-        ends = (_at_percentile(ordered, 100 - self.percentile), _at_percentile(ordered, self.percentile))
-        return affine_from_range(*ends, self.qtype)
-
-    def _solve_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        bottom = self.histogram.percentile(100 - self.percentile)
-        top = self.histogram.percentile(self.percentile)
-        return affine_from_range(torch.full_like(low, bottom), torch.full_like(high, top), self.qtype)
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        percentiles = (100 - self.percentile, self.percentile)
+        if self.values is None:
+            ends = [torch.full_like(low, self.histogram.percentile(q)) for q in percentiles]
+        else:
+            ordered = self.values.sort(dim=1).values
+            ends = [_at_percentile(ordered, q) for q in percentiles]
+        return affine_from_range(ends[0], ends[1], self.qtype)
 
 
 def _at_percentile(ordered: Tensor, q: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Observer that minimises the divergence of the quantized distribution."""
+"""The search for the range whose quantized distribution diverges least, and the observer that uses it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError
 from mmbrecq.functional import affine_from_range, quantize
 from mmbrecq.observers.histogram import DistributionObserver
@@ -120,15 +121,11 @@ class HistogramObserver(DistributionObserver):
     def __init__(self, qtype: QType, bins: int = 4096, steps: int = 128) -> None:
         if qtype.ch_axis is not None:
             raise ConfigError(f'expected one scale per tensor for HistogramObserver, but got ch_axis {qtype.ch_axis}')
-        if not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f'expected steps of HistogramObserver to be an integer of at least 1, but got {steps!r}')
+        check_integer(steps, 1, 'steps of HistogramObserver')
         super().__init__(qtype, bins)
         self.steps = steps
 
-    def _solve_values(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return self._solve_histogram(low, high)
-
-    def _solve_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         histogram = self.histogram
         counts = fill_zero_bin(histogram.counts.to(low.dtype), histogram.zero_bin)
         centers = histogram.centers(low.dtype)

@@ -1,10 +1,19 @@
-"""Observer that minimises the quantization error."""
+"""The search for the scale and zero-point that lose least, and the observer that uses it.
+
+Every function takes ``rows`` of shape ``(R, N)``, one row per scale to find: the channels of a weight, or one row for
+a whole tensor. Values are exact, or bins of a histogram with ``counts`` as weights. Rows and candidates are searched
+together, in blocks; no loop runs over channels.
+
+The candidates are those of BRECQ (Li et al., ICLR 2021; reference code, ``quant_layer.py``): the range ``[low, high]``
+times ``1 - 0.01 * i``, ``i`` in ``0 .. 79``.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError
 from mmbrecq.functional import affine_from_range
 from mmbrecq.observers.histogram import DistributionObserver
@@ -192,15 +201,13 @@ class MSEObserver(DistributionObserver):
     def __init__(self, qtype: QType, p: float = 2.4, steps: int = 80, bins: int = 8192) -> None:
         if not p > 0:
             raise ConfigError(f'expected p of MSEObserver to be above 0, but got {p!r}')
-        if not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f'expected steps of MSEObserver to be an integer of at least 1, but got {steps!r}')
+        check_integer(steps, 1, 'steps of MSEObserver')
         super().__init__(qtype, bins)
         self.p, self.steps = p, steps
 
-    def _solve_values(self, values: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return mse_search(values, low, high, self.qtype, self.p, self.steps)
-
-    def _solve_histogram(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.values is not None:
+            return mse_search(self.values, low, high, self.qtype, self.p, self.steps)
         filled = self.histogram.counts.nonzero().squeeze(1)
         centers = self.histogram.centers(low.dtype)[filled]
         counts = self.histogram.counts[filled].to(low.dtype)
