@@ -33,7 +33,7 @@ from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.distributed import aligned_batches, take_from_main
-from mmbrecq.errors import CheckpointError
+from mmbrecq.errors import CheckpointError, PatternError
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, take_reference
 from mmbrecq.progress import track
@@ -291,7 +291,10 @@ def load(
             for name, (weight, activation) in meta['bits'].items()
         }
         quantizer = {**quantizer, 'overrides': list(bits.values())}
-    quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    try:
+        quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    except PatternError as error:
+        raise CheckpointError(f'{path} does not fit the model: {error}') from error
     quantized.pack()
     load_quantized_checkpoint(model, path)
     check_grids(model, grids, str(path))
