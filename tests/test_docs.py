@@ -31,7 +31,13 @@ from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, QDropReconstructor, StageOptions
+from mmbrecq.reconstruction import (
+    BRECQReconstructor,
+    FisherLoss,
+    NearestReconstructor,
+    QDropReconstructor,
+    StageOptions,
+)
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +54,7 @@ REFERENCE = {
     '`HistogramObserver`': HistogramObserver,
     'Reconstructor: `BRECQReconstructor`': BRECQReconstructor,
     'Reconstructor: `QDropReconstructor`': QDropReconstructor,
+    'Reconstructor: `NearestReconstructor`': NearestReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
     '`search`, the analysis': AnalysisOptions,
