@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import Registry
 
-from mmbrecq.building import build, find
+from mmbrecq.building import build, find, parse_options
 from mmbrecq.errors import ConfigError
 
 TOOLS = Registry('tool', scope='mmbrecq_test')
@@ -70,3 +71,39 @@ def test_build_names_a_missing_option() -> None:
 def test_find_refuses_a_scope_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match='unknown tool type'):
         find(TOOLS, 'nowhere.at.all.Hammer')
+
+
+@dataclass(frozen=True)
+class Handle:
+    length: int
+    round: bool = True
+
+
+@dataclass(frozen=True)
+class Head:
+    weight: float = 1.0
+
+
+def test_options_of_two_dataclasses_stand_side_by_side() -> None:
+    values = {'length': 3, 'weight': 2.0}
+    assert parse_options(Handle, values, 'tool', beside=Head) == Handle(3)
+    assert parse_options(Head, values, 'tool', beside=Handle) == Head(2.0)
+    assert parse_options(Head, {}, 'tool', weight=4.0) == Head(4.0)
+    assert parse_options(Head, {'weight': 5.0}, 'tool', weight=4.0) == Head(5.0)
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        (4, 'expected tool.handle to be a dict, but got 4'),
+        ({'lenght': 3}, "unknown option 'lenght' of tool.handle: expected length or round or weight"),
+        ({'round': False}, "expected option 'length' of tool.handle, but it was not given"),
+        (
+            {'length': 3, 'round': 'False'},
+            "expected option 'round' of tool.handle to be True or False, but got 'False'",
+        ),
+    ],
+)
+def test_options_that_are_refused(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f'^{message}$'):
+        parse_options(Handle, values, 'tool.handle', beside=Head)

@@ -6,7 +6,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader, Dataset
 
+from mmbrecq.building import parse_options
 from mmbrecq.data.data_errors import last_line
 from mmbrecq.data.source import build_source_datasets
 from mmbrecq.distributed import aligned_batches, process_count, share_of
@@ -55,19 +56,6 @@ class CalibrationOptions:
         if self.selection not in _SELECTIONS:
             raise ConfigError(f'expected calibration.selection in {_SELECTIONS}, but got {self.selection!r}')
 
-    @classmethod
-    def from_config(cls, calibration: dict[str, Any]) -> CalibrationOptions:
-        """Reads the dict of a config; an unknown option is refused.
-
-        Raises:
-            ConfigError: An option is unknown or out of its range.
-        """
-        valid = [field.name for field in fields(cls)]
-        unknown = [name for name in calibration if name not in valid]
-        if unknown:
-            raise ConfigError(f'unknown option calibration.{unknown[0]}; the options are {", ".join(valid)}')
-        return cls(**calibration)
-
 
 def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> CalibrationSet:
     """Draws the calibration images that a config asks for.
@@ -82,7 +70,7 @@ def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> Calibrati
         ConfigError: An option, type or argument is unknown or invalid.
         DataError: A folder is missing or empty, holds fewer images than asked for, or is the test set's.
     """
-    options = CalibrationOptions.from_config(calibration)
+    options = parse_options(CalibrationOptions, calibration, 'calibration')
     with without_chatter():
         images = _Images(build_source_datasets(cfg, options.dataset, options.pipeline))
     if len(images) < options.num_samples:
@@ -120,13 +108,10 @@ class CalibrationSet:
         """The images of this process.
 
         Raises:
-            DataError: There are less than two for every process.
+            DataError: There is not one for every process.
         """
-        if len(self) < 2 * process_count():
-            raise DataError(
-                f'expected at least {2 * process_count()} calibration images for {process_count()} processes, '
-                f'but got {len(self)}'
-            )
+        if len(self) < process_count():
+            raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))
         indices = self._indices[share.start : share.stop]
         return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)

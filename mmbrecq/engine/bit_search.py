@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
+from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
-from mmbrecq.errors import BackendError, ConfigError
+from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.search import (
     SearchOptions,
     SearchResult,
@@ -21,11 +22,10 @@ from mmbrecq.mixed_precision.search import (
     write_bit_config,
 )
 from mmbrecq.mixed_precision.search.config_file import RESULT
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable, split_search
-from mmbrecq.quantizers.options import parse_options
+from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.bits import choice_text
-from mmbrecq.report.sensitivity import write_sensitivities
+from mmbrecq.report.html import write_sensitivities
 
 TABLE = 'sensitivity.json'
 
@@ -35,8 +35,7 @@ FOLDER = 'search'
 
 def search_options(cfg: Config) -> SearchOptions:
     """What of the config's ``search`` is about the choice; ConfigError where it has an unknown option."""
-    _, choice = split_search(cfg.get('search') or {})
-    return parse_options(SearchOptions, choice, 'search')
+    return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
@@ -82,7 +81,7 @@ def choose_bits(
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
     problem = build_problem(table, models, budgets)
-    seed = cfg.get('seed') or 0
+    seed = cfg.randomness['seed']
     choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
     result = describe_choice(table, models, problem, choice)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
@@ -91,7 +90,7 @@ def choose_bits(
     result.front_cost = next(iter(budgets))
     try:
         result.front = find_front(problem, result.front_cost, seed)
-    except BackendError as error:
+    except DependencyError as error:
         print(f'no front in the report: {error}')
     asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
     checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
@@ -115,6 +114,7 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
         return found
     if not options.budgets:
         return None
+    build_exporters(cfg.get('exporters', ()))  # what they need is missed now, not after the search
     own = cfg.copy()
     own.work_dir = str(Path(cfg.work_dir) / FOLDER)
     analyze(own, path)

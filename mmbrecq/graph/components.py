@@ -1,13 +1,15 @@
-"""Which modules of an OpenMMLab model hold its arithmetic, and how a graph takes their place.
+"""Which modules of a model hold its arithmetic, and how a graph takes their place.
 
-A component (backbone, neck, head) goes on owning its parameters and its ``predict``, ``loss`` and post-processing; only
-its ``forward`` is replaced. The components that follow from the image alone are one graph: the first computes it all,
+Any model whose ``forward`` takes images is replaced as a whole. An OpenMMLab model has components: each (backbone,
+neck, head) goes on owning its parameters and its ``predict``, ``loss`` and post-processing; only its ``forward`` is
+replaced. The components that follow from the image alone are one graph: the first computes it all,
 the others hand its result through. The heads of a two-stage detector, which read what was cut out of the features along
 the way, are one graph each.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,7 @@ class ImageForward(nn.Module):
     Of a two-stage detector these are the feature maps that its heads read, and the outputs of the RPN head.
 
     Args:
-        model: An OpenMMLab model.
+        model: An OpenMMLab model, or any whose ``forward`` takes images alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,6 +68,8 @@ class ImageForward(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         """From preprocessed images, ``(N, 3, H, W)``, to raw outputs."""
         model: Any = self.model
+        if not has_modes(model):
+            return model(inputs)
         if not is_two_stage(model):
             return model(inputs, mode='tensor')
         features = model.extract_feat(inputs)
@@ -90,9 +94,16 @@ class RegionForward(nn.Module):
         return self.model.get_submodule(self.path)(inputs)
 
 
+def has_modes(model: nn.Module) -> bool:
+    """Whether ``forward`` has the modes of an OpenMMLab model, of which ``tensor`` is the arithmetic."""
+    mode = inspect.signature(type(model).forward).parameters.get('mode')
+    return mode is not None and mode.default in (inspect.Parameter.empty, 'tensor')
+
+
 def is_two_stage(model: nn.Module) -> bool:
     """Whether regions that an RPN head proposes are looked at by heads of their own."""
-    return all(isinstance(getattr(model, name, None), nn.Module) for name in ('rpn_head', 'roi_head'))
+    heads = [getattr(model, name, None) for name in ('rpn_head', 'roi_head')]
+    return has_modes(model) and all(isinstance(head, nn.Module) for head in heads)
 
 
 def region_heads(model: nn.Module) -> list[RegionHead]:
@@ -132,12 +143,21 @@ def head_file(image_file: Path, path: str) -> Path:
 
 def components_of(model: nn.Module) -> list[nn.Module]:
     """The components that follow from the image alone, in the order in which they run."""
-    found = [getattr(model, name, None) for name in COMPONENTS]
+    found = [getattr(model, name, None) for name in COMPONENTS] if has_modes(model) else []
     return [component for component in found if isinstance(component, nn.Module)]
 
 
 def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
-    """Makes ``model`` compute ``arithmetic`` wherever it would have run the components of :func:`components_of`."""
+    """Makes ``model`` compute ``arithmetic`` in place of its ``forward``, or of those of its components.
+
+    Raises:
+        GraphError: An OpenMMLab model has none of the known components.
+    """
+    if not has_modes(model):
+        set_forward(model, arithmetic)
+        return
+    if not components_of(model):
+        raise GraphError(f'expected {type(model).__name__} to have one of {list(COMPONENTS)}, but found none')
     first, *others = components_of(model)
     if is_two_stage(model):
         set_forward(first, lambda inputs: Features.of(*arithmetic(inputs)))

@@ -2,77 +2,109 @@
 
 from __future__ import annotations
 
-import operator
+import inspect
+from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.modules import replace_module
 from mmbrecq.graph.tracer import WEIGHTED
 
-_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
-
-
-def make_out_of_place(model: nn.Module, graph: fx.Graph) -> None:
-    """Replaces in-place operations: a unit must not overwrite the cached output of another.
-
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: Changed in place.
-    """
-    for node in graph.nodes:
-        if node.op == 'call_module':
-            for module in model.get_submodule(str(node.target)).modules():
-                if hasattr(module, 'inplace'):
-                    setattr(module, 'inplace', False)  # noqa: B010 - no common base declares it
-        elif node.op == 'call_function':
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
-            if 'inplace' in node.kwargs:
-                node.kwargs = {**node.kwargs, 'inplace': False}
-        elif node.op == 'call_method' and str(node.target).endswith('_') and not str(node.target).endswith('__'):
-            node.target = str(node.target)[:-1]
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
-    """Removes what does nothing in evaluation: identities, dropout, stochastic depth."""
-    names = ('Dropout', 'Dropout2d', 'Identity', 'DropPath')
+    """Removes what does nothing in evaluation, identities and dropout, and values that nothing reads."""
     for node in list(graph.nodes):
-        if node.op == 'call_module' and type(model.get_submodule(str(node.target))).__name__ in names:
+        if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
+    for node in reversed(list(graph.nodes)):
+        # a layer that is called counts as called
+        unread = not node.users and node.op not in ('placeholder', 'output')
+        if unread and (node.op != 'call_module' or _is_identity(model, node)):
             graph.erase_node(node)
+
+
+def _is_identity(model: nn.Module, node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
+        return False
+    if node.op == 'call_module':
+        return isinstance(model.get_submodule(str(node.target)), (nn.modules.dropout._DropoutNd, nn.Identity))
+    if node.op != 'call_function':
+        return False
+    try:
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    # functions that draw random numbers while a model is trained take this argument, and batch_norm
+    is_off = arguments.arguments.get('training') is False
+    return is_off and torch.equal(node.meta['example'], source.meta['example'])
 
 
 def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     """Folds every BatchNorm that follows a convolution or linear layer into it, with running statistics.
 
     ``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The BatchNorm is
-    replaced by an identity in ``model`` and its node erased.
+    replaced by an identity in ``model`` and its node erased. It stays where it normalises another axis than the output
+    channels of the layer, or where one of the two is used by others too.
 
     Returns:
         Paths of the layers that took a BatchNorm in.
+
+    Raises:
+        GraphError: A BatchNorm normalises by the statistics of the batch.
     """
     folded = []
-    calls = _calls_per_module(graph)
+    uses = _uses_per_module(graph)
     for node in list(graph.nodes):
+        _check_statistics(model, node)
         if node.op != 'call_module' or not isinstance(node.args[0] if node.args else None, fx.Node):
             continue
         norm, source = model.get_submodule(str(node.target)), node.args[0]
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        if not isinstance(norm, _BatchNorm):
             continue
-        if source.op != 'call_module' or len(source.users) > 1:
+        if type(norm).forward not in _FORWARDS or source.op != 'call_module' or len(source.users) > 1:
             continue
         layer = model.get_submodule(str(source.target))
-        if not isinstance(layer, WEIGHTED) or calls[str(source.target)] > 1 or calls[str(node.target)] > 1:
+        if not _owns_channels(layer, source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
         _fold(layer, norm)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        _replace_module(model, str(node.target), nn.Identity())
+        replace_module(model, str(node.target), nn.Identity())
         folded.append(str(source.target))
     return folded
 
 
-def _fold(layer: Any, norm: nn.modules.batchnorm._BatchNorm) -> None:
+def _check_statistics(model: nn.Module, node: fx.Node) -> None:
+    by_batch = False
+    if node.op == 'call_module':
+        norm = model.get_submodule(str(node.target))
+        by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
+    elif node.target is F.batch_norm:
+        by_batch = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get('training', False))
+    if by_batch:
+        raise GraphError(
+            f"expected the BatchNorm of '{node.meta['owner']}' to have running statistics, but it normalises by those "
+            'of the batch, so that what comes out for an image depends on the images beside it'
+        )
+
+
+def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
+    """Whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
+    if not isinstance(layer, WEIGHTED):
+        return False
+    axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
+    return bool(call.meta['example'].dim() == axes)
+
+
+def _fold(layer: Any, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         # in float64, so that folding costs no more than the last rounding
@@ -89,18 +121,17 @@ def _fold(layer: Any, norm: nn.modules.batchnorm._BatchNorm) -> None:
         else:
             weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
         dtype = layer.weight.dtype
-        layer.weight.copy_(weight.to(dtype))
+        # a new one, for another layer may share the weight
+        layer.weight = nn.Parameter(weight.to(dtype))
         layer.bias = nn.Parameter(bias.to(dtype))
 
 
-def _calls_per_module(graph: fx.Graph) -> dict[str, int]:
-    calls: dict[str, int] = {}
+def _uses_per_module(graph: fx.Graph) -> Counter[str]:
+    """How often a module is called, alone or by an opaque one, or has one of its parameters read."""
+    uses: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == 'call_module':
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    return calls
-
-
-def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition('.')
-    setattr(model.get_submodule(parent), name, module)
+            uses.update({str(node.target), *node.meta.get('layers', ())})
+        elif node.op == 'get_attr':
+            uses[str(node.target).rpartition('.')[0]] += 1
+    return uses

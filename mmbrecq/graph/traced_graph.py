@@ -5,20 +5,26 @@ The same call runs the float graph, the quantized graph or a deployed file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, attach, region_shape
+from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
+from mmbrecq.graph.layers import bake_weights, make_layers
 from mmbrecq.graph.modules import graph_module, set_forward
-from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, make_out_of_place
+from mmbrecq.graph.normalize import drop_identities, fold_batch_norms
+from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
-from mmbrecq.graph.tracer import ConcreteTracer
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 
 
 @dataclass
@@ -31,6 +37,8 @@ class TracedGraph:
         path: Of the head of a two-stage detector that the graph stands for; empty for all that follows from the image.
         opaque: Paths of the modules that are one call of the graph, each with the reason.
         folded: Paths of the layers that took a BatchNorm in.
+        value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
+        frozen: What binds the graph to one height and width, each as ``path: file:line``; empty where they are free.
     """
 
     model: nn.Module
@@ -38,6 +46,13 @@ class TracedGraph:
     path: str = ''
     opaque: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    value_dependent: set[str] = field(default_factory=set)
+    frozen: list[str] = field(default_factory=list)
+
+    @property
+    def free_size(self) -> bool:
+        """Whether the graph is right for other heights and widths than it was traced with."""
+        return not self.frozen
 
     @property
     def example(self) -> Tensor:
@@ -59,7 +74,10 @@ class TracedGraph:
 
     def compile(self) -> fx.GraphModule:
         """A module that runs the graph as it stands now, on the modules of the model."""
-        return graph_module(self.model, self.graph, 'TracedGraph')
+        module = graph_module(self.model, self.graph, 'TracedGraph')
+        if not self.free_size:
+            module.register_forward_pre_hook(partial(_expect_size, tuple(self.example.shape[1:])))
+        return module
 
 
 def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
@@ -72,29 +90,92 @@ def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
     Raises:
         GraphError: It cannot be traced.
     """
-    return _trace(model, ImageForward(model), example, type(model).__name__)
+    return _trace(model, ImageForward(model), example, type(model).__name__, resize=True)
 
 
 def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
     """Traces one head of a two-stage detector, see :func:`trace_image_graph`."""
     device = next(model.parameters()).device
     example = torch.zeros((2, *region_shape(model, head)), device=device)
-    traced = _trace(model, RegionForward(model, head.path), example, head.path)
+    traced = _trace(model, RegionForward(model, head.path), example, head.path, resize=False)
     traced.path = head.path
     return traced
 
 
-def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str) -> TracedGraph:
+def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resize: bool) -> TracedGraph:
     model.eval()
-    tracer = ConcreteTracer(example)
-    try:
+    with torch.no_grad():
+        computing = bake_weights(model, lambda: entry(example))
+    forced: dict[str, str] = {}
+    by_size = set()
+    while True:
+        try:
+            traced = _trace_at_sizes(model, entry, example, forced, computing, resize)
+            break
+        except UntraceableError as error:
+            if not error.owner or error.owner in forced:
+                raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
+            forced[error.owner] = first_line(error)
+            by_size |= {error.owner} if error.by_size else set()
+        except Exception as error:
+            raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
+    traced.value_dependent |= by_size & set(traced.opaque)
+    switch_off_in_place(model, traced.graph, traced.opaque)
+    make_layers(model, traced.graph)
+    traced.folded = fold_batch_norms(model, traced.graph)
+    return traced
+
+
+def _trace_at_sizes(
+    model: nn.Module,
+    entry: nn.Module,
+    example: Tensor,
+    forced: Mapping[str, str],
+    computing: Collection[str],
+    resize: bool,
+) -> TracedGraph:
+    def trace(images: Tensor) -> ConcreteTracer:
+        tracer = ConcreteTracer(images, forced, computing)
         graph = tracer.trace_model(model, entry)
-    except Exception as error:
-        raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
-    drop_identities(model, graph)
-    make_out_of_place(model, graph)
-    folded = fold_batch_norms(model, graph)
-    return TracedGraph(model, graph, opaque=dict(tracer.opaque), folded=folded)
+        functionalize(model, graph, tracer.constants)
+        drop_identities(model, graph)
+        return tracer
+
+    pair = torch.cat([example, example])[:2]
+    base, more = trace(pair), trace(torch.cat([pair, pair[:1]]))
+    traced = TracedGraph(model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent)
+    is_map = any(output.dim() == 4 for output in traced.example_outputs().values())
+    wider = None
+    if resize and example.dim() == 4:
+        with suppress(Exception):
+            wider = trace(other_size(pair))
+    traced.frozen = resolve_sizes(base, more, wider, keep_free=is_map)
+    for target, value in base.constants.items():
+        _register(model, base.graph, target, value)
+    drop_identities(model, base.graph)
+    return traced
+
+
+def other_size(images: Tensor) -> Tensor:
+    """The images, repeated at their borders to another height and width."""
+    return F.pad(images, (0, 32, 0, 64), mode='replicate')
+
+
+def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> None:
+    """Gives the model a constant of the graph as a buffer that no checkpoint holds."""
+    nodes = [n for n in graph.nodes if n.op == 'get_attr' and n.target == target]
+    if nodes:
+        name = next(f'traced_constant{i}' for i in count() if not hasattr(model, f'traced_constant{i}'))
+        model.register_buffer(name, value, persistent=False)
+        for node in nodes:
+            node.target = name
+            node.meta['example'] = value
+
+
+def _expect_size(shape: tuple[int, ...], module: nn.Module, args: tuple[Any, ...]) -> None:
+    if tuple(args[0].shape[1:]) != shape:
+        expected, found = (' x '.join(map(str, s)) for s in (shape, args[0].shape[1:]))
+        raise GraphError(f'expected images of {expected}, which the model computes with as numbers, but got {found}')
 
 
 @contextmanager

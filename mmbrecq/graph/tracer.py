@@ -1,23 +1,37 @@
 """Symbolic tracing with example values at hand.
 
 ``torch.fx`` stops where Python asks a proxy for its truth, length or integer value. This tracer runs every recorded
-operation on an example and answers from that, so tests on shapes resolve; the operations themselves stay symbolic.
-A module that cannot be traced all the same is recorded as one opaque call.
+operation on an example and answers from that, but only what follows from sizes: a number or a branch that follows from
+the values of a tensor is refused. A module that cannot be traced is recorded as one opaque call.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of
+from mmbrecq.graph.symbolic import (
+    IN_PLACE_OPERATORS,
+    ConcreteProxy,
+    ValueDependentError,
+    caller,
+    is_symbolic,
+    stand_in,
+    value_dependent,
+)
+from mmbrecq.graph.units import is_below
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
@@ -25,67 +39,63 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspos
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """mmcv's and mmpretrain's own leaf modules that ``torch.nn`` has no class for."""
 
+_READS_SIZES = (
+    'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
+    'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
+    'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
+)  # fmt: skip
+"""Functions and methods whose result follows from the shape and the type of a tensor alone."""
 
-class ConcreteProxy(fx.Proxy):
-    """A proxy that knows the value it had for the example input."""
+_READS_VALUES = ('__bool__', '__int__', '__float__', '__index__', '__contains__', 'item', 'tolist', 'numpy', 'equal')
 
-    @property
-    def example(self) -> Any:
-        """Value of this node for the example input."""
-        return self.node.meta['example']
-
-    def __getattr__(self, name: str) -> Any:
-        return ConcreteAttribute(self, name)
-
-    def __len__(self) -> int:
-        return len(self.example)
-
-    def __int__(self) -> int:
-        return int(self.example)
-
-    def __float__(self) -> float:
-        return float(self.example)
-
-    def __index__(self) -> int:
-        return operator.index(self.example)
+_WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in IN_PLACE_OPERATORS))
 
 
-class ConcreteAttribute(ConcreteProxy):
-    """An attribute of a proxy; a method call when called, else a node of its own."""
+class UntraceableError(GraphError):
+    """Raised when the calls of one module have no graph that is right for all inputs.
 
-    def __init__(self, root: ConcreteProxy, attr: str) -> None:
-        # the node is made on first use, so that x.view(...) records one call and no getattr
-        self.root, self.attr = root, attr
-        self.tracer = root.tracer
-        self._node: fx.Node | None = None
+    Args:
+        owner: Path of the module; empty where it is the model.
+        reason: What is in the way.
+        by_size: Whether its calls follow from the batch size.
+    """
 
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        if self._node is None:
-            self._node = self.tracer.create_proxy('call_function', getattr, (self.root, self.attr), {}).node
-        return self._node
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy('call_method', self.attr, (self.root, *args), kwargs)
+    def __init__(self, owner: str, reason: str, by_size: bool = False) -> None:
+        super().__init__(reason)
+        self.owner, self.by_size = owner, by_size
 
 
 class ConcreteTracer(fx.Tracer):
-    """Traces the arithmetic of an OpenMMLab model without its pre- and post-processing.
+    """Traces the arithmetic of a model without its pre- and post-processing.
 
-    Every node gets ``meta['example']``, its value for ``example``, and ``meta['owner']``, the dotted path of the
-    module whose ``forward`` made it. The call of a module gets ``meta['layers']``, the paths of the convolutions and
-    linear layers that it ran.
+    The ``meta`` of every node gets ``example``, its value for ``example``; ``owner``, the dotted path of the module
+    whose ``forward`` made it; ``depends``, see :func:`dependence`; ``writes``, the nodes whose tensors the operation
+    overwrote; and ``view``, the input in whose memory the result lies. The call of a module gets ``layers``, the paths
+    of the convolutions and linear layers that it ran.
 
     Args:
         example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
+        forced: Paths of modules to be recorded as one call, each with the reason.
+        computing: Paths of convolutions and linear layers that compute something else than their class does.
+
+    Attributes:
+        opaque: Paths of the modules that are one call of the graph, each with the reason.
+        value_dependent: Those among them whose Python follows from the values of tensors.
+        constants: Tensors that the graph reads and the model does not have.
     """
 
-    def __init__(self, example: Tensor) -> None:
+    def __init__(
+        self, example: Tensor, forced: Mapping[str, str] | None = None, computing: Collection[str] = ()
+    ) -> None:
         super().__init__()
-        self.example = example
+        self.example = example.clone()
+        self.forced, self.computing = dict(forced or {}), computing
         self.opaque: dict[str, str] = {}
+        self.value_dependent: set[str] = set()
+        self.constants: dict[str, Tensor] = {}
         self._owners: list[str] = ['']
-        self._evaluating = False
+        self._attributes: dict[str, Any] = {}
+        self.is_evaluating = False
 
     def trace_model(self, model: nn.Module, entry: nn.Module) -> fx.Graph:
         """Returns the graph of ``entry``, whose module targets are paths below ``model``.
@@ -93,9 +103,15 @@ class ConcreteTracer(fx.Tracer):
         Args:
             model: Owner of all modules.
             entry: Computes with them; its one attribute that is a module, ``model``, is theirs.
+
+        Raises:
+            UntraceableError: The model changes its own state.
         """
         self._model = model
-        with torch.no_grad(), self._recording(components_of(model)):
+        with (
+            torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
+            self._recording(components_of(model)), _SymbolicSizes(self),
+        ):  # fmt: skip
             return self.trace(entry)
 
     @contextmanager
@@ -117,7 +133,7 @@ class ConcreteTracer(fx.Tracer):
         forward = component.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            is_entered = self._evaluating or self._owners[-1] == self.path_of_module(component)
+            is_entered = self.is_evaluating or self._owners[-1] == self.path_of_module(component)
             return forward(*args, **kwargs) if is_entered else component(*args, **kwargs)
 
         return call
@@ -126,70 +142,112 @@ class ConcreteTracer(fx.Tracer):
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, WEIGHTED) or type(m).__name__ in ACTIVATION_NAMES:
+        if isinstance(m, WEIGHTED):
+            return module_qualified_name not in self.computing
+        if type(m).__name__ in ACTIVATION_NAMES:
             return True
-        return m.__module__.startswith('torch.nn') and not isinstance(m, nn.Sequential)
+        # a transformer of torch has layers of its own
+        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._evaluating or m is self._model:
+        if self.is_evaluating or m is self._model:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         last = list(self.graph.nodes)[-1]
         self._owners.append(path)
         try:
+            if path in self.forced:
+                raise GraphError(self.forced[path])
             if self.is_leaf_module(m, path):
-                return self.create_proxy('call_module', path, args, kwargs)
-            return forward(*args, **kwargs)
+                if not isinstance(m, WEIGHTED) and not is_below(path, self._owners[-2]):
+                    # an activation that several modules share, each calls for itself
+                    self._owners[-1] = self._owners[-2]
+                return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
+            return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
-            if any(not isinstance(v, (Tensor, fx.Proxy)) for v in _leaves((args, kwargs))):
+            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in _flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
+            self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
-            return _unpacked(self.create_proxy('call_module', path, args, kwargs))
+            if isinstance(error, ValueDependentError):
+                self.value_dependent.add(path)
+            return _unpacked(self.create_proxy('call_module', path, *_positional(m, args, kwargs)))
         finally:
             self._owners.pop()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.is_evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, np.generic):
+            return a.item()
+        if isinstance(a, fx.Node):
+            return a
+        return a.node if is_symbolic(a) else super().create_arg(a)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
+    ) -> Any:
+        if kind == 'call_function' and not args and 'input' in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop('input'),)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:
         if kind == 'get_attr':
-            target = self._adopt_attribute(target)
+            target = target.removeprefix('model.')
         node = super().create_node(kind, target, *rest, **more)
-        node.meta['owner'] = self._owners[-1]
+        node.meta.update(owner=self._owners[-1], caller=self._owners[-2:][0], line=caller())
         # torch.fx patches every module call while it traces; the ones made here are not to be recorded
-        self._evaluating = True
+        self.is_evaluating = True
         try:
-            node.meta['example'] = self._evaluate(node)
+            self._evaluate(node)
         finally:
-            self._evaluating = False
+            self.is_evaluating = False
         return node
 
-    def _adopt_attribute(self, target: str) -> str:
-        """Path below the model of an attribute below the traced root; constants met on the way become buffers."""
-        if target.startswith('model.'):
-            return target.removeprefix('model.')
-        if not hasattr(self._model, target):
-            self._model.register_buffer(target, getattr(self.root, target), persistent=False)
-        return target
+    def _evaluate(self, node: fx.Node) -> None:
+        inputs = [(n, t, t._version) for n in node.all_input_nodes for t in tensors_in(n.meta['example'])]
+        result = self._result(node)
+        node.meta['example'] = result
+        node.meta['writes'] = list(dict.fromkeys(n for n, t, version in inputs if t._version != version))
+        node.meta['view'] = next((n for n, t, _ in inputs if _shares_memory(t, result)), None)
+        node.meta['depends'] = set() if str(node.target) in self.constants else dependence(node)
+        for written in node.meta['writes']:
+            for other in node.graph.nodes:
+                if any(_shares_memory(t, other.meta.get('example')) for t in tensors_in(written.meta['example'])):
+                    other.meta['depends'] |= node.meta['depends']
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _result(self, node: fx.Node) -> Any:
         if node.op == 'placeholder':
             return self.example
         if node.op == 'output':
             return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
         if node.op == 'get_attr':
-            return operator.attrgetter(str(node.target))(self._model)
-        if node.op == 'call_module':
-            with self._noting_layers(node):
-                return self._model.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == 'call_method':
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+            return self._attribute(str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
+        if node.op != 'call_module':
+            return evaluate(node, args, kwargs)
+        path = str(node.target)
+        watch = _WatchedValues(list(tensors_in((args, kwargs))))
+        with self._noting_layers(node), watch if path in self.opaque else _Unwatched():
+            result = self._model.get_submodule(path)(*args, **kwargs)
+        if watch.are_read:
+            self.value_dependent.add(path)
+        return result
+
+    def _attribute(self, target: str) -> Any:
+        """The attribute of the model, or the constant that was met on the way; a copy that may be overwritten."""
+        if target not in self._attributes:
+            is_constant = hasattr(self.root, target)
+            value = getattr(self.root, target) if is_constant else operator.attrgetter(target)(self._model)
+            if is_constant and isinstance(value, Tensor):
+                self.constants[target] = value.detach().clone()
+            self._attributes[target] = value.detach().clone() if isinstance(value, Tensor) else value
+        return self._attributes[target]
 
     @contextmanager
     def _noting_layers(self, node: fx.Node) -> Iterator[None]:
@@ -198,7 +256,7 @@ class ConcreteTracer(fx.Tracer):
         layers = [
             (name, module)
             for name, module in self._model.get_submodule(target).named_modules(prefix=target)
-            if isinstance(module, WEIGHTED)
+            if isinstance(module, WEIGHTED) and name not in self.computing
         ]
         hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
         try:
@@ -207,18 +265,152 @@ class ConcreteTracer(fx.Tracer):
             for hook in hooks:
                 hook.remove()
 
-    def proxy(self, node: fx.Node) -> ConcreteProxy:
-        return ConcreteProxy(node, self)
+    def proxy(self, node: fx.Node) -> Any:
+        return stand_in(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(obj.node.meta['example'])
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         assert isinstance(obj, ConcreteProxy)
+        return bool(obj.read('a branch', bool))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
         return iter([operator.getitem(obj, i) for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
+
+
+class _SymbolicSizes(TorchFunctionMode):
+    """Records what torch computes from constants and sizes of the input alone: no proxy of a tensor takes part."""
+
+    def __init__(self, tracer: ConcreteTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._tracer.is_evaluating:
+            return func(*args, **kwargs)
+        name = str(getattr(func, '__name__', ''))
+        has_proxy = any(isinstance(value, fx.Proxy) for value in _flat((args, kwargs)))
+        is_in_place = name.endswith('_') and (not name.startswith('__') or name in _WRITES)
+        written = kwargs.get('out', args[0] if args and is_in_place else None)
+        if isinstance(written, Tensor) and not isinstance(written, fx.Proxy):
+            if has_proxy:
+                raise GraphError(f'{caller()}: expected constants to stay constant, but {name} writes into one')
+            return func(*args, **kwargs)
+        if has_proxy or not any(map(is_symbolic, _flat((args, kwargs)))):
+            return func(*args, **kwargs)
+        if name == '__getitem__':
+            return self._tracer.create_proxy('call_function', operator.getitem, args, kwargs)
+        is_method = is_tensor_method_or_property(func)
+        kind, target = ('call_method', name) if is_method else ('call_function', func)
+        return self._tracer.create_proxy(kind, target, args, kwargs)
+
+
+class _WatchedValues(TorchFunctionMode):
+    """Tells whether Python reads values of tensors that follow from ``tensors``."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.are_read = False
+        self._following = {id(t): t for t in tensors}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(getattr(func, '__name__', ''))
+        if name not in _READS_SIZES and any(id(t) in self._following for t in tensors_in((args, kwargs))):
+            self._following.update({id(t): t for t in tensors_in(result)})
+            self.are_read |= name in _READS_VALUES
+        return result
+
+
+class _Unwatched:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@contextmanager
+def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
+    """Puts back the attributes that tracing sets; parameters and buffers must not change at all."""
+    attributes = [(module, dict(vars(module))) for module in entry.modules()]
+    state = [(name, t, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            vars(module).clear()
+            vars(module).update(before)
+    for name, tensor, version in state:
+        if tensor._version != version:
+            raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
+
+
+def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a method or function."""
+    if node.op == 'call_method':
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def dependence(node: fx.Node) -> set[str]:
+    """What the result follows from: ``values`` of the input, its ``size``, the ``state`` of the model.
+
+    Raises:
+        ValueDependentError: It is a number that follows from values.
+    """
+    if node.op == 'placeholder':
+        return {'values'}
+    if node.op == 'get_attr':
+        return {'state'}
+    depends = {kind for n in node.all_input_nodes for kind in n.meta['depends']}
+    if node.op in ('output', 'call_module') or 'values' not in depends:
+        return depends
+    name = str(node.target if node.op == 'call_method' else getattr(node.target, '__name__', ''))
+    is_attribute = node.target is getattr and not isinstance(node.meta['example'], Tensor)
+    if is_attribute or name in _READS_SIZES:
+        return (depends - {'values'}) | {'size'}
+    if any(not isinstance(v, Tensor) for v in _flat(node.meta['example'])):
+        raise ValueDependentError(value_dependent(f'a result of {name}'))
+    return depends
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Tensors of nested sequences and dicts."""
+    return (leaf for leaf in _flat(tree) if isinstance(leaf, Tensor))
+
+
+def _flat(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _flat(item)
+    elif tree is not None:
+        yield tree
+
+
+def _shares_memory(tensor: Tensor, result: Any) -> bool:
+    memory = tensor.untyped_storage().data_ptr()
+    return memory != 0 and any(t.untyped_storage().data_ptr() == memory for t in tensors_in(result))
+
+
+def _positional(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, by position where they have one."""
+    try:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    return bound.args[1:], bound.kwargs
 
 
 def _note(called: list[str], name: str, *call: Any) -> None:
@@ -226,22 +418,12 @@ def _note(called: list[str], name: str, *call: Any) -> None:
         called.append(name)
 
 
-def _unpacked(value: ConcreteProxy) -> Any:
+def _unpacked(value: Any) -> Any:
     """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
-    if not isinstance(value.example, (list, tuple)):
+    if not isinstance(value, fx.Proxy) or not isinstance(value.example, (list, tuple)):
         return value
     items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _leaves(item)
-    elif tree is not None and not isinstance(tree, (bool, int, float, str)):
-        yield tree
 
 
 def _erase_after(graph: fx.Graph, last: fx.Node) -> None:

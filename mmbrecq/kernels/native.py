@@ -8,6 +8,7 @@ compiler, on other devices and for other dtypes torch's operations do the same.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import shutil
@@ -17,7 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
+
+from mmbrecq.errors import first_line
 
 SOURCE = Path(__file__).with_name('kernels.c')
 FLAGS = ('-O3', '-march=native', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC')
@@ -193,9 +197,12 @@ class Kernels:
 
 @lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
-    """The compiled kernels, None where there are none."""
+    """The compiled kernels, None where there are none; a failure to compile them is logged, once."""
+    if os.environ.get(SWITCH) == '0':
+        return None
     compiler = shutil.which(os.environ.get('CC') or 'cc')
-    if compiler is None or os.environ.get(SWITCH) == '0':
+    if compiler is None:
+        _log_failure('there is no C compiler')
         return None
     # not kept: a file compiled for this processor may not run on another that shares the folder
     with tempfile.TemporaryDirectory() as folder:
@@ -205,8 +212,19 @@ def kernels() -> Kernels | None:
                 [compiler, *FLAGS, str(SOURCE), '-o', str(library), '-lm'], check=True, capture_output=True, timeout=60
             )
             return Kernels(ctypes.CDLL(str(library)))
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, subprocess.SubprocessError) as error:
+            told = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip().splitlines()
+            _log_failure(f'{compiler} fails: {told[0] if told else first_line(error)}')
             return None
+
+
+def kernel_state() -> str:
+    """``'compiled'`` or ``'none'``: with compiled kernels the last bits of results are others."""
+    return 'none' if kernels() is None else 'compiled'
+
+
+def _log_failure(reason: str) -> None:
+    print_log(f"kernels are not compiled, torch's operations do their work: {reason}", 'current', logging.WARNING)
 
 
 def takes(first: Tensor, *others: Tensor) -> bool:

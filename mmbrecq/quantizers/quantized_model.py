@@ -10,8 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import bake_bias, bias_correction, round_bias
-from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
+from mmbrecq.fake_quants.bias import (
+    LARGEST_BIAS,
+    bake_bias,
+    bias_correction,
+    raise_weight_scale,
+    round_bias,
+)
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph
 from mmbrecq.graph.units import ReconstructionUnit
@@ -110,9 +116,11 @@ class QuantizedGraph:
 
     def pack(self) -> None:
         """Puts integers in the place of float weights, and switches all quantization on for good."""
-        inputs = self._input_quantizers() if self.preset.bias_rounded else {}
+        inputs, read = self._input_quantizers() if self.preset.bias_rounded else {}, self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
+            scales = [self.quantizers[path].scale for path in read.get(name, ())]
+            raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
             if name in inputs and isinstance(module, CONVOLUTIONS):
                 round_bias(module, inputs[name].scale * fake_quant.scale)
             pack_weight(module)

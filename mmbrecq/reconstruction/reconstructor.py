@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.distributed import gather, on_main, process_count, process_index, processes_here
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.options import parse_options
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
+from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, FisherWeights, output_fisher, task_fisher, weighted_outputs
+from mmbrecq.reconstruction.forecast import Forecast
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.micro_batches import MicroBatches
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams
-from mmbrecq.reconstruction.task import Listener, Task
+from mmbrecq.reconstruction.task import Task
 from mmbrecq.reconstruction.unit_data import UnitData, UnitLoss
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import CachedValues
@@ -66,7 +69,7 @@ class BaseReconstructor:
     ) -> None:
         self.stages = tuple(stages)
         if network is not None:
-            options = _options(network, 'reconstructor.network', iterations=500)
+            options = parse_options(StageOptions, network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
         if mirror and self.loss.needs_fisher:
@@ -79,8 +82,11 @@ class BaseReconstructor:
                 f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
             )
         self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
-        where = 'reconstructor.memory_limit'
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, where)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, 'reconstructor.memory_limit')
+
+    def image_room(self, directory: Path) -> Callable[[Sequence[int], Tensor], Tensor]:
+        """Allocates the calibration images by the same options as the cache; ``directory`` may take a file."""
+        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.memory_limit)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
@@ -104,7 +110,13 @@ class BaseReconstructor:
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
         plan = plan_cache(
-            self.cache, max(cached), max(working), device, task.directory, self.memory_limit, self.cache_dtype
+            self.cache,
+            max(cached, default=(0, '')),
+            max(working, default=(0, '')),
+            device,
+            task.directory,
+            self.memory_limit,
+            self.cache_dtype,
         )
         return replace(plan, observed=images)
 
@@ -146,10 +158,20 @@ class BaseReconstructor:
         of_heads = f'; {heads}: by the distance of quantized from float outputs' if heads else ''
         return f'{name}, by the task loss on annotated images{of_heads}'
 
-    def run(self, task: Task, plan: CachePlan, listener: Listener) -> list[UnitResult]:
-        """Reconstructs every unit; the model ends with learned codes and step sizes, its switches off."""
+    def run(self, task: Task, plan: CachePlan, callback: Callback) -> list[UnitResult]:
+        """Reconstructs every unit in all passes, see :meth:`passes`."""
+        return [result for _, results in self.passes(task, plan, callback) for result in results]
+
+    def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
+        """Reconstructs every unit, and yields after each pass; the model then has what it learned, its switches off.
+
+        Args:
+            task: The model with calibrated grids, and its images.
+            plan: Of :meth:`plan`.
+            callback: Is told what happens.
+        """
         device = next(task.model.model.parameters()).device
-        results = []
+        meter = _Meter(task, self.stages)
         with ActivationCache(plan, device, task.directory) as cache:
             images = cache.hold(task.images, self.mirror)
             fisher = self._fisher(task, images, cache)
@@ -157,13 +179,15 @@ class BaseReconstructor:
                 if stage.name == 'activations' and not task.model.quantizes_activations:
                     continue
                 units = [unit for part in task.model.graphs for unit in stage_units(part, stage)]
-                listener.before_stage(stage, units)
+                callback.before_stage(stage, units, meter.begin(stage, units))
                 if self._take_up_stage(task, stage, units):
-                    listener.after_stage(stage)
+                    callback.after_stage(stage)
+                    yield stage, []
                     continue
                 # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
-                results += self._run_stage(task, task.model.image_graph, stage, images, None, cache, known, listener)
+                report = _Report(callback, meter)
+                results = self._run_stage(task, task.model.image_graph, stage, images, None, cache, known, report)
                 for head in task.model.region_graphs:
                     features = task.regions.pairs(
                         head, weights=not stage.independent, activations=stage.quantizes_activations
@@ -175,11 +199,9 @@ class BaseReconstructor:
                     if self.loss.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
                         weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
-                    results += self._run_stage(
-                        task, head, head_stage, inputs, quantized_inputs, cache, weights, listener
-                    )
-                listener.after_stage(stage)
-        return results
+                    results += self._run_stage(task, head, head_stage, inputs, quantized_inputs, cache, weights, report)
+                callback.after_stage(stage)
+                yield stage, results
 
     def _take_up_stage(self, task: Task, stage: Stage, units: Sequence[ReconstructionUnit]) -> bool:
         """Whether an interrupted run has done all of a stage; the model then has it."""
@@ -207,7 +229,7 @@ class BaseReconstructor:
         quantized_inputs: CachedValues | None,
         cache: ActivationCache,
         fisher: FisherWeights | None,
-        listener: Listener,
+        report: _Report,
     ) -> list[UnitResult]:
         """All units of one graph."""
         results = []
@@ -234,31 +256,19 @@ class BaseReconstructor:
                 *((None, None) if fisher is None else fisher.of(unit.outputs)),
             )
             power = data.power(self._loss_on(data), stage.options.batch_size)
-            listener.before_unit(stage, unit)
+            report.callback.before_unit(stage, unit)
             training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
             before, after, outputs, steps = self._reconstruct(
-                task, graph, stage, streams, unit, data, training, listener
+                task, graph, stage, streams, unit, data, training, report.callback
             )
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             kept = steps > 0 and not after < before
             after = before if kept else after
             seconds = time.perf_counter() - start
-            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
-            results.append(
-                UnitResult(
-                    unit.name,
-                    stage.name,
-                    unit.layers,
-                    before,
-                    after,
-                    steps,
-                    seconds,
-                    kept,
-                    power,
-                    min(split, default=None),
-                )
-            )
-            listener.after_unit(stage, unit, results[-1])
+            split = min([m.images for m in (training, streams.micro_batches(unit)) if m.split], default=None)
+            learned = (before, after, steps, seconds, kept, power, split)
+            results.append(UnitResult(unit.name, stage.name, unit.layers, *learned))
+            report.callback.after_unit(stage, unit, results[-1], report.meter.note(results[-1]))
         return results
 
     def _loss_on(self, data: UnitData) -> UnitLoss:
@@ -275,7 +285,7 @@ class BaseReconstructor:
         unit: ReconstructionUnit,
         data: UnitData,
         micro_batches: MicroBatches,
-        listener: Listener,
+        callback: Callback,
     ) -> tuple[float, float, list[CachedValues], int]:
         """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
         activations = stage.quantizes_activations
@@ -292,7 +302,7 @@ class BaseReconstructor:
             steps = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
-                lambda step, loss: listener.after_step(stage, unit, step, loss), micro_batches,
+                lambda step, loss: callback.after_step(stage, unit, step, loss), micro_batches,
             )  # fmt: skip
         if steps == 0:
             return before, before, outputs, 0
@@ -305,6 +315,33 @@ class BaseReconstructor:
             return before, after, learned, steps
         load_unit_state(graph.model, unit, state)
         return before, after, outputs, steps
+
+
+class _Meter:
+    """Counts the units that are done, and forecasts the time that the others take."""
+
+    def __init__(self, task: Task, stages: Sequence[Stage]) -> None:
+        self._forecast = Forecast(task.model, stages)
+        self._resumed = task.resumed
+        for unit in task.resumed.values():
+            self._forecast.note(unit.result)
+        self._done = self._count = 0
+
+    def begin(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> Progress:
+        self._done = sum(name == stage.name for name, _ in self._resumed)
+        self._count = sum(unit.is_quantized for unit in units)
+        return Progress(self._done, self._count, self._forecast.left())
+
+    def note(self, result: UnitResult) -> Progress:
+        self._forecast.note(result)
+        self._done += 1
+        return Progress(self._done, self._count, self._forecast.left())
+
+
+@dataclass(frozen=True)
+class _Report:
+    callback: Callback
+    meter: _Meter
 
 
 def _observe(
@@ -323,11 +360,6 @@ def _observe(
     fitting.run(run)
 
 
-def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]:
-    """Into what a graph is cut for a pass."""
-    return graph.units if stage.granularity is None else graph.cut(stage.granularity)
-
-
 def _for_regions(stage: Stage) -> Stage:
     """The stage with steps of as many images as before, each with all its regions."""
     return replace(stage, options=replace(stage.options, batch_size=stage.options.batch_size * REGIONS_PER_IMAGE))
@@ -342,12 +374,6 @@ def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:
 
 def _is_batched(example: Any) -> bool:
     return isinstance(example, Tensor) and example.dim() > 0
-
-
-def _options(values: Mapping[str, Any] | None, where: str, **defaults: Any) -> StageOptions:
-    if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
-    return parse_options(StageOptions, {**defaults, **(values or {})}, where)
 
 
 @RECONSTRUCTORS.register_module()
@@ -371,9 +397,10 @@ class BRECQReconstructor(BaseReconstructor):
         cache_dtype: str = 'float32',
         memory_limit: int | str | None = None,
     ) -> None:
+        second = parse_options(StageOptions, activations or {}, 'reconstructor.activations', iterations=5000)
         stages = (
-            Stage('weights', _options(weights, 'reconstructor.weights'), True, False),
-            Stage('activations', _options(activations, 'reconstructor.activations', iterations=5000), False, True),
+            Stage('weights', parse_options(StageOptions, weights or {}, 'reconstructor.weights'), True, False),
+            Stage('activations', second, False, True),
         )
         super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)
 
@@ -397,6 +424,7 @@ class QDropReconstructor(BaseReconstructor):
         cache_dtype: str = 'float32',
         memory_limit: int | str | None = None,
     ) -> None:
-        options = _options(joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
+        where = 'reconstructor.joint'
+        options = parse_options(StageOptions, joint or {}, where, activation_lr=4e-5, drop_prob=0.5)
         stages = [Stage('joint', options, True, True)]
         super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)

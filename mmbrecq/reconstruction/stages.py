@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmbrecq.errors import ConfigError
+from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.autocast import DTYPES
 
 
@@ -94,3 +96,8 @@ class Stage:
     def quantizes_activations(self) -> bool:
         """Whether activations are quantized during the pass."""
         return self.learns_scale
+
+
+def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]:
+    """Returns the units that a graph is cut into for a pass."""
+    return graph.units if stage.granularity is None else graph.cut(stage.granularity)

@@ -1,30 +1,18 @@
-"""What a reconstruction works on, and whom it tells."""
+"""What a reconstruction works on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from mmbrecq.calibration.regions import RegionCapture
-from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.fisher import TaskLoss
-from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
-from mmbrecq.reconstruction.stages import Stage
-
-
-class Listener(Protocol):
-    """Is told what the reconstruction does."""
-
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None: ...
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None: ...
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None: ...
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None: ...
-    def after_stage(self, stage: Stage) -> None: ...
+from mmbrecq.reconstruction.results import FinishedUnit
 
 
 @dataclass

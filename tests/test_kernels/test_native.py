@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,7 @@ from mmbrecq.fake_quants.ops import (
     through_sigmoid_,
 )
 from mmbrecq.kernels import native
-from mmbrecq.kernels.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernels, takes
+from mmbrecq.kernels.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernel_state, kernels, takes
 from mmbrecq.kernels.native_ops import native_fake_quantize
 from mmbrecq.qtype import QType
 
@@ -220,10 +221,24 @@ def test_what_is_not_finite_stays_so(compiled: Kernels) -> None:
 
 
 @pytest.mark.usefixtures('fresh')
-@pytest.mark.parametrize(('name', 'value'), [(SWITCH, '0'), ('CC', 'no-such-compiler'), ('CC', 'false')])
-def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ('name', 'value', 'told'),
+    [
+        (SWITCH, '0', None),
+        ('CC', 'no-such-compiler', 'there is no C compiler'),
+        ('CC', 'false', r"\S+/false fails: Command '.*' returned non-zero exit status 1"),
+    ],
+)
+def test_without_a_compiler_there_are_none_and_a_failure_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str | None
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(native, 'print_log', lambda text, *_: lines.append(text))
     monkeypatch.setenv(name, value)
-    assert kernels() is None
+    assert kernels() is None and kernel_state() == 'none'
+    assert len(lines) == (told is not None)
+    if told is not None:
+        assert re.fullmatch(f"kernels are not compiled, torch's operations do their work: {told}", lines[0])
 
 
 def test_they_are_compiled_once() -> None:

@@ -147,9 +147,8 @@ class _Opaque(nn.Module):
         self.inner = conv(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        y[:, :] = self.inner(x)
-        return y
+        y = self.inner(x)
+        return y if y.isfinite().all() else x
 
 
 def test_layer_in_an_opaque_module_is_quantized_at_its_input() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from small_models import calibrate, classifier, conv, images, net, packed, prepare, relative_error, residual, run
 from torch import Tensor, nn
 
+from mmbrecq.deploy.backends.onnxruntime import ONNXRuntimeBackend
+from mmbrecq.deploy.exporters import ONNXExporter
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.presets import PRESETS
@@ -129,6 +132,46 @@ def test_packing_rounds_the_bias_behind_a_pooling() -> None:
     wanted = torch.round(before / step) * step
     assert (wanted - before).abs().max() > 1e-6
     torch.testing.assert_close(model.backbone.after.bias.detach().double(), wanted, rtol=1e-5, atol=1e-8)
+
+
+def vanishing(preset: str, weight_bits: int = 8) -> QuantizedModel:
+    """A convolution of which one channel has no weights left, and a bias that int32 has no room for."""
+    model = residual()
+    with torch.no_grad():
+        model.backbone.conv1.weight[1] = 0
+        model.backbone.conv1.bias[1] = 40.0
+        model.backbone.conv2.weight[:, 1] *= 0.01
+    return prepare(model, preset, weight_bits)
+
+
+def largest_bias(model: QuantizedModel) -> float:
+    scale = next(fq.scale for name, _, fq in model.weights() if name == 'backbone.conv1')
+    step = model.image_graph.quantizers['activation_quantizers.backbone_stem_relu'].scale * scale
+    return float((model.model.backbone.conv1.bias / step).abs().max())
+
+
+def test_scales_leave_room_for_the_bias_before_anything_is_learned() -> None:
+    model = calibrate(vanishing('tensorrt'))
+    assert 2**27 < largest_bias(model) < 1.01 * 2**28
+
+
+@pytest.mark.parametrize('weight_bits', [2, 8])
+@pytest.mark.parametrize('preset', ['onnxruntime', 'tensorrt'])
+def test_packing_leaves_room_for_the_bias(tmp_path: Path, preset: str, weight_bits: int) -> None:
+    """ONNX Runtime wraps around a bias that int32 cannot hold; scales and integers stay those learned elsewhere."""
+    model = calibrate(vanishing(preset, weight_bits))
+    fake_quant = next(fq for name, _, fq in model.weights() if name == 'backbone.conv1')
+    fake_quant.scale[1] = 1e-9
+    fake_quant.codes[0, 0, 0, 0] = 1
+    codes = fake_quant.codes.clone()
+    assert largest_bias(model) > 2**31
+    model.pack()
+    stored = model.model.backbone.conv1.parametrizations.weight
+    assert torch.equal(stored.original0, codes)
+    x = images(8, seed=1)
+    deployed = ONNXRuntimeBackend(ONNXExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)(x)[0]
+    # the file for TensorRT has float biases, which ONNX Runtime rounds
+    assert relative_error(deployed, run(model, x)) < (1e-5 if preset == 'onnxruntime' else 0.02)
 
 
 def test_packed_model_stores_integers_in_place_of_weights() -> None:

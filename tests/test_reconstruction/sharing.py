@@ -23,17 +23,11 @@ from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
+from mmbrecq.reconstruction.callbacks import Callback
 
 OBSERVERS = ('MinMaxObserver', 'MovingAverageObserver', 'PercentileObserver', 'MSEObserver', 'HistogramObserver')
 BATCH = 10
 """Does not divide a share, so one batch lies on the border of two."""
-
-
-class Listener:
-    """Is told everything and does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
 
 
 def prepare(share: range, observer: str, equalization: float = 0.0) -> QuantizedModel:
@@ -73,7 +67,7 @@ def reconstruct(share: range, loss: str) -> dict[str, Any]:
     reconstructor = BRECQReconstructor(
         {**steps, 'iterations': 60}, {**steps, 'iterations': 40}, loss={'type': loss}, cache='host'
     )
-    results = reconstructor.run(task, reconstructor.plan(task), Listener())
+    results = reconstructor.run(task, reconstructor.plan(task), Callback())
     return {
         'losses': [(result.loss_before, result.loss_after) for result in results],
         'digest': check_same_bits(model.model),

@@ -37,7 +37,7 @@ class Diary:
         self.events: list[tuple[Any, ...]] = []
         self.on_unit: Callable[[str], None] = lambda name: None
 
-    def before_stage(self, stage: Any, units: Any) -> None:
+    def before_stage(self, stage: Any, units: Any, progress: Any) -> None:
         self.events.append(('before_stage', stage.name, len(units)))
 
     def before_unit(self, stage: Any, unit: Any) -> None:
@@ -47,7 +47,7 @@ class Diary:
     def after_step(self, stage: Any, unit: Any, step: int, loss: float) -> None:
         self.events.append(('after_step', stage.name, unit.name, step))
 
-    def after_unit(self, stage: Any, unit: Any, result: UnitResult) -> None:
+    def after_unit(self, stage: Any, unit: Any, result: UnitResult, progress: Any) -> None:
         self.events.append(('after_unit', stage.name, unit.name, result))
 
     def after_stage(self, stage: Any) -> None:

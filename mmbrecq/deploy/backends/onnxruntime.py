@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends.base import BaseBackend
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.deploy.verify.onnx_graph import Layer, OnnxGraph
@@ -73,7 +74,7 @@ class ONNXRuntimeBackend(BaseBackend):
         To be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
         the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share.
         """
-        import onnx
+        onnx = require('onnx')
         from google.protobuf.message import DecodeError
 
         try:

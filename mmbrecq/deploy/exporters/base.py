@@ -7,11 +7,14 @@ import os
 import tempfile
 from abc import ABCMeta, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
-from mmbrecq.deploy.verify import ExpectedQuantization, check_file
+from mmbrecq.dependencies import require
+from mmbrecq.deploy.verify import ExpectedQuantization, Grid, check_file
 from mmbrecq.errors import ExportError, StorageError
+from mmbrecq.fake_quants.weight import PackedWeight
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.units import is_below
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
@@ -27,8 +30,12 @@ class BaseExporter(metaclass=ABCMeta):
 
     suffix: str
     """Ending of the file, which tells the runtime that opens it."""
+    packages: ClassVar[tuple[str, ...]] = ('onnx',)
+    """Packages that writing and verifying take; they are looked for before there is anything to write."""
 
     def __init__(self, filename: str | None = None) -> None:
+        for package in self.packages:
+            require(package)
         self.filename = filename or f'model{self.suffix}'
         if not self.filename.endswith(self.suffix):
             raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
@@ -64,13 +71,17 @@ class BaseExporter(metaclass=ABCMeta):
             StorageError: The system refused to write.
         """
         path = folder / self.filename
+        for opaque in sorted(graph.traced.value_dependent):
+            raise ExportError(
+                f"expected '{opaque}' to compute alike for all inputs, but its Python follows the values of tensors, "
+                f'which no file can express: {graph.traced.opaque[opaque]}'
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
                 written = Path(beside) / self.filename
                 self.write(graph, example, written)
-                expected = ExpectedQuantization(layers=count_quantized_calls(graph))
-                check_file(written, graph.preset.name, expected, shown_as=path)
+                check_file(written, graph.preset.name, expected_quantization(graph), shown_as=path)
                 # in the order of their names a .bin comes before the .xml that points at it
                 for made in sorted(Path(beside).iterdir()):
                     with replacing(folder / made.name) as partial:
@@ -82,6 +93,25 @@ class BaseExporter(metaclass=ABCMeta):
     @abstractmethod
     def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
         """Writes ``graph`` to ``path``, and nothing else that stays but files to be kept beside it."""
+
+
+def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
+    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
+    packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
+    weights = {
+        path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
+        for path, module in packed.items()
+    }
+    grids = [
+        Grid(
+            tuple(quantizer.scale.detach().reshape(-1).double().tolist()),
+            tuple(quantizer.zero_point.reshape(-1).tolist()),
+            quantizer.qtype.quant_min,
+            quantizer.qtype.quant_max,
+        )
+        for quantizer in graph.quantizers.values()
+    ]
+    return ExpectedQuantization(count_quantized_calls(graph), weights, frozenset(grids))
 
 
 def count_quantized_calls(graph: QuantizedGraph) -> int:

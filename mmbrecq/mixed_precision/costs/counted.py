@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmbrecq.byte_size import weight_bytes
 from mmbrecq.mixed_precision.costs.base import BaseCostModel
 from mmbrecq.mixed_precision.costs.layers import Bits, LayerShape
 from mmbrecq.registry import COST_MODELS
@@ -11,16 +12,12 @@ FLOAT_BITS = 32
 
 @COST_MODELS.register_module()
 class ModelSize(BaseCostModel):
-    """Bytes of the weights, as ``summary.json`` counts them: packed bits, a float scale per channel, zero-points."""
+    """Bytes of the weights, as ``summary.json`` counts them, see :func:`~mmbrecq.byte_size.weight_bytes`."""
 
     name, unit = 'size', 'bytes'
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
-        weight_bits, _ = bits
-        if weight_bits is None:
-            return layer.weights * FLOAT_BITS / 8
-        per_scale = FLOAT_BITS + (0 if layer.symmetric else weight_bits)
-        return (layer.weights * weight_bits + layer.scales * per_scale) / 8
+        return weight_bytes(layer.weights, layer.scales, bits[0], layer.symmetric)
 
 
 @COST_MODELS.register_module()

@@ -10,14 +10,16 @@ import platform
 import re
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
-from mmbrecq.errors import BackendError, ConfigError, TableError
+from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs.base import BaseCostModel
 from mmbrecq.mixed_precision.costs.layer_graph import copies_of, layer_graph
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
@@ -66,9 +68,10 @@ class MeasuredLatency(BaseCostModel):
             if type(value) is not int or value < 1:
                 raise ConfigError(f'expected {name} of MeasuredLatency to be an integer >= 1, but got {value!r}')
         self.backend, self.num_threads, self.rounds = RUNTIMES[runtime], num_threads, rounds
-        self.origin = {
-            'runtime': self.backend.name, 'version': _version(self.backend), 'cpu': cpu_name(), 'threads': num_threads,
-        }  # fmt: skip
+        for package in ('onnx', self.backend.package):
+            require(package)
+        version = metadata.version(self.backend.package)
+        self.origin = {'runtime': self.backend.name, 'version': version, 'cpu': cpu_name(), 'threads': num_threads}
         self.path = Path(path) if path is not None else _default_path(self.origin)
         self.figures: dict[str, dict[str, float]] = self._load() if self.path.exists() else {}
 
@@ -153,17 +156,6 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(backend: type[BaseBackend]) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(backend.package)
-    except metadata.PackageNotFoundError as error:
-        raise BackendError(
-            f'expected {backend.name} for MeasuredLatency, but it is not installed: pip install {backend.package}'
-        ) from error
 
 
 def _default_path(origin: dict[str, Any]) -> Path:

@@ -25,7 +25,7 @@ def find_front(problem: BitProblem, name: str, seed: int = 0) -> list[list[float
         seed: Of the search.
 
     Raises:
-        BackendError: pymoo is not installed.
+        DependencyError: pymoo is not installed.
     """
     free = replace(problem, costs={name: replace(problem.costs[name], budget=np.inf)})
     front = _best_for_their_cost(free, name, NSGA2Searcher(iterations=100).front(free, seed))

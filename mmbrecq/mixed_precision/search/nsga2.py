@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import BackendError, BudgetError, ConfigError
+from mmbrecq.dependencies import require
+from mmbrecq.errors import BudgetError, ConfigError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
@@ -27,6 +28,7 @@ class NSGA2Searcher:
                 raise ConfigError(f'expected {name} of a search to be an integer >= 2, but got {value!r}')
         if not 0 < mutation <= 1:
             raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')
+        require('pymoo')
         self.population, self.iterations, self.mutation = population, iterations, mutation
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
@@ -37,7 +39,6 @@ class NSGA2Searcher:
         """Choices of which none is better in loss and all costs than another, ``(choices, layers)``, by their loss.
 
         Raises:
-            BackendError: pymoo is not installed.
             BudgetError: No choice keeps the budgets.
         """
         problem.check_budgets()
@@ -59,14 +60,12 @@ def decode(problem: BitProblem, genes: Any) -> Choices:
 
 def _pymoo(problem: BitProblem, population: int, mutation: float, generator: np.random.Generator) -> tuple[Any, ...]:
     """The algorithm of pymoo, its view of the problem, and its ``minimize``; imported only when they are asked for."""
-    try:
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.core.mutation import Mutation
-        from pymoo.core.problem import Problem
-        from pymoo.operators.crossover.ux import UniformCrossover
-        from pymoo.optimize import minimize
-    except ImportError as error:
-        raise BackendError('expected pymoo for NSGA2Searcher, but it is not installed: pip install pymoo') from error
+    from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.mutation import Mutation
+    from pymoo.core.problem import Problem
+    from pymoo.operators.crossover.ux import UniformCrossover
+    from pymoo.optimize import minimize
+
     sizes = np.array([len(options) for options in problem.options])
     limits = {name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)}
 

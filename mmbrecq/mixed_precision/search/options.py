@@ -49,8 +49,6 @@ class SearchOptions:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
         if not isinstance(self.budgets, Mapping):
             raise ConfigError(f'expected search.budgets to be a dict of budgets by name, but got {self.budgets!r}')
-        if type(self.reuse) is not bool:
-            raise ConfigError(f'expected search.reuse to be True or False, but got {self.reuse!r}')
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:

@@ -6,7 +6,7 @@ two layers together at the fewest bits; more bits hardly interact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -27,10 +27,11 @@ from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.reconstruction.callbacks import Callback, Callbacks, Progress
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.task import Listener, Task
+from mmbrecq.reconstruction.task import Task
 
 STAGE = 'sensitivity'
 
@@ -46,7 +47,7 @@ class Analyzer:
         options: See :class:`AnalysisOptions`.
         folder: Where the table and the states are kept.
         inputs: What the figures depend on.
-        listener: Is told of every unit that is reconstructed.
+        callback: Is told of every unit that is reconstructed.
         check: Is given the table before anything is measured, and may raise.
     """
 
@@ -55,7 +56,7 @@ class Analyzer:
     options: AnalysisOptions
     folder: Path
     inputs: dict[str, Any]
-    listener: Listener
+    callback: Callback
     check: Callable[[SensitivityTable], None]
     table: SensitivityTable = field(init=False)
 
@@ -159,9 +160,9 @@ class Analyzer:
                 elif path.exists():
                     load_layers(task.model.model, unit.layers, path)
                     done.add((STAGE, unit.name))
-        keeper = _Keeper(self.listener, task.model, lambda unit: state_path(self.folder / 'states', unit, bits))
+        keeper = _Keeper(task.model, lambda unit: state_path(self.folder / 'states', unit, bits))
         task = replace(task, done=frozenset(done))
-        self.reconstructor.run(task, self.reconstructor.plan(task), keeper)
+        self.reconstructor.run(task, self.reconstructor.plan(task), Callbacks([keeper, self.callback]))
 
     def _measure(self, task: Task, bits: int) -> None:
         """The loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
@@ -190,30 +191,16 @@ class Analyzer:
         return task.regions.pairs(part, weights=False, activations=False)[0]
 
 
-class _Keeper:
-    """Keeps the state of every unit that is done, and hands on what it is told.
+class _Keeper(Callback):
+    """Keeps the state of every unit that is done.
 
     Args:
-        listener: Is told everything.
         model: Whose units they are.
         path_of: Where the state of a unit goes.
     """
 
-    def __init__(self, listener: Listener, model: QuantizedModel, path_of: Callable[[str], Path]) -> None:
-        self._listener, self._model, self._path_of = listener, model, path_of
+    def __init__(self, model: QuantizedModel, path_of: Callable[[str], Path]) -> None:
+        self._model, self._path_of = model, path_of
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self._listener.before_stage(stage, units)
-
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        self._listener.before_unit(stage, unit)
-
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        self._listener.after_step(stage, unit, step, loss)
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
         save_unit(self._model.model, unit, self._path_of(unit.name))
-        self._listener.after_unit(stage, unit, result)
-
-    def after_stage(self, stage: Stage) -> None:
-        self._listener.after_stage(stage)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmbrecq.distributed import gather
+from mmbrecq.kernels.native import kernel_state
 
 
 def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
@@ -33,6 +34,8 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
         'quantizer': _in_words(settings),
         'reconstructor': _in_words(cfg['reconstructor']),
         'seed': str(seed),
+        # a GPU never runs them
+        'kernels': 'none' if images.is_cuda else kernel_state(),
         'float weights': weights.hexdigest()[:16],
         'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }

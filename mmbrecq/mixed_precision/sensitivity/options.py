@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mmbrecq.errors import ConfigError
@@ -61,16 +61,3 @@ def _distinct(values: Any) -> bool:
 
 def _all_bits(values: Sequence[Any]) -> bool:
     return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values)
-
-
-def split_search(search: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What of the config's ``search`` is the analysis's, and what the search's.
-
-    Raises:
-        ConfigError: It is not a dict.
-    """
-    if not isinstance(search, Mapping):
-        raise ConfigError(f"expected 'search' to be a dict, but got {search!r}")
-    names = {f.name for f in fields(AnalysisOptions)}
-    own = {key: value for key, value in search.items() if key in names}
-    return own, {key: value for key, value in search.items() if key not in names}

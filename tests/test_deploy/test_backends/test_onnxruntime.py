@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmbrecq.deploy.backends import KernelCount, ONNXRuntimeBackend
-from mmbrecq.errors import BackendError
+from mmbrecq.errors import BackendError, DependencyError
 
 
 @pytest.mark.parametrize('optimize', [True, False])
@@ -79,5 +79,5 @@ def test_runtime_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / 'm.onnx'
     path.touch()
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    with pytest.raises(BackendError, match='ONNX Runtime is needed for .*`pip install onnxruntime`'):
+    with pytest.raises(DependencyError, match='onnxruntime is not installed; install it with: pip install '):
         ONNXRuntimeBackend(path)

@@ -12,7 +12,7 @@ from small_models import images, packed, residual
 
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.exporters.base import BaseExporter
-from mmbrecq.errors import BackendError, ExportError, StorageError
+from mmbrecq.errors import DependencyError, ExportError, StorageError
 from mmbrecq.quantizers import QuantizedModel
 
 EXPORTERS = [ONNXExporter, OpenVINOExporter]
@@ -81,11 +81,11 @@ def test_graph_that_openvino_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert content(tmp_path) == {}
 
 
-def test_openvino_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'openvino', None)
-    with pytest.raises(BackendError, match='^expected OpenVINO to be installed, but it is not: pip install openvino$'):
-        OpenVINOExporter().export(packed(residual(), 'openvino').image_graph, images(2), tmp_path)
-    assert content(tmp_path) == {}
+@pytest.mark.parametrize('package', ['onnx', 'openvino'])
+def test_what_openvino_takes_is_not_installed(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DependencyError, match=f'{package} is not installed; install it with: pip install '):
+        OpenVINOExporter()
 
 
 @pytest.mark.parametrize('exporter', EXPORTERS)
@@ -115,4 +115,20 @@ def test_missing_layer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.nn.utils.parametrize.remove_parametrizations(model.model.backbone.down, 'weight', leave_parametrized=True)
     assert np.array_equal(model.model.backbone.down.weight.detach(), weight)
     with pytest.raises(ExportError, match='C5 .*: expected 5 quantized convolution and linear layers, but got 4'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_weight_of_more_bits_is_noticed(tmp_path: Path) -> None:
+    model = packed(residual(), 'openvino', 2, 8)
+    codes = dict(model.model.named_parameters())['backbone.conv1.parametrizations.weight.original0']
+    with torch.no_grad():
+        codes[0, 0, 0, 0] = 100
+    with pytest.raises(ExportError, match=r'C6 /conv1/.*: expected integers in -2\.\.1, but got -1\.\.100'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_activation_of_more_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(residual(), 'onnxruntime', 8, 4)
+    monkeypatch.setattr(model.image_graph.quantizers['activation_quantizers.backbone_relu1'], '_clip', lambda: None)
+    with pytest.raises(ExportError, match=r'C7 /backbone_relu1/.*: expected the integers 0\.\.15, but got 0\.\.255'):
         ONNXExporter().export(model.image_graph, images(2), tmp_path)

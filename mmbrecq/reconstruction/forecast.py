@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.costs.layers import LayerShape, layer_shapes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.reconstructor import BaseReconstructor, stage_units
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.stages import Stage, stage_units
 
 OVERHEAD = {'cpu': 1e7, 'cuda': 1e10}
 """Multiplications that would take as long as the Python and the launches of a step."""
@@ -19,15 +20,15 @@ class Forecast:
 
     Args:
         model: The prepared model.
-        reconstructor: Its passes.
+        stages: The passes over its units.
     """
 
-    def __init__(self, model: QuantizedModel, reconstructor: BaseReconstructor) -> None:
+    def __init__(self, model: QuantizedModel, stages: Iterable[Stage]) -> None:
         macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
         overhead = OVERHEAD.get(model.image_graph.traced.example.device.type, OVERHEAD['cuda'])
         self._left = {
             (stage.name, unit.name): _work(stage, unit, macs, overhead)
-            for stage in reconstructor.stages
+            for stage in stages
             if stage.name != 'activations' or model.quantizes_activations
             for part in model.graphs
             for unit in stage_units(part, stage)
@@ -43,6 +44,10 @@ class Forecast:
     def left(self) -> float | None:
         """Seconds that the units not done will take; None while none is done."""
         return self._seconds / self._done * sum(self._left.values()) if self._done else None
+
+    def total(self, stage: Stage, unit: ReconstructionUnit, seconds: float) -> float:
+        """Seconds that all units will take, where this one takes so many."""
+        return seconds / self._left[stage.name, unit.name] * sum(self._left.values())
 
 
 def _macs(shape: LayerShape) -> float:

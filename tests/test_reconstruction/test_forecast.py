@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.reconstruction import forecast as module
+from mmbrecq.reconstruction.forecast import OVERHEAD, Forecast
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
-from mmbrecq.runs import forecast as module
-from mmbrecq.runs.forecast import OVERHEAD, Forecast
 
 
 def shape(name: str, channels: int, times: int = 1) -> LayerShape:
@@ -39,8 +39,7 @@ def forecast(monkeypatch: pytest.MonkeyPatch) -> Forecast:
     ]
     part = SimpleNamespace(traced=SimpleNamespace(example=torch.zeros(1)), quantizers={'a': 1})
     part.graphs, part.quantizes_activations, part.image_graph = [part], True, part
-    reconstructor: Any = SimpleNamespace(stages=stages)
-    return Forecast(part, reconstructor)  # type: ignore[arg-type]
+    return Forecast(part, stages)  # type: ignore[arg-type]
 
 
 def result(name: str, stage: str, seconds: float) -> UnitResult:

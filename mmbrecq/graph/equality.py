@@ -1,0 +1,153 @@
+"""Compares a prepared graph with the float model that it was made from.
+
+The model is changed by its preparation, so its outputs are taken before, with sums of what every layer reads: these
+tell where the two part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.components import ImageForward
+from mmbrecq.graph.structure import flatten_outputs
+from mmbrecq.graph.traced_graph import evaluation_mode, other_size
+
+TOLERANCE = 1e-5
+"""Largest squared error, of the variance of the outputs over images."""
+
+_ROUNDING = 1e-7
+"""What float32 may lose, of the outputs' power: where images hardly differ, that is more."""
+
+Read = tuple[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a float model computes for some images.
+
+    Args:
+        model: The model, which may change later on.
+        batches: Images of several batch sizes, those of another height and width last.
+        outputs: Tensors by name for each batch that the model runs on.
+        reads: For each batch, path of every layer that was called, and sums of what it read.
+    """
+
+    model: nn.Module
+    batches: Sequence[Tensor]
+    outputs: list[dict[str, Tensor]] = field(default_factory=list)
+    reads: list[list[Read]] = field(default_factory=list)
+
+
+def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Reference:
+    """Runs the float model on one image, on three, and on one of another height and width.
+
+    Args:
+        model: The model, not prepared yet.
+        images (Tensor): Preprocessed images, ``(N, 3, H, W)``, or features of regions.
+        forward: Computes the outputs; None for what follows from images.
+
+    Raises:
+        GraphError: An output is no tensor.
+    """
+    three = torch.cat([images, images.flip(-1), images.flip(-2)])[:3]
+    batches = [three[:1], three, other_size(three[:1])] if images.dim() == 4 else [three[:1], three]
+    reference = Reference(model, batches)
+    forward = ImageForward(model) if forward is None else forward
+    layers = {path: m for path, m in model.named_modules() if path and not any(m.children())}
+    for index, batch in enumerate(batches):
+        # another height and width is more than every model has
+        with suppress(Exception) if index == 2 else nullcontext():
+            outputs, reads = _run(model, forward, batch, layers)
+            reference.outputs.append(outputs)
+            reference.reads.append(reads)
+    return reference
+
+
+def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size: bool = True) -> float:
+    """Checks that a prepared graph computes what the float model did.
+
+    Args:
+        run: The prepared graph, its quantization off.
+        reference: Of the float model.
+        free_size: Whether the graph has to be right at another height and width.
+
+    Returns:
+        The largest squared error of an output, of its power.
+
+    Raises:
+        GraphError: It does not; the sentence names the first layer whose input or output differs.
+    """
+    worst = 0.0
+    for batch, wanted, reads in zip(reference.batches, reference.outputs, reference.reads, strict=False):
+        if batch.shape[2:] != reference.batches[0].shape[2:] and not free_size:
+            continue
+        layers = {path: reference.model.get_submodule(path) for path, _ in reads}
+        found, own = _run(reference.model, run, batch, layers)
+        error = max((_error(found.get(name), output) for name, output in wanted.items()), default=0.0)
+        if not error <= TOLERANCE or list(found) != list(wanted):
+            shape = ' x '.join(map(str, batch.shape))
+            raise GraphError(
+                f'expected the prepared graph to compute what {type(reference.model).__name__} does, but for images of '
+                f'{shape} it is off by {error:.1e} of the variance of its outputs{_first_difference(own, reads)}'
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _run(
+    model: nn.Module, forward: Callable[[Tensor], Any], batch: Tensor, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], list[Read]]:
+    reads: list[Read] = []
+    hooks = [module.register_forward_pre_hook(partial(_note, reads, path)) for path, module in layers.items()]
+    try:
+        with evaluation_mode(model):
+            # a model may write into its input
+            return flatten_outputs(forward(batch.clone())), reads
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(reads: list[Read], path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Notes the shape of an input, the sum of its absolute values, and a sum with weights that tell places apart."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        values = args[0].detach().flatten()
+        weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device)
+        reads.append((path, (*map(float, args[0].shape), float(values.abs().sum()), float(values @ weights))))
+
+
+def _first_difference(found: list[Read], wanted: list[Read]) -> str:
+    """Names the first layer that reads something else, of those that both call, and the layer called before it."""
+    own: dict[str, list[tuple[float, ...]]] = {}
+    for path, sums in found:
+        own.setdefault(path, []).append(sums)
+    before = ''
+    for path, sums in wanted:
+        if own.get(path):
+            present = own[path].pop(0)
+            far = [abs(a - b) > 1e-3 * abs(sums[-2]) for a, b in zip(present, sums, strict=False)]
+            if any(far) or len(present) != len(sums):
+                return f', first after {before or "the input"}, in what {path} reads'
+        before = path
+    return f', after {before}' if before else ''
+
+
+def _error(found: Tensor | None, wanted: Tensor) -> float:
+    """Squared error, of the variance over images and of what rounding may cost."""
+    if found is None or found.shape != wanted.shape:
+        return float('inf')
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(found, wanted) else float('inf')
+    found, wanted = found.double(), wanted.double()
+    power = float(wanted.square().mean())
+    variance = float(wanted.var(0, correction=0).mean()) if len(wanted) > 1 else power
+    allowed = max(variance, power * _ROUNDING / TOLERANCE, 1e-30)
+    return float((found - wanted).square().mean()) / allowed

@@ -1,0 +1,207 @@
+"""Tells which numbers of a graph follow from which sizes of the input, by tracing at several.
+
+Python reads sizes as plain numbers, and a graph keeps what they were for the example. Two traces of different batch
+sizes differ in just these numbers: each is replaced by an expression of the batch size, or refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, evaluate
+from mmbrecq.graph.units import is_below
+
+_NUMBERS = (bool, int, float, str, type(None))
+_NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
+
+
+class _DifferentError(Exception):
+    """Raised when two arguments differ, and not by a number that follows from the batch size."""
+
+
+def resolve_sizes(
+    base: ConcreteTracer, more: ConcreteTracer, wider: ConcreteTracer | None, keep_free: bool
+) -> list[str]:
+    """Makes the graph of ``base`` right for any batch size, and for any height and width where that can be.
+
+    What follows from sizes alone, and is the same for all sizes that the graph serves, becomes a constant.
+
+    Args:
+        base: Has traced the graph, which is changed in place.
+        more: Has traced the same with another batch size.
+        wider: Has traced the same with another height and width; None where the model has only one.
+        keep_free: Whether height and width are to stay free even where the graph computes with them.
+
+    Returns:
+        What binds the graph to one height and width, each as ``path: file:line``; empty where they are free.
+
+    Raises:
+        UntraceableError: The operations follow from the batch size.
+    """
+    values = _sizes(base)
+    frozen, resized = [], values
+    try:
+        if wider is None:
+            raise UntraceableError('', 'the model does not run at another height and width')
+        resized = _values_in(wider, _matched(base.graph, wider.graph, None)[0])
+    except UntraceableError as error:
+        frozen = [f'{error.owner}: {error}']
+    theirs, arguments = _matched(base.graph, more.graph, _BatchSize(base.graph, more.graph))
+    others = _values_in(more, theirs)
+    constant = {n for n in values if _equal(values[n], others[n])}
+    bound = [n for n in values if n in constant and not _equal(values[n], resized[n])]
+    if bound and not keep_free:
+        frozen = [f'{n.meta["owner"]}: {n.meta["line"]}' for n in bound]
+        bound = []
+    for node, (args, kwargs) in arguments.items():
+        node.args, node.kwargs = args, kwargs
+    _fold(base, {n: values[n] for n in values if n in constant.difference(bound)})
+    return list(dict.fromkeys(line.removeprefix(': ') for line in frozen))
+
+
+class _BatchSize:
+    """Writes numbers as ``factor * batch_size + offset``, in nodes at the start of a graph."""
+
+    def __init__(self, graph: fx.Graph, other: fx.Graph) -> None:
+        self.input, theirs = (next(n for n in g.nodes if n.op == 'placeholder') for g in (graph, other))
+        self.sizes = [int(n.meta['example'].shape[0]) for n in (self.input, theirs)]
+        self.made: dict[Any, fx.Node] = {}
+        self.last = self.input
+
+    def expression(self, ours: Any, theirs: Any) -> Any:
+        factor = (theirs - ours) / (self.sizes[1] - self.sizes[0])
+        if isinstance(ours, int) and factor != int(factor):
+            raise _DifferentError
+        factor = type(ours)(factor)
+        size = self._emit(operator.getitem, self._emit(getattr, self.input, 'shape'), 0)
+        product = self._emit(operator.mul, size, factor) if factor != 1 else size
+        offset = ours - factor * self.sizes[0]
+        return self._emit(operator.add, product, offset) if offset else product
+
+    def _emit(self, function: Any, *args: Any) -> fx.Node:
+        if (function, *args) not in self.made:
+            with self.input.graph.inserting_after(self.last):
+                node = self.last = self.input.graph.call_function(function, args)
+            node.meta.update(owner='', caller='', line='', depends={'size'})
+            node.meta['example'] = evaluate(node, fx.node.map_arg(args, lambda n: n.meta['example']), {})
+            self.made[(function, *args)] = node
+        return self.made[(function, *args)]
+
+
+def _matched(
+    graph: fx.Graph, other: fx.Graph, batch: _BatchSize | None
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, Any]]:
+    """The node of ``other`` for each of ``graph``, and arguments that are right for both batch sizes."""
+    ours, theirs = list(graph.nodes), list(other.nodes)
+    same = dict(zip(theirs, ours, strict=False))
+    arguments = {}
+    for a, b in zip(ours, theirs, strict=False):
+        is_same = (a.op, a.target, a.meta['owner']) == (b.op, b.target, b.meta['owner'])
+        try:
+            if not is_same or (a.op == 'get_attr' and not _equal(a.meta['example'], b.meta['example'])):
+                raise _DifferentError
+            arguments[a] = _merged((a.args, a.kwargs), (b.args, b.kwargs), same, batch)
+        except _DifferentError:
+            owner = _first_different(ours, theirs)
+            owner = _owner(a) if owner is None else owner
+            line = next((n.meta['line'] for n in ours if _owner(n) == owner and n not in arguments), a.meta['line'])
+            reason = f'{line}: expected the same operations for all sizes of the input'
+            raise UntraceableError(owner, reason, by_size=True) from None
+    return dict(zip(ours, theirs, strict=True)), arguments
+
+
+def _merged(a: Any, b: Any, same: dict[fx.Node, fx.Node], batch: _BatchSize | None) -> Any:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        if isinstance(b, fx.Node) and same.get(b) is a:
+            return a
+        raise _DifferentError
+    if type(a) is not type(b):
+        raise _DifferentError
+    if isinstance(a, slice):
+        return slice(*(_merged(getattr(a, k), getattr(b, k), same, batch) for k in ('start', 'stop', 'step')))
+    if isinstance(a, dict) and list(a) == list(b):
+        return {key: _merged(a[key], b[key], same, batch) for key in a}
+    if isinstance(a, (tuple, list)) and len(a) == len(b):
+        items = [_merged(x, y, same, batch) for x, y in zip(a, b, strict=True)]
+        return items if isinstance(a, list) else tuple(items)
+    if a == b or (a != a and b != b):
+        return a
+    if batch is None or type(a) not in (int, float):
+        raise _DifferentError
+    return batch.expression(a, b)
+
+
+def _first_different(ours: list[fx.Node], theirs: list[fx.Node]) -> str | None:
+    """Path of the outermost module that calls other operations in the two graphs; the first of several."""
+    calls: list[dict[str, list[Any]]] = [{}, {}]
+    for found, nodes in zip(calls, (ours, theirs), strict=True):
+        for node in nodes:
+            found.setdefault(_owner(node), []).append((node.op, node.target))
+    differing = [path for path in calls[0] if calls[0][path] != calls[1].get(path)]
+    return next((p for p in differing if not any(is_below(p, q) for q in differing if q != p)), None)
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the module whose ``forward`` makes the call."""
+    return str(node.meta['caller' if node.op == 'call_module' else 'owner'])
+
+
+def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
+    """The value of each node that follows from sizes alone."""
+    values: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node.op == 'get_attr' and str(node.target) in traced.constants:
+            return traced.constants[str(node.target)]
+        return values[node] if node in values else node.meta['example']
+
+    for node in traced.graph.nodes:
+        if node.op in _NOT_COMPUTED or node.op == 'call_module' or not node.meta['depends'] <= {'size'}:
+            continue
+        values[node] = evaluate(node, *fx.node.map_arg((node.args, node.kwargs), value))
+    return values
+
+
+def _values_in(traced: ConcreteTracer, nodes: dict[fx.Node, fx.Node]) -> dict[fx.Node, Any]:
+    """What the nodes, whose counterparts are given, are in another graph."""
+    values = _sizes(traced)
+    return {ours: values.get(theirs) for ours, theirs in nodes.items()}
+
+
+def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
+    """Replaces nodes by their values wherever others read them."""
+    for node, value in constant.items():
+        users = [user for user in node.users if user not in constant]
+        if not users or not (isinstance(value, Tensor) or _is_number(value)):
+            continue
+        if isinstance(value, Tensor):
+            name = f'_size_constant{len(traced.constants)}'
+            traced.constants[name] = value
+            with traced.graph.inserting_after(node):
+                new: Any = traced.graph.get_attr(name)
+            new.meta.update(node.meta, example=value, depends=set())
+        else:
+            new = tuple(value) if isinstance(value, tuple) else value
+        for user in users:
+            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), partial(_replaced, {node: new}))
+
+
+def _replaced(values: dict[fx.Node, Any], node: fx.Node) -> Any:
+    return values.get(node, node)
+
+
+def _is_number(value: Any) -> bool:
+    return all(map(_is_number, value)) if isinstance(value, (tuple, list)) else isinstance(value, _NUMBERS)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
