@@ -52,8 +52,7 @@ from mmbrecq.reconstruction.task import Task
 from mmbrecq.reconstruction.unit_data import UnitData
 from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.registry import QUANTIZERS
-from mmbrecq.runs.checkpoint import load_quantized_checkpoint, read_checkpoint
-from mmbrecq.runs.grids import check_grids, grids_of
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 

@@ -112,7 +112,7 @@ class BaseReconstructor:
         plan = plan_cache(
             self.cache,
             max(cached, default=(0, '')),
-            max(working),
+            max(working, default=(0, '')),
             device,
             task.directory,
             self.memory_limit,
