@@ -14,7 +14,7 @@ from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.task import Task
 
 BATCH = 64

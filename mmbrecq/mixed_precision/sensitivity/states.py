@@ -11,7 +11,7 @@ from torch import nn
 
 from mmbrecq.errors import CheckpointError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.unit_state import layer_owners
+from mmbrecq.reconstruction.results import layer_owners
 from mmbrecq.runs.storage import save_atomic
 
 
