@@ -68,15 +68,3 @@ class QDropReconstructor(BaseReconstructor):
         options = parse_options(StageOptions, joint or {}, where, activation_lr=4e-5, drop_prob=0.5)
         stages = [Stage('joint', options, True, True)]
         super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)
-
-
-@RECONSTRUCTORS.register_module()
-class NearestReconstructor(BaseReconstructor):
-    """Keeps the grids of the calibration and weights rounded to nearest.
-
-    Args:
-        memory_limit: As in :class:`BaseReconstructor`.
-    """
-
-    def __init__(self, memory_limit: int | str | None = None) -> None:
-        super().__init__((), memory_limit=memory_limit)

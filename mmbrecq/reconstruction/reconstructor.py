@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +23,7 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.batches import MicroBatches, UnitData, UnitLoss
-from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import (
     FISHER_BATCH,
@@ -83,8 +85,11 @@ class BaseReconstructor:
                 f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
             )
         self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
-        where = 'reconstructor.memory_limit'
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, where)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, 'reconstructor.memory_limit')
+
+    def image_room(self, directory: Path) -> Callable[[Sequence[int], Tensor], Tensor]:
+        """Allocates the calibration images by the same options as the cache; ``directory`` may take a file."""
+        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.memory_limit)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
@@ -106,8 +111,9 @@ class BaseReconstructor:
         observed = self._observed(task)
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
-        most, limit = max(cached, default=(0, '')), self.memory_limit
-        plan = plan_cache(self.cache, most, max(working), device, task.directory, limit, self.cache_dtype)
+        most, beside = (max(sizes, default=(0, '')) for sizes in (cached, working))
+        limit, dtype = self.memory_limit, self.cache_dtype
+        plan = plan_cache(self.cache, most, beside, device, task.directory, limit, dtype)
         return replace(plan, observed=images)
 
     def _observed_at_once(self, observed: Sequence[ObservedUnit], device: torch.device) -> int:

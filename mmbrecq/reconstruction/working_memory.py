@@ -14,8 +14,7 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.fake_quants.masks import ALIGNMENT, STARTS
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.observers.distribution import DistributionObserver
-from mmbrecq.observers.histogram import CHUNK
+from mmbrecq.observers.histogram import CHUNK, DistributionObserver
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.losses import FISHER_BATCH, weighted_outputs
 from mmbrecq.reconstruction.stages import Stage

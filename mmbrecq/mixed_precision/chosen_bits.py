@@ -8,15 +8,15 @@ from pathlib import Path
 
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
+from mmbrecq.mixed_precision.sensitivity.analyzer import load_layers, state_path
 from mmbrecq.mixed_precision.sensitivity.measure import FISHER, output_loss
-from mmbrecq.mixed_precision.sensitivity.states import load_layers, state_path
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
 
 
-class Choice:
+class ChosenBits:
     """A choice of bits.
 
     Args:
