@@ -40,17 +40,15 @@ from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
-from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.forecast import Forecast
+from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, stage_units
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.unit_data import UnitData
-from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.registry import QUANTIZERS
 from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
