@@ -98,7 +98,8 @@ class AnalysisLoop(BaseLoop):
         check_classes(model, self.dataloader.dataset)
         load_float_checkpoint(model, self.float_checkpoint)
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
-        self.images = collect_images(model, self._set)
+        room = self.reconstructor.image_room(Path(self.runner.work_dir))
+        self.images = collect_images(model, self._set, room)
         check_runs(model, self.images[:2])
         asked = self.reconstructor.loss.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())

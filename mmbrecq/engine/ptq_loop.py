@@ -53,7 +53,7 @@ from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.measure import model_size, peak_memory, versions
-from mmbrecq.runs.run_files import RunFiles, RunRecorder
+from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
@@ -85,6 +85,7 @@ class PTQLoop(BaseLoop):
         search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
         reuse_states: Whether the rounding that its analysis has learned is taken.
         resume: Whether to go on with an interrupted run of the same work dir.
+        dry_run: Whether to stop after the rehearsal and to print what it found.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class PTQLoop(BaseLoop):
         search_result: str | None = None,
         reuse_states: bool = True,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
@@ -128,7 +130,7 @@ class PTQLoop(BaseLoop):
         )
         self.choice = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
-        self.resume = resume
+        self.resume, self.dry_run = resume, dry_run
         self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
@@ -144,11 +146,15 @@ class PTQLoop(BaseLoop):
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         share = calibration.share()
-        images = collect_images(self.runner.model, share)
+        images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
+        if self.dry_run or not self.journal.units:
+            on_main(partial(self._rehearse, images))
+        if self.dry_run:
+            return {}
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
@@ -219,6 +225,17 @@ class PTQLoop(BaseLoop):
             self.choice.result.measured = self.choice.measure(task)
             self.files.write_summary()
 
+    def _rehearse(self, images: Tensor) -> None:
+        """Tells within seconds what the target cannot have; a dry run prints what the work will be."""
+        start = time.perf_counter()
+        forecast = self.reconstructor if self.dry_run else None
+        found = pipeline.rehearse(self.runner.model, images, self.quantizer, self.exporters, forecast)
+        for deviation in found.deviations:
+            self.runner.logger.info(f'rehearsed: {deviation}')
+        self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
+        if self.dry_run:
+            print(rehearsal_text(found))
+
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
@@ -227,6 +244,8 @@ class PTQLoop(BaseLoop):
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:
             self.runner.logger.warning(line)
+        for line in model.image_graph.traced.frozen:
+            self.runner.logger.info(f'height and width are fixed by {line}')
         if self.choice is not None:
             self.choice.check(model)
         return model

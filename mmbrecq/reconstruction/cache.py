@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,7 @@ def plan_cache(
         )
     free = {
         'device': torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0,
-        'host': min(memory - on_host, available // 2 if memory_limit is None else memory_limit),
+        'host': min(memory - on_host, _room_on_host(memory_limit)),
         'disk': shutil.disk_usage(directory).free,
     }
     if place == 'device' and device.type == 'cpu':
@@ -142,15 +143,45 @@ def plan_cache(
     )
 
 
-def images_on_disk(images: Tensor, directory: Path) -> Tensor:
-    """A copy of images on the CPU in a mapped file without a name, ``(N, 3, H, W)``.
+def allocate_images(
+    shape: Sequence[int], like: Tensor, place: str, directory: Path, memory_limit: int | None
+) -> Tensor:
+    """Allocates the calibration images, which are there from the start to the end, by the rules of the cache.
 
-    The system drops its pages where memory is short, as it cannot with what is in memory alone.
+    Args:
+        shape: ``(N, 3, H, W)``.
+        like: Of their dtype, on the device of the model, where they lie unless they are mapped from a file.
+        place: As the config asks: one of :data:`PLACES`.
+        directory: Where files may be written.
+        memory_limit: See :func:`plan_cache`.
+
+    Raises:
+        StorageError: There is no room for them.
+    """
+    size, on_host = math.prod(shape) * like.element_size(), not like.is_cuda
+    free = torch.cuda.mem_get_info(like.device)[0] if like.is_cuda else _room_on_host(memory_limit)
+    if on_host and (place == 'disk' or (place == 'auto' and size > free)):
+        return _mapped(shape, like.dtype, directory)
+    if size > free:
+        raise StorageError(
+            f'expected room for {show_bytes(size)} of calibration images, but there are only {show_bytes(free)} on the '
+            f'{"host" if on_host else "device"}; use fewer calibration images{" or another cache" if on_host else ""}'
+        )
+    return like.new_empty(tuple(shape))
+
+
+def images_on_disk(images: Tensor, directory: Path) -> Tensor:
+    """Images on the CPU in a mapped file: themselves where they are in one, else a copy.
 
     Raises:
         StorageError: The disk is full.
     """
-    size = images.numel() * images.element_size()
+    return images if images.is_shared() else _mapped(images.shape, images.dtype, directory).copy_(images)
+
+
+def _mapped(shape: Sequence[int], dtype: torch.dtype, directory: Path) -> Tensor:
+    """A tensor in a file without a name, whose pages the system drops where memory is short."""
+    size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryDirectory(prefix='.images-', dir=directory) as folder:
         path = Path(folder) / 'images.bin'
         with path.open('wb') as file:
@@ -158,8 +189,12 @@ def images_on_disk(images: Tensor, directory: Path) -> Tensor:
                 reserve(file.fileno(), size)
             except OSError as error:
                 raise StorageError(f'{directory} cannot hold {show_bytes(size)} of images: {error}') from error
-        mapped = torch.from_file(str(path), shared=True, size=images.numel(), dtype=images.dtype)
-    return mapped.reshape(images.shape).copy_(images)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).reshape(tuple(shape))
+
+
+def _room_on_host(memory_limit: int | None) -> int:
+    """Bytes that values may take on the host: the limit, without one half of what is available."""
+    return psutil.virtual_memory().available // processes_here() // 2 if memory_limit is None else memory_limit
 
 
 class ActivationCache:

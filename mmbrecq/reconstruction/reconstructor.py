@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,7 +22,7 @@ from mmbrecq.distributed import gather, on_main, process_count, process_index, p
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, peak_bytes, plan_cache
+from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.fisher import FISHER_BATCH, FisherWeights, output_fisher, task_fisher, weighted_outputs
 from mmbrecq.reconstruction.forecast import Forecast
@@ -80,8 +82,11 @@ class BaseReconstructor:
                 f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
             )
         self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
-        where = 'reconstructor.memory_limit'
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, where)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, 'reconstructor.memory_limit')
+
+    def image_room(self, directory: Path) -> Callable[[Sequence[int], Tensor], Tensor]:
+        """Allocates the calibration images by the same options as the cache; ``directory`` may take a file."""
+        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.memory_limit)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
@@ -107,7 +112,7 @@ class BaseReconstructor:
         plan = plan_cache(
             self.cache,
             max(cached, default=(0, '')),
-            max(working),
+            max(working, default=(0, '')),
             device,
             task.directory,
             self.memory_limit,
@@ -260,21 +265,9 @@ class BaseReconstructor:
             kept = steps > 0 and not after < before
             after = before if kept else after
             seconds = time.perf_counter() - start
-            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
-            results.append(
-                UnitResult(
-                    unit.name,
-                    stage.name,
-                    unit.layers,
-                    before,
-                    after,
-                    steps,
-                    seconds,
-                    kept,
-                    power,
-                    min(split, default=None),
-                )
-            )
+            split = min([m.images for m in (training, streams.micro_batches(unit)) if m.split], default=None)
+            learned = (before, after, steps, seconds, kept, power, split)
+            results.append(UnitResult(unit.name, stage.name, unit.layers, *learned))
             report.callback.after_unit(stage, unit, results[-1], report.meter.note(results[-1]))
         return results
 

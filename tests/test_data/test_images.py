@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,39 @@ def test_images_of_several_sizes_are_padded_together(pad_value: float) -> None:
     for number, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
         assert bool((image[:, :height, :width] == 2 * (number + 1)).all())
         assert bool((image[:, height:] == pad_value).all()) and bool((image[:, :, width:] == pad_value).all())
+
+
+class Allocator:
+    """Fills what it allocates with 7, and counts the images of each reading; one tensor lives at a time."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self._last: Any = lambda: None
+
+    def __call__(self, shape: Any, like: Tensor) -> Tensor:
+        assert self._last() is None, 'two copies of all images are there at once'
+        self.shapes.append(tuple(shape))
+        images = torch.full(tuple(shape), 7.0, dtype=like.dtype)
+        self._last = weakref.ref(images)
+        return images
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'shapes'),
+    [
+        ([(4, 6), (3, 6), (4, 5), (2, 2), (4, 6)], [(4, 6)]),
+        ([(4, 6), (4, 6), (6, 4), (4, 6), (5, 5)], [(4, 6), (6, 6)]),
+    ],
+)
+def test_images_are_kept_once(sizes: list[tuple[int, int]], shapes: list[tuple[int, int]]) -> None:
+    """They are read again where the first batch does not have the largest size."""
+    allocate = Allocator()
+    images = collect_images(model(0), Drawn(sizes), allocate)  # type: ignore[arg-type]
+    assert allocate.shapes == [(5, 3, *shape) for shape in shapes]
+    for number, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+        expected = torch.zeros(3, *shapes[-1])
+        expected[:, :height, :width] = 2 * (number + 1)
+        assert torch.equal(image, expected)
 
 
 def test_images_of_one_size_are_not_padded() -> None:
