@@ -132,8 +132,9 @@ def build_problem(
 def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
     """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
     zeros = dict.fromkeys([*table.candidates, *table.activation_candidates], 0.0)
-    losses = {'loss': dict.fromkeys(table.searched, zeros), 'activation_loss': dict.fromkeys(table.values, zeros)}
-    build_problem(replace(table, pairs={}, **losses), models, budgets).check_budgets()
+    of_weights, of_values = dict.fromkeys(table.searched, zeros), dict.fromkeys(table.values, zeros)
+    plain = replace(table, pairs={}, loss=of_weights, activation_loss=of_values)
+    build_problem(plain, models, budgets).check_budgets()
 
 
 def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
