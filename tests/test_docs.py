@@ -204,8 +204,8 @@ def test_preset_table_has_the_places() -> None:
     assert table[0][1:] == ['all functions' if preset.fuses is None else 'ReLU, ReLU6' for preset in columns]
     operands = {'none': 'no', 'all': 'both operands', 'shortcut': "the shortcut's"}
     assert table[3][1:] == [operands[preset.add_operands] for preset in columns]
-    assert table[4][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
-    assert table[5][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
+    assert table[5][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
+    assert table[6][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
 
 
 def test_preset_page_lists_the_rules() -> None:

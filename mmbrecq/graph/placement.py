@@ -48,9 +48,6 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     """Returns the positions of a graph in the order of its nodes."""
     quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
-    if preset.conv_outputs:
-        # a rectifier is computed within its convolution only where the zero-point is 0
-        groups = [part for group in groups for part in _by_sign(group, roles)]
     positions = []
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
@@ -176,11 +173,6 @@ def _reaches(source: fx.Node, target: fx.Node) -> bool:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return False
-
-
-def _by_sign(group: list[fx.Node], roles: Roles) -> list[list[fx.Node]]:
-    parts = [[n for n in group if roles.non_negative(n) == sign] for sign in (True, False)]
-    return [part for part in parts if part]
 
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:
