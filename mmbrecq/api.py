@@ -34,7 +34,13 @@ from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.runs.checkpoint import read_checkpoint
 
-METHODS = ('brecq', 'qdrop', 'nearest')
+METHODS: dict[str, tuple[str, dict[str, int]]] = {
+    'brecq': ('BRECQReconstructor', {'weights': 1, 'activations': 4}),
+    'qdrop': ('QDropReconstructor', {'joint': 1}),
+    'nearest': ('NearestReconstructor', {}),
+}
+"""The reconstructor of each method, and by what the iterations of each of its passes are divided."""
+
 EXPORTERS: dict[str, type[BaseExporter]] = {'.onnx': ONNXExporter, '.xml': OpenVINOExporter}
 TARGETS: dict[str, type[BaseExporter]] = {
     'openvino': OpenVINOExporter,
@@ -135,7 +141,8 @@ def quantize(
         preset: ``openvino``, ``onnxruntime``, ``tensorrt`` or ``academic``.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; None leaves activations in float.
-        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together; ``nearest`` rounds.
+        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together; ``nearest`` rounds to nearest
+            and corrects biases.
         iterations: Of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the defaults,
             20,000 and 5,000.
         seed: Of all random draws.
@@ -153,7 +160,7 @@ def quantize(
         raise ConfigError(f'expected method to be one of {list(METHODS)}, but got {method!r}')
     options = _quantizer_config(preset, weight_bits, activation_bits, method, quantizer)
     builder = build(QUANTIZERS, options)
-    reconstruction = None if method == 'nearest' else _reconstructor(method, iterations, reconstructor)
+    reconstruction = _reconstructor(method, iterations, reconstructor)
     tensor = collect(images, next(iter(model.parameters()), torch.empty(0)).device)
     if preset in TARGETS:
         pipeline.rehearse(model, tensor, builder, [TARGETS[preset]()])
@@ -166,13 +173,10 @@ def quantize(
     results: list[UnitResult] = []
     with tempfile.TemporaryDirectory(prefix='mmbrecq-') as folder:
         task = Task(quantized, tensor, list, None, seed, Path(folder))
-        if reconstruction is None:
-            pipeline.calibrate(task)
-        else:
-            plan = reconstruction.plan(task)
-            pipeline.calibrate(task, plan.observed)
-            for _, done in pipeline.reconstruct(task, reconstruction, plan, Callbacks(callbacks)):
-                results += done
+        plan = reconstruction.plan(task)
+        pipeline.calibrate(task, plan.observed)
+        for _, done in pipeline.reconstruct(task, reconstruction, plan, Callbacks(callbacks)):
+            results += done
     pipeline.pack(quantized)
     return Quantized(quantized, options, results)
 
@@ -229,9 +233,8 @@ def _quantizer_config(
 
 def _reconstructor(method: str, iterations: int | None, more: Mapping[str, Any] | None) -> Any:
     given = dict(more or {})
-    passes = {'weights': 1, 'activations': 4} if method == 'brecq' else {'joint': 1}
+    kind, passes = METHODS[method]
     for name, divisor in passes.items():
         if iterations is not None:
             given[name] = {'iterations': max(1, iterations // divisor), **given.get(name, {})}
-    kind = 'BRECQReconstructor' if method == 'brecq' else 'QDropReconstructor'
     return build(RECONSTRUCTORS, {'type': kind, **given})

@@ -33,25 +33,24 @@ from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.distributed import aligned_batches, take_from_main
-from mmbrecq.errors import CheckpointError
+from mmbrecq.errors import CheckpointError, PatternError
+from mmbrecq.graph.components import RegionForward, region_heads, region_shape
+from mmbrecq.graph.equality import check_equality, take_reference
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
-from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.forecast import Forecast
+from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, stage_units
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.unit_data import UnitData
-from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.registry import QUANTIZERS
-from mmbrecq.runs.checkpoint import load_quantized_checkpoint, read_checkpoint
-from mmbrecq.runs.grids import check_grids, grids_of
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 
@@ -67,9 +66,18 @@ def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> Quan
         The quantized model, its grids still to be calibrated, its quantization switched off.
 
     Raises:
-        GraphError: The model cannot be traced, or its graph computes something else.
+        GraphError: The model cannot be traced, or its graph computes something else; the first layer is named.
     """
-    return quantizer.prepare(model, example_of(images))
+    example = example_of(images)
+    references = [take_reference(model, example)]
+    for head in region_heads(model):
+        features = torch.rand(2, *region_shape(model, head), generator=torch.Generator().manual_seed(0))
+        references.append(take_reference(model, features.to(example.device), RegionForward(model, head.path)))
+    quantized = quantizer.prepare(model, example)
+    for graph, reference in zip(quantized.graphs, references, strict=True):
+        with quantized.quantization(weights=False, activations=False):
+            check_equality(graph, reference, graph.traced.free_size)
+    return quantized
 
 
 def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activations: bool = True) -> int:
@@ -144,12 +152,14 @@ class Rehearsal:
         model: The packed copy that was exported.
         deviations: How far each exported file lies from its simulation.
         kernels: Integer kernels by the name of the runtime.
-        seconds: What a whole reconstruction will take, None where it was not asked for.
+        plan: Memory of a whole reconstruction, and where activations are cached; None where it was not asked for.
+        seconds: What a whole reconstruction will take, likewise.
     """
 
     model: QuantizedModel
     deviations: list[Deviation]
     kernels: dict[str, KernelCount]
+    plan: CachePlan | None = None
     seconds: float | None = None
 
 
@@ -167,15 +177,16 @@ def rehearse(
 
     Args:
         model: The float model; it stays as it is.
-        images (Tensor): Preprocessed images, of which four at most are used.
+        images (Tensor): Preprocessed calibration images. Four at most are passed through the model.
         quantizer: Decides grids and units.
         exporters: Write the files, which are removed again.
-        reconstructor: Whose time is to be forecast from a few iterations of the first unit; None for no forecast.
+        reconstructor: Memory and time of its passes are forecast, the time from a few iterations of the first unit;
+            None for no forecast.
 
     Raises:
         MMBrecqError: The model, the preset and the runtime do not go together; the first obstacle is named.
     """
-    images = images[:4]
+    count, images = len(images), images[:4]
     quantized = prepare(copy.deepcopy(model), images, quantizer)
     observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)
@@ -185,7 +196,12 @@ def rehearse(
         for graph in rough.region_graphs:
             with graph.quantization(False, False), observing(rough, list(graph.quantizers.values())):
                 graph(torch.rand_like(graph.traced.example))
-    seconds = None if reconstructor is None else _forecast(rough, images, reconstructor)
+    plan = seconds = None
+    if reconstructor is not None:
+        # only their number counts
+        every = images[:1].expand(count, *images.shape[1:])
+        plan = reconstructor.plan(Task(rough, every, list, None, 0, Path(tempfile.gettempdir())))
+        seconds = _forecast(rough, images, reconstructor)
     rough.pack()
     deviations: list[Deviation] = []
     kernels: dict[str, KernelCount] = {}
@@ -195,7 +211,7 @@ def rehearse(
             deviations += compare(rough, paths, images)
             deployed = DeployedModel(rough.model, paths[0])
             kernels[deployed.name] = deployed.integer_kernels()
-    return Rehearsal(rough, deviations, kernels, seconds)
+    return Rehearsal(rough, deviations, kernels, plan, seconds)
 
 
 def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstructor, iterations: int = 4) -> float:
@@ -273,7 +289,10 @@ def load(
             for name, (weight, activation) in meta['bits'].items()
         }
         quantizer = {**quantizer, 'overrides': list(bits.values())}
-    quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    try:
+        quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    except PatternError as error:
+        raise CheckpointError(f'{path} does not fit the model: {error}') from error
     quantized.pack()
     load_quantized_checkpoint(model, path)
     check_grids(model, grids, str(path))

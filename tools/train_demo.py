@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmbrecq.build_errors import explain_build_error
+from mmbrecq.building import explain_build_error
 from mmbrecq.engine.config import add_debug, run_tool
 from mmbrecq.errors import ConfigError
 from mmbrecq.version import __version__

@@ -21,11 +21,11 @@ from mmbrecq.mixed_precision.search import (
     find_front,
     write_bit_config,
 )
-from mmbrecq.mixed_precision.search.config_file import RESULT
+from mmbrecq.mixed_precision.search.bits import RESULT
 from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.bits import choice_text
-from mmbrecq.report.sensitivity import write_sensitivities
+from mmbrecq.report.html import write_sensitivities
 
 TABLE = 'sensitivity.json'
 

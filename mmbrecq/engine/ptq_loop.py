@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build
 from mmbrecq.data import CalibrationSet, build_calibration_set
-from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import (
@@ -40,8 +40,7 @@ from mmbrecq.engine.hooks import (
 )
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.choice import Choice
-from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
+from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
@@ -51,10 +50,10 @@ from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
 from mmbrecq.report.summary import KernelCount
 from mmbrecq.runs.checkpoint import load_float_checkpoint
-from mmbrecq.runs.identity import describe_config
+from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.measure import model_size, peak_memory, versions
-from mmbrecq.runs.run_files import RunFiles, RunRecorder
+from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
@@ -86,6 +85,7 @@ class PTQLoop(BaseLoop):
         search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
         reuse_states: Whether the rounding that its analysis has learned is taken.
         resume: Whether to go on with an interrupted run of the same work dir.
+        dry_run: Whether to stop after the rehearsal and to print what it found.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class PTQLoop(BaseLoop):
         search_result: str | None = None,
         reuse_states: bool = True,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
@@ -127,9 +128,9 @@ class PTQLoop(BaseLoop):
             seed=runner.seed,
             versions=versions(),
         )
-        self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
+        self.choice = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
-        self.resume = resume
+        self.resume, self.dry_run = resume, dry_run
         self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
@@ -150,6 +151,10 @@ class PTQLoop(BaseLoop):
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
+        if self.dry_run or not self.journal.units:
+            on_main(partial(self._rehearse, images))
+        if self.dry_run:
+            return {}
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
@@ -220,6 +225,17 @@ class PTQLoop(BaseLoop):
             self.choice.result.measured = self.choice.measure(task)
             self.files.write_summary()
 
+    def _rehearse(self, images: Tensor) -> None:
+        """Tells within seconds what the target cannot have; a dry run prints what the work will be."""
+        start = time.perf_counter()
+        forecast = self.reconstructor if self.dry_run else None
+        found = pipeline.rehearse(self.runner.model, images, self.quantizer, self.exporters, forecast)
+        for deviation in found.deviations:
+            self.runner.logger.info(f'rehearsed: {deviation}')
+        self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
+        if self.dry_run:
+            print(rehearsal_text(found))
+
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
@@ -228,6 +244,8 @@ class PTQLoop(BaseLoop):
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:
             self.runner.logger.warning(line)
+        for line in model.image_graph.traced.frozen:
+            self.runner.logger.info(f'height and width are fixed by {line}')
         if self.choice is not None:
             self.choice.check(model)
         return model

@@ -224,7 +224,7 @@ class _Functionalizer:
         dim = kwargs.get('dim', args[-1] if len(args) > (1 if name == 'unbind' else 2) else 0)
         split = self._emit(parts.op, parts.target, *fx.node.map_arg((args, kwargs), self.value))
         count = len(parts.meta['example'])
-        index = part.args[1] % count
+        index = int(part.args[1]) % count  # type: ignore[arg-type]
         items = [new if i == index else self._emit_function(operator.getitem, split, i) for i in range(count)]
         return self._emit_function(torch.stack if name == 'unbind' else torch.cat, items, dim)
 
@@ -328,8 +328,8 @@ class _Functionalizer:
             node.target = IN_PLACE_OPERATORS[node.target]
         elif node.op == 'call_method' and hasattr(Tensor, name.removesuffix('_')):
             node.target = name.removesuffix('_')
-        elif node.op == 'call_function' and name.endswith('_') and _function(name.removesuffix('_')) is not None:
-            node.target = _function(name.removesuffix('_'))
+        elif node.op == 'call_function' and name.endswith('_') and hasattr(_home(name), name.removesuffix('_')):
+            node.target = getattr(_home(name), name.removesuffix('_'))
         elif not self._switch_off(node):
             raise self._refusal(f'{name} writes into a tensor')
         node.meta['example'] = self._example_of(node)
@@ -430,5 +430,6 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, '__name__', node.target))
 
 
-def _function(name: str) -> Callable[..., Any] | None:
-    return next((getattr(home, name) for home in (torch, F) if hasattr(home, name)), None)
+def _home(name: str) -> Any:
+    """The module of torch that has the function that writes nothing."""
+    return torch if hasattr(torch, name.removesuffix('_')) else F

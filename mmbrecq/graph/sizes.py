@@ -7,12 +7,14 @@ sizes differ in just these numbers: each is replaced by an expression of the bat
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, evaluate, is_within
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, evaluate
+from mmbrecq.graph.units import is_below
 
 _NUMBERS = (bool, int, float, str, type(None))
 _NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
@@ -42,27 +44,24 @@ def resolve_sizes(
         UntraceableError: The operations follow from the batch size.
     """
     values = _sizes(base)
-    theirs, arguments = _matched(base.graph, more.graph, _BatchSize(base.graph, more.graph))
-    others = _sizes(more)
-    constant = {n for n in values if _equal(values[n], others[theirs[n]])}
-    bound: set[fx.Node] = set()
-    frozen: list[str] = []
+    frozen, resized = [], values
     try:
         if wider is None:
             raise UntraceableError('', 'the model does not run at another height and width')
-        theirs, _ = _matched(base.graph, wider.graph, None)
+        resized = _values_in(wider, _matched(base.graph, wider.graph, None)[0])
     except UntraceableError as error:
-        frozen = [f'{error.owner}: {error}'.removeprefix(': ')]
-    else:
-        others = _sizes(wider)
-        bound = {n for n in constant if not _equal(values[n], others[theirs[n]])}
-        if not keep_free:
-            frozen = [f'{n.meta["owner"]}: {n.meta["line"]}'.removeprefix(': ') for n in base.graph.nodes if n in bound]
-            bound = set()
+        frozen = [f'{error.owner}: {error}']
+    theirs, arguments = _matched(base.graph, more.graph, _BatchSize(base.graph, more.graph))
+    others = _values_in(more, theirs)
+    constant = {n for n in values if _equal(values[n], others[n])}
+    bound = [n for n in values if n in constant and not _equal(values[n], resized[n])]
+    if bound and not keep_free:
+        frozen = [f'{n.meta["owner"]}: {n.meta["line"]}' for n in bound]
+        bound = []
     for node, (args, kwargs) in arguments.items():
         node.args, node.kwargs = args, kwargs
-    _fold(base, {n: values[n] for n in values if n in constant - bound})
-    return list(dict.fromkeys(frozen))
+    _fold(base, {n: values[n] for n in values if n in constant.difference(bound)})
+    return list(dict.fromkeys(line.removeprefix(': ') for line in frozen))
 
 
 class _BatchSize:
@@ -144,7 +143,7 @@ def _first_different(ours: list[fx.Node], theirs: list[fx.Node]) -> str | None:
         for node in nodes:
             found.setdefault(_owner(node), []).append((node.op, node.target))
     differing = [path for path in calls[0] if calls[0][path] != calls[1].get(path)]
-    return next((p for p in differing if not any(is_within(p, q) for q in differing if q != p)), None)
+    return next((p for p in differing if not any(is_below(p, q) for q in differing if q != p)), None)
 
 
 def _owner(node: fx.Node) -> str:
@@ -168,6 +167,12 @@ def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
     return values
 
 
+def _values_in(traced: ConcreteTracer, nodes: dict[fx.Node, fx.Node]) -> dict[fx.Node, Any]:
+    """What the nodes, whose counterparts are given, are in another graph."""
+    values = _sizes(traced)
+    return {ours: values.get(theirs) for ours, theirs in nodes.items()}
+
+
 def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
     """Replaces nodes by their values wherever others read them."""
     for node, value in constant.items():
@@ -183,8 +188,11 @@ def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
         else:
             new = tuple(value) if isinstance(value, tuple) else value
         for user in users:
-            user.args = fx.node.map_arg(user.args, lambda n, old=node, new=new: new if n is old else n)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda n, old=node, new=new: new if n is old else n)
+            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), partial(_replaced, {node: new}))
+
+
+def _replaced(values: dict[fx.Node, Any], node: fx.Node) -> Any:
+    return values.get(node, node)
 
 
 def _is_number(value: Any) -> bool:

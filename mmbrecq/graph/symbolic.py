@@ -58,7 +58,7 @@ class ConcreteProxy(fx.Proxy):
         """Value of this node for the example input."""
         return self.node.meta['example']
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self.example) if isinstance(self.example, Tensor) else type(self)
 
@@ -179,8 +179,9 @@ for _kind in (SymbolicInt, SymbolicFloat):
         for _prefix in ('', 'r'):
             _method = f'__{_prefix}{_name}__'
             setattr(_kind, _method, _recorded(getattr(_kind, _method), getattr(operator, _name), bool(_prefix)))
-    for _name, _function in {'neg': operator.neg, 'floor': math.floor, 'ceil': math.ceil, 'round': round}.items():
-        setattr(_kind, f'__{_name}__', _recorded(getattr(_kind, f'__{_name}__'), _function, False))
+    for _function in (operator.neg, math.floor, math.ceil, round):
+        _method = f'__{_function.__name__}__'
+        setattr(_kind, _method, _recorded(getattr(_kind, _method), _function, False))
 
 
 def value_dependent(what: str) -> str:

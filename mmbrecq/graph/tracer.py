@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of
 from mmbrecq.graph.symbolic import (
     IN_PLACE_OPERATORS,
@@ -30,6 +33,7 @@ from mmbrecq.graph.symbolic import (
     stand_in,
     value_dependent,
 )
+from mmbrecq.graph.units import is_below
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
@@ -74,6 +78,7 @@ class ConcreteTracer(fx.Tracer):
     Args:
         example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
         forced: Paths of modules to be recorded as one call, each with the reason.
+        computing: Paths of convolutions and linear layers that compute something else than their class does.
 
     Attributes:
         opaque: Paths of the modules that are one call of the graph, each with the reason.
@@ -81,10 +86,12 @@ class ConcreteTracer(fx.Tracer):
         constants: Tensors that the graph reads and the model does not have.
     """
 
-    def __init__(self, example: Tensor, forced: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, example: Tensor, forced: Mapping[str, str] | None = None, computing: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.example = example.clone()
-        self.forced = dict(forced or {})
+        self.forced, self.computing = dict(forced or {}), computing
         self.opaque: dict[str, str] = {}
         self.value_dependent: set[str] = set()
         self.constants: dict[str, Tensor] = {}
@@ -137,9 +144,12 @@ class ConcreteTracer(fx.Tracer):
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, WEIGHTED) or type(m).__name__ in ACTIVATION_NAMES:
+        if isinstance(m, WEIGHTED):
+            return module_qualified_name not in self.computing
+        if type(m).__name__ in ACTIVATION_NAMES:
             return True
-        return m.__module__.startswith('torch.nn') and not isinstance(m, nn.Sequential)
+        # a transformer of torch has layers of its own
+        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,16 +163,16 @@ class ConcreteTracer(fx.Tracer):
             if path in self.forced:
                 raise GraphError(self.forced[path])
             if self.is_leaf_module(m, path):
-                if not isinstance(m, WEIGHTED) and not path.startswith(self._owners[-2]):
+                if not isinstance(m, WEIGHTED) and not is_below(path, self._owners[-2]):
                     # an activation that several modules share, each calls for itself
                     self._owners[-1] = self._owners[-2]
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
-            return forward(*args, **kwargs)
+            return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
             if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in _flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
-            self.opaque = {p: why for p, why in self.opaque.items() if not is_within(p, path)}
+            self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
             if isinstance(error, ValueDependentError):
                 self.value_dependent.add(path)
@@ -183,6 +193,9 @@ class ConcreteTracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
+        if kind == 'call_function' and isinstance(target, FunctionType) and not target.__module__.startswith('torch.'):
+            # torch.fx.wrap makes one call of it: the layers within would stay in float
+            return target(*args, **kwargs)
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
@@ -248,7 +261,7 @@ class ConcreteTracer(fx.Tracer):
         layers = [
             (name, module)
             for name, module in self._model.get_submodule(target).named_modules(prefix=target)
-            if isinstance(module, WEIGHTED)
+            if isinstance(module, WEIGHTED) and name not in self.computing
         ]
         hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
         try:
@@ -264,9 +277,8 @@ class ConcreteTracer(fx.Tracer):
         assert isinstance(obj, ConcreteProxy)
         return bool(obj.read('a branch', bool))
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        assert isinstance(obj, ConcreteProxy)
-        return iter([obj[i] for i in range(len(obj))])
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([operator.getitem(obj, i) for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         raise GraphError('expected keyword arguments with known names, but got a traced value to unpack')
@@ -330,7 +342,8 @@ class _Unwatched:
 @contextmanager
 def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     """Puts back the attributes that tracing sets; parameters and buffers must not change at all."""
-    attributes = [(module, dict(vars(module))) for module in entry.modules()]
+    # buffers and caches that are set lie in dicts
+    attributes = [(m, {k: copy(v) if type(v) is dict else v for k, v in vars(m).items()}) for m in entry.modules()]
     state = [(name, t, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
     try:
         yield
@@ -411,17 +424,12 @@ def _note(called: list[str], name: str, *call: Any) -> None:
         called.append(name)
 
 
-def _unpacked(value: ConcreteProxy) -> Any:
+def _unpacked(value: Any) -> Any:
     """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
     if not isinstance(value, fx.Proxy) or not isinstance(value.example, (list, tuple)):
         return value
-    items = [_unpacked(value[i]) for i in range(len(value))]
+    items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
-
-
-def is_within(path: str, ancestor: str) -> bool:
-    """Whether a module is another, or lies below it; all lie below the empty path."""
-    return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
 def _erase_after(graph: fx.Graph, last: fx.Node) -> None:

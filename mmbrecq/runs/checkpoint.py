@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
+from mmbrecq.qtype import QType
 from mmbrecq.runs.safe_load import read_checkpoint
 
 __all__ = ['load_float_checkpoint', 'load_quantized_checkpoint', 'read_checkpoint']
@@ -193,3 +194,32 @@ def _count(items: Sequence[str], noun: str) -> str:
 
 def _first(keys: Iterable[Any], number: int = 2) -> str:
     return ', '.join(str(key) for key in list(keys)[:number]) or 'none'
+
+
+_WEIGHT = '.parametrizations.weight.0'
+
+
+def grids_of(model: nn.Module) -> dict[str, str]:
+    """Range of the integers of every weight and activation, by the path of its layer or quantizer."""
+    grids = {}
+    for name, module in model.named_modules():
+        qtype = getattr(module, 'qtype', None)
+        if isinstance(qtype, QType):
+            channels = '' if qtype.ch_axis is None else f' along axis {qtype.ch_axis}'
+            grids[name.removesuffix(_WEIGHT)] = f'{qtype.quant_min}..{qtype.quant_max}{channels}'
+    return grids
+
+
+def check_grids(model: nn.Module, grids: Mapping[str, str], path: str) -> None:
+    """Refuses the checkpoint ``path``, made with ``grids``, where ``model`` has other ones.
+
+    Raises:
+        CheckpointError: The number of grids that differ, and the first of them.
+    """
+    own = grids_of(model)
+    others = [name for name in own if own[name] != grids.get(name)]
+    if others:
+        raise CheckpointError(
+            f'{path} does not fit the quantizer of the config: {len(others)} of {len(own)} grids differ '
+            f"(first: '{others[0]}' expected {own[others[0]]} but got {grids.get(others[0])})"
+        )

@@ -16,6 +16,7 @@ from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.report import Summary, write_report
+from mmbrecq.report.rows import format_seconds
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.storage import write_text_atomic
 
@@ -46,7 +47,7 @@ class RunFiles:
         """
         if self.summary.config:
             write_text_atomic(self.config_text, self.folder / Path(self.summary.config).name)
-        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
+        write_text_atomic(layer_list(model), self.folder / 'layers.txt')
         write_text_atomic('\n'.join(ids) + '\n', self.folder / 'calibration_ids.txt')
         self.summary.calibration.num_samples = len(ids)
         self.summary.calibration.ids_file = 'calibration_ids.txt'
@@ -83,8 +84,8 @@ class RunRecorder(Callback):
         self.journal.add(self.model.model, unit, result)
 
 
-def _layer_list(model: QuantizedModel) -> str:
-    """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
+def layer_list(model: QuantizedModel) -> str:
+    """Returns a line for every convolution and linear layer: bits, unit, or why it stayed in float."""
     width = max(len(layer.name) for layer in model.layers)
     lines = []
     for layer in model.layers:
@@ -92,3 +93,20 @@ def _layer_list(model: QuantizedModel) -> str:
         tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
         lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')
     return '\n'.join(lines) + '\n'
+
+
+def rehearsal_text(found: pipeline.Rehearsal) -> str:
+    """Returns what a dry run prints: layers, units, integer kernels, memory and time."""
+    units = [unit for graph in found.model.graphs for unit in graph.units if unit.is_quantized]
+    lines = [layer_list(found.model), f'{len(units)} units: {", ".join(unit.name for unit in units)}']
+    lines += [
+        f'{path} stays one call: {why}' for graph in found.model.graphs for path, why in graph.traced.opaque.items()
+    ]
+    lines += map(str, found.deviations)
+    for runtime, count in found.kernels.items():
+        others = f'; in float: {", ".join(count.float_layers)}' if count.float_layers else ''
+        lines.append(f'{runtime} runs {count.integer} of {count.quantized} quantized layers in integers{others}')
+    lines += [str(found.plan)] if found.plan is not None else []
+    if found.seconds is not None:
+        lines.append(f'the reconstruction will take about {format_seconds(found.seconds)} on this machine')
+    return '\n'.join(lines)

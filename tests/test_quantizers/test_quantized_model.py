@@ -146,7 +146,7 @@ def vanishing(preset: str, weight_bits: int = 8) -> QuantizedModel:
 
 def largest_bias(model: QuantizedModel) -> float:
     scale = next(fq.scale for name, _, fq in model.weights() if name == 'backbone.conv1')
-    step = model.quantizers['activation_quantizers.backbone_stem_relu'].scale * scale
+    step = model.image_graph.quantizers['activation_quantizers.backbone_stem_relu'].scale * scale
     return float((model.model.backbone.conv1.bias / step).abs().max())
 
 
@@ -169,7 +169,7 @@ def test_packing_leaves_room_for_the_bias(tmp_path: Path, preset: str, weight_bi
     stored = model.model.backbone.conv1.parametrizations.weight
     assert torch.equal(stored.original0, codes)
     x = images(8, seed=1)
-    deployed = ONNXRuntimeBackend(ONNXExporter().export(model, images(2), tmp_path), num_threads=1)(x)[0]
+    deployed = ONNXRuntimeBackend(ONNXExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)(x)[0]
     # the file for TensorRT has float biases, which ONNX Runtime rounds
     assert relative_error(deployed, run(model, x)) < (1e-5 if preset == 'onnxruntime' else 0.02)
 

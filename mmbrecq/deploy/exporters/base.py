@@ -71,6 +71,11 @@ class BaseExporter(metaclass=ABCMeta):
             StorageError: The system refused to write.
         """
         path = folder / self.filename
+        for opaque in sorted(graph.traced.value_dependent):
+            raise ExportError(
+                f"expected '{opaque}' to compute alike for all inputs, but its Python follows the values of tensors, "
+                f'which no file can express: {graph.traced.opaque[opaque]}'
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:

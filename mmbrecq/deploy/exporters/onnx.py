@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     outputs = graph.traced.example_outputs()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # where it fails, the exporter prints its whole graph
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(

@@ -2,17 +2,171 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import ConfigError
+from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
-from mmbrecq.mixed_precision.search.options import parse_budget
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost, Table
-from mmbrecq.mixed_precision.search.result import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.runs.storage import write_text_atomic
+from mmbrecq.schema import decode, encode
+
+_BUDGET = re.compile(r'(?P<number>[0-9.]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>[A-Za-z]*)', re.IGNORECASE)
+_FACTORS = {
+    '': 1.0,
+    'b': 1.0,
+    'bytes': 1.0,
+    'kb': 1e3,
+    'mb': 1e6,
+    'gb': 1e9,
+    'ms': 1.0,
+    's': 1e3,
+    'k': 1e3,
+    'm': 1e6,
+    'g': 1e9,
+}
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How bits are chosen.
+
+    Args:
+        costs: Configs of the cost models; one for every name that has a budget.
+        searcher: Config of the searcher.
+        budgets: ``{name of a cost: budget}``, see :func:`parse_budget`.
+        result: A choice that has been made, as a file beside the config; then there is nothing to search.
+        reuse: Whether ``tools/ptq.py`` takes the rounding that the analysis has learned for the chosen bits.
+    """
+
+    costs: Sequence[Mapping[str, Any]] = ({'type': 'ModelSize'}, {'type': 'BitOperations'})
+    searcher: Mapping[str, Any] = field(default_factory=lambda: {'type': 'GeneticSearcher'})
+    budgets: Mapping[str, str | float] = field(default_factory=dict)
+    result: str = ''
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.costs:
+            raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
+
+
+def parse_budget(text: str | float, float_cost: float, where: str) -> float:
+    """A budget in the unit of its cost.
+
+    Args:
+        text: A number, one with a unit (``'1.2MB'``, ``'3ms'``), or ``'0.1x'``: a share of what the float model costs.
+        float_cost: What the float model costs.
+        where: What has the budget, for the message.
+
+    Raises:
+        ConfigError: It is none of these, or not above 0.
+    """
+    value = _budget_value(str(text).strip(), float_cost)
+    if value is None or not 0 < value < math.inf:
+        raise ConfigError(
+            f'expected the budget of {where} to be a number above 0, such as 1.2MB, 3ms or 0.1x of the float '
+            f'model, but got {text!r}'
+        )
+    return value
+
+
+def _budget_value(text: str, float_cost: float) -> float | None:
+    found = _BUDGET.fullmatch(text)
+    if found is None:
+        return None
+    try:
+        number = float(found['number'])
+    except ValueError:
+        return None
+    unit = found['unit'].lower()
+    if unit == 'x':
+        return number * float_cost
+    return number * _FACTORS[unit] if unit in _FACTORS else None
+
+
+def parse_budgets(words: Sequence[str]) -> dict[str, str]:
+    """``['size=0.1x']`` as a dict; ConfigError where a word is no ``NAME=AMOUNT``, or a name comes twice."""
+    budgets: dict[str, str] = {}
+    for word in words:
+        name, equals, amount = word.partition('=')
+        if not (name and equals and amount) or name in budgets:
+            raise ConfigError(f'expected --budget as NAME=AMOUNT, each name once, such as size=0.1x, but got {word!r}')
+        budgets[name] = amount
+    return budgets
+
+
+@dataclass
+class SearchResult:
+    """The chosen bits, what they are predicted to lose and what they cost.
+
+    Attributes:
+        kind: Of the loss, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`.
+        bits: Of the weight of every searched layer, None for float.
+        activation_bits: Of the input of those whose activations were searched.
+        predicted: Rise of the loss, by the tables.
+        measured: The same of the quantized model with what was searched quantized and all else in float; None until it
+            is known.
+        asked: Budgets as they were asked for, by the name of the cost.
+        budgets: The same in the unit of the cost.
+        spent: Cost by name, with what does not depend on the choice.
+        float_costs: What the float model costs.
+        units: Unit of every cost.
+        front_cost: Name of the cost of the front; empty where none was searched.
+        front: Cost and loss of choices of which none is better in both than another, the cheapest first.
+        images: How many calibration images the losses are of; None for all.
+        inputs: What the reconstructed states depend on.
+        states: Folder of the states, from that of the file.
+    """
+
+    kind: str
+    bits: dict[str, int | None]
+    activation_bits: dict[str, int]
+    predicted: float
+    measured: float | None = None
+    asked: dict[str, str] = field(default_factory=dict)
+    budgets: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    float_costs: dict[str, float] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)
+    front_cost: str = ''
+    front: list[list[float]] = field(default_factory=list)
+    images: int | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    states: str = ''
+
+    def save(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
+        write_text_atomic(json.dumps(encode(self), indent=1) + '\n', path)
+
+    @classmethod
+    def load(cls, path: Path) -> SearchResult:
+        """Reads the file; TableError where it is missing, or no such file."""
+        try:
+            found: SearchResult = decode(cls, json.loads(path.read_text(encoding='utf-8')), 'result')
+        except OSError as error:
+            raise TableError(f'{path}: cannot be read: {error.strerror}') from error
+        except (ValueError, ConfigError) as error:
+            raise TableError(f'{path}: expected what tools/search.py writes, but it is not: {error}') from error
+        return found
+
+    def overrides(self) -> list[dict[str, object]]:
+        """The choice as the quantizer's ``overrides``."""
+        made = []
+        for name, number in self.bits.items():
+            override: dict[str, object] = {'pattern': name, 'weight_bits': 'float' if number is None else number}
+            if name in self.activation_bits:
+                override['activation_bits'] = self.activation_bits[name]
+            made.append(override)
+        return made
 
 
 def build_problem(
@@ -26,7 +180,7 @@ def build_problem(
     Args:
         table: Complete, see :meth:`SensitivityTable.check_complete`.
         models: Cost models of different names.
-        budgets: See :func:`~mmbrecq.mixed_precision.search.options.parse_budget`.
+        budgets: See :func:`~mmbrecq.mixed_precision.search.bits.parse_budget`.
 
     Raises:
         ConfigError: A budget is no budget, or names a cost that no model has.
@@ -107,3 +261,44 @@ def _tables(table: SensitivityTable, model: BaseCostModel) -> tuple[Table, float
         else:
             fixed += model.cost(layer, layer.bits)
     return np.array(rows), fixed
+
+
+RESULT = 'search.json'
+"""File beside the config that has what was chosen, and why."""
+
+
+def write_bit_config(
+    path: Path,
+    base: Path,
+    float_checkpoint: str,
+    result: SearchResult,
+    overrides: Sequence[Mapping[str, Any]],
+    comment: str,
+) -> None:
+    """Writes a config that inherits ``base`` and that ``tools/ptq.py`` takes as it is.
+
+    Args:
+        path: The file.
+        base: The config whose layers the bits are of; named relative to ``path``.
+        float_checkpoint: Path from the working directory, or a URL.
+        result: What was chosen; it is saved beside the config, as ``search.json``.
+        overrides: Those of ``base``, which stay.
+        comment: First line of the file.
+    """
+    inherited = _relative(base, path)
+    # a path within a config is looked for beside it, and the new one stands elsewhere
+    checkpoint = float_checkpoint if '://' in float_checkpoint else _relative(Path(float_checkpoint), path)
+    lines = [f'dict({_arguments(override)})' for override in [*overrides, *result.overrides()]]
+    body = ''.join(f'        {line},\n' for line in lines)
+    head = f'# {comment}\n_base_ = [{inherited!r}]\nfloat_checkpoint = {checkpoint!r}\n'
+    search = f'search = dict(result={RESULT!r})\n'
+    result.save(path.with_name(RESULT))
+    write_text_atomic(f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n{search}', path)
+
+
+def _arguments(override: Mapping[str, Any]) -> str:
+    return ', '.join(f'{key}={value!r}' for key, value in override.items())
+
+
+def _relative(target: Path, path: Path) -> str:
+    return os.path.relpath(target.resolve(), path.parent.resolve())

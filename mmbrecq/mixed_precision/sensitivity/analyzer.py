@@ -6,32 +6,31 @@ two layers together at the fewest bits; more bits hardly interact.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from mmbrecq.errors import ConfigError
+from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
-from mmbrecq.mixed_precision.sensitivity.activations import measure_activations
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, output_loss
-from mmbrecq.mixed_precision.sensitivity.options import AnalysisOptions
-from mmbrecq.mixed_precision.sensitivity.states import load_layers, save_unit, state_path
-from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
-from mmbrecq.mixed_precision.sensitivity.values import value_groups
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, measure_activations, output_loss
+from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, AnalysisOptions, SensitivityTable, value_groups
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Callbacks, Progress
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, layer_owners
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
+from mmbrecq.runs.storage import save_atomic
 
 STAGE = 'sensitivity'
 
@@ -204,3 +203,36 @@ class _Keeper(Callback):
 
     def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
         save_unit(self._model.model, unit, self._path_of(unit.name))
+
+
+def state_path(folder: Path, unit: str, bits: int) -> Path:
+    """Where the state of a unit is kept; names that file systems mind are told apart by a hash."""
+    safe = ''.join(c if c.isalnum() or c in '._-' else '_' for c in unit)
+    mark = '' if safe == unit else '-' + hashlib.sha256(unit.encode()).hexdigest()[:8]
+    return folder / f'{safe}{mark}-w{bits}.pth'
+
+
+def save_unit(model: nn.Module, unit: ReconstructionUnit, path: Path) -> None:
+    """Writes integers, scales and bias corrections of the layers of a unit."""
+    save_atomic({name: _state(model.get_submodule(name)) for name in unit.layers}, path)
+
+
+def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
+    """Puts what :func:`save_unit` wrote into layers prepared with the same bits.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of other layers.
+    """
+    try:
+        states = torch.load(path, map_location='cpu', weights_only=True)
+        for name in layers:
+            for owner, key in layer_owners(model.get_submodule(name)):
+                owner.load_state_dict(states[name][key])
+    except Exception as error:
+        raise CheckpointError(
+            f'{path}: expected the state of a reconstructed unit, but it does not fit: {error}'
+        ) from error
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {key: owner.state_dict() for owner, key in layer_owners(module)}

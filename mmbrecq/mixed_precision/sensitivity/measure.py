@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.progress import track
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.task import Task
 
 BATCH = 64
@@ -163,3 +166,28 @@ def _flat(outputs: Any) -> list[Tensor]:
 def _first(batch: Any, count: int) -> dict[str, Any]:
     """The first images of a batch, with their annotations."""
     return {key: batch[key][:count] for key in ('inputs', 'data_samples')}
+
+
+def measure_activations(
+    task: Task, table: SensitivityTable, bits: int, inputs_of: Callable[[Task, QuantizedGraph], Tensor]
+) -> None:
+    """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
+
+    Their grids are those of a calibration on float values; the loss is that with one group quantized, all else float.
+
+    Args:
+        task: The model prepared with activations of ``bits``.
+        table: Takes the losses.
+        bits: Of the activations.
+        inputs_of: Gives the inputs of a graph that the losses are measured on.
+    """
+    calibrate_activations(task.model, task.images.split(BATCH))
+    calibrate_regions(task.model, task.regions)
+    for part in task.model.graphs:
+        own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
+        missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
+        if missing:
+            loss = output_loss(task, part, inputs_of(task, part), table.kind == FISHER)
+            for name in track(missing, f'activations at {bits} bits'):
+                quantizers = table.values[name].quantizers
+                table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)
