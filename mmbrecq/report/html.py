@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
 from mmbrecq.report import charts, rows
 from mmbrecq.report.bits import format_cost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
-from mmbrecq.schema import decode, encode
+from mmbrecq.schema import load_json, save_json
 
 RESULT = 'search.json'
 """File beside a written config that has what was chosen, and why."""
@@ -132,8 +131,9 @@ def build_problem(
 def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
     """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
     zeros = dict.fromkeys([*table.candidates, *table.activation_candidates], 0.0)
-    losses = {'loss': dict.fromkeys(table.searched, zeros), 'activation_loss': dict.fromkeys(table.values, zeros)}
-    build_problem(replace(table, pairs={}, **losses), models, budgets).check_budgets()
+    loss, activation_loss = dict.fromkeys(table.searched, zeros), dict.fromkeys(table.values, zeros)
+    unmeasured = replace(table, pairs={}, loss=loss, activation_loss=activation_loss)
+    build_problem(unmeasured, models, budgets).check_budgets()
 
 
 def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
@@ -197,18 +197,12 @@ class SearchResult:
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        write_text_atomic(json.dumps(encode(self), indent=1) + '\n', path)
+        save_json(self, path)
 
     @classmethod
     def load(cls, path: Path) -> SearchResult:
         """Reads the file; TableError where it is missing, or no such file."""
-        try:
-            found: SearchResult = decode(cls, json.loads(path.read_text(encoding='utf-8')), 'result')
-        except OSError as error:
-            raise TableError(f'{path}: cannot be read: {error.strerror}') from error
-        except (ValueError, ConfigError) as error:
-            raise TableError(f'{path}: expected what tools/search.py writes, but it is not: {error}') from error
-        return found
+        return load_json(cls, path, 'tools/search.py')
 
     def overrides(self) -> list[dict[str, object]]:
         """Returns the bits as the quantizer's ``overrides``."""
