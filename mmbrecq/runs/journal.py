@@ -14,8 +14,7 @@ from torch import nn
 from mmbrecq.distributed import on_main
 from mmbrecq.errors import CheckpointError, first_line
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
-from mmbrecq.reconstruction.unit_state import unit_state
+from mmbrecq.reconstruction.results import FinishedUnit, UnitResult, unit_state
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 

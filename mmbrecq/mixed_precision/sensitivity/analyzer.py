@@ -33,10 +33,9 @@ from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Callbacks, Progress
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, layer_owners
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.unit_state import layer_owners
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 

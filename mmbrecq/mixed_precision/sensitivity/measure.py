@@ -17,7 +17,7 @@ from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.progress import track
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.task import Task
 
 BATCH = 64
