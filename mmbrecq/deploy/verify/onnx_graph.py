@@ -220,8 +220,8 @@ class OnnxGraph:
     def grid_clip(self, quantizer: Node) -> Node | None:
         """The Clip just before a Q that narrows the grid; None if there is none or it is an activation function.
 
-        Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there. Where the model's
-        grids are known, a Clip before one that fills its container is an operation of the model.
+        Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there. Where the grids
+        of the model are known, a Clip before one that fills its container is an operation of the model.
         """
         node = self.producer(quantizer.input(0))
         if node is None or node.op != 'Clip' or self.integer_clip(quantizer) is not None:
