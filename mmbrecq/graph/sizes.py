@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, evaluate, is_within
+from mmbrecq.graph.dependence import evaluate
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, is_within
 
 _NUMBERS = (bool, int, float, str, type(None))
 _NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
