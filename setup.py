@@ -61,7 +61,7 @@ if __name__ == '__main__':
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
         ],
         packages=find_packages(include=['mmbrecq', 'mmbrecq.*']),
-        package_data={'mmbrecq': ['.mim/**/*', 'kernels/*.c']},
+        package_data={'mmbrecq': ['.mim/**/*', 'kernels/*.c', 'report/templates/*']},
         python_requires='>=3.10',
         install_requires=read_requirements('runtime'),
         extras_require={**extras, 'all': sorted({line for lines in extras.values() for line in lines})},

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.engine.config import build_runner, load_config, run_tool
 from mmbrecq.engine.evaluation import evaluate
-from mmbrecq.engine.test_loop import load_quantized
 from mmbrecq.errors import ConfigError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.graph.components import components_of
 from mmbrecq.graph.modules import set_forward
 from mmbrecq.graph.structure import flatten_outputs
+from mmbrecq.pipeline import load
 
 Outputs = list[list[Tensor]]
 
@@ -102,7 +102,7 @@ def main() -> None:
     loop, model = runner.test_loop, runner.model.eval()
     if getattr(model, 'with_roi_head', False):
         raise ConfigError(f'expected a model whose outputs follow from the image alone, but {args.config} has regions')
-    load_quantized(model, cfg.quantizer, checkpoint)
+    load(model, checkpoint, cfg.quantizer)
     images: list[Tensor] = []
     for batch in loop.dataloader:
         images.append(model.data_preprocessor(batch, False)['inputs'])

@@ -1,13 +1,25 @@
-"""Builds registered types from configs, with errors that say what is valid."""
+"""Builds registered types and dataclasses of options from configs; every error lists what is valid."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from typing import Any
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
+import mmengine.registry
 from mmengine.registry import Registry
 
 from mmbrecq.errors import ConfigError
+
+T = TypeVar('T')
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_UNKNOWN_TYPE = re.compile(r'(\S+) is not in the (?:(\w+)::)?([\w -]+?) registry')
+_UNKNOWN_OPTION = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+_MOST_LISTED = 30
 
 
 def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
@@ -18,30 +30,29 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         cfg (dict): Holds ``type``, a registered name or a class; it is not changed.
         **defaults: Keywords for the type that ``cfg`` does not name.
 
-    Returns:
-        The instance.
-
     Raises:
         ConfigError: If ``cfg`` is not a dict, has no ``type`` or an unknown one, names an option that the type does
             not have, or lacks one that it needs.
+
+    Example:
+        >>> from mmbrecq.registry import OBSERVERS
+        >>> from mmbrecq.qtype import QType
+        >>> build(OBSERVERS, {'type': 'PercentileObserver', 'percentile': 99.0}, qtype=QType(8)).percentile
+        99.0
     """
     if not isinstance(cfg, dict):
         raise ConfigError(f'expected the config of {_a(registry)} to be a dict, but got {cfg!r}')
     if 'type' not in cfg:
         raise ConfigError(f"expected the config of {_a(registry)} to have the key 'type', but got {dict(cfg)}")
     cls = find(registry, cfg['type'])
-    given = {key for key in cfg if key not in ('type', '_scope_')}
-    _check_options(cls, given, set(defaults))
+    given = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
+    _check_options(cls, cls.__name__, given, tuple(defaults), ())
     # not registry.build: it would look for the type in the scope of the config's model first, and warn
-    return cls(**{**defaults, **{key: cfg[key] for key in given}})
+    return cls(**{**defaults, **given})
 
 
 def find(registry: Registry, name: Any) -> Any:
-    """Returns the class or function that ``registry`` knows as ``name``.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Returns the class or function that ``registry`` knows as ``name``; ConfigError if there is none."""
     if not isinstance(name, str):
         if callable(name):
             return name
@@ -54,27 +65,104 @@ def find(registry: Registry, name: Any) -> Any:
 
 
 def _a(registry: Registry) -> str:
-    """What the registry holds, with its article."""
     return f'{"an" if registry.name[0] in "aeiou" else "a"} {registry.name}'
 
 
-def _check_options(cls: Any, given: set[str], defaults: set[str]) -> None:
-    """Refuses options that ``cls`` does not have, and the lack of those that it needs."""
-    parameters = inspect.signature(cls).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    named = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    unknown = sorted(given - set(named))
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
-        valid = ' or '.join(name for name in named if name not in defaults) or 'no option at all'
-        raise ConfigError(f'unknown option {unknown[0]!r} of {cls.__name__}: expected {valid}')
-    missing = [
-        name
-        for name, parameter in named.items()
-        if parameter.default is inspect.Parameter.empty and name not in given | defaults
-    ]
-    if missing:
-        raise ConfigError(f'expected option {missing[0]!r} of {cls.__name__}, but it was not given')
+def parse_options(cls: type[T], values: Any, where: str, beside: Any = None, **defaults: Any) -> T:
+    """Builds a dataclass of options from a config dict.
+
+    Args:
+        cls: The dataclass.
+        values (dict): Options by name.
+        where: Path of the dict in the config, for messages.
+        beside: Another dataclass whose options stand in the same dict; they are left alone.
+        **defaults: Options that ``values`` need not name.
+
+    Raises:
+        ConfigError: If ``values`` is not a dict, names an option that there is not, or lacks one that is needed.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
+    others = () if beside is None else tuple(inspect.signature(beside).parameters)
+    _check_options(cls, where, values, (), others)
+    return cls(**{**defaults, **{key: values[key] for key in values if key not in others}})
+
+
+def _check_options(
+    cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    """Refuses options that ``cls`` does not have, switches that are no bool, and the lack of what it needs."""
+    parameters = inspect.signature(cls).parameters.values()
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}
+    unknown = sorted(set(given) - {*named, *others})
+    if unknown and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        valid = ' or '.join([*(name for name in named if name not in supplied), *others]) or 'no option at all'
+        raise ConfigError(f'unknown option {unknown[0]!r} of {owner}: expected {valid}')
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in given and name not in supplied:
+            raise ConfigError(f'expected option {name!r} of {owner}, but it was not given')
+        # any word is true in Python, 'False' too
+        if name in given and parameter.annotation in (bool, 'bool') and type(given[name]) is not bool:
+            raise ConfigError(f'expected option {name!r} of {owner} to be True or False, but got {given[name]!r}')
+
+
+def check_integer(value: Any, least: int, where: str) -> None:
+    """Raises ConfigError unless ``value``, the option ``where``, is an integer of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f'expected {where} to be an integer >= {least}, but got {value!r}')
+
+
+def explain_build_error(error: BaseException) -> str:
+    """Says in one line what went wrong while one of mmengine's registries built a config.
+
+    Args:
+        error: From a registry, or from the constructor of what it built.
+
+    Returns:
+        For an unknown type the valid ones, the closest where they are more than 30; for an unknown option the valid
+        ones; else the exception's own words.
+    """
+    # a KeyError shows the repr of its text
+    text = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if match := _UNKNOWN_TYPE.search(text):
+        name, scope, kind = match.groups()
+        # types that a config may name without a scope when `scope` is the current one
+        found = [r for r in _registries() if r.name == kind and r.scope in (scope, 'mmengine')]
+        return f"unknown {kind} type '{name}'{_listed(name, {n for r in found for n in r.module_dict})}"
+    if match := _UNKNOWN_OPTION.search(text):
+        owner, option = match.groups()
+        return f"unknown option '{option}' of {owner}{_listed(option, _options(error, owner))}"
+    if text:
+        return text
+    # a bare `assert` of a model says nothing of itself
+    frames = traceback.extract_tb(error.__traceback__)
+    return f'{type(error).__name__} at {frames[-1].line!r} in {frames[-1].name}' if frames else type(error).__name__
+
+
+def _listed(name: str, valid: set[str]) -> str:
+    if not valid:
+        return ''
+    if len(valid) <= _MOST_LISTED:
+        return f': expected one of {", ".join(sorted(valid))}'
+    closest = difflib.get_close_matches(name, sorted(valid), n=5, cutoff=0)
+    return f': expected one of {len(valid)}, the closest are {", ".join(closest)}'
+
+
+def _registries() -> Iterator[Registry]:
+    """Yields the roots of mmengine and all below them."""
+    stack = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+    while stack:
+        registry = stack.pop()
+        stack += registry.children.values()
+        yield registry
+
+
+def _options(error: BaseException, owner: str) -> set[str]:
+    """Options of the class ``owner`` that was being built when ``error`` came, or of its base of that name."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # so mmengine's build_from_cfg calls it; many packages may have registered a class of this name
+        built = frame.f_locals.get('obj_cls')
+        for cls in built.__mro__ if inspect.isclass(built) else ():
+            if cls.__name__ == owner:
+                return {p.name for p in inspect.signature(cls).parameters.values() if p.kind in _NAMED}
+    return set()

@@ -41,3 +41,17 @@ def show_bytes(count: float) -> str:
             break
         value, unit = value / 1024, larger
     return f'{value:.3g} {unit}'
+
+
+def weight_bytes(weights: int, scales: int, bits: int | None, symmetric: bool) -> float:
+    """Returns the bytes of a weight: packed bits, and for each scale a float and, where there is one, a zero-point.
+
+    Args:
+        weights: Number of weights.
+        scales: Number of scales.
+        bits: Of a weight and of a zero-point; None for a float weight, which has no scales.
+        symmetric: Whether there are no zero-points.
+    """
+    if bits is None:
+        return 4.0 * weights
+    return (weights * bits + scales * (32 + (0 if symmetric else bits))) / 8

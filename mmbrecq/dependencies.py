@@ -24,7 +24,7 @@ class Dependency(NamedTuple):
     install: str
 
 
-_MIM = 'pip install "mmbrecq[mim]"'
+_MIM, _DEPLOY, _SEARCH = (f'pip install "mmbrecq[{extra}]"' for extra in ('mim', 'deploy', 'search'))
 
 # Without these nothing of mmbrecq works: checked when it is imported
 NEEDED = {
@@ -37,14 +37,20 @@ OPTIONAL = {
     'mmpretrain': Dependency('>=1.0,<2', _MIM),
     'mmdet': Dependency('>=3.0,<4', _MIM),
     'sklearn': Dependency('>=1.0', 'pip install "mmbrecq[demo]"'),
+    'onnx': Dependency('>=1.16', _DEPLOY),
+    'onnxruntime': Dependency('>=1.18', _DEPLOY),
+    'openvino': Dependency('>=2024.4', _DEPLOY),
+    'pymoo': Dependency('>=0.6', _SEARCH),
+    'scipy': Dependency('>=1.9', _SEARCH),
+    'safetensors': Dependency('>=0.4', 'pip install safetensors'),
 }
 
 
 def require(name: str) -> ModuleType:
-    """Imports a package that mmbrecq knows and checks its version.
+    """Imports a package and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
 
     Args:
-        name: Import name, a key of ``NEEDED`` or ``OPTIONAL``.
+        name: Import name.
 
     Returns:
         The imported module.
@@ -52,7 +58,7 @@ def require(name: str) -> ModuleType:
     Raises:
         DependencyError: The package is missing, broken, or of a version that mmbrecq does not accept.
     """
-    dependency = (NEEDED | OPTIONAL)[name]
+    dependency = (NEEDED | OPTIONAL).get(name, Dependency('', f'pip install {name}'))
     expected = f'expected {name}{dependency.versions}'
     advice = f'install it with: {dependency.install}'
     try:
@@ -64,7 +70,7 @@ def require(name: str) -> ModuleType:
     except ImportError as error:
         raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
     version = getattr(module, '__version__', None)
-    if not _accepts(dependency.versions, version):
+    if dependency.versions and not _accepts(dependency.versions, version):
         found = 'a module without a version' if version is None else version
         raise DependencyError(f'{expected}, but got {found}; {advice}')
     return module
@@ -81,7 +87,7 @@ def _accepts(versions: str, version: str | None) -> bool:
     if version is None:
         return False
     try:
-        # str: torch.__version__ is a subclass of str with a comparison of its own
-        return SpecifierSet(versions).contains(Version(str(version)), prereleases=True)
+        # str: torch.__version__ is a subclass of str with a comparison of its own; openvino's names a branch, too
+        return SpecifierSet(versions).contains(Version(str(version).partition('-')[0]), prereleases=True)
     except InvalidVersion:
         return False

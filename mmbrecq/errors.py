@@ -36,7 +36,7 @@ class ExportError(MMBrecqError):
 
 
 class BackendError(MMBrecqError):
-    """Raised when a runtime is not installed, or refuses a file."""
+    """Raised when a runtime refuses a file."""
 
 
 class DependencyError(MMBrecqError, ImportError):

@@ -34,6 +34,7 @@ class Preset:
             ONNX Runtime rounds the bias of a quantized layer to int32 in units of input scale times weight scale,
             which is coarse at low bits; it leaves a bias alone that is added apart.
         bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does.
+        depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Preset:
     integer_clip: bool = True
     bias_apart: Literal['none', 'linear', 'all'] = 'none'
     bias_rounded: bool = False
+    depthwise_per_channel: bool = False
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
         """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
@@ -90,11 +92,18 @@ _ALL = (
         fuses=_RELU,
         add_operands='all',
         conv_outputs=True,
+        equal_concat=False,
         spare_weight_bit=True,
         bias_apart='linear',
         bias_rounded=True,
     ),
-    Preset('openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True),
+    Preset(
+        'openvino',
+        weight_symmetric=True,
+        activation='unsigned',
+        spare_weight_bit=True,
+        depthwise_per_channel=True,
+    ),
     Preset(
         'tensorrt',
         weight_symmetric=True,

@@ -45,7 +45,8 @@ def decode(hint: Any, value: Any, where: str) -> Any:
     None for a plain ``float`` is NaN.
 
     Args:
-        hint: A dataclass, ``dict[str, T]``, ``list[T]``, ``T | None``, ``str``, ``bool``, ``int`` or ``float``.
+        hint: A dataclass, ``dict[str, T]``, ``dict[int, T]``, ``list[T]``, ``tuple[T, U]``, ``tuple[T, ...]``,
+            ``T | None``, ``str``, ``bool``, ``int``, ``float`` or ``Any``.
         value: The JSON value.
         where: The key's path, for messages.
 
@@ -53,15 +54,21 @@ def decode(hint: Any, value: Any, where: str) -> Any:
         ConfigError: For an unknown key, a missing key without default, or a value of another type.
     """
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin in (types.UnionType, Union):
         inner = next(arg for arg in args if arg is not type(None))
         return None if value is None else decode(inner, value, where)
     if is_dataclass(hint):
         return _decode_record(hint, value, where)
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): decode(args[1], item, f'{where}[{key!r}]') for key, item in value.items()}
-    if origin is list and isinstance(value, Sequence) and not isinstance(value, str):
-        return [decode(args[0], item, f'{where}[{i}]') for i, item in enumerate(value)]
+        return {args[0](key): decode(args[1], item, f'{where}[{key!r}]') for key, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        hints = args if origin is tuple and args[-1] is not ... else [args[0]] * len(value)
+        if len(hints) == len(value):
+            return origin(
+                decode(of, item, f'{where}[{i}]') for i, (of, item) in enumerate(zip(hints, value, strict=True))
+            )
     if hint is float and value is None:
         return math.nan
     if hint in (int, float) and not isinstance(value, bool) and isinstance(value, Integral if hint is int else Real):

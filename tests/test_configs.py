@@ -21,7 +21,7 @@ import mmdet
 import mmpretrain
 from mmpretrain.registry import MODELS
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.data.sampling import CalibrationOptions
 from mmbrecq.presets import PRESETS
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
@@ -108,7 +108,7 @@ def test_config_does_what_its_name_says(path: Path, configs: dict[Path, Config])
     assert quantizer.equalization == (0.75 if names == ['joint'] else 0)
     assert [stage.name for stage in reconstructor.stages] == names
     num_samples = 256 if data in ('coco', 'bccd') else 1024
-    assert CalibrationOptions.from_config(cfg.calibration).num_samples == num_samples
+    assert parse_options(CalibrationOptions, cfg.calibration, 'calibration').num_samples == num_samples
     suffixes = {build(EXPORTERS, exporter).suffix for exporter in cfg.exporters}
     assert suffixes == {'academic': {'.onnx', '.xml'}, 'openvino': {'.xml'}}.get(preset, {'.onnx'})
 

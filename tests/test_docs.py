@@ -31,7 +31,13 @@ from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, QDropReconstructor, StageOptions
+from mmbrecq.reconstruction import (
+    BRECQReconstructor,
+    FisherLoss,
+    NearestReconstructor,
+    QDropReconstructor,
+    StageOptions,
+)
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +54,7 @@ REFERENCE = {
     '`HistogramObserver`': HistogramObserver,
     'Reconstructor: `BRECQReconstructor`': BRECQReconstructor,
     'Reconstructor: `QDropReconstructor`': QDropReconstructor,
+    'Reconstructor: `NearestReconstructor`': NearestReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
     '`search`, the analysis': AnalysisOptions,
@@ -137,8 +144,8 @@ def test_mobilenetv3_example(tmp_path: Path) -> None:
         'backbone.layer0.conv', 'head.layers.0.fc', 'head.layers.1.fc', *(name for name in bits if '.se.' in name)
     }  # fmt: skip
     assert {layer_bits for name, layer_bits in bits.items() if name not in eight} == {(4, 8)}
-    assert len(bits) == 54 and not prepared.traced.opaque
-    blocks = [unit.name for unit in prepared.units if len(unit.layers) > 1]
+    assert len(bits) == 54 and not prepared.image_graph.traced.opaque
+    blocks = [unit.name for unit in prepared.image_graph.units if len(unit.layers) > 1]
     assert blocks == [f'backbone.layer{i}' for i in range(1, 12)]
     assert prepared.preset is PRESETS['openvino']
     assert build(RECONSTRUCTORS, cfg.reconstructor).stages[0].options.round_weight == 0.1
@@ -146,7 +153,7 @@ def test_mobilenetv3_example(tmp_path: Path) -> None:
 
 def test_resnext_example(tmp_path: Path) -> None:
     prepared = prepare(example_config('configs/brecq/resnext/brecq_w4a4_resnext50-32x4d_in1k.py', tmp_path))
-    names = [unit.name for unit in prepared.units if len(unit.layers) > 1]
+    names = [unit.name for unit in prepared.image_graph.units if len(unit.layers) > 1]
     assert names == [f'backbone.layer{i}.{j}' for i, count in enumerate((3, 4, 6, 3), 1) for j in range(count)]
 
 
@@ -197,8 +204,8 @@ def test_preset_table_has_the_places() -> None:
     assert table[0][1:] == ['all functions' if preset.fuses is None else 'ReLU, ReLU6' for preset in columns]
     operands = {'none': 'no', 'all': 'both operands', 'shortcut': "the shortcut's"}
     assert table[3][1:] == [operands[preset.add_operands] for preset in columns]
-    assert table[4][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
-    assert table[5][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
+    assert table[5][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
+    assert table[6][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
 
 
 def test_preset_page_lists_the_rules() -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from sklearn.datasets import load_digits
+
+from mmbrecq.dependencies import require
+from mmbrecq.engine.config import add_debug, run_tool
 
 SIZE = 96
 DIGITS = (2, 5)
@@ -33,11 +36,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/digit_scenes'), help='folder (%(default)s)')
     parser.add_argument('--train', type=int, default=800, help='training scenes (%(default)s)')
     parser.add_argument('--val', type=int, default=100, help='validation scenes (%(default)s)')
+    add_debug(parser)
     return parser.parse_args()
 
 
 def read_digits(split: str) -> list[tuple[Image, int]]:
     """Images, ``(8, 8)`` in 0..255, and labels."""
+    require('sklearn')
+    from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
     # load_digits counts set pixels of a 4x4 cell: 0..16
     images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -105,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

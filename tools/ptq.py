@@ -25,6 +25,10 @@ def parse_args() -> argparse.Namespace:
         '--resume', action='store_true',
         help='go on with an interrupted run of the same config: units that are done are taken from the work dir',
     )  # fmt: skip
+    parser.add_argument(
+        '--dry-run', action='store_true',
+        help='rehearse on a few images, print what would be quantized, how long and in how much memory, and stop',
+    )  # fmt: skip
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -43,6 +47,7 @@ def main() -> None:
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, args.config),
         config_name=args.config,
         resume=args.resume,
+        dry_run=args.dry_run,
     )
     if searched is not None:
         loop.update(search_result=str(searched), reuse_states=search_options(cfg).reuse)

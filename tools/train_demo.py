@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmbrecq.engine.config import add_debug, run_tool
 from mmbrecq.version import __version__
 
 DEMO = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
@@ -24,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--config', type=Path, default=DEMO / 'resnet_digits.py', help='float config (%(default)s)')
     parser.add_argument('--out', type=Path, default=DEMO / 'resnet_digits.pth', help='checkpoint (%(default)s)')
+    add_debug(parser)
     return parser.parse_args()
 
 
@@ -61,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_tool(main))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmbrecq.deploy.verify import PRESETS, RULES, verify_file
 from mmbrecq.deploy.verify.rules import rules_of
-from mmbrecq.errors import MMBrecqError
+from mmbrecq.engine.config import add_debug, run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -19,6 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('file', nargs='?', help='.onnx with Q/DQ nodes, or .xml of an OpenVINO IR')
     parser.add_argument('--preset', choices=list(PRESETS), help='whose rules to apply; needed to check a file')
     parser.add_argument('--list-rules', action='store_true', help='print all rules, or those of the preset, and exit')
+    add_debug(parser)
     args = parser.parse_args(argv)
     if not args.list_rules:
         if args.file is None:
@@ -40,17 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.list_rules:
         list_rules(args.preset)
         return 0
-    try:
-        violations = verify_file(args.file, args.preset)
-    except MMBrecqError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    violations = verify_file(args.file, args.preset)
     for violation in violations:
         print(violation)
-    print(f'{args.file}: {len(violations)} violation(s) of the {args.preset} rules' if violations else
-          f'{args.file}: keeps all rules of preset {args.preset}')  # fmt: skip
+    checked = ', '.join(rules_of(args.preset, Path(args.file).suffix))
+    print(f'{args.file}: {len(violations) or "no"} violation(s) of the rules of preset {args.preset} ({checked})')
     return 1 if violations else 0
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_tool(main))

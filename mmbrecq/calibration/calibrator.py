@@ -13,9 +13,11 @@ from mmbrecq.calibration.regions import RegionCapture, no_regions
 from mmbrecq.distributed import gather, process_count
 from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
+from mmbrecq.fake_quants.bias import LARGEST_BIAS, raise_weight_scale
 from mmbrecq.fake_quants.weight import original_weight
-from mmbrecq.observers import BaseObserver, build_observer
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.observers import BaseObserver, MinMaxObserver, build_observer
+from mmbrecq.qtype import QType
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 OBSERVED = 64
 """Images per batch whose activations are observed."""
@@ -45,12 +47,12 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
 
     Args:
         model: The prepared model.
-        quantizers: Of its graph.
+        quantizers: Some of its activation quantizers.
         first: Number of the first batch that this process observes, among all; None where that is not known.
     """
-    names = {id(quantizer): name for name, quantizer in model.quantizers.items()}
+    names = {id(q): name for graph in model.graphs for name, q in graph.quantizers.items()}
     for quantizer in quantizers:
-        quantizer.observer = build_observer(dict(model.observers['activation']), quantizer.qtype)
+        quantizer.observer = _build_activation_observer(model, quantizer.qtype)
         quantizer.observer.first = first
     try:
         yield
@@ -64,6 +66,16 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
+
+
+def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObserver:
+    """Builds the configured observer; channels that the preset gives a scale each have their whole range.
+
+    A search for every channel would cost a histogram of each, and gain little where no channel shares its scale.
+    """
+    if qtype.ch_axis is not None and model.preset.depthwise_per_channel:
+        return MinMaxObserver(qtype)
+    return build_observer(dict(model.observers['activation']), qtype)
 
 
 def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
@@ -91,16 +103,18 @@ def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch
     Raises:
         DataError: No region is proposed on any image.
     """
-    if not any(head.quantizers for head in model.heads):
+    if not any(head.quantizers for head in model.region_graphs):
         return
     with ExitStack() as stack:
-        for head in model.heads:
-            stack.enter_context(observing(head, list(head.quantizers.values()), first_batch))
+        for head in model.region_graphs:
+            stack.enter_context(observing(model, list(head.quantizers.values()), first_batch))
         capture.observe()
-        for head in model.heads:
+        for head in model.region_graphs:
             observers = [quantizer.observer for quantizer in head.quantizers.values()]
             if not any(gather(all(observer is not None and observer.batches for observer in observers))):
                 raise no_regions(head)
+    for head in model.region_graphs:
+        raise_weight_scales(head)
 
 
 def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first: int = 0) -> None:
@@ -114,9 +128,22 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
     Raises:
         NonFiniteError: An activation is NaN or infinite.
     """
-    quantizers = list(model.quantizers.values())
+    graph = model.image_graph
+    quantizers = list(graph.quantizers.values())
     if not quantizers:
         return
     with torch.no_grad(), model.quantization(weights=False, activations=False), observing(model, quantizers, first):
         for batch in images:
-            model(batch)
+            graph(batch)
+    raise_weight_scales(graph)
+
+
+def raise_weight_scales(graph: QuantizedGraph) -> None:
+    """Raises calibrated weight scales with which a bias would not fit int32, see :func:`raise_weight_scale`.
+
+    A quarter of what fits, since the reconstruction may go on to lower the scales and to raise the biases.
+    """
+    read = graph.read_quantizers()
+    for name, module, fake_quant in graph.weights():
+        scales = [graph.quantizers[path].scale for path in read.get(name, ())]
+        raise_weight_scale(module, fake_quant, original_weight(module), scales, LARGEST_BIAS / 4)

@@ -22,7 +22,7 @@ from mmbrecq.distributed import aligned_batches, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
 from mmbrecq.progress import track
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 SMALLEST = 0.01
 """Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""
@@ -43,30 +43,31 @@ def equalize_parts(
 
     def run() -> None:
         for part in track(aligned_batches(len(images), at_once, regions.first), 'ranges of channels'):
-            model(images[part])
+            model.image_graph(images[part])
 
-    count = equalize(model, run, regions.first // at_once)
-    return count + sum(equalize(head, regions.observe, first_batch) for head in model.heads)
+    count = equalize(model, model.image_graph, run, regions.first // at_once)
+    return count + sum(equalize(model, head, regions.observe, first_batch) for head in model.region_graphs)
 
 
-def equalize(model: QuantizedModel, run: Callable[[], None], first: int = 0) -> int:
+def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], None], first: int = 0) -> int:
     """Scales the channels of a graph, as much as the quantizer asks for; the network computes what it did before.
 
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
     the geometric mean of all channels' factors. Grids are to be calibrated after this.
 
     Args:
-        model: The prepared model, or a head of regions.
+        model: The prepared model.
+        graph: One of its graphs.
         run: Passes calibration data through the float network.
         first: Number of the first batch that it passes, among those of all processes.
 
     Returns:
         Number of groups of values that were equalised.
     """
-    if not model.equalization or not model.quantizers:
+    if not model.equalization or not graph.quantizers:
         return 0
-    groups = find_channel_groups(Roles(model.model, model.traced.graph))
-    with torch.no_grad(), _channel_ranges(model) as ranges:
+    groups = find_channel_groups(Roles(graph.model, graph.traced.graph))
+    with torch.no_grad(), _channel_ranges(model, graph) as ranges:
         run()
     ranges = _of_all_processes(ranges, first)
     count = 0
@@ -101,14 +102,14 @@ def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, 
 
 
 @contextmanager
-def _channel_ranges(model: QuantizedModel) -> Iterator[dict[str, list[Tensor]]]:
+def _channel_ranges(model: QuantizedModel, graph: QuantizedGraph) -> Iterator[dict[str, list[Tensor]]]:
     """Collects the largest absolute value of every channel, a tensor for each batch that passes a quantizer."""
     ranges: dict[str, list[Tensor]] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         ranges.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1).abs().amax(1))
 
-    hooks = [q.register_forward_pre_hook(partial(note, name)) for name, q in model.quantizers.items()]
+    hooks = [q.register_forward_pre_hook(partial(note, name)) for name, q in graph.quantizers.items()]
     try:
         with model.quantization(weights=False, activations=False):
             yield ranges

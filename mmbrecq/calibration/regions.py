@@ -13,7 +13,7 @@ from torch import Tensor
 from mmbrecq.errors import DataError, GraphError
 from mmbrecq.graph.components import RegionHead, region_heads
 from mmbrecq.graph.modules import set_forward
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS_PER_IMAGE = 32
 """Regions that are drawn of each image."""
@@ -42,7 +42,7 @@ class RegionCapture:
             for images, samples in self._data():
                 self._predict(images, samples)
 
-    def pairs(self, head: QuantizedModel, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
+    def pairs(self, head: QuantizedGraph, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
         """Features of the same regions in the float and in the quantized stream.
 
         The regions are those that the quantized detector proposes, as they will be; the float features are cut out of
@@ -60,13 +60,13 @@ class RegionCapture:
             DataError: No region is proposed on any image.
             GraphError: The head reads something else than the features that were cut out.
         """
-        path = head.traced.path
+        path = head.path
         done = self.first
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, samples in self._data():
                 with self.model.quantization(weights=False, activations=False):
-                    float_maps = self.model(images)
+                    float_maps = self.model.image_graph(images)
                 with self.model.quantization(weights, activations), self._recording(path) as calls:
                     self._predict(images, samples)
                 seeds = [_seed(self.seed, path, done + image) for image in range(len(images))]
@@ -126,9 +126,9 @@ class RegionCapture:
             set_forward(head, run)
 
 
-def no_regions(head: QuantizedModel) -> DataError:
+def no_regions(head: QuantizedGraph) -> DataError:
     """What to raise where the input of a head is not to be had."""
-    path = head.traced.path
+    path = head.path
     return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,23 @@ from mmbrecq.distributed import largest
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.progress import track
 
+Allocate = Callable[[Sequence[int], Tensor], Tensor]
+"""Makes an uninitialised tensor of a shape, of the dtype and on the device of another one."""
 
-def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
-    """Reads and preprocesses all calibration images.
+
+def collect_images(
+    model: nn.Module, calibration: CalibrationSet, allocate: Allocate = lambda shape, like: like.new_empty(tuple(shape))
+) -> Tensor:
+    """Reads and preprocesses all calibration images, into memory that is allocated once.
 
     Images of several sizes are padded at the right and at the bottom to the largest height and width, those of other
-    processes included, as the preprocessor itself pads the images of a batch.
+    processes included, as the preprocessor itself pads the images of a batch. Where the first batch does not have
+    that size the images are read a second time, rather than kept twice.
 
     Args:
         model: Its data preprocessor is used.
         calibration: The drawn images.
+        allocate: Makes the tensor; see :meth:`~mmbrecq.reconstruction.BaseReconstructor.image_room`.
 
     Returns:
         ``(N, 3, H, W)`` on the device of the model.
@@ -29,25 +37,44 @@ def collect_images(model: nn.Module, calibration: CalibrationSet) -> Tensor:
     Raises:
         NonFiniteError: A preprocessed image is not finite.
     """
-    batches: list[Tensor] = []
-    start = 0
+    images, size = _read(model, calibration, None, allocate)
+    height, width = (largest(length) for length in size)
+    if images is None or images.shape[2:] != (height, width):
+        del images
+        images, _ = _read(model, calibration, (height, width), allocate)
+    assert images is not None
+    return images
+
+
+def _read(
+    model: nn.Module, calibration: CalibrationSet, size: tuple[int, int] | None, allocate: Allocate
+) -> tuple[Tensor | None, tuple[int, int]]:
+    """The images, padded to ``size`` or else to that of the first batch, None where one is larger; the largest size."""
+    images: Tensor | None = None
+    found, start = (0, 0), 0
     for batch in track(calibration.batches(), 'calibration images', -(-len(calibration) // calibration.batch_size)):
         inputs = _preprocess(model, batch)
         if not bool(torch.isfinite(inputs).all()):
             bad = int((~torch.isfinite(inputs)).flatten(1).any(1).nonzero()[0])
             raise NonFiniteError(f"expected finite pixels, but got NaN or infinity in '{calibration.ids[start + bad]}'")
-        batches.append(inputs)
+        height, width = inputs.shape[2:]
+        found = max(found[0], height), max(found[1], width)
+        if start == 0:
+            images = allocate((len(calibration), inputs.shape[1], *(size or found)), inputs)
+        if images is not None and (height > images.shape[2] or width > images.shape[3]):
+            images = None
+        if images is not None:
+            rows = images[start : start + len(inputs)]
+            if rows.shape != inputs.shape:
+                rows.fill_(getattr(model.data_preprocessor, 'pad_value', 0))
+            rows[:, :, :height, :width] = inputs
         start += len(inputs)
-    height, width = (largest(max(batch.shape[axis] for batch in batches)) for axis in (2, 3))
-    padding = getattr(model.data_preprocessor, 'pad_value', 0)
-    images = batches[0].new_full((start, batches[0].shape[1], height, width), padding)
-    end = start
-    while batches:
-        # the last first, so that each is freed once it is copied
-        last = batches.pop()
-        images[end - len(last) : end, :, : last.shape[2], : last.shape[3]] = last
-        end -= len(last)
-    return images
+    return images, found
+
+
+def example_of(images: Tensor) -> Tensor:
+    """A copy of the first two images, ``(2, 3, H, W)``, to trace with; an image that is alone comes twice."""
+    return torch.cat([images[:1], images[:2][-1:]])
 
 
 def _preprocess(model: nn.Module, batch: Any) -> Tensor:

@@ -11,25 +11,22 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
-from mmbrecq.building import build
-from mmbrecq.calibration.calibrator import calibrate_weights
-from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq import pipeline
+from mmbrecq.building import build, parse_options
 from mmbrecq.data import build_calibration_set
-from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images
+from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
-from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable, split_search
-from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
-from mmbrecq.quantizers.options import parse_options
+from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
-from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
+from mmbrecq.runs.identity import describe_inputs
 
 
 @LOOPS.register_module()
@@ -63,9 +60,8 @@ class AnalysisLoop(BaseLoop):
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
-        analysis, choice = split_search(search)
-        self.options = parse_options(AnalysisOptions, analysis, 'search')
-        self.choice = parse_options(SearchOptions, choice, 'search')
+        self.options = parse_options(AnalysisOptions, search, 'search', beside=SearchOptions)
+        self.choice = parse_options(SearchOptions, search, 'search', beside=AnalysisOptions)
         build(SEARCHERS, dict(self.choice.searcher))
         passes = ('weights', 'joint')
         steps: Mapping[str, Any] = next((reconstructor[name] for name in passes if name in reconstructor), {})
@@ -102,7 +98,8 @@ class AnalysisLoop(BaseLoop):
         check_classes(model, self.dataloader.dataset)
         load_float_checkpoint(model, self.float_checkpoint)
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
-        self.images = collect_images(model, self._set)
+        room = self.reconstructor.image_room(Path(self.runner.work_dir))
+        self.images = collect_images(model, self._set, room)
         check_runs(model, self.images[:2])
         asked = self.reconstructor.loss.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
@@ -120,28 +117,12 @@ class AnalysisLoop(BaseLoop):
         changed['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
         if activation_bits is not None:
             changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
-        prepared = build(QUANTIZERS, {**self.quantizer, **changed}).prepare(model, self.images[:2])
+        prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, {**self.quantizer, **changed}))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
-        equalize_parts(prepared, self.images, task.regions)
-        for part in prepared.parts:
-            calibrate_weights(part)
+        pipeline.calibrate(task, activations=False)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:
         """A budget that cannot be kept is an error before the work, not after it."""
         check_budgets(table, [build(COST_MODELS, dict(model)) for model in self.choice.costs], self.choice.budgets)
-
-    def record(self, result: UnitResult) -> None:
-        """Units are kept as files; there is no summary to take them into."""
-
-    def count_done(self, stage: Stage) -> int:
-        """Finished units are passed without a word."""
-        return 0
-
-    def time_left(self) -> float | None:
-        """Not known: most of an analysis is no reconstruction."""
-        return None
-
-    def measure_weights(self, stage: Stage) -> None:
-        """An analysis has a measure of its own."""

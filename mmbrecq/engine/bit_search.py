@@ -1,4 +1,4 @@
-"""The steps of mixed precision, as the tools run them: measure sensitivities, choose bits, write them down."""
+"""Mixed precision as the tools run it: measure sensitivities, choose bits, write the config that has them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,17 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
+from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
-from mmbrecq.errors import BackendError, ConfigError
-from mmbrecq.mixed_precision.search import (
-    SearchOptions,
-    SearchResult,
-    build_problem,
-    describe_choice,
-    find_front,
-    write_bit_config,
-)
-from mmbrecq.mixed_precision.search.config_file import RESULT
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable, split_search
-from mmbrecq.quantizers.options import parse_options
+from mmbrecq.errors import ConfigError, DependencyError
+from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_front
+from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
+from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.bits import choice_text
-from mmbrecq.report.sensitivity import write_sensitivities
+from mmbrecq.report.html import write_sensitivities
 
 TABLE = 'sensitivity.json'
 
@@ -34,9 +27,8 @@ FOLDER = 'search'
 
 
 def search_options(cfg: Config) -> SearchOptions:
-    """What of the config's ``search`` is about the choice; ConfigError where it has an unknown option."""
-    _, choice = split_search(cfg.get('search') or {})
-    return parse_options(SearchOptions, choice, 'search')
+    """Returns the options of the search in the config's ``search``; ConfigError where it has an unknown option."""
+    return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
@@ -70,8 +62,8 @@ def choose_bits(
     Args:
         cfg: The config.
         path: Its file.
-        budgets: Those of the command line, which go before those of the config.
-        table_path: What the analysis wrote.
+        budgets: Those of the command line, which override those of the config.
+        table_path: The table of the analysis.
         out: The config to write; ``search.json`` comes beside it.
     """
     options = search_options(cfg)
@@ -82,7 +74,7 @@ def choose_bits(
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
     problem = build_problem(table, models, budgets)
-    seed = cfg.get('seed') or 0
+    seed = cfg.randomness['seed']
     choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
     result = describe_choice(table, models, problem, choice)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
@@ -91,7 +83,7 @@ def choose_bits(
     result.front_cost = next(iter(budgets))
     try:
         result.front = find_front(problem, result.front_cost, seed)
-    except BackendError as error:
+    except DependencyError as error:
         print(f'no front in the report: {error}')
     asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
     checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
@@ -103,7 +95,7 @@ def choose_bits(
 
 
 def chosen_bits(cfg: Config, path: str) -> Path | None:
-    """The file of the choice that a run is to have, None where the config asks for none.
+    """Returns the file of the bits that were chosen for a run, None where the config asks for none.
 
     Where it asks for a search, the sensitivities are measured and the bits chosen here, and ``cfg`` gets them.
     """
@@ -115,6 +107,7 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
         return found
     if not options.budgets:
         return None
+    build_exporters(cfg.get('exporters', ()))  # what they need is missed now, not after the search
     own = cfg.copy()
     own.work_dir = str(Path(cfg.work_dir) / FOLDER)
     analyze(own, path)

@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
+from mmengine.config.config import DELETE_KEY
 from mmengine.registry import init_default_scope
 
-from mmbrecq.build_errors import explain_build_error
+from mmbrecq.building import explain_build_error
 from mmbrecq.data.data_errors import explain_data_error
 from mmbrecq.distributed import leave_processes
 from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
@@ -35,6 +37,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
     'float_checkpoint': (str, 'a path or URL'),
     'seed': (int, 'an integer'),
+    'randomness': (Mapping, 'a dict'),
 }
 
 
@@ -53,9 +56,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that all tools share."""
     parser.add_argument('--work-dir', help='folder for results and logs; never emptied (default: work_dirs/CONFIG)')
     add_cfg_options(parser)
+    add_debug(parser)
     parser.add_argument(
         '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher (default: none)'
     )
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """The argument that :func:`run_tool` looks for."""
+    parser.add_argument('--debug', action='store_true', help='print the traceback of an error before its sentence')
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +87,7 @@ def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None)
         cfg = Config.fromfile(path)
         if options:
             cfg.merge_from_dict(options)
+        _drop_delete_keys(cfg._cfg_dict)
     except Exception as error:
         text = str(error).strip() or repr(error)
         raise ConfigError(f'{path}: the config cannot be read: {" ".join(text.split())}') from error
@@ -87,8 +97,21 @@ def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None)
             raise ConfigError(f"{path}: unknown key '{key}', did you mean '{close[0]}'?")
     _check_keys(cfg, path)
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
-    cfg.randomness = {'seed': cfg.get('seed', 0)}
+    randomness = cfg.get('randomness') or {}
+    if randomness.get('diff_rank_seed'):
+        raise ConfigError(f'{path}: expected randomness without diff_rank_seed: all processes of a run have one seed')
+    seed = cfg.get('seed', randomness.get('seed'))
+    cfg.randomness = {**randomness, 'seed': 0 if seed is None else seed}
     return cfg
+
+
+def _drop_delete_keys(value: Any) -> None:
+    """Takes out mmengine's ``_delete_``, which it leaves where there was nothing to delete, so also in what is new."""
+    if isinstance(value, dict):
+        # unbound: a ConfigDict's own methods would import what a lazy config names
+        dict.pop(value, DELETE_KEY, None)
+    for item in dict.values(value) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        _drop_delete_keys(item)
 
 
 def _check_keys(cfg: Config, path: str) -> None:
@@ -155,26 +178,30 @@ def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
     return explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}')
 
 
-def run_tool(main: Callable[[], None], advice: str = '') -> int:
+def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
     """Runs a tool; returns its exit status.
 
-    What a user can mend is one sentence and status 2. Ctrl-C is 130 and SIGTERM 143, what was done is saved then.
+    What a user can mend is one sentence and status 2, after the traceback where ``--debug`` asks for it. Ctrl-C is 130
+    and SIGTERM 143, what was done is saved then.
 
     Args:
-        main: Does the work.
+        main: Does the work; may return a status.
         advice: What to do after an interruption.
     """
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     with warnings.catch_warnings(), silent_logging_failures():
         # of detectors' operations, when mmpretrain is imported over mmcv-lite
         warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
+        status = 0
         try:
-            main()
+            status = main() or 0
             leave_processes()
         except (Exception, KeyboardInterrupt) as error:
             if _is_interrupt(error):
                 print(f'interrupted: what was saved so far is in the work dir{advice}', file=sys.stderr)
                 return 143 if _TERMINATED else 130
+            if '--debug' in sys.argv:
+                traceback.print_exc()
             # the first process speaks for those that fail alike
             process = os.environ.get('RANK', '0')
             prefix = 'error: ' if process == '0' else f'error in process {process}: '
@@ -186,7 +213,7 @@ def run_tool(main: Callable[[], None], advice: str = '') -> int:
                 print(f'{prefix}{reason}', file=sys.stderr)
                 return 2
             raise
-    return 0
+    return status
 
 
 _TERMINATED: list[int] = []

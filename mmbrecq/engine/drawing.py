@@ -7,6 +7,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import VISUALIZERS
 from torch import nn
@@ -38,7 +39,7 @@ class SideBySide:
     """
 
     def __init__(self, dataset: Any, visualizer: Any, folder: Path, count: int = SHOWN) -> None:
-        self.visualizer, self.folder = visualizer, folder
+        self.dataset, self.visualizer, self.folder = dataset, visualizer, folder
         visualizer.dataset_meta = dataset.metainfo
         count = min(count, len(dataset))
         try:
@@ -63,7 +64,7 @@ class SideBySide:
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, (data, *samples) in enumerate(zip(self.data, left, right, strict=True)):
-            image = _image_of(data, samples[0])
+            image = _image_of(self.dataset, data, samples[0])
             pair = zip(samples, titles, strict=True)
             halves = [_titled(self._drawn(image.copy(), sample), title) for sample, title in pair]
             name = Path(str(samples[0].metainfo.get('img_path', f'image{number}'))).stem
@@ -121,11 +122,25 @@ class ReportPictures:
         return [str(path.relative_to(self._drawing.folder.parent)) for path in paths]
 
 
-def _image_of(data: Any, sample: Any) -> np.ndarray[Any, Any]:
+def _load(dataset: Any, path: Any) -> np.ndarray[Any, Any] | None:
+    """Loads an image file as the pipeline of ``dataset`` does, ``(H, W, 3)`` BGR; None where there is no such file.
+
+    Whether a pipeline turns an image as its EXIF tag says is an option, and boxes are in the pixels of what it loads.
+    """
+    transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+    loader = next((t for t in transforms if isinstance(t, LoadImageFromFile)), None)
+    # a dataset in memory has names that are no files
+    if loader is None or path is None or not Path(path).is_file():
+        return None
+    image = np.asarray(loader({'img_path': str(path)})['img'])
+    image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image[..., :3]
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _image_of(dataset: Any, data: Any, sample: Any) -> np.ndarray[Any, Any]:
     """The image, ``(H, W, 3)`` RGB: the file itself where there is one, since boxes are in its pixels."""
     path = sample.metainfo.get('img_path')
-    # a dataset in memory has names that are no files
-    image = cv2.imread(str(path)) if path is not None and Path(path).is_file() else None
+    image = _load(dataset, path)
     if image is None:
         image = data['inputs'].permute(1, 2, 0).numpy()
     image = np.ascontiguousarray(image[..., ::-1])

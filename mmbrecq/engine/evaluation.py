@@ -19,6 +19,10 @@ _OTHER_IMAGES = 'Results do not correspond to current coco set'
 """What COCO's evaluator says of images that its annotation file does not have."""
 
 
+_ANSWERS = ('predict', 'predict_by_feat')
+"""Methods by which OpenMMLab's heads turn features into results."""
+
+
 def check_runs(model: nn.Module, images: Tensor) -> None:
     """Runs ``model`` once, before all that takes long.
 
@@ -53,10 +57,12 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
             f'expected the {len(classes)} classes of {type(dataset).__name__} among the categories of '
             f'{dataset.ann_file}, but {len(found)} of them are there; they start with {classes[0]!r}'
         )
+    # the proposals of a two-stage detector tell objects from background, whatever the classes
+    proposing = set(getattr(model, 'rpn_head', nn.Module()).modules())
     for name, module in model.named_modules():
-        # an RPN tells objects from background, whatever the classes
-        is_head = name.endswith('head') and not name.endswith('rpn_head')
-        count = getattr(module, 'num_classes', None) if is_head else None
+        # what answers has a method for it; an auxiliary head, such as HTC's of semantic segmentation, has none
+        answers = module not in proposing and any(hasattr(module, method) for method in _ANSWERS)
+        count = getattr(module, 'num_classes', None) if answers else None
         if isinstance(count, int) and count not in (0, -1, len(classes)):
             raise ConfigError(
                 f"expected '{name}' to have the {len(classes)} classes of {type(dataset).__name__}, "

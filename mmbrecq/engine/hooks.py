@@ -1,4 +1,4 @@
-"""Hooks around every reconstructed unit, of mmengine's kind.
+"""Hooks around every reconstructed unit, of mmengine's kind: they observe a reconstruction and show it.
 
 A hook in the config's ``custom_hooks`` may define any of :class:`ReconstructionHook`'s points beside mmengine's own.
 """
@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.progress import ProgressBar
+from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
@@ -25,87 +26,66 @@ if TYPE_CHECKING:
 class ReconstructionHook(Hook):
     """Base of the hooks around a reconstruction; every point does nothing."""
 
-    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        """Before a pass over all units."""
+    def before_reconstruct_stage(
+        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
+    ) -> None:
+        """Is called before a pass over all units."""
 
     def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
-        """Before a unit is optimised."""
+        """Is called before a unit is optimised."""
 
     def after_reconstruct_step(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
     ) -> None:
-        """After every hundredth step; ``loss`` is the mean reconstruction loss since the last call."""
+        """Is called after every hundredth iteration; ``loss`` is the mean reconstruction loss since the last call."""
 
     def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
     ) -> None:
-        """After a unit is done and its outputs are handed on."""
+        """Is called after a unit is done and its outputs are handed on."""
 
     def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
-        """After a pass over all units."""
+        """Is called after a pass over all units."""
 
     def after_reconstruct(self, runner: Runner) -> None:
-        """After the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
+        """Is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
 
 
 @HOOKS.register_module()
 class ReconstructionLoggerHook(ReconstructionHook):
-    """Writes one log line per unit and puts it into the summary, and what the weights are worth after their pass."""
+    """Writes one log line per unit."""
 
-    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self._count, self._done = sum(u.is_quantized for u in units), runner.test_loop.count_done(stage)
+    def before_reconstruct_stage(
+        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
+    ) -> None:
         options = stage.options
         runner.logger.info(
-            f'reconstruction of {stage.name}: {self._count} units, {options.iterations} iterations of '
-            f'{options.batch_size} images each{f"; {self._done} units are done" if self._done else ""}'
+            f'reconstruction of {stage.name}: {progress.count} units, {options.iterations} iterations of '
+            f'{options.batch_size} images each{f"; {progress.done} units are done" if progress.done else ""}'
         )
 
     def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
     ) -> None:
-        self._done += 1
         kept = ', worse than before: kept as it was' if result.kept_nearest else ''
         relative = ' -> '.join(f'{100 * loss:.2g}' for loss in result.relative_losses)
-        runner.test_loop.record(result)
-        left = runner.test_loop.time_left()
-        rest = f', about {format_seconds(left)} left' if left else ''
+        rest = f', about {format_seconds(progress.seconds_left)} left' if progress.seconds_left else ''
         runner.logger.info(
-            f'{stage.name} {self._done}/{self._count} {unit.name}: loss {result.loss_before:.4g} -> '
+            f'{stage.name} {progress.done}/{progress.count} {unit.name}: loss {result.loss_before:.4g} -> '
             f'{result.loss_after:.4g}, {relative} % of its output, {result.iterations} iterations, '
             f'{result.seconds:.1f} s{kept}{rest}'
         )
-
-    def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
-        runner.test_loop.measure_weights(stage)
-
-
-@HOOKS.register_module()
-class ReconstructionCheckpointHook(ReconstructionHook):
-    """Saves every unit as soon as it is done, so that ``--resume`` goes on with the next one."""
-
-    priority = 'LOW'
-
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
-    ) -> None:
-        runner.test_loop.journal.add(runner.test_loop.model, unit, result)
-
-    def after_reconstruct(self, runner: Runner) -> None:
-        runner.test_loop.journal.save()
 
 
 @HOOKS.register_module()
 class ReconstructionScalarsHook(ReconstructionHook):
     """Hands losses and metrics to the backends of the config's visualizer, TensorBoard among them.
 
-    ``<stage>/<unit>`` is the loss over the steps of a unit, ``<stage>/before`` and ``<stage>/after`` are the losses of
-    all units, in their order, relative to the power of their outputs.
+    ``<stage>/<unit>`` is the loss over the iterations of a unit. ``<stage>/before`` and ``<stage>/after`` are the
+    losses of all units, in their order, relative to the power of their outputs.
     """
 
     priority = 'LOW'
-
-    def before_reconstruct_stage(self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self._number = runner.test_loop.count_done(stage)
 
     @master_only
     def after_reconstruct_step(
@@ -115,11 +95,10 @@ class ReconstructionScalarsHook(ReconstructionHook):
 
     @master_only
     def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
     ) -> None:
-        self._number += 1
         for word, loss in zip(('before', 'after'), result.relative_losses, strict=True):
-            runner.visualizer.add_scalar(f'{stage.name}/{word}', loss, self._number)
+            runner.visualizer.add_scalar(f'{stage.name}/{word}', loss, progress.done)
 
 
 @HOOKS.register_module()
@@ -143,7 +122,7 @@ class ReconstructionProgressHook(ReconstructionHook):
             self._bar.update(step, f'loss {loss:.4g}')
 
     def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult
+        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
     ) -> None:
         self._close()
 
@@ -156,14 +135,14 @@ class ReconstructionProgressHook(ReconstructionHook):
             self._bar = None
 
 
-class HookCaller:
+class HookCaller(Callback):
     """Passes what a reconstruction tells on to the hooks of the runner."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> None:
-        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units)
+    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress) -> None:
+        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units, progress=progress)
 
     def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
         self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
@@ -171,8 +150,8 @@ class HookCaller:
     def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
         self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
 
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult) -> None:
-        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result)
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
+        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result, progress=progress)
 
     def after_stage(self, stage: Stage) -> None:
         self.runner.call_hook('after_reconstruct_stage', stage=stage)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +17,42 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mmbrecq import pipeline
 from mmbrecq.building import build
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions, calibrate_weights
-from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data import CalibrationSet, build_calibration_set
-from mmbrecq.data.annotations import has_annotations
-from mmbrecq.data.images import collect_images
-from mmbrecq.deploy.backends import DeployedModel
+from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.data.source import has_annotations
+from mmbrecq.deploy.backends import DeployedModel, build_exporters
+from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import (
-    aligned_batches,
     check_same_bits,
     gather,
     on_main,
     process_count,
-    take_from_main,
 )
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
 from mmbrecq.engine.hooks import (
     HookCaller,
-    ReconstructionCheckpointHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
 )
 from mmbrecq.engine.task_loss import task_loss_of
-from mmbrecq.errors import BackendError, ConfigError
-from mmbrecq.mixed_precision.choice import Choice
-from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
-from mmbrecq.progress import track
+from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
-from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.registry import BACKENDS, EXPORTERS, LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
-from mmbrecq.report.summary import KernelCount, LayerBits, UnitRecord
 from mmbrecq.runs.checkpoint import load_float_checkpoint
-from mmbrecq.runs.forecast import Forecast
-from mmbrecq.runs.identity import describe_config
+from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.measure import model_size, peak_memory, versions
-from mmbrecq.runs.run_files import RunFiles
+from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """What a run may measure, in this order."""
@@ -70,7 +61,6 @@ JOURNAL = 'reconstruction.pth'
 
 DEFAULT_HOOKS = (
     ReconstructionLoggerHook,
-    ReconstructionCheckpointHook,
     ReconstructionScalarsHook,
     ReconstructionProgressHook,
 )
@@ -94,6 +84,7 @@ class PTQLoop(BaseLoop):
         search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
         reuse_states: Whether the rounding that its analysis has learned is taken.
         resume: Whether to go on with an interrupted run of the same work dir.
+        dry_run: Whether to stop after the rehearsal and to print what it found.
     """
 
     def __init__(
@@ -111,6 +102,7 @@ class PTQLoop(BaseLoop):
         search_result: str | None = None,
         reuse_states: bool = True,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(runner, dataloader)
         self.evaluator = runner.build_evaluator(evaluator)
@@ -119,12 +111,11 @@ class PTQLoop(BaseLoop):
         if unknown:
             raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')
         self.float_checkpoint, self.evaluations = float_checkpoint, tuple(evaluations)
+        self.quantizer_config = dict(quantizer)
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
         self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
-        self.exporters = [build(EXPORTERS, exporter) for exporter in exporters]
-        for exporter in self.exporters:
-            _check_runtime(exporter.suffix)
+        self.exporters = build_exporters(exporters)
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
         # formatting it takes a good part of a second: once, not for every checkpoint
@@ -136,12 +127,10 @@ class PTQLoop(BaseLoop):
             seed=runner.seed,
             versions=versions(),
         )
-        self.task: Task | None = None
-        self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
+        self.choice = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
-        self.resume = resume
+        self.resume, self.dry_run = resume, dry_run
         self.journal: Journal
-        self.forecast: Forecast
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
@@ -156,11 +145,15 @@ class PTQLoop(BaseLoop):
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         share = calibration.share()
-        images = collect_images(self.runner.model, share)
+        images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
         check_runs(self.runner.model, images[:2])
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
+        if self.dry_run or not self.journal.units:
+            on_main(partial(self._rehearse, images))
+        if self.dry_run:
+            return {}
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
@@ -174,18 +167,17 @@ class PTQLoop(BaseLoop):
         self.journal.observed = plan.observed
         self.runner.logger.info(str(plan))
         self._calibrate(task, plan.observed, share.first_batch)
-        self.task = task = self._take_up(task, inputs)
+        task = self._take_up(task, inputs)
         if plan.place == 'disk' and images.device.type == 'cpu':
             images = images_on_disk(images, self.folder)
-            self.task = task = replace(task, images=images)
+            task = replace(task, images=images)
         self.files.write_inputs(model, calibration.ids)
         self.journal.save()
         self._reconstruct(task, plan)
         self._measure_choice(task, last=True)
-        example = images[:2].clone()
+        example = example_of(images)
         del images, task
-        self.task = None
-        self._finish(model, example)
+        self._finish(model)
         self.summary.pictures = on_main(partial(pictures.draw, self.runner.model))
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
@@ -196,53 +188,10 @@ class PTQLoop(BaseLoop):
         self.runner.call_hook('after_test')
         return self.summary.metrics.quantized
 
-    def record(self, result: UnitResult) -> None:
-        """Takes a finished unit into the summary, and writes it: the report can be read half-way through a run."""
-        self._note(result)
-        self.forecast.note(result)
-        self.files.write_summary()
-
-    def time_left(self) -> float | None:
-        """Seconds that the units not done will take, None while none is done."""
-        return self.forecast.left()
-
-    def count_done(self, stage: Stage) -> int:
-        """Number of units of a stage that are done."""
-        return sum(name == stage.name for name, _ in self.journal.units)
-
-    def _note(self, result: UnitResult) -> None:
-        self.summary.units.append(
-            UnitRecord(
-                result.name,
-                list(result.layers),
-                result.loss_before,
-                result.loss_after,
-                result.iterations,
-                result.seconds,
-                result.stage,
-                result.kept_nearest,
-                result.power,
-            )
-        )
-        if result.images_at_once is not None:
-            self.summary.warnings.append(
-                f'the GPU had no room for a batch of {result.name} ({result.stage}): '
-                f'{result.images_at_once} images were computed at once, their gradients added up'
-            )
-
-    def measure_weights(self, stage: Stage) -> None:
-        """Measures learned weights with float activations, before another pass fits them to quantized ones."""
-        if not stage.quantizes_activations and self.task is not None:
-            self._measure_choice(self.task, last=False)
-        if not stage.quantizes_activations and any(part.quantizers for part in self.model.parts):
-            with self.model.quantization(weights=True, activations=False):
-                self._evaluate('weights')
-            self.journal.save()
-
     def _open_journal(self, inputs: Mapping[str, str]) -> None:
         """Starts the record of what is done, or goes on with that of an interrupted run."""
         identity = describe_config(self.runner.cfg)
-        identity.update({key: inputs[key] for key in ('seed', 'float weights', 'calibration images')})
+        identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
         self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
         if not self.resume:
@@ -251,7 +200,7 @@ class PTQLoop(BaseLoop):
             self.runner.logger.info(f'nothing to resume: there is no {self.journal.path}')
             return
         for unit in self.journal.units.values():
-            self._note(unit.result)
+            self.summary.add_unit(unit.result)
         self.runner.logger.info(f'resumed: {len(self.journal.units)} units are done')
 
     def _take_up(self, task: Task, inputs: Mapping[str, str]) -> Task:
@@ -275,91 +224,98 @@ class PTQLoop(BaseLoop):
             self.choice.result.measured = self.choice.measure(task)
             self.files.write_summary()
 
+    def _rehearse(self, images: Tensor) -> None:
+        """Tells within seconds what the target cannot have; a dry run prints what the work will be."""
+        start = time.perf_counter()
+        forecast = self.reconstructor if self.dry_run else None
+        found = pipeline.rehearse(self.runner.model, images, self.quantizer, self.exporters, forecast)
+        for deviation in found.deviations:
+            self.runner.logger.info(f'rehearsed: {deviation}')
+        self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
+        if self.dry_run:
+            print(rehearsal_text(found))
+
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
-            # the same in all processes, since all must find the same graph; a copy, for a view would keep all images
-            example = on_main(lambda: images[:2].cpu()).to(images.device).clone()
-            self.model = model = self.quantizer.prepare(self.runner.model, example)
-            self.summary.bits = {
-                layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.all_layers
-            }
-            self.summary.float_layers = [f'{la.name}: {la.float_reason}' for la in model.all_layers if la.float_reason]
-            self.summary.model_size_bytes = model_size(model)
-            opaque = [
-                f'{path} stays one call: {why}' for part in model.parts for path, why in part.traced.opaque.items()
-            ]
-            self.summary.warnings += opaque
-        for line in self.summary.float_layers + opaque:
+            # the same in all processes, since all must find the same graph
+            example = on_main(lambda: example_of(images).cpu()).to(images.device)
+            self.model = model = pipeline.prepare(self.runner.model, example, self.quantizer)
+            self.summary.add_model(model, model_size(model))
+        for line in self.summary.float_layers + self.summary.warnings:
             self.runner.logger.warning(line)
+        for line in model.image_graph.traced.frozen:
+            self.runner.logger.info(f'height and width are fixed by {line}')
         if self.choice is not None:
             self.choice.check(model)
         return model
 
     def _calibrate(self, task: Task, at_once: int, first_batch: int) -> None:
-        model = task.model
         with self._timed('calibrate'):
-            count = equalize_parts(model, task.images, task.regions, at_once, first_batch)
-            if model.equalization:
-                self.runner.logger.info(f'channels of {count} groups of values are equalised')
-            for part in model.parts:
-                calibrate_weights(part)
-            batches = aligned_batches(len(task.images), at_once, task.first)
-            images = (task.images[batch] for batch in track(batches, 'calibration'))
-            calibrate_activations(model, images, task.first // at_once)
-            calibrate_regions(model, task.regions, first_batch)
-            take_from_main(model.model)
-        with model.quantization(weights=True, activations=True):
+            count = pipeline.calibrate(task, at_once, first_batch)
+        if task.model.equalization:
+            self.runner.logger.info(f'channels of {count} groups of values are equalised')
+        with task.model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        self.forecast = Forecast(task.model, self.reconstructor)
-        for unit in task.resumed.values():
-            self.forecast.note(unit.result)
-        evaluated = self.summary.seconds.evaluate or 0.0
-        before = sum(unit.result.seconds for unit in task.resumed.values())
-        with self._timed('reconstruct'):
-            try:
-                self.reconstructor.run(task, plan, HookCaller(self.runner))
-            finally:
-                self.runner.call_hook('after_reconstruct')
+        recorder = RunRecorder(task.model, self.summary, self.journal, self.files)
+        callback = Callbacks([HookCaller(self.runner), recorder])
+        seconds = sum(unit.result.seconds for unit in task.resumed.values())
+        start = time.perf_counter()
+        try:
+            for stage, _ in pipeline.reconstruct(task, self.reconstructor, plan, callback):
+                seconds += time.perf_counter() - start
+                if not stage.quantizes_activations:
+                    self._measure_weights(task)
+                start = time.perf_counter()
+        finally:
+            self.runner.call_hook('after_reconstruct')
+            self.journal.save()
+        self.summary.seconds.reconstruct = seconds
         kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
         if kept:
             self.summary.warnings.append(
                 f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             )
-        # the evaluation after the first pass is no part of the reconstruction; what was done before is
-        spent = (self.summary.seconds.evaluate or 0.0) - evaluated - before
-        self.summary.seconds.reconstruct = (self.summary.seconds.reconstruct or 0.0) - spent
         self.files.write_summary()
 
-    def _finish(self, model: QuantizedModel, example: Tensor) -> None:
-        model.pack()
+    def _measure_weights(self, task: Task) -> None:
+        """Measures learned weights with float activations, before another pass fits them to quantized ones."""
+        self._measure_choice(task, last=False)
+        if task.model.quantizes_activations:
+            with task.model.quantization(weights=True, activations=False):
+                self._evaluate('weights')
+            self.journal.save()
+
+    def _finish(self, model: QuantizedModel) -> None:
+        pipeline.pack(model)
         check_same_bits(model.model)
-        self.files.write_checkpoint(model, example)
+        self.files.write_checkpoint(model, self.quantizer_config)
         self._evaluate('quantized')
-        if not any(part.quantizers for part in model.parts):
+        if not model.quantizes_activations:
             self.summary.metrics.weights = dict(self.summary.metrics.quantized)
         self.files.write_summary()
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
         with self._timed('export'):
             exports = [
-                on_main(partial(exporter.export_all, model, example, self.folder / 'deploy'))
+                on_main(partial(pipeline.export, model, exporter, example, self.folder / 'deploy'))
                 for exporter in self.exporters
             ]
         for paths in exports:
             for path in paths:
                 self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
+            for deviation in compare(model, paths, example):
+                self.runner.logger.info(str(deviation))
             deployed = DeployedModel(model.model, paths[0])
-            count = deployed.integer_kernels()
-            self.summary.integer_kernels[deployed.name] = KernelCount(count.quantized, count.integer)
+            count = self.summary.integer_kernels[deployed.name] = deployed.integer_kernels()
+            self.runner.logger.info(count.describe(deployed.name))
             if 'deployed' in self.evaluations:
                 deployed.attach()
                 metrics = self._measure(f'deployed in {deployed.name}')
                 self.summary.metrics.deployed[deployed.name] = metrics
-                for part in model.parts:
-                    part.traced.attach(part.compiled)
+                model.attach()
 
     def _evaluate(self, name: str) -> None:
         if name in self.evaluations:
@@ -386,13 +342,3 @@ class PTQLoop(BaseLoop):
         start = time.perf_counter()
         yield
         setattr(self.summary.seconds, step, time.perf_counter() - start)
-
-
-def _check_runtime(suffix: str) -> None:
-    """Refuses to start a run whose exported file nothing here could open; BackendError says what to install."""
-    for backend in BACKENDS.module_dict.values():
-        if backend.suffix == suffix and find_spec(backend.package) is None:
-            raise BackendError(
-                f'expected {backend.name} for the exported {suffix} file, but it is not installed: '
-                f'pip install {backend.package}'
-            )

@@ -7,23 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.building import build
 from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.distributed import on_main
 from mmbrecq.engine.drawing import SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate
-from mmbrecq.errors import CheckpointError
-from mmbrecq.quantizers.options import FLOAT
-from mmbrecq.registry import LOOPS, QUANTIZERS
-from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
-from mmbrecq.runs.grids import check_grids
+from mmbrecq.pipeline import load
+from mmbrecq.registry import LOOPS
+from mmbrecq.runs.checkpoint import load_float_checkpoint
 
 DEPLOYED_SUFFIXES = ('.onnx', '.xml')
 
@@ -76,7 +71,7 @@ class QuantizedTestLoop(BaseLoop):
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
             DeployedModel(model, Path(self.checkpoint)).attach()
         else:
-            load_quantized(model, self.quantizer, self.checkpoint, self.own_bits)
+            load(model, self.checkpoint, self.quantizer, self.own_bits)
         metrics = evaluate(model, self.dataloader, self.evaluator, 'evaluation')
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
@@ -86,33 +81,3 @@ class QuantizedTestLoop(BaseLoop):
             self.runner.logger.info(f'{len(pictures)} pictures of both predictions in {self.drawing.folder}')
         self.runner.call_hook('after_test')
         return metrics
-
-
-def load_quantized(model: nn.Module, quantizer: Mapping[str, Any], path: str, own_bits: bool = False) -> None:
-    """Turns a float ``model`` into the quantized one that ``path`` holds.
-
-    Args:
-        model: The float model.
-        quantizer: Config of the quantizer.
-        path: What ``tools/ptq.py`` wrote.
-        own_bits: Whether layers have the bits that the checkpoint names, in the place of the config's.
-
-    Raises:
-        CheckpointError: The file is no checkpoint of ``tools/ptq.py``, or of another model or quantizer.
-    """
-    meta = read_checkpoint(path).get('meta', {})
-    shape = meta.get('example_shape')
-    grids = meta.get('grids')
-    if shape is None or grids is None:
-        raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
-    example: Tensor = torch.zeros(shape, device=next(model.parameters()).device)
-    if own_bits:
-        bits = {
-            name: {'pattern': name, 'weight_bits': weight or FLOAT, 'activation_bits': activation or FLOAT}
-            for name, (weight, activation) in meta['bits'].items()
-        }
-        quantizer = {**quantizer, 'overrides': list(bits.values())}
-    prepared = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
-    prepared.pack()
-    load_quantized_checkpoint(model, path)
-    check_grids(model, grids, path)

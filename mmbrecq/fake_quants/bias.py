@@ -1,4 +1,4 @@
-"""Correction of biases: a learned offset that makes up for the mean error of a quantized layer.
+"""Biases of quantized layers: a learned offset that makes up for the mean error, and int32 as runtimes have it.
 
 The offset is added to the float bias while the layer is quantized, and is part of the bias in a finished model, so it
 costs nothing there.
@@ -6,15 +6,21 @@ costs nothing there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mmbrecq.fake_quants.weight import WeightFakeQuantize
+
+LARGEST_BIAS = 2.0**30
+"""In units of input scale times weight scale; int32 then has as much room again for the sum of products."""
+
 
 class BiasCorrection(nn.Module):
-    """Parametrization ``bias + offset``, off while the layer is float.
+    """A parametrization ``bias + offset``, off while the layer is float.
 
     Args:
         channels: Length of the bias.
@@ -41,7 +47,7 @@ def correct_bias(module: Any) -> None:
 
 
 def bias_correction(module: nn.Module) -> BiasCorrection | None:
-    """The correction of a module's bias, None where it has none."""
+    """Returns the correction of a module's bias, None where it has none."""
     if not parametrize.is_parametrized(module, 'bias'):
         return None
     parametrizations: Any = module.parametrizations
@@ -62,3 +68,29 @@ def round_bias(module: Any, step: Tensor) -> None:
     if module.bias is not None:
         with torch.no_grad():
             module.bias.copy_(torch.round(module.bias / step) * step)
+
+
+def raise_weight_scale(
+    module: Any, fake_quant: WeightFakeQuantize, weight: Tensor, inputs: Sequence[Tensor], largest: float
+) -> None:
+    """Raises the weight scale where the bias would exceed ``largest`` units of input scale times weight scale.
+
+    A runtime that rounds biases to int32 in these units wraps around where one does not fit, as that of a channel whose
+    weights a BatchNorm has scaled to almost 0. On the raised scale the weights are off by half a step at most, which is
+    ``255 / largest`` of the bias in a product.
+
+    Args:
+        module: The layer.
+        fake_quant: Fake quantizer of its weight; all channels are rounded anew where a scale changes.
+        weight (Tensor): The values that are rounded.
+        inputs: Scales of the grids that the layer reads.
+        largest: The bound.
+    """
+    if module.bias is None or not inputs:
+        return
+    # only OpenVINO reads a scale per channel, and it adds biases in float
+    step = torch.stack([scale.detach().max() for scale in inputs]).min()
+    needed = module.bias.detach().abs() / (step * largest)
+    scale = torch.maximum(fake_quant.scale, needed if fake_quant.scale.dim() else needed.max())
+    if not torch.equal(scale, fake_quant.scale):
+        fake_quant.calibrate(weight, scale, fake_quant.zero_point)

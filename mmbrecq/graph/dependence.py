@@ -75,6 +75,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def flat(tree: Any) -> Iterator[Any]:
+    """Values of nested sequences, dicts and slices, but for None."""
     if isinstance(tree, slice):
         tree = (tree.start, tree.stop, tree.step)
     if isinstance(tree, Mapping):
@@ -87,5 +88,6 @@ def flat(tree: Any) -> Iterator[Any]:
 
 
 def shares_memory(tensor: Tensor, result: Any) -> bool:
+    """Whether a tensor of ``result`` lies in the memory of ``tensor``."""
     memory = tensor.untyped_storage().data_ptr()
     return memory != 0 and any(t.untyped_storage().data_ptr() == memory for t in tensors_in(result))

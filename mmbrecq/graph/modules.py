@@ -51,3 +51,9 @@ def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
     setattr(call, 'own', own)  # noqa: B010 - a function's attribute
     object.__setattr__(module, 'forward', call)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts ``module`` at ``path`` below ``model``, in the place of what is there."""
+    parent, _, name = path.rpartition('.')
+    setattr(model.get_submodule(parent), name, module)

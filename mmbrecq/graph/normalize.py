@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.modules import replace_module
 from mmbrecq.graph.tracer import WEIGHTED
+
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
@@ -44,33 +51,60 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     """Folds every BatchNorm that follows a convolution or linear layer into it, with running statistics.
 
     ``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The BatchNorm is
-    replaced by an identity in ``model`` and its node erased.
+    replaced by an identity in ``model`` and its node erased. It stays where it normalises another axis than the output
+    channels of the layer, or where one of the two is used by others too.
 
     Returns:
         Paths of the layers that took a BatchNorm in.
+
+    Raises:
+        GraphError: A BatchNorm normalises by the statistics of the batch.
     """
     folded = []
-    calls = _calls_per_module(graph)
+    uses = _uses_per_module(graph)
     for node in list(graph.nodes):
+        _check_statistics(model, node)
         if node.op != 'call_module' or not isinstance(node.args[0] if node.args else None, fx.Node):
             continue
         norm, source = model.get_submodule(str(node.target)), node.args[0]
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        if not isinstance(norm, _BatchNorm):
             continue
-        if source.op != 'call_module' or len(source.users) > 1:
+        if type(norm).forward not in _FORWARDS or source.op != 'call_module' or len(source.users) > 1:
             continue
         layer = model.get_submodule(str(source.target))
-        if not isinstance(layer, WEIGHTED) or calls[str(source.target)] > 1 or calls[str(node.target)] > 1:
+        if not _owns_channels(layer, source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
         _fold(layer, norm)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        _replace_module(model, str(node.target), nn.Identity())
+        replace_module(model, str(node.target), nn.Identity())
         folded.append(str(source.target))
     return folded
 
 
-def _fold(layer: Any, norm: nn.modules.batchnorm._BatchNorm) -> None:
+def _check_statistics(model: nn.Module, node: fx.Node) -> None:
+    by_batch = False
+    if node.op == 'call_module':
+        norm = model.get_submodule(str(node.target))
+        by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
+    elif node.target is F.batch_norm:
+        by_batch = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get('training', False))
+    if by_batch:
+        raise GraphError(
+            f"expected the BatchNorm of '{node.meta['owner']}' to have running statistics, but it normalises by those "
+            'of the batch, so that what comes out for an image depends on the images beside it'
+        )
+
+
+def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
+    """Whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
+    if not isinstance(layer, WEIGHTED):
+        return False
+    axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
+    return bool(call.meta['example'].dim() == axes)
+
+
+def _fold(layer: Any, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         # in float64, so that folding costs no more than the last rounding
@@ -87,18 +121,17 @@ def _fold(layer: Any, norm: nn.modules.batchnorm._BatchNorm) -> None:
         else:
             weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
         dtype = layer.weight.dtype
-        layer.weight.copy_(weight.to(dtype))
+        # a new one, for another layer may share the weight
+        layer.weight = nn.Parameter(weight.to(dtype))
         layer.bias = nn.Parameter(bias.to(dtype))
 
 
-def _calls_per_module(graph: fx.Graph) -> dict[str, int]:
-    calls: dict[str, int] = {}
+def _uses_per_module(graph: fx.Graph) -> Counter[str]:
+    """How often a module is called, alone or by an opaque one, or has one of its parameters read."""
+    uses: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == 'call_module':
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    return calls
-
-
-def _replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition('.')
-    setattr(model.get_submodule(parent), name, module)
+            uses.update({str(node.target), *node.meta.get('layers', ())})
+        elif node.op == 'get_attr':
+            uses[str(node.target).rpartition('.')[0]] += 1
+    return uses

@@ -1,14 +1,18 @@
 """Where activations are quantized.
 
 A value is quantized where it is produced, once, after the activation function or residual add that its target computes
-together with the convolution. Values that no layer reads on a grid, and the outputs of the network, stay in float.
+together with the convolution. Values that no layer reads on a grid, and the outputs of the network, stay in float. So
+does a residual stream of which layers read normalised values alone: single values of it are hundreds of times as large
+as the others (Sun et al., Massive Activations in Large Language Models, COLM 2024), and a grid that reaches them has no
+levels for the rest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from mmbrecq.graph.roles import Roles
 from mmbrecq.presets import Preset
@@ -24,9 +28,11 @@ class QuantizerPosition:
         layers: Paths of the convolutions and linear layers that read the values.
         non_negative: Whether no value can be negative.
         float_readers: Nodes that go on reading the values in float: a value that also leaves the network does so in
-            float, and where the target computes an activation function within a layer, nothing comes between the two.
+            float, where the target computes an activation function within a layer, nothing comes between the two, and
+            a module that could not be traced quantizes what its layers read itself.
         full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
+        per_channel: Whether every channel has a scale of its own.
     """
 
     name: str
@@ -35,6 +41,7 @@ class QuantizerPosition:
     non_negative: bool
     float_readers: frozenset[fx.Node] = frozenset()
     full_scale: bool = False
+    per_channel: bool = False
 
 
 def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
@@ -45,10 +52,13 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
-        readers = frozenset(u for n in group for u in n.users if u.op == 'output' or _is_inner(u, n, roles, preset))
+        readers = frozenset(u for n in group for u in n.users if _reads_float(u, n, roles, preset))
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
+        by_channel = preset.depthwise_per_channel and len(group) == 1 and _is_read_by_channel(group[0], roles)
         name = group[0].name
-        positions.append(QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale))
+        positions.append(
+            QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale, by_channel)
+        )
     return positions
 
 
@@ -56,19 +66,64 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if not roles.is_tensor(node) or roles.moves_only(node):
         return False
     consumers = list(roles.consumers(node))
-    if all(c.op == 'output' for c in consumers) or _is_fused(node, roles, preset):
+    if all(_is_outside(c, preset) for c in consumers) or _is_fused(node, roles, preset):
         return False
     if any(roles.is_weighted(c) for c in consumers):
         return True
     if node.op == 'placeholder':
         return False
     if not roles.is_weighted(node):
-        return roles.is_add(node) or roles.is_activation(node)
+        return roles.is_activation(node) or (roles.is_add(node) and not _stays_float(node, roles))
     if preset.conv_outputs:
-        return True
+        # a linear layer is an integer operator whatever follows it
+        linear = isinstance(roles.module(node), nn.Linear)
+        return not (linear and all(roles.is_add(c) and _stays_float(c, roles) for c in consumers))
     if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
         return any(_is_shortcut(node, add, roles) for add in consumers)
     return False
+
+
+def _stays_float(add: fx.Node, roles: Roles) -> bool:
+    """Whether a sum belongs to a residual stream of which layers read normalised values alone."""
+    readers = list(_readers(add, roles))
+    if any(roles.is_weighted(reader) for reader in readers):
+        return False
+    return any(roles.is_norm(r) for r in readers) or all(roles.is_add(r) and _stays_float(r, roles) for r in readers)
+
+
+def _readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
+    """Nodes that read the value, through those that move it, scale it or add a constant; not the network's output."""
+    for consumer in roles.consumers(node):
+        if roles.is_affine(consumer):
+            yield from _readers(consumer, roles)
+        elif consumer.op != 'output':
+            yield consumer
+
+
+def _is_read_by_channel(node: fx.Node, roles: Roles) -> bool:
+    """Whether layers read the value, depthwise convolutions all of them, with its channels where they are."""
+    layers = [reader for reader in roles.consumers(node) if roles.is_weighted(reader)]
+    within = set(_pixel_readers(node, roles))
+    return bool(layers) and all(roles.is_depthwise(layer) and layer in within for layer in layers)
+
+
+def _pixel_readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
+    for user in node.users:
+        if roles.moves_pixels(user):
+            yield from _pixel_readers(user, roles)
+        elif not roles.moves_only(user):
+            yield user
+
+
+def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    """Whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid."""
+    return _is_outside(user, preset) or _is_inner(user, node, roles, preset)
+
+
+def _is_outside(user: fx.Node, preset: Preset) -> bool:
+    """Whether ``user`` is the network's output, or an opaque module, whose layers have quantizers of their own."""
+    opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
+    return user.op == 'output' or (opaque and not preset.conv_outputs)
 
 
 def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from mmbrecq.graph.dependence import evaluate
-from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, is_within
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
+from mmbrecq.graph.units import is_below
 
 _NUMBERS = (bool, int, float, str, type(None))
 _NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
@@ -143,7 +144,7 @@ def _first_different(ours: list[fx.Node], theirs: list[fx.Node]) -> str | None:
         for node in nodes:
             found.setdefault(_owner(node), []).append((node.op, node.target))
     differing = [path for path in calls[0] if calls[0][path] != calls[1].get(path)]
-    return next((p for p in differing if not any(is_within(p, q) for q in differing if q != p)), None)
+    return next((p for p in differing if not any(is_below(p, q) for q in differing if q != p)), None)
 
 
 def _owner(node: fx.Node) -> str:

@@ -5,7 +5,7 @@ The same call runs the float graph, the quantized graph or a deployed file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, attach, region_shape
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
+from mmbrecq.graph.layers import bake_weights, make_layers
 from mmbrecq.graph.modules import graph_module, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms
 from mmbrecq.graph.sizes import resolve_sizes
@@ -103,11 +104,13 @@ def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
 
 def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resize: bool) -> TracedGraph:
     model.eval()
+    with torch.no_grad():
+        computing = bake_weights(model, lambda: entry(example))
     forced: dict[str, str] = {}
     by_size = set()
     while True:
         try:
-            traced = _trace_at_sizes(model, entry, example, forced, resize)
+            traced = _trace_at_sizes(model, entry, example, forced, computing, resize)
             break
         except UntraceableError as error:
             if not error.owner or error.owner in forced:
@@ -118,15 +121,21 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resiz
             raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
     traced.value_dependent |= by_size & set(traced.opaque)
     switch_off_in_place(model, traced.graph, traced.opaque)
+    make_layers(model, traced.graph)
     traced.folded = fold_batch_norms(model, traced.graph)
     return traced
 
 
 def _trace_at_sizes(
-    model: nn.Module, entry: nn.Module, example: Tensor, forced: Mapping[str, str], resize: bool
+    model: nn.Module,
+    entry: nn.Module,
+    example: Tensor,
+    forced: Mapping[str, str],
+    computing: Collection[str],
+    resize: bool,
 ) -> TracedGraph:
     def trace(images: Tensor) -> ConcreteTracer:
-        tracer = ConcreteTracer(images, forced)
+        tracer = ConcreteTracer(images, forced, computing)
         graph = tracer.trace_model(model, entry)
         functionalize(model, graph, tracer.constants)
         drop_identities(model, graph)

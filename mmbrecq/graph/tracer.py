@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of
 from mmbrecq.graph.dependence import WatchedValues, dependence, evaluate, flat, shares_memory, tensors_in
 from mmbrecq.graph.symbolic import (
@@ -32,6 +33,7 @@ from mmbrecq.graph.symbolic import (
     is_symbolic,
     stand_in,
 )
+from mmbrecq.graph.units import is_below
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
@@ -67,6 +69,7 @@ class ConcreteTracer(fx.Tracer):
     Args:
         example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
         forced: Paths of modules to be recorded as one call, each with the reason.
+        computing: Paths of convolutions and linear layers that compute something else than their class does.
 
     Attributes:
         opaque: Paths of the modules that are one call of the graph, each with the reason.
@@ -74,10 +77,12 @@ class ConcreteTracer(fx.Tracer):
         constants: Tensors that the graph reads and the model does not have.
     """
 
-    def __init__(self, example: Tensor, forced: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, example: Tensor, forced: Mapping[str, str] | None = None, computing: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.example = example.clone()
-        self.forced = dict(forced or {})
+        self.forced, self.computing = dict(forced or {}), computing
         self.opaque: dict[str, str] = {}
         self.value_dependent: set[str] = set()
         self.constants: dict[str, Tensor] = {}
@@ -130,9 +135,12 @@ class ConcreteTracer(fx.Tracer):
         return super().path_of_module(mod).removeprefix('model').removeprefix('.')
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, WEIGHTED) or type(m).__name__ in ACTIVATION_NAMES:
+        if isinstance(m, WEIGHTED):
+            return module_qualified_name not in self.computing
+        if type(m).__name__ in ACTIVATION_NAMES:
             return True
-        return m.__module__.startswith('torch.nn') and not isinstance(m, nn.Sequential)
+        # a transformer of torch has layers of its own
+        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,13 +154,16 @@ class ConcreteTracer(fx.Tracer):
             if path in self.forced:
                 raise GraphError(self.forced[path])
             if self.is_leaf_module(m, path):
+                if not isinstance(m, WEIGHTED) and not is_below(path, self._owners[-2]):
+                    # an activation that several modules share, each calls for itself
+                    self._owners[-1] = self._owners[-2]
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
-            return forward(*args, **kwargs)
+            return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
             if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
-            self.opaque = {p: why for p, why in self.opaque.items() if not is_within(p, path)}
+            self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
             if isinstance(error, ValueDependentError):
                 self.value_dependent.add(path)
@@ -241,7 +252,7 @@ class ConcreteTracer(fx.Tracer):
         layers = [
             (name, module)
             for name, module in self._model.get_submodule(target).named_modules(prefix=target)
-            if isinstance(module, WEIGHTED)
+            if isinstance(module, WEIGHTED) and name not in self.computing
         ]
         hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
         try:
@@ -333,11 +344,6 @@ def _unpacked(value: Any) -> Any:
         return value
     items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
-
-
-def is_within(path: str, ancestor: str) -> bool:
-    """Whether a module is another, or lies below it; all lie below the empty path."""
-    return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
 def _erase_after(graph: fx.Graph, last: fx.Node) -> None:

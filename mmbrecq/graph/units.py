@@ -5,25 +5,15 @@ A unit is a run of consecutive nodes, so any cut is executable in order and a un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mmbrecq.errors import ConfigError, PatternError
+from mmbrecq.errors import ConfigError
 from mmbrecq.graph.modules import graph_module
 
 GRANULARITIES = ('layer', 'block', 'stage', 'net')
-
-BLOCK_TYPES = (
-    'BasicBlock', 'Bottleneck', 'BottleneckX', 'SEBottleneck', 'Bottle2neck', 'InvertedResidual', 'SELayerBlock',
-    'RepVGGBlock', 'DenseLayer', 'ConvNeXtBlock', 'PoolFormerBlock', 'EdgeResidual', 'InceptionA', 'InceptionB',
-    'InceptionC', 'InceptionD', 'InceptionE', 'TransformerEncoderLayer', 'SwinBlock', 'ShuffleUnit',
-    'CSPLayer', 'DarknetBottleneck', 'ResBlock',
-)  # fmt: skip
-"""Module types taken for a block where the config does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +40,6 @@ class ReconstructionUnit:
     def is_quantized(self) -> bool:
         """Whether anything in it is."""
         return bool(self.layers or self.quantizers)
-
-
-def find_blocks(model: nn.Module, blocks: Iterable[str] | None) -> list[str]:
-    """Paths of the outermost blocks.
-
-    Args:
-        model: The model.
-        blocks: Class names or glob patterns over module paths; None for :data:`BLOCK_TYPES`.
-
-    Raises:
-        PatternError: An entry matches no module.
-    """
-    entries = tuple(BLOCK_TYPES if blocks is None else blocks)
-    found: list[str] = []
-    used: set[str] = set()
-    for path, module in model.named_modules():
-        matching = {e for e in entries if e == type(module).__name__ or (path and fnmatchcase(path, e))}
-        used |= matching
-        if matching and not any(is_below(path, outer) for outer in found):
-            found.append(path)
-    if blocks is not None:
-        for entry in entries:
-            if entry not in used:
-                raise PatternError(
-                    f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none"
-                )
-    return found
 
 
 def is_below(path: str, ancestor: str) -> bool:

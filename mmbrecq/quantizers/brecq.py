@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.building import build
+from mmbrecq.building import build, parse_options
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
+from mmbrecq.graph.blocks import find_blocks
 from mmbrecq.graph.components import region_heads
+from mmbrecq.graph.merge import merge_branches
 from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_region_head
 from mmbrecq.graph.tracer import WEIGHTED
-from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, find_blocks, is_below
+from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
 from mmbrecq.presets import get_preset
+from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import (
     ActivationOptions,
     Override,
     WeightOptions,
     assign_bits,
     check_bits,
-    parse_options,
 )
-from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
+from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'
@@ -48,8 +51,9 @@ class BRECQQuantizer:
         first_last_8bit: Weights and input of the first and of the last layer at 8 bits.
         overrides: Options of :class:`Override`, applied in order.
         granularity: ``layer``, ``block``, ``stage`` or ``net``.
-        blocks: Module types or path patterns that are blocks; None for the known types.
+        blocks: Module types or path patterns that are blocks; None to find them by structure.
         equalization: How far the ranges of channels are made alike before grids are found, from 0, not at all, to 1.
+        merge_branches: Whether modules that have a merged form for deployment (RepVGG, MobileOne) are merged first.
 
     Raises:
         ConfigError: An option is unknown or out of range.
@@ -65,6 +69,7 @@ class BRECQQuantizer:
         granularity: str = 'block',
         blocks: Sequence[str] | None = None,
         equalization: float = 0.0,
+        merge_branches: bool = True,
     ) -> None:
         self.preset = get_preset(preset)
         self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
@@ -81,7 +86,9 @@ class BRECQQuantizer:
         if isinstance(equalization, bool) or not isinstance(equalization, (int, float)) or not 0 <= equalization <= 1:
             raise ConfigError(f'expected quantizer.equalization to be a number in [0, 1], but got {equalization!r}')
         self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
-        self.equalization = float(equalization)
+        if not isinstance(merge_branches, bool):
+            raise ConfigError(f'expected quantizer.merge_branches to be a boolean, but got {merge_branches!r}')
+        self.equalization, self.merge_branches = float(equalization), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
         """Turns ``model`` into a quantized one; its grids are still to be calibrated.
@@ -90,14 +97,16 @@ class BRECQQuantizer:
             model: A float OpenMMLab model; changed in place.
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``, N >= 2.
         """
+        if self.merge_branches:
+            merge_branches(model, example)
         traced = trace_image_graph(model, example)
         heads = [trace_region_head(model, head) for head in region_heads(model)]
         bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
-        parts = [self._quantize(part, bits) for part in (traced, *heads)]
+        graphs = [self._quantize(graph, bits) for graph in (traced, *heads)]
         model.requires_grad_(False)
-        parts[0].heads = parts[1:]
-        return parts[0]
+        observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
+        return QuantizedModel(model, graphs, observers, self.equalization)
 
     def _assign_bits(self, parts: Sequence[TracedGraph]) -> Bits:
         """Bits of every layer of every graph; overrides are patterns over all of them."""
@@ -112,9 +121,10 @@ class BRECQQuantizer:
             first_last |= last if part.path else first | last
         return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
 
-    def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedModel:
+    def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedGraph:
         """One graph with its quantizers; ``all_bits`` names the layers of the others too."""
         bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
+        blocks = find_blocks(traced.model, traced.graph, self.blocks)
         names = []
         for position in find_positions(Roles(traced.model, traced.graph), self.preset):
             names += self._insert(traced, position, bits)
@@ -122,23 +132,28 @@ class BRECQQuantizer:
         for layer, (weight_bits, _) in bits.items():
             if weight_bits is not None:
                 self._quantize_weight(traced.model, layer, weight_bits)
-        return self._assemble(traced, bits, [*names, *opaque_inputs.values()], opaque_inputs)
+        return self._assemble(traced, bits, blocks, [*names, *opaque_inputs.values()], opaque_inputs)
 
     def _assemble(
-        self, traced: TracedGraph, bits: Bits, names: Sequence[str], opaque_inputs: dict[str, str]
-    ) -> QuantizedModel:
+        self,
+        traced: TracedGraph,
+        bits: Bits,
+        blocks: list[str],
+        names: Sequence[str],
+        opaque_inputs: dict[str, str],
+    ) -> QuantizedGraph:
         model = traced.model
         found = {name: model.get_submodule(name) for name in names}
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
-        blocks = find_blocks(model, self.blocks)
-        cut = partial(cut_units, model, traced.graph, quantized, set(quantizers), blocks, traced.path)
+
+        def cut(granularity: str) -> list[ReconstructionUnit]:
+            units = cut_units(model, traced.graph, quantized, set(quantizers), blocks, traced.path, granularity)
+            return [_with_opaque_inputs(unit, opaque_inputs) for unit in units]
+
         units = cut(self.granularity)
-        observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
-        return QuantizedModel(
-            model, traced, self.preset, _list_layers(traced, bits, units), units, cut, quantizers,
-            opaque_inputs, observers, self.equalization,
-        )  # fmt: skip
+        layers = _list_layers(traced, bits, units)
+        return QuantizedGraph(traced, self.preset, layers, units, cut, quantizers, opaque_inputs)
 
     def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
         """Puts the quantizer of a position into the graph; returns its path, nothing where the values stay in float."""
@@ -147,8 +162,9 @@ class BRECQQuantizer:
             return []
         name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
         path = self._add_quantizer(
-            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale
-        )
+            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
+            position.per_channel,
+        )  # fmt: skip
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
@@ -170,10 +186,14 @@ class BRECQQuantizer:
         non_negative: bool,
         node: fx.Node | None = None,
         full_scale: bool = False,
+        per_channel: bool = False,
     ) -> str:
         options = self.activation
         qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
-        channels = node.meta['example'].shape[1] if node is not None and options.per_channel else 1
+        # signed integers below 8 bits are cut as real values, by one pair of bounds
+        if per_channel and not (qtype.signed and bits < MAX_BITS):
+            qtype = replace(qtype, ch_axis=1)
+        channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
             integer_clip=self.preset.integer_clip, full_scale=full_scale,
@@ -213,6 +233,11 @@ def _moves(stays: frozenset[fx.Node], user: fx.Node) -> bool:
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (quantizer(args[0]), *args[1:])
+
+
+def _with_opaque_inputs(unit: ReconstructionUnit, opaque_inputs: Mapping[str, str]) -> ReconstructionUnit:
+    more = tuple(opaque_inputs[layer] for layer in unit.layers if layer in opaque_inputs)
+    return replace(unit, quantizers=unit.quantizers + more)
 
 
 def _called_layers(traced: TracedGraph) -> list[str]:

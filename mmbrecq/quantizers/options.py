@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 from mmbrecq.errors import ConfigError, PatternError
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 
 FLOAT = 'float'
 """In place of a number of bits: not quantized."""
-
-T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -67,24 +65,6 @@ class Override:
     pattern: str
     weight_bits: int | str | None = None
     activation_bits: int | str | None = None
-
-
-def parse_options(cls: type[T], values: Any, where: str) -> T:
-    """Builds the dataclass ``cls`` from a config dict.
-
-    Raises:
-        ConfigError: ``values`` is not a dict, or has an unknown or lacks a needed key; the valid ones are listed.
-    """
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(values, Mapping):
-        raise ConfigError(f'expected {where} to be a dict with the keys {names}, but got {values!r}')
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        raise ConfigError(f'expected the keys of {where} to be among {names}, but got {unknown[0]!r}')
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f'expected {where} to have what it needs of {names}, but got {sorted(values)}') from error
 
 
 def check_bits(bits: Any, where: str) -> int | None:

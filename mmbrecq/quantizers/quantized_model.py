@@ -1,17 +1,23 @@
-"""A prepared model: its graph, its units, its layers, and the switches of its quantization."""
+"""A prepared model: its graphs, their units and layers, and the switches of its quantization."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection, bake_bias, bias_correction, round_bias
-from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
+from mmbrecq.fake_quants.bias import (
+    LARGEST_BIAS,
+    bake_bias,
+    bias_correction,
+    raise_weight_scale,
+    round_bias,
+)
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph
 from mmbrecq.graph.units import ReconstructionUnit
@@ -42,24 +48,19 @@ class LayerInfo:
 
 
 @dataclass
-class QuantizedModel:
-    """What :meth:`BRECQQuantizer.prepare` returns: one graph, and for each head of a two-stage detector another.
+class QuantizedGraph:
+    """One graph of a prepared model: all that follows from the image, or one head that reads features of regions.
 
     Args:
-        model: The OpenMMLab model, its components replaced by the graph.
         traced: The graph with its activation quantizers.
         preset: The rules it was prepared for.
         layers: Every convolution and linear layer that the graph stands for.
         units: In the order of execution.
-        cut: Gives the units of another granularity.
+        cut: Returns the units of another granularity.
         quantizers: Activation quantizers by module path.
         opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
-        observers: Configs of the range estimators: ``weight`` and ``activation``.
-        equalization: How far the ranges of channels are to be made alike before grids are found, 0 to 1.
-        heads: Of a two-stage detector, one for each head that reads features of regions; they have no heads themselves.
     """
 
-    model: nn.Module
     traced: TracedGraph
     preset: Preset
     layers: list[LayerInfo]
@@ -67,26 +68,32 @@ class QuantizedModel:
     cut: Callable[[str], list[ReconstructionUnit]]
     quantizers: dict[str, FakeQuantize]
     opaque_inputs: dict[str, str] = field(default_factory=dict)
-    observers: dict[str, dict[str, object]] = field(default_factory=dict)
-    equalization: float = 0.0
-    heads: list[QuantizedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.compiled = self.traced.compile()
+        self.attach()
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that owns all modules of the graph."""
+        return self.traced.model
+
+    @property
+    def path(self) -> str:
+        """Path of the head that the graph stands for; empty for the graph of the images."""
+        return self.traced.path
+
+    @property
+    def is_region(self) -> bool:
+        """Whether the graph reads features of regions, not images."""
+        return bool(self.path)
+
+    def attach(self) -> None:
+        """Makes the model compute this graph wherever it would have run the modules that the graph stands for."""
         self.traced.attach(self.compiled)
 
-    @property
-    def parts(self) -> list[QuantizedModel]:
-        """This graph and those of the heads."""
-        return [self, *self.heads]
-
-    @property
-    def all_layers(self) -> list[LayerInfo]:
-        """Layers of this graph and of those of the heads."""
-        return [layer for part in self.parts for layer in part.layers]
-
     def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
-        """Path, module and fake quantizer of every quantized weight that is not packed yet."""
+        """Yields path, module and fake quantizer of every quantized weight that is not packed yet."""
         for layer in self.layers:
             module = self.model.get_submodule(layer.name)
             fake_quant = weight_fake_quant(module)
@@ -94,42 +101,26 @@ class QuantizedModel:
                 yield layer.name, module, fake_quant
 
     def unit_weights(self, unit: ReconstructionUnit) -> list[tuple[nn.Module, WeightFakeQuantize]]:
-        """Modules of a unit that have a quantized weight, with their fake quantizers."""
+        """Returns the modules of a unit that have a quantized weight, with their fake quantizers."""
         return [(module, fq) for name, module, fq in self.weights() if name in unit.layers]
 
     def unit_quantizers(self, unit: ReconstructionUnit) -> list[FakeQuantize]:
-        """Activation quantizers of a unit of this graph."""
-        return [self.quantizers[name] for name in self.unit_quantizer_names(unit)]
-
-    def unit_quantizer_names(self, unit: ReconstructionUnit) -> list[str]:
-        """Paths of the activation quantizers of a unit, of this graph or of a head's."""
-        opaque = {layer: path for part in self.parts for layer, path in part.opaque_inputs.items()}
-        return [*unit.quantizers, *(opaque[name] for name in unit.layers if name in opaque)]
+        """Returns the activation quantizers of a unit."""
+        return [self.quantizers[name] for name in unit.quantizers]
 
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Switches fake quantization of all weights and of all activations; what was before is put back."""
-        switches: list[WeightFakeQuantize | BiasCorrection | FakeQuantize] = []
-        for _, module, weight_quantizer in chain.from_iterable(part.weights() for part in self.parts):
-            correction = bias_correction(module)
-            switches += [weight_quantizer] if correction is None else [weight_quantizer, correction]
-        states = [(fq, fq.enabled, weights) for fq in switches]
-        states += [(fq, fq.enabled, activations) for part in self.parts for fq in part.quantizers.values()]
-        try:
-            for fake_quant, _, state in states:
-                fake_quant.enabled = state
+        """Switches fake quantization of the graph's weights and activations; the state before is put back."""
+        with _switched([self], weights, activations):
             yield
-        finally:
-            for fake_quant, before, _ in states:
-                fake_quant.enabled = before
 
     def pack(self) -> None:
-        """Finishes the model: integers in place of float weights, all quantization on for good."""
-        for head in self.heads:
-            head.pack()
-        inputs = self._input_quantizers() if self.preset.bias_rounded else {}
+        """Puts integers in the place of float weights, and switches all quantization on for good."""
+        inputs, read = self._input_quantizers() if self.preset.bias_rounded else {}, self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
+            scales = [self.quantizers[path].scale for path in read.get(name, ())]
+            raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
             if name in inputs and isinstance(module, CONVOLUTIONS):
                 round_bias(module, inputs[name].scale * fake_quant.scale)
             pack_weight(module)
@@ -138,12 +129,12 @@ class QuantizedModel:
             quantizer.observer = None
 
     def read_quantizers(self) -> dict[str, set[str]]:
-        """Paths of the quantizers of what every layer of the graph reads; one that levels share may read several."""
+        """Returns the paths of the quantizers of what every layer reads; one that levels share may read several."""
         read = {layer: sources & set(self.quantizers) for layer, sources in self._sources().items()}
         return {**read, **{layer: {path} for layer, path in self.opaque_inputs.items()}}
 
     def _input_quantizers(self) -> dict[str, FakeQuantize]:
-        """The quantizer of the input of every layer that the graph calls; a layer that reads several has none."""
+        """Returns the quantizer of the input of every layer; a layer that reads several values has none."""
         return {
             layer: self.quantizers[source]
             for layer, (source, *others) in self._sources().items()
@@ -151,8 +142,8 @@ class QuantizedModel:
         }
 
     def _sources(self) -> dict[str, set[str]]:
-        """What every layer reads, by name."""
-        roles = Roles(self.traced.model, self.traced.graph)
+        """Returns the names of what every layer reads."""
+        roles = Roles(self.model, self.traced.graph)
         read: dict[str, set[str]] = {}
         for node in self.traced.graph.nodes:
             if roles.is_weighted(node):
@@ -160,5 +151,89 @@ class QuantizedModel:
         return read
 
     def __call__(self, inputs: Tensor) -> object:
-        """Raw outputs for preprocessed images, or features of regions, in the present state of the switches."""
+        """Computes raw outputs of images, or of features of regions, in the present state of the switches."""
         return self.compiled(inputs)
+
+
+@dataclass
+class QuantizedModel:
+    """What :meth:`BRECQQuantizer.prepare` returns: the model, its graphs, and the switches of its quantization.
+
+    Args:
+        model: The model, its modules computed by the graphs.
+        graphs: The graph of the images, then, of a two-stage detector, one for each head that reads regions.
+        observers: Configs of the range estimators: ``weight`` and ``activation``.
+        equalization: How far the ranges of channels are made alike before grids are found, 0 to 1.
+    """
+
+    model: nn.Module
+    graphs: list[QuantizedGraph]
+    observers: dict[str, dict[str, object]]
+    equalization: float = 0.0
+
+    @property
+    def image_graph(self) -> QuantizedGraph:
+        """The graph that reads images."""
+        return self.graphs[0]
+
+    @property
+    def region_graphs(self) -> list[QuantizedGraph]:
+        """The graphs that read features of regions."""
+        return self.graphs[1:]
+
+    @property
+    def preset(self) -> Preset:
+        """The rules that the model was prepared for."""
+        return self.image_graph.preset
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """The layers of all graphs."""
+        return [layer for graph in self.graphs for layer in graph.layers]
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether any activation lies on a grid."""
+        return any(graph.quantizers for graph in self.graphs)
+
+    def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
+        """Yields path, module and fake quantizer of every quantized weight that is not packed yet."""
+        for graph in self.graphs:
+            yield from graph.weights()
+
+    def attach(self) -> None:
+        """Makes the model compute the graphs, after a deployed file or a recorder was attached in their place."""
+        for graph in self.graphs:
+            graph.attach()
+
+    @contextmanager
+    def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
+        """Switches fake quantization of all weights and of all activations; the state before is put back."""
+        with _switched(self.graphs, weights, activations):
+            yield
+
+    def pack(self) -> None:
+        """Finishes the model: integers in place of float weights, all quantization on for good."""
+        for graph in self.graphs:
+            graph.pack()
+
+    def __call__(self, images: Tensor) -> object:
+        """Computes raw outputs of preprocessed images, in the present state of the switches."""
+        return self.image_graph(images)
+
+
+@contextmanager
+def _switched(graphs: Iterable[QuantizedGraph], weights: bool, activations: bool) -> Iterator[None]:
+    states: list[tuple[Any, bool, bool]] = []
+    for graph in graphs:
+        for _, module, weight_quantizer in graph.weights():
+            owners = [owner for owner in (weight_quantizer, bias_correction(module)) if owner is not None]
+            states += [(owner, owner.enabled, weights) for owner in owners]
+        states += [(quantizer, quantizer.enabled, activations) for quantizer in graph.quantizers.values()]
+    try:
+        for owner, _, state in states:
+            owner.enabled = state
+        yield
+    finally:
+        for owner, before, _ in states:
+            owner.enabled = before

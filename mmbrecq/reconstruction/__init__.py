@@ -1,11 +1,13 @@
 """Block reconstruction: learning rounding and step sizes unit by unit."""
 
 from mmbrecq.reconstruction.losses import FisherLoss, MSELoss
-from mmbrecq.reconstruction.reconstructor import BRECQReconstructor, QDropReconstructor
+from mmbrecq.reconstruction.methods import BRECQReconstructor, QDropReconstructor
+from mmbrecq.reconstruction.nearest import NearestReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 
 __all__ = [
-    'BRECQReconstructor', 'FisherLoss', 'MSELoss', 'QDropReconstructor', 'Stage', 'StageOptions', 'Task', 'UnitResult',
+    'BRECQReconstructor', 'FisherLoss', 'MSELoss', 'NearestReconstructor', 'QDropReconstructor', 'Stage',
+    'StageOptions', 'Task', 'UnitResult',
 ]  # fmt: skip

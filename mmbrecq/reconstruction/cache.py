@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,15 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.layout import empty
-from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, reserve
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, empty, reserve
 
 PLACES = ('auto', 'device', 'host', 'disk')
-
-
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The outcome of planning.
+    """Where activations are cached, and how much memory the work takes.
 
     Args:
         place: ``device``, ``host`` or ``disk``.
@@ -57,14 +55,14 @@ class CachePlan:
 
 
 def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
-    """Index of the last unit that reads each value."""
+    """Returns the index of the last unit that reads each value."""
     return {name: index for index, unit in enumerate(units) for name in unit.inputs}
 
 
 def peak_bytes(
     units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, standing: int = 0
 ) -> tuple[int, str]:
-    """Most bytes cached at once over a run, and the unit at which that is.
+    """Returns the most bytes cached at once over a run, and the unit at which that is.
 
     Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
     as they were before learning and after it; the images are the same in both.
@@ -117,7 +115,7 @@ def plan_cache(
         raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
     available = psutil.virtual_memory().available // processes_here()
     memory = available if memory_limit is None else memory_limit
-    # on a GPU, a step that does not fit is split
+    # on a GPU, a batch that does not fit is split
     on_host = working[0] if device.type == 'cpu' else 0
     if on_host > memory:
         raise StorageError(
@@ -126,7 +124,7 @@ def plan_cache(
         )
     free = {
         'device': torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0,
-        'host': min(memory - on_host, available // 2 if memory_limit is None else memory_limit),
+        'host': min(memory - on_host, _room_on_host(memory_limit)),
         'disk': shutil.disk_usage(directory).free,
     }
     if place == 'device' and device.type == 'cpu':
@@ -142,15 +140,45 @@ def plan_cache(
     )
 
 
-def images_on_disk(images: Tensor, directory: Path) -> Tensor:
-    """A copy of images on the CPU in a mapped file without a name, ``(N, 3, H, W)``.
+def allocate_images(
+    shape: Sequence[int], like: Tensor, place: str, directory: Path, memory_limit: int | None
+) -> Tensor:
+    """Allocates the calibration images, which are there from the start to the end, by the rules of the cache.
 
-    The system drops its pages where memory is short, as it cannot with what is in memory alone.
+    Args:
+        shape: ``(N, 3, H, W)``.
+        like: Of their dtype, on the device of the model, where they lie unless they are mapped from a file.
+        place: As the config asks: one of :data:`PLACES`.
+        directory: Where files may be written.
+        memory_limit: See :func:`plan_cache`.
+
+    Raises:
+        StorageError: There is no room for them.
+    """
+    size, on_host = math.prod(shape) * like.element_size(), not like.is_cuda
+    free = torch.cuda.mem_get_info(like.device)[0] if like.is_cuda else _room_on_host(memory_limit)
+    if on_host and (place == 'disk' or (place == 'auto' and size > free)):
+        return _mapped(shape, like.dtype, directory)
+    if size > free:
+        raise StorageError(
+            f'expected room for {show_bytes(size)} of calibration images, but there are only {show_bytes(free)} on the '
+            f'{"host" if on_host else "device"}; use fewer calibration images{" or another cache" if on_host else ""}'
+        )
+    return like.new_empty(tuple(shape))
+
+
+def images_on_disk(images: Tensor, directory: Path) -> Tensor:
+    """Returns images on the CPU in a mapped file: themselves where they are in one, else a copy.
 
     Raises:
         StorageError: The disk is full.
     """
-    size = images.numel() * images.element_size()
+    return images if images.is_shared() else _mapped(images.shape, images.dtype, directory).copy_(images)
+
+
+def _mapped(shape: Sequence[int], dtype: torch.dtype, directory: Path) -> Tensor:
+    """Allocates a tensor in a file without a name, whose pages the system drops where memory is short."""
+    size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryDirectory(prefix='.images-', dir=directory) as folder:
         path = Path(folder) / 'images.bin'
         with path.open('wb') as file:
@@ -158,8 +186,12 @@ def images_on_disk(images: Tensor, directory: Path) -> Tensor:
                 reserve(file.fileno(), size)
             except OSError as error:
                 raise StorageError(f'{directory} cannot hold {show_bytes(size)} of images: {error}') from error
-        mapped = torch.from_file(str(path), shared=True, size=images.numel(), dtype=images.dtype)
-    return mapped.reshape(images.shape).copy_(images)
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).reshape(tuple(shape))
+
+
+def _room_on_host(memory_limit: int | None) -> int:
+    """Returns the bytes that values may take on the host: the limit, without one half of what is available."""
+    return psutil.virtual_memory().available // processes_here() // 2 if memory_limit is None else memory_limit
 
 
 class ActivationCache:
@@ -186,7 +218,7 @@ class ActivationCache:
             self._folder.cleanup()
 
     def allocate(self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> CachedValues:
-        """Uninitialised values; freed, on the disk too, when the last reference goes.
+        """Returns uninitialised values; they are freed, on the disk too, when the last reference goes.
 
         Args:
             shape: ``(N, ...)``.
@@ -203,7 +235,7 @@ class ActivationCache:
         return FileValues(path, shape, self.plan.dtype, self.device, layout)
 
     def hold(self, images: Tensor, mirror: bool = False) -> CachedValues:
-        """What a network reads, as it is: nothing is copied.
+        """Returns the values that a network reads, without a copy.
 
         Args:
             images (Tensor): ``(N, 3, H, W)``, or features of regions.

@@ -9,11 +9,10 @@ import torch
 
 from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.reconstruction.batches import MicroBatches
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
-from mmbrecq.reconstruction.layout import memory_format
-from mmbrecq.reconstruction.micro_batches import MicroBatches
-from mmbrecq.reconstruction.values import CachedValues, Values
+from mmbrecq.reconstruction.values import CachedValues, Values, memory_format
 
 
 class Streams:
@@ -23,7 +22,7 @@ class Streams:
     of the units before it.
 
     Args:
-        model: The prepared model.
+        graph: A graph of the prepared model.
         units: Its units in the order of execution.
         inputs: What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
         cache: Where activations are kept.
@@ -34,7 +33,7 @@ class Streams:
 
     def __init__(
         self,
-        model: QuantizedModel,
+        graph: QuantizedGraph,
         units: Sequence[ReconstructionUnit],
         inputs: CachedValues,
         cache: ActivationCache,
@@ -44,15 +43,15 @@ class Streams:
     ) -> None:
         self.first = first
         self._batches = aligned_batches(len(inputs), batch_size, first or 0)
-        self.model, self.units, self.cache = model, units, cache
-        name = next(n.name for n in model.traced.graph.nodes if n.op == 'placeholder')
+        self.graph, self.units, self.cache = graph, units, cache
+        name = next(n.name for n in graph.traced.graph.nodes if n.op == 'placeholder')
         self.count = len(inputs)
         self.float_values: dict[str, CachedValues] = {name: inputs}
         self.quantized_values: dict[str, CachedValues] = {
             name: inputs if quantized_inputs is None else quantized_inputs
         }
         self._last = last_readers(units)
-        # a step reads its inputs in two streams, its targets once: the unit that reads a value says how it lies
+        # an iteration reads inputs in two streams, targets once: the unit that reads a value decides
         self._layouts: dict[str, torch.memory_format] = {}
         for unit in units:
             for value in unit.inputs:
@@ -61,17 +60,17 @@ class Streams:
         self._fitting: dict[str, MicroBatches] = {}
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
-        """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
+        """Returns the inputs of ``unit`` in the float stream, each ``(N, ...)``."""
         return [self.float_values[name] for name in unit.inputs]
 
     def quantized_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
-        """Inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
+        """Returns the inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
         return [self.quantized_values[name] for name in unit.inputs]
 
     def run(
         self, unit: ReconstructionUnit, inputs: Sequence[Values], weights: bool, activations: bool
     ) -> list[CachedValues]:
-        """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
+        """Computes the outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization."""
         outputs: list[CachedValues] = []
 
         def write(batch: slice, images: int) -> None:
@@ -86,25 +85,25 @@ class Streams:
                     output.write(start, result)
 
         fitting = self.micro_batches(unit)
-        with torch.no_grad(), self.model.quantization(weights, activations):
+        with torch.no_grad(), self.graph.quantization(weights, activations):
             for batch in self._batches:
                 fitting.run(partial(write, batch))
         return outputs
 
     def observe(self, unit: ReconstructionUnit, size: int) -> None:
-        """Passes the quantized inputs of ``unit`` through it, with quantized weights, for those who observe it.
+        """Passes the quantized inputs of ``unit`` through it, with quantized weights, while observers watch.
 
         Args:
             unit: The unit.
             size: Inputs per batch: what an observer makes of values depends on it, so it is that of the calibration.
         """
         inputs = self.quantized_inputs(unit)
-        with torch.no_grad(), self.model.quantization(weights=True, activations=False):
+        with torch.no_grad(), self.graph.quantization(weights=True, activations=False):
             for batch in aligned_batches(self.count, size, self.first or 0):
                 unit.module(*[x[batch] for x in inputs])
 
     def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
-        """How many images a unit takes at once in a pass."""
+        """Returns how many images a unit computes at once in a pass."""
         return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self._batch_size))
 
     def advance(

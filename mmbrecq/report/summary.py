@@ -9,13 +9,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.schema import decode, encode
+
+if TYPE_CHECKING:
+    from mmbrecq.quantizers.quantized_model import QuantizedModel
+    from mmbrecq.reconstruction.results import UnitResult
 
 # Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
 MetricValues = dict[str, float]
@@ -117,14 +122,6 @@ class Calibration:
 
 
 @dataclass
-class KernelCount:
-    """Layers that carry quantization in the exported file, and those the runtime executes in integers."""
-
-    quantized: int = 0
-    integer: int = 0
-
-
-@dataclass
 class Summary:
     """The whole of ``summary.json``.
 
@@ -169,6 +166,26 @@ class Summary:
     integer_kernels: dict[str, KernelCount] = field(default_factory=dict)
     search: SearchResult | None = None
     pictures: list[str] = field(default_factory=list)
+
+    def add_model(self, model: QuantizedModel, size: ModelSize) -> None:
+        """Takes in the layers of a prepared model, their bits, and what of it stays in float or is one call."""
+        self.bits = {layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers}
+        self.float_layers = [f'{layer.name}: {layer.float_reason}' for layer in model.layers if layer.float_reason]
+        self.model_size_bytes = size
+        for graph in model.graphs:
+            self.warnings += [f'{path} stays one call: {why}' for path, why in graph.traced.opaque.items()]
+
+    def add_unit(self, result: UnitResult) -> None:
+        """Takes in a finished unit."""
+        record = {
+            field.name: getattr(result, field.name) for field in fields(UnitRecord) if hasattr(result, field.name)
+        }
+        self.units.append(UnitRecord(**{**record, 'layers': list(result.layers), 'phase': result.stage}))
+        if result.images_at_once is not None:
+            self.warnings.append(
+                f'the GPU had no room for a batch of {result.name} ({result.stage}): '
+                f'{result.images_at_once} images were computed at once, their gradients added up'
+            )
 
     @property
     def finished(self) -> bool:

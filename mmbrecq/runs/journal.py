@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from mmengine.dist import master_only
+from torch import nn
 
 from mmbrecq.distributed import on_main
 from mmbrecq.errors import CheckpointError, first_line
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.results import FinishedUnit, UnitResult
-from mmbrecq.reconstruction.unit_state import unit_state
+from mmbrecq.reconstruction.results import FinishedUnit, UnitResult, unit_state
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 
@@ -83,7 +82,7 @@ class Journal:
             )
         return found, metrics, meta.get('observed')
 
-    def add(self, model: QuantizedModel, unit: ReconstructionUnit, result: UnitResult) -> None:
+    def add(self, model: nn.Module, unit: ReconstructionUnit, result: UnitResult) -> None:
         """Takes in a finished unit, and writes the file."""
         self.units[result.stage, result.name] = FinishedUnit(result, unit_state(model, unit))
         self.save()

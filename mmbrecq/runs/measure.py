@@ -9,9 +9,9 @@ from importlib import metadata
 
 import torch
 
-from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection
-from mmbrecq.fake_quants.weight import weight_fake_quant
+from mmbrecq.byte_size import weight_bytes
+from mmbrecq.kernels.native import kernel_state
+from mmbrecq.mixed_precision.costs.layers import other_bytes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.report.summary import ModelSize, PeakMemory
 from mmbrecq.version import __version__
@@ -23,14 +23,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmbrecq, Python and the packages that decide results; those that are installed."""
+    """Versions of mmbrecq, Python and the installed packages that decide results, and whether kernels are compiled."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, 'kernels': kernel_state()}
 
 
 def peak_memory() -> PeakMemory:
@@ -43,18 +43,9 @@ def peak_memory() -> PeakMemory:
 def model_size(model: QuantizedModel) -> ModelSize:
     """Bytes of the parameters: all at 32 bits, and with quantized weights at their bits.
 
-    A quantized weight counts its packed bits, a float scale and, where the grid has one, a zero-point of its bits per
-    channel; what is not quantized counts 32 bits.
+    Args:
+        model: Prepared, not packed.
     """
-    saved = 0.0
-    for layer in model.all_layers:
-        fake_quant = weight_fake_quant(model.model.get_submodule(layer.name))
-        if fake_quant is not None:
-            bits = fake_quant.qtype.bits
-            channel_bits = 32 + (0 if fake_quant.qtype.symmetric else bits)
-            packed = fake_quant.codes.numel() * bits + fake_quant.scale.numel() * channel_bits
-            saved += 4 * fake_quant.codes.numel() - packed / 8
-    own = [m for m in model.model.modules() if isinstance(m, (FakeQuantize, BiasCorrection))]
-    added = {id(p) for module in own for p in module.parameters()}
-    total = 4 * sum(p.numel() for p in model.model.parameters() if id(p) not in added)
-    return ModelSize(float=total, quantized=round(total - saved))
+    rest, quantizers = other_bytes(model), [fake_quant for _, _, fake_quant in model.weights()]
+    packed = (weight_bytes(fq.codes.numel(), fq.scale.numel(), fq.qtype.bits, fq.qtype.symmetric) for fq in quantizers)
+    return ModelSize(rest + 4 * sum(fq.codes.numel() for fq in quantizers), round(rest + sum(packed)))

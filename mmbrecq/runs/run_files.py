@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import master_only
-from torch import Tensor
 
+from mmbrecq import pipeline
+from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.callbacks import Callback, Progress
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.report import Summary, write_report
-from mmbrecq.runs.grids import grids_of
-from mmbrecq.runs.storage import save_atomic, write_text_atomic
+from mmbrecq.report.rows import format_seconds
+from mmbrecq.runs.journal import Journal
+from mmbrecq.runs.storage import write_text_atomic
 
 
 class RunFiles:
@@ -41,33 +47,64 @@ class RunFiles:
         """
         if self.summary.config:
             write_text_atomic(self.config_text, self.folder / Path(self.summary.config).name)
-        write_text_atomic(_layer_list(model), self.folder / 'layers.txt')
+        write_text_atomic(layer_list(model), self.folder / 'layers.txt')
         write_text_atomic('\n'.join(ids) + '\n', self.folder / 'calibration_ids.txt')
         self.summary.calibration.num_samples = len(ids)
         self.summary.calibration.ids_file = 'calibration_ids.txt'
         self.write_summary()
 
     @master_only
-    def write_checkpoint(self, model: QuantizedModel, example: Tensor) -> None:
+    def write_checkpoint(self, model: QuantizedModel, quantizer: Mapping[str, Any]) -> None:
         """Writes ``quantized.pth`` of a packed model."""
-        meta = {
+        facts = {
             'config': self.config_text,
             'seed': self.summary.seed,
             'versions': self.summary.versions,
-            'bits': {name: [bits.weight, bits.activation] for name, bits in self.summary.bits.items()},
-            'grids': grids_of(model.model),
             'calibration_ids_file': self.summary.calibration.ids_file,
-            'example_shape': list(example.shape),
         }
-        save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, self.folder / 'quantized.pth')
+        pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
 
 
-def _layer_list(model: QuantizedModel) -> str:
-    """A line for every convolution and linear layer: bits, unit, or why it stayed in float."""
-    width = max(len(layer.name) for layer in model.all_layers)
+class RunRecorder(Callback):
+    """Records every finished unit in the journal and the summary: the report can be read half-way through a run.
+
+    Args:
+        model: The model that is reconstructed.
+        summary: Takes the results.
+        journal: Takes the states.
+        files: Writes the summary.
+    """
+
+    def __init__(self, model: QuantizedModel, summary: Summary, journal: Journal, files: RunFiles) -> None:
+        self.model, self.summary, self.journal, self.files = model, summary, journal, files
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
+        self.summary.add_unit(result)
+        self.files.write_summary()
+        self.journal.add(self.model.model, unit, result)
+
+
+def layer_list(model: QuantizedModel) -> str:
+    """Returns a line for every convolution and linear layer: bits, unit, or why it stayed in float."""
+    width = max(len(layer.name) for layer in model.layers)
     lines = []
-    for layer in model.all_layers:
+    for layer in model.layers:
         bits = f'W{layer.weight_bits or 32}A{layer.activation_bits or 32}'
         tail = f'float: {layer.float_reason}' if layer.float_reason else f'unit {layer.unit}'
         lines.append(f'{layer.name:<{width}}  {layer.kind:<12}  {bits:<7}  {tail}')
     return '\n'.join(lines) + '\n'
+
+
+def rehearsal_text(found: pipeline.Rehearsal) -> str:
+    """Returns what a dry run prints: layers, units, integer kernels, memory and time."""
+    units = [unit for graph in found.model.graphs for unit in graph.units if unit.is_quantized]
+    lines = [layer_list(found.model), f'{len(units)} units: {", ".join(unit.name for unit in units)}']
+    lines += [
+        f'{path} stays one call: {why}' for graph in found.model.graphs for path, why in graph.traced.opaque.items()
+    ]
+    lines += map(str, found.deviations)
+    lines += [count.describe(runtime) for runtime, count in found.kernels.items()]
+    lines += [str(found.plan)] if found.plan is not None else []
+    if found.seconds is not None:
+        lines.append(f'the reconstruction will take about {format_seconds(found.seconds)} on this machine')
+    return '\n'.join(lines)

@@ -24,6 +24,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
+from mmbrecq.dependencies import require
 from mmbrecq.errors import CheckpointError, first_line
 
 # NumPy 2 renamed numpy.core, and warns of the old name
@@ -39,7 +40,8 @@ def read_checkpoint(path_or_url: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, running none of the code that it may contain.
 
     Args:
-        path_or_url: A file, or an http(s) URL; a download is kept where ``torch.hub`` and mmengine keep theirs.
+        path_or_url: A file of torch or of safetensors, or an http(s) URL; a download is kept where ``torch.hub`` and
+            mmengine keep theirs.
 
     Returns:
         The dict that the file holds: ``state_dict`` and ``meta``, or the bare weights. History buffers of a message
@@ -48,8 +50,11 @@ def read_checkpoint(path_or_url: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, cannot be downloaded, is truncated or no checkpoint, or names a global
             outside the allow-list.
+        DependencyError: The file is of safetensors, and the package is not installed.
     """
     path = _local_file(str(path_or_url))
+    if _is_safetensors(path):
+        return _read_safetensors(path)
     try:
         with _allowed_globals():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -58,6 +63,25 @@ def read_checkpoint(path_or_url: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'expected {path} to hold a dict of weights, but got {type(checkpoint).__name__}')
     return checkpoint
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is in safetensors' format: the length of its header in 8 bytes, then a header in JSON."""
+    with path.open('rb') as file:
+        return path.suffix == '.safetensors' or file.read(9)[8:] == b'{'
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    require('safetensors')
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # the package's own type, and torch's for dtypes that it does not know
+        size = path.stat().st_size
+        raise CheckpointError(
+            f'checkpoint {path} ({size} bytes) is truncated or not of safetensors: {first_line(error)}'
+        ) from error
 
 
 def _local_file(path_or_url: str) -> Path:

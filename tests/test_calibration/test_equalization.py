@@ -88,7 +88,7 @@ def stem_ranges(model: QuantizedModel) -> Tensor:
 
 def test_groups_of_values_that_share_their_channels() -> None:
     model, _ = prepared(0.5)
-    groups = find_channel_groups(Roles(model.model, model.traced.graph))
+    groups = find_channel_groups(Roles(model.model, model.image_graph.traced.graph))
     named = {
         tuple(tuple(path.removeprefix('backbone.') for path in paths) for paths in (group.writers, group.readers))
         for group in groups
@@ -103,7 +103,7 @@ def test_the_network_computes_what_it_did(strength: float, options: dict[str, An
     model, run = prepared(strength, **options)
     with torch.no_grad():
         before = model(images())
-        assert equalize(model, run) == len(GROUPS)
+        assert equalize(model, model.image_graph, run) == len(GROUPS)
         after = model(images())
     assert float((after - before).abs().max() / before.abs().max()) < 1e-5
 
@@ -113,18 +113,20 @@ def test_ranges_shrink_to_the_power_that_is_left() -> None:
     model, run = prepared(0.75)
     with torch.no_grad():
         seen: dict[str, list[Tensor]] = {}
-        for name, quantizer in model.quantizers.items():
+        for name, quantizer in model.image_graph.quantizers.items():
             quantizer.register_forward_pre_hook(
                 lambda module, args, name=name: seen.setdefault(name, []).append(args[0].amax((0, 2, 3)))
                 if args[0].dim() == 4 else None
             )  # fmt: skip
         run()
         group = next(
-            g for g in find_channel_groups(Roles(model.model, model.traced.graph)) if 'backbone.stem' in g.writers
+            g
+            for g in find_channel_groups(Roles(model.model, model.image_graph.traced.graph))
+            if 'backbone.stem' in g.writers
         )
         mean = torch.stack([torch.stack(seen[name]).mean(0) for name in group.quantizers]).mean(0)
         before = stem_ranges(model)
-        equalize(model, run)
+        equalize(model, model.image_graph, run)
     factors = mean.clamp_min(float(mean.max()) * SMALLEST) ** 0.75
     factors = factors / factors.prod() ** (1 / WIDTH)
     torch.testing.assert_close(stem_ranges(model), before / factors, rtol=1e-4, atol=1e-6)
@@ -133,7 +135,7 @@ def test_ranges_shrink_to_the_power_that_is_left() -> None:
 def test_without_the_option_nothing_is_touched() -> None:
     model, run = prepared(0.0)
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    assert equalize(model, run) == 0
+    assert equalize(model, model.image_graph, run) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.data.images import collect_images
+from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.errors import NonFiniteError
 
 
@@ -62,6 +63,39 @@ def test_images_of_several_sizes_are_padded_together(pad_value: float) -> None:
         assert bool((image[:, height:] == pad_value).all()) and bool((image[:, :, width:] == pad_value).all())
 
 
+class Allocator:
+    """Fills what it allocates with 7, and counts the images of each reading; one tensor lives at a time."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self._last: Any = lambda: None
+
+    def __call__(self, shape: Any, like: Tensor) -> Tensor:
+        assert self._last() is None, 'two copies of all images are there at once'
+        self.shapes.append(tuple(shape))
+        images = torch.full(tuple(shape), 7.0, dtype=like.dtype)
+        self._last = weakref.ref(images)
+        return images
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'shapes'),
+    [
+        ([(4, 6), (3, 6), (4, 5), (2, 2), (4, 6)], [(4, 6)]),
+        ([(4, 6), (4, 6), (6, 4), (4, 6), (5, 5)], [(4, 6), (6, 6)]),
+    ],
+)
+def test_images_are_kept_once(sizes: list[tuple[int, int]], shapes: list[tuple[int, int]]) -> None:
+    """They are read again where the first batch does not have the largest size."""
+    allocate = Allocator()
+    images = collect_images(model(0), Drawn(sizes), allocate)  # type: ignore[arg-type]
+    assert allocate.shapes == [(5, 3, *shape) for shape in shapes]
+    for number, (image, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+        expected = torch.zeros(3, *shapes[-1])
+        expected[:, :height, :width] = 2 * (number + 1)
+        assert torch.equal(image, expected)
+
+
 def test_images_of_one_size_are_not_padded() -> None:
     images = collect(Drawn([(4, 6)] * 3), 114)
     assert images.shape == (3, 3, 4, 6)
@@ -73,3 +107,10 @@ def test_an_image_that_is_not_finite_is_named() -> None:
     drawn.images[2][1, 3, 3] = float('nan')
     with pytest.raises(NonFiniteError, match=r"NaN or infinity in '2\.png'"):
         collect(drawn)
+
+
+def test_an_example_is_two_images_of_its_own() -> None:
+    images = torch.arange(12.0).reshape(3, 1, 2, 2)
+    example = example_of(images)
+    assert torch.equal(example, images[:2]) and example.untyped_storage().nbytes() == 32
+    assert torch.equal(example_of(images[2:]), images[[2, 2]])

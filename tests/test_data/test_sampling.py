@@ -148,7 +148,10 @@ def test_dataset_and_pipeline_of_the_options(cfg: Config, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'samples': 3}, r'^unknown option calibration\.samples; the options are num_samples, seed, batch_size, num_w'),
+        (
+            {'samples': 3},
+            r"^unknown option 'samples' of calibration: expected num_samples or seed or batch_size or num_w",
+        ),
         ({'num_samples': 0}, r'^expected calibration\.num_samples to be an integer >= 1, but got 0$'),
         ({'batch_size': 2.0}, r'^expected calibration\.batch_size to be an integer >= 1, but got 2\.0$'),
         ({'seed': None}, r'^expected calibration\.seed to be an integer >= 0, but got None$'),

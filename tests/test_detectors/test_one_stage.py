@@ -59,15 +59,17 @@ def test_a_head_that_cannot_be_traced_is_quantized_within_one_call(tmp_path: Pat
         raw: Any = model(images, mode='tensor')
     wanted = predict(model, batch)
     prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}).prepare(model, preprocess(model, data(2)))
-    assert list(prepared.traced.opaque) == ['bbox_head']
+    assert list(prepared.image_graph.traced.opaque) == ['bbox_head']
     with torch.no_grad():
         found = flatten_outputs(prepared(images))
     for name, value in flatten_outputs(raw).items():
         assert relative_error(found[name], value) < 1e-5
     same(predict(model, batch), wanted)
-    (unit,) = [u for u in prepared.units if 'bbox_head.vfnet_cls' in u.layers]
+    (unit,) = [u for u in prepared.image_graph.units if 'bbox_head.vfnet_cls' in u.layers]
     assert len(unit.inputs) == 5 and len(unit.outputs) == 10
-    assert {layer for layer in unit.layers if layer in prepared.opaque_inputs} >= {'bbox_head.vfnet_reg_conv.conv'}
+    assert {layer for layer in unit.layers if layer in prepared.image_graph.opaque_inputs} >= {
+        'bbox_head.vfnet_reg_conv.conv'
+    }
     calibrate_weights(prepared)
     calibrate_activations(prepared, [images])
     with torch.no_grad(), prepared.quantization(weights=True, activations=True):
@@ -81,7 +83,7 @@ def test_a_head_that_cannot_be_traced_is_quantized_within_one_call(tmp_path: Pat
 
 def test_a_head_shared_over_levels_is_one_unit_with_an_input_per_level() -> None:
     prepared = prepare('retinanet')
-    (unit,) = [u for u in prepared.units if 'bbox_head.retina_cls' in u.layers]
+    (unit,) = [u for u in prepared.image_graph.units if 'bbox_head.retina_cls' in u.layers]
     assert set(unit.layers) == {
         'bbox_head.cls_convs.0.conv', 'bbox_head.reg_convs.0.conv', 'bbox_head.retina_cls', 'bbox_head.retina_reg',
     }  # fmt: skip
@@ -100,7 +102,7 @@ def moved_by_rounding(prepared: QuantizedModel, images: Tensor, place: str) -> f
     def nudge(module: nn.Module, args: tuple[Tensor]) -> Tensor:
         return args[0] * (1 + 1e-6 * torch.randn(args[0].shape, generator=generator))
 
-    hooks = [module.register_forward_pre_hook(nudge) for module in prepared.quantizers.values()]
+    hooks = [module.register_forward_pre_hook(nudge) for module in prepared.image_graph.quantizers.values()]
     with torch.no_grad():
         moved = flatten_outputs(prepared(images))[place]
     for hook in hooks:

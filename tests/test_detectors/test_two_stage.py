@@ -29,8 +29,7 @@ def prepare(model: nn.Module, weight_bits: int = 8, activation_bits: int = 8) ->
         {'bits': weight_bits, 'observer': OBSERVER}, {'bits': activation_bits, 'observer': OBSERVER}
     )
     prepared = quantizer.prepare(model, preprocess(model, data(2)))
-    for part in prepared.parts:
-        calibrate_weights(part)
+    calibrate_weights(prepared)
     batch = data()
     calibrate_activations(prepared, [preprocess(model, batch)])
     calibrate_regions(prepared, capture(prepared, batch))
@@ -44,14 +43,14 @@ def test_prepared_without_quantization_predicts_what_the_float_model_does(name: 
     prepared = prepare(model, 4, 4)
     with prepared.quantization(False, False):
         same(predict(model, batch), wanted)
-    assert [head.traced.path for head in prepared.heads] == [f'roi_head.{head}' for head in HEADS[name]]
+    assert [head.path for head in prepared.region_graphs] == [f'roi_head.{head}' for head in HEADS[name]]
 
 
 def test_every_layer_is_quantized_and_the_last_of_each_head_at_8_bits() -> None:
     prepared = prepare(build('mask_rcnn'), 2, 4)
-    bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in prepared.all_layers}
+    bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in prepared.layers}
     weighted = {n for n, m in prepared.model.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))}
-    assert set(bits) == weighted and all(layer.unit for layer in prepared.all_layers)
+    assert set(bits) == weighted and all(layer.unit for layer in prepared.layers)
     at_8 = {name for name, pair in bits.items() if pair == (8, 8)}
     last = {'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg'}
     # the extra levels of the pyramid leave the network as features alone
@@ -62,16 +61,16 @@ def test_every_layer_is_quantized_and_the_last_of_each_head_at_8_bits() -> None:
 def test_both_streams_of_a_head_are_about_the_same_regions() -> None:
     prepared, batch = prepare(build('faster_rcnn'), 8, 8), data()
     regions = capture(prepared, batch)
-    floats, alike = regions.pairs(prepared.heads[0], weights=False, activations=False)
+    floats, alike = regions.pairs(prepared.region_graphs[0], weights=False, activations=False)
     assert floats.shape == alike.shape and floats.shape[1:] == (8, 7, 7)
     assert 0 < len(floats) <= REGIONS_PER_IMAGE * 4
     torch.testing.assert_close(floats, alike)
-    floats, quantized = regions.pairs(prepared.heads[0], weights=True, activations=True)
+    floats, quantized = regions.pairs(prepared.region_graphs[0], weights=True, activations=True)
     assert floats.shape == quantized.shape
     error = float((floats - quantized).norm() / floats.norm())
     shuffled = float((floats - quantized.roll(1, 0)).norm() / floats.norm())
     assert 0 < error < 0.5 * shuffled
-    again = regions.pairs(prepared.heads[0], weights=True, activations=True)
+    again = regions.pairs(prepared.region_graphs[0], weights=True, activations=True)
     assert torch.equal(floats, again[0]) and torch.equal(quantized, again[1])
 
 
@@ -106,7 +105,7 @@ def test_deployed_files_predict_what_the_simulation_does(exporter: Any, tmp_path
         assert len(a['scores']) == len(b['scores']) > 0
         torch.testing.assert_close(a['scores'], b['scores'], rtol=0, atol=0.02)
     count = deployed.integer_kernels()
-    assert count.quantized == sum(layer.weight_bits is not None for layer in prepared.all_layers) + 3 * 4
+    assert count.quantized == sum(layer.weight_bits is not None for layer in prepared.layers) + 3 * 4
 
 
 def test_the_file_of_a_head_is_missing(tmp_path: Path) -> None:
@@ -137,7 +136,7 @@ def test_features_that_are_changed_before_the_head_are_refused() -> None:
     extractor: Any = prepared.model.get_submodule('roi_head.bbox_roi_extractor')
     extractor.register_forward_hook(lambda module, args, features: 2 * features)
     with pytest.raises(GraphError, match=r"expected 'roi_head\.bbox_head' to read features as they are cut out"):
-        capture(prepared, batch).pairs(prepared.heads[0], weights=True, activations=True)
+        capture(prepared, batch).pairs(prepared.region_graphs[0], weights=True, activations=True)
 
 
 class Silent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,39 @@ def test_options_override_the_file(write: Callable[[str], str]) -> None:
     assert (cfg.work_dir, cfg.randomness, cfg.quantizer.weight.bits) == ('elsewhere', {'seed': 5}, 4)
 
 
-def test_without_a_seed_it_is_0(write: Callable[[str], str]) -> None:
-    assert load_config(write(WHOLE), None, None).randomness == {'seed': 0}
+@pytest.mark.parametrize(
+    ('text', 'randomness'),
+    [
+        ('', {'seed': 0}),
+        ('randomness = dict(seed=None, deterministic=False)', {'seed': 0, 'deterministic': False}),
+        ('randomness = dict(seed=7, deterministic=True)', {'seed': 7, 'deterministic': True}),
+        ('randomness = dict(seed=7, deterministic=True)\nseed = 3', {'seed': 3, 'deterministic': True}),
+        ('randomness = dict(seed=7)\nseed = 0', {'seed': 0}),
+    ],
+)
+def test_randomness_is_the_configs_but_seed_goes_first(
+    write: Callable[[str], str], text: str, randomness: dict[str, Any]
+) -> None:
+    assert load_config(write(f'{WHOLE}\n{text}'), None, None).randomness == randomness
+
+
+def test_all_processes_have_one_seed(write: Callable[[str], str]) -> None:
+    with pytest.raises(ConfigError, match='expected randomness without diff_rank_seed: all processes of a run have on'):
+        load_config(write(WHOLE + 'randomness = dict(diff_rank_seed=True)'), None, None)
+
+
+def test_delete_may_stand_wherever_mmengine_reads_it(write: Callable[[str], str], tmp_path: Path) -> None:
+    base = write(WHOLE)
+    path = tmp_path / 'derived.py'
+    path.write_text(
+        f"_base_ = ['{base}']\n"
+        "quantizer = dict(_delete_=True, type='Q', weight=dict(_delete_=True, bits=3), "
+        'overrides=[dict(_delete_=True)])\n'
+        'reconstructor = dict(loss=dict(_delete_=True, a=(dict(_delete_=True, b=1),)))\n'
+    )
+    cfg = load_config(str(path), {'calibration.pipeline': [{'_delete_': True}]}, None)
+    assert cfg.quantizer == {'type': 'Q', 'weight': {'bits': 3}, 'overrides': [{}]}
+    assert (cfg.reconstructor, cfg.calibration) == ({'loss': {'a': ({'b': 1},)}}, {'pipeline': [{}]})
 
 
 @pytest.mark.parametrize('key', ['model', 'test_dataloader', 'test_evaluator', *engine_config.NEEDED])
@@ -164,6 +196,25 @@ def test_ctrl_c_that_a_library_turned_into_an_error(capsys: pytest.CaptureFixtur
 
     assert run_tool(main) == 130
     assert capsys.readouterr().err.startswith('interrupted: ')
+
+
+def test_debug_puts_the_traceback_before_the_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, 'argv', ['ptq.py', 'c.py', '--debug'])
+    assert run_tool(failing(ConfigError('a sentence'))) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ('Traceback (most recent call last):', 'error: a sentence')
+
+
+@pytest.mark.parametrize('tool', ['ptq', 'test', 'analyze', 'search', 'verify', 'train_demo', 'make_digit_scenes'])
+def test_every_tool_has_debug(tool: str) -> None:
+    text = (Path(__file__).parents[2] / 'tools' / f'{tool}.py').read_text()
+    assert 'run_tool(main' in text and ('add_common_arguments(parser)' in text or 'add_debug(parser)' in text)
+
+
+def test_the_status_is_that_of_the_tool() -> None:
+    assert run_tool(lambda: 1) == 1
 
 
 def test_our_own_bugs_are_not_hidden() -> None:

@@ -70,10 +70,14 @@ def test_other_errors_pass() -> None:
         evaluate(Doubling(), Batches(ZeroDivisionError()), Evaluator([Mean()]), 'test')  # type: ignore[arg-type]
 
 
-class Head(nn.Module):
+class Counting(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+
+
+class Head(Counting):
+    def predict_by_feat(self) -> None: ...
 
 
 class Cells:
@@ -81,8 +85,12 @@ class Cells:
 
 
 def test_other_classes_than_the_head_has() -> None:
-    """An RPN has one class whatever the data; a dataset that does not name its classes is taken as it is."""
-    model = nn.ModuleDict({'rpn_head': Head(1), 'backbone': Head(7), 'bbox_head': Head(3)})
+    """An RPN has one class whatever the data; a dataset that does not name its classes is taken as it is.
+
+    HTC's semantic head has the classes of another annotation, and no results of its own.
+    """
+    rpn, roi = nn.ModuleDict({'stage': Head(1)}), nn.ModuleDict({'semantic_head': Counting(183)})
+    model = nn.ModuleDict({'rpn_head': rpn, 'roi_head': roi, 'backbone': Counting(7), 'bbox_head': Head(3)})
     check_classes(model, Cells())
     check_classes(nn.ModuleDict({'bbox_head': Head(80)}), range(5))
     model['bbox_head'] = Head(80)

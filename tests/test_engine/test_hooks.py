@@ -16,12 +16,12 @@ from rich.console import Console
 from mmbrecq import progress
 from mmbrecq.engine.hooks import (
     HookCaller,
-    ReconstructionCheckpointHook,
     ReconstructionHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
 )
+from mmbrecq.reconstruction.callbacks import Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 
@@ -38,17 +38,17 @@ def result(name: str, kept: bool = False) -> UnitResult:
 
 def test_hooks_are_mmengines_own_kind() -> None:
     assert issubclass(ReconstructionHook, Hook)
-    for name in ('ReconstructionLoggerHook', 'ReconstructionCheckpointHook', 'ReconstructionProgressHook'):
+    for name in ('ReconstructionLoggerHook', 'ReconstructionScalarsHook', 'ReconstructionProgressHook'):
         assert ROOT_HOOKS.get(f'mmbrecq.{name}') is not None
 
 
 def test_a_custom_hook_needs_no_point_but_those_it_uses() -> None:
     hook: Any = ReconstructionHook()
     runner: Any = object()
-    hook.before_reconstruct_stage(runner, STAGE, [])
+    hook.before_reconstruct_stage(runner, STAGE, [], Progress(0, 1))
     hook.before_reconstruct_unit(runner, STAGE, unit('a'))
     hook.after_reconstruct_step(runner, STAGE, unit('a'), 1, 0.5)
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(1, 1))
     hook.after_reconstruct_stage(runner, STAGE)
     hook.after_reconstruct(runner)
 
@@ -57,16 +57,16 @@ def test_what_a_reconstruction_tells_reaches_every_hook() -> None:
     calls: list[Any] = []
     caller = HookCaller(SimpleNamespace(call_hook=lambda name, **values: calls.append((name, values))))  # type: ignore[arg-type]
     one, outcome = unit('a'), result('a')
-    caller.before_stage(STAGE, [one])
+    caller.before_stage(STAGE, [one], Progress(0, 1))
     caller.before_unit(STAGE, one)
     caller.after_step(STAGE, one, 7, 0.5)
-    caller.after_unit(STAGE, one, outcome)
+    caller.after_unit(STAGE, one, outcome, Progress(1, 1, 0.0))
     caller.after_stage(STAGE)
     assert calls == [
-        ('before_reconstruct_stage', {'stage': STAGE, 'units': [one]}),
+        ('before_reconstruct_stage', {'stage': STAGE, 'units': [one], 'progress': Progress(0, 1)}),
         ('before_reconstruct_unit', {'stage': STAGE, 'unit': one}),
         ('after_reconstruct_step', {'stage': STAGE, 'unit': one, 'step': 7, 'loss': 0.5}),
-        ('after_reconstruct_unit', {'stage': STAGE, 'unit': one, 'result': outcome}),
+        ('after_reconstruct_unit', {'stage': STAGE, 'unit': one, 'result': outcome, 'progress': Progress(1, 1, 0.0)}),
         ('after_reconstruct_stage', {'stage': STAGE}),
     ]
 
@@ -74,18 +74,12 @@ def test_what_a_reconstruction_tells_reaches_every_hook() -> None:
 @pytest.mark.parametrize('done', [0, 1])
 def test_the_log_has_a_line_for_every_unit(done: int) -> None:
     lines: list[str] = []
-    recorded: list[UnitResult] = []
-    runner: Any = SimpleNamespace(
-        logger=SimpleNamespace(info=lines.append),
-        test_loop=SimpleNamespace(
-            record=recorded.append, count_done=lambda stage: done, time_left=lambda: 100.0 if len(recorded) < 2 else 0.0
-        ),
-    )
+    runner: Any = SimpleNamespace(logger=SimpleNamespace(info=lines.append))
     hook = ReconstructionLoggerHook()
-    empty = SimpleNamespace(name='flatten', is_quantized=False)
-    hook.before_reconstruct_stage(runner, STAGE, [unit(str(n)) for n in range(done)] + [unit('a'), empty, unit('b')])
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
-    hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True))
+    count = done + 2
+    hook.before_reconstruct_stage(runner, STAGE, [], Progress(done, count))
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(done + 1, count, 100.0))
+    hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True), Progress(count, count, 0.0))
     assert lines == [
         f'reconstruction of weights: {done + 2} units, 50 iterations of 4 images each'
         + ('; 1 units are done' if done else ''),
@@ -94,31 +88,15 @@ def test_the_log_has_a_line_for_every_unit(done: int) -> None:
         f'weights {done + 2}/{done + 2} b: loss 2 -> 2, 25 -> 25 % of its output, 50 iterations, 0.2 s, '
         'worse than before: kept as it was',
     ]
-    assert recorded == [result('a'), result('b', kept=True)]
-
-
-def test_the_journal_is_written_after_every_unit_and_at_the_end() -> None:
-    told: list[Any] = []
-    journal = SimpleNamespace(add=lambda *values: told.append(values), save=lambda: told.append('saved'))
-    runner: Any = SimpleNamespace(test_loop=SimpleNamespace(journal=journal, model='model'))
-    hook, one, two = ReconstructionCheckpointHook(), unit('a'), unit('b')
-    hook.after_reconstruct_unit(runner, STAGE, one, result('a'))
-    hook.after_reconstruct_unit(runner, STAGE, two, result('b'))
-    hook.after_reconstruct(runner)
-    assert told == [('model', one, result('a')), ('model', two, result('b')), 'saved']
 
 
 @pytest.mark.parametrize('done', [0, 2])
 def test_losses_reach_the_backends_of_the_visualizer(done: int) -> None:
     scalars: list[Any] = []
-    runner: Any = SimpleNamespace(
-        visualizer=SimpleNamespace(add_scalar=lambda *values: scalars.append(values)),
-        test_loop=SimpleNamespace(count_done=lambda stage: done),
-    )
+    runner: Any = SimpleNamespace(visualizer=SimpleNamespace(add_scalar=lambda *values: scalars.append(values)))
     hook = ReconstructionScalarsHook()
-    hook.before_reconstruct_stage(runner, STAGE, [unit('a')])
     hook.after_reconstruct_step(runner, STAGE, unit('a'), 50, 0.5)
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'))
+    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(done + 1, 3))
     assert scalars == [
         ('weights/a', 0.5, 50), ('weights/before', 0.25, done + 1), ('weights/after', 0.125, done + 1)
     ]  # fmt: skip
@@ -141,7 +119,7 @@ def test_the_bar_goes_with_its_unit_or_with_the_reconstruction(
     hook.before_reconstruct_unit(runner, STAGE, unit('layer1'))
     hook.after_reconstruct_step(runner, STAGE, unit('layer1'), 25, 0.125)
     if not breaks_off:
-        hook.after_reconstruct_unit(runner, STAGE, unit('layer1'), result('layer1'))
+        hook.after_reconstruct_unit(runner, STAGE, unit('layer1'), result('layer1'), Progress(1, 1))
     hook.after_reconstruct(runner)
     drawn = written.getvalue()
     assert drawn.rindex('\x1b[?25h') > drawn.rindex('\x1b[?25l')
@@ -151,5 +129,5 @@ def test_the_bar_goes_with_its_unit_or_with_the_reconstruction(
 
 def test_the_bar_goes_before_the_log_line_comes() -> None:
     order = ('ABOVE_NORMAL', 'NORMAL', 'LOW')
-    hooks: Any = (ReconstructionProgressHook, ReconstructionLoggerHook, ReconstructionCheckpointHook)
+    hooks: Any = (ReconstructionProgressHook, ReconstructionLoggerHook, ReconstructionScalarsHook)
     assert tuple(hook.priority for hook in hooks) == order

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import conv, images, net, run
+from small_models import calibrate, conv, images, net, relative_error, run
 from torch import Tensor, nn
 
+from mmbrecq.deploy.backends import DeployedModel
+from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
+from mmbrecq.errors import GraphError
 from mmbrecq.graph.traced_graph import trace_image_graph
+from mmbrecq.presets import PRESETS
+from mmbrecq.quantizers import BRECQQuantizer
 
 
 class FlatLinear(nn.Module):
@@ -76,10 +82,9 @@ def _twice_read(self: Any, x: Tensor) -> Tensor:
         (lambda self, x: self.bn(self.layer(self.bn(x))), nn.BatchNorm2d(3)),
         (lambda self, x: self.layer(self.bn(x)), nn.BatchNorm2d(3)),
         (lambda self, x: self.bn(torch.relu(self.layer(x))), nn.BatchNorm2d(3)),
-        (lambda self, x: self.bn(self.layer(x)), nn.BatchNorm2d(3, track_running_stats=False)),
         (lambda self, x: self.bn(self.layer(x)), nn.InstanceNorm2d(3)),
     ],
-    ids=['read twice', 'layer called twice', 'norm called twice', 'norm first', 'relu between', 'no stats', 'instance'],
+    ids=['read twice', 'layer called twice', 'norm called twice', 'norm first', 'relu between', 'instance'],
 )
 def test_what_cannot_be_folded_stays(function: Any, norm: nn.Module) -> None:
     model = net(function, layer=conv(3, 3), bn=norm)
@@ -137,3 +142,83 @@ def test_identity_frees_a_batch_norm_for_folding() -> None:
     traced = trace_image_graph(model, images(2))
     assert traced.folded == ['backbone.layer']
     torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=1e-5, atol=1e-6)
+
+
+def normalised(norm: nn.Module) -> nn.Module:
+    """``norm`` with statistics and an affine map other than 0 and 1."""
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ('function', 'modules', 'folded'),
+    [
+        # tokens (N, 4, 4): the BatchNorm owns the tokens, the linear layer the channels
+        (lambda self, x: self.bn(self.fc(self.conv(x).mean(2))), {'fc': nn.Linear(8, 8), 'bn': nn.BatchNorm1d(4)}, []),
+        (lambda self, x: self.bn(self.fc(self.conv(x))), {'fc': nn.Linear(8, 8), 'bn': nn.BatchNorm2d(4)}, []),
+        (lambda self, x: self.bn(self.fc(x.mean((2, 3)))), {'fc': nn.Linear(3, 4), 'bn': nn.BatchNorm1d(4)}, ['fc']),
+        (lambda self, x: self.bn(self.one(x.mean(2))), {'one': nn.Conv1d(3, 4, 3), 'bn': nn.BatchNorm1d(4)}, ['one']),
+        (lambda self, x: self.bn(self.conv(x)) + self.bn(self.two(x)), {'two': conv(), 'bn': nn.BatchNorm2d(4)}, []),
+        (lambda self, x: self.bn(self.conv(x)) + self.conv(x), {'bn': nn.BatchNorm2d(4)}, []),
+        (lambda self, x: self.bn(self.conv(x)) + self.conv(x * 2), {'bn': nn.BatchNorm2d(4)}, []),
+        (lambda self, x: self.bn(self.conv(x)) * self.conv.weight.mean(), {'bn': nn.BatchNorm2d(4)}, []),
+        (lambda self, x: self.bn(torch.relu(self.conv(x))), {'bn': nn.BatchNorm2d(4)}, []),
+    ],
+)  # fmt: skip
+def test_only_the_batch_norm_of_the_output_channels_is_folded(
+    function: Any, modules: dict[str, nn.Module], folded: list[str]
+) -> None:
+    model = net(function, conv=conv(), **modules)
+    normalised(model.backbone.bn)
+    x = images(3, size=8)
+    wanted = run(model, x)
+    traced = trace_image_graph(model, images(2, size=8))
+    assert traced.folded == [f'backbone.{name}' for name in folded]
+    torch.testing.assert_close(run(traced.compile(), x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_the_same_weight_keeps_it() -> None:
+    model = net(lambda self, x: self.bn(self.conv(x)) + self.other(x), conv=conv(), other=conv(), bn=nn.BatchNorm2d(4))
+    model.backbone.other.weight = model.backbone.conv.weight
+    normalised(model.backbone.bn)
+    wanted = run(model, images())
+    traced = trace_image_graph(model, images(2))
+    assert traced.folded == ['backbone.conv']
+    torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('function', 'owner'),
+    [
+        (lambda self, x: self.bn(self.conv(x)), 'backbone.bn'),
+        (lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), 'backbone'),
+    ],
+)
+def test_statistics_of_the_batch_are_refused(function: Any, owner: str) -> None:
+    model = net(function, conv=conv(), bn=nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(
+        GraphError, match=f"^expected the BatchNorm of '{owner}' to have running statistics, but it norm"
+    ):
+        trace_image_graph(model, images(2))
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_batch_norm_that_stays_is_exported(tmp_path: Path, preset: str) -> None:
+    """Between a convolution and a rectifier, shared by two convolutions, and over tokens."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn(self.conv(x))) + torch.relu(self.bn(self.other(x)))
+        return self.fc(self.tokens(self.proj(self.last(y).mean(2))).flatten(1))
+
+    model = net(
+        forward, conv=conv(), other=conv(), bn=normalised(nn.BatchNorm2d(4)), last=conv(4, 4), proj=nn.Linear(8, 8),
+        tokens=normalised(nn.BatchNorm1d(4)), fc=nn.Linear(32, 5),
+    )  # fmt: skip
+    example, x = images(2, size=8), images(5, seed=1, size=8)
+    prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}, preset).prepare(model.eval(), example)
+    calibrate(prepared, [images(8, size=8)]).pack()
+    exporter = OpenVINOExporter() if preset == 'openvino' else ONNXExporter()
+    deployed = DeployedModel(prepared.model, exporter.export(prepared.image_graph, example, tmp_path))
+    assert relative_error(deployed.image_backend(x)[0], run(prepared, x)) < 1e-2

@@ -107,7 +107,7 @@ def test_activation_that_a_target_does_not_fuse(preset: str, expected: list[str]
     [
         ('academic', ['inputs', 'relu1', 'relu2']),
         ('openvino', ['inputs', 'relu1+relu2']),
-        ('onnxruntime', ['inputs', 'relu1+relu2']),
+        ('onnxruntime', ['inputs', 'relu1', 'relu2']),
         ('tensorrt', ['inputs', 'relu1+relu2']),
     ],
 )
@@ -134,6 +134,20 @@ def test_chained_concatenations_share_one_grid() -> None:
     assert set(shared.layers) == {'backbone.last', 'backbone.side'}
 
 
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [('openvino', [('relu+second', False)]), ('onnxruntime', [('relu', True), ('second', False)])],
+)
+def test_rectified_and_signed_values_of_a_concatenation(preset: str, expected: list[tuple[str, bool]]) -> None:
+    """ONNX Runtime computes a rectifier within its convolution only where the zero-point is 0."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(torch.cat([F.relu(self.first(x)), self.second(x)], 1))
+
+    found = places(net(forward, first=conv(), second=conv(), last=conv(8, 2)), preset)
+    assert list(zip(targets(found), [place.non_negative for place in found], strict=True))[1:] == expected
+
+
 @pytest.mark.parametrize('preset', PRESETS)
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'vgg'])
 def test_network_outputs_stay_float_and_every_layer_reads_a_grid(preset: str, name: str) -> None:
@@ -154,3 +168,121 @@ def test_several_outputs_stay_float_unless_a_layer_reads_them() -> None:
 
     model = net(forward, conv1=conv(), relu=nn.ReLU(), conv2=conv(4, 2))
     assert targets(places(model, 'onnxruntime')) == ['inputs', 'relu']
+
+
+class Opaque(nn.Module):
+    """Cannot be traced, and reads what it is given in a convolution straight away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError('not traceable')
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('also', [False, True])
+def test_an_opaque_module_reads_floats_and_quantizes_them_itself(also: bool) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.stem(x))
+        return self.last(self.opaque(y)) + (self.last(y) if also else 0.0)
+
+    model = net(forward, stem=conv(), opaque=Opaque(), last=conv(4, 4))
+    found = places(model, 'openvino')
+    assert targets(found) == ['inputs', *(['relu'] if also else []), 'opaque']
+    assert [str(n) for position in found for n in position.float_readers] == (['backbone_opaque'] if also else [])
+
+
+class RMSNorm(nn.Module):
+    """Written out, as many models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+class CenteredNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        return centred / (centred.abs().mean(1, keepdim=True) + 1e-6)
+
+
+class ChannelNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize(
+    'norm', [ChannelNorm(), RMSNorm(), CenteredNorm(), nn.GroupNorm(1, 4), nn.InstanceNorm2d(4), nn.BatchNorm2d(4)]
+)
+def test_a_stream_that_layers_read_normalised_stays_in_float(norm: nn.Module, preset: str) -> None:
+    """Through moves, constants and gains, and where a sum is read by the next sum alone."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = x + self.first(self.norm(x))
+        z = self.norm(y[:, :, 1:] * 0.5 + 1.0)
+        w = y[:, :, 1:] + F.silu(self.second(z)) + F.silu(self.third(z))
+        return self.last(self.norm(w))
+
+    model = net(forward, stem=conv(), norm=norm, first=conv(4, 4), second=conv(4, 4), third=conv(4, 4), last=conv(4, 2))
+    traced = trace_image_graph(model, images(2))
+    roles = Roles(model, traced.graph)
+    found = find_positions(roles, PRESETS[preset])
+    read = {layer.removeprefix('backbone.') for place in found for layer in place.layers}
+    assert not [n.name for place in found for n in place.nodes if roles.is_add(n)]
+    assert read == {'stem', 'first', 'second', 'third', 'last'}
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_a_sum_that_a_layer_reads_is_quantized(preset: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = x + self.first(self.norm(x))
+        return self.last(self.norm(y) + y) + self.side(y)
+
+    model = net(forward, stem=conv(), norm=nn.GroupNorm(1, 4), first=conv(4, 4), last=conv(4, 2), side=conv(4, 2))
+    assert {'add', 'add_1'} <= set(targets(places(model, preset)))
+
+
+def test_the_linear_layer_before_a_stream_in_float_is_not_quantized() -> None:
+    """ONNX Runtime computes a linear layer in integers whatever follows it, a convolution does not."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.fc(self.norm(x))
+
+    model = net(
+        forward, stem=conv(), norm=nn.LayerNorm(4), up=nn.Linear(4, 8), down=nn.Linear(8, 4), fc=nn.Linear(4, 2)
+    )
+    assert targets(places(model, 'onnxruntime')) == ['inputs', 'stem', 'norm', 'up', 'gelu', 'norm']
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+@pytest.mark.parametrize(
+    ('function', 'by_channel'),
+    [
+        (lambda self, x: self.depthwise(x), True),
+        (
+            lambda self, x: self.depthwise(F.max_pool2d(x, 2)) + self.wide(F.interpolate(x, scale_factor=0.5))[:, :4],
+            True,
+        ),
+        (lambda self, x: self.depthwise(x) + x, True),
+        (lambda self, x: self.depthwise(x) + self.dense(x), False),
+        (lambda self, x: self.grouped(x), False),
+        (lambda self, x: self.depthwise(x.flip(1)[:, :4].reshape(2, 4, -1, 4)), False),
+        (lambda self, x: self.depthwise(torch.cat([x[:, 2:], x[:, :2]], 1)), False),
+    ],
+)
+def test_depthwise_convolutions_read_a_scale_per_channel(function: Any, by_channel: bool, preset: str) -> None:
+    model = net(
+        lambda self, x: self.last(function(self, F.silu(self.stem(x)))), stem=conv(3, 4, stride=2),
+        depthwise=conv(4, 4, groups=4), wide=conv(4, 8, groups=4),
+        grouped=conv(4, 4, groups=2), dense=conv(4, 4), last=conv(4, 2),
+    )  # fmt: skip
+    found = dict(zip(targets(places(model, preset)), places(model, preset), strict=True))
+    assert found['silu'].per_channel == (by_channel and preset == 'openvino')
+    assert not found['inputs'].per_channel

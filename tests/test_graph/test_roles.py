@@ -14,8 +14,10 @@ from mmbrecq.graph.traced_graph import trace_image_graph
 
 
 def last_node(function: Any, **modules: nn.Module) -> tuple[Roles, fx.Node]:
-    """The node whose value is the output of ``function``, behind a convolution."""
+    """The node whose value is the output of ``function``, behind a convolution; a gain has either sign."""
     model = net(lambda self, x: function(self, self.conv(x)), conv=conv(), **modules)
+    model.backbone.gain = nn.Parameter(torch.linspace(-1, 1, 4).view(4, 1, 1))
+    model.backbone.positive = nn.Parameter(torch.ones(4, 1, 1))
     traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
     output = next(n for n in traced.graph.nodes if n.op == 'output')
@@ -122,10 +124,50 @@ def test_moves_leave_values_on_their_grid(function: Any, expected: bool) -> None
         (lambda self, x: torch.cat([F.relu(x), x], 1), False),
         (lambda self, x: F.relu(x) - 1.0, False),
         (lambda self, x: self.average(x), False),
+        (lambda self, x: F.relu(x) * -1.0, False),
+        (lambda self, x: -1.0 * (-F.relu(x)), True),
+        (lambda self, x: -F.relu(x), False),
+        (lambda self, x: F.relu(x).neg(), False),
+        (lambda self, x: F.relu(x) * self.gain, False),
+        (lambda self, x: F.relu(x) * self.gain.abs(), True),
+        (lambda self, x: F.relu(x) * self.positive, True),
+        (lambda self, x: F.relu(x) + self.gain, False),
+        (lambda self, x: F.relu(x) / self.positive, True),
+        (lambda self, x: F.relu(x) / -2.0, False),
+        (lambda self, x: F.relu(x) / self.gain, False),
+        (lambda self, x: 1.0 - x.sigmoid(), True),
+        (lambda self, x: 1.0 - F.relu(x), False),
+        (lambda self, x: torch.sub(F.relu6(x), 6.0), False),
+        (lambda self, x: F.relu6(x + 3.0) / 6.0, True),
+        (lambda self, x: torch.sub(x.sigmoid(), x.sigmoid(), alpha=2), False),
+        (lambda self, x: torch.add(F.relu(x), F.relu(x), alpha=-1), False),
+        (lambda self, x: x.clamp(min=0), True),
+        (lambda self, x: x.clamp(0.5, 2.0), True),
+        (lambda self, x: torch.clamp(x, max=2.0), False),
+        (lambda self, x: torch.clamp(F.relu(x), max=-1.0), False),
+        (lambda self, x: torch.clamp(F.relu(x), max=self.gain), False),
+        (lambda self, x: torch.maximum(x, x.sigmoid()), True),
+        (lambda self, x: torch.minimum(x, x.sigmoid()), False),
+        (lambda self, x: x.abs().mean(1, keepdim=True), True),
+        (lambda self, x: x.square(), True),
+        (lambda self, x: x * x, True),
+        (lambda self, x: x**2, True),
+        (lambda self, x: x**3, False),
+        (lambda self, x: x.softmax(1), True),
+        (lambda self, x: F.softplus(x), True),
+        (lambda self, x: F.hardswish(x), False),
+        (lambda self, x: torch.tanh(F.relu(x)), False),
+        (lambda self, x: self.hardtanh(x), True),
+        (lambda self, x: F.pad(F.relu(x), (1, 1)), True),
+        (lambda self, x: F.pad(F.relu(x), (1, 1), value=-1.0), False),
+        (lambda self, x: F.interpolate(F.relu(x), scale_factor=2, mode='bilinear'), True),
+        (lambda self, x: F.interpolate(F.relu(x), scale_factor=2, mode='bicubic'), False),
+        (lambda self, x: torch.stack([F.relu(x), x.sigmoid()]), True),
+        (lambda self, x: torch.where(x > 0, x.abs(), x), False),
     ],
 )
 def test_sign_is_told_from_the_operators(function: Any, expected: bool) -> None:
-    modules = {'relu6': nn.ReLU6(), 'pool': nn.MaxPool2d(2), 'average': nn.AvgPool2d(2)}
+    modules = {'relu6': nn.ReLU6(), 'pool': nn.MaxPool2d(2), 'average': nn.AvgPool2d(2), 'hardtanh': nn.Hardtanh(0, 2)}
     roles, node = last_node(function, **modules)
     assert roles.non_negative(node) == expected
     assert not expected or bool((node.meta['example'] >= 0).all())

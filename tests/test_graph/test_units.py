@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from small_models import Apply, classifier, conv, images, net, packed, run
 from torch import Tensor, nn
 
-from mmbrecq.errors import ConfigError, PatternError
+from mmbrecq.errors import ConfigError
+from mmbrecq.graph.blocks import find_blocks
 from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph
-from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, find_blocks, is_below
+from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
 
 
 def layers_of(model: nn.Module) -> set[str]:
@@ -23,7 +24,7 @@ def cut(
     model: nn.Module, granularity: str, blocks: Sequence[str] | None = None
 ) -> tuple[list[ReconstructionUnit], TracedGraph]:
     traced = trace_image_graph(model, images(2))
-    found = find_blocks(model, blocks)
+    found = find_blocks(model, traced.graph, blocks)
     return cut_units(model, traced.graph, layers_of(model), set(), found, '', granularity), traced
 
 
@@ -160,33 +161,17 @@ def test_only_tensors_cross_from_unit_to_unit() -> None:
 
 def test_units_hold_the_quantizers_of_what_they_compute() -> None:
     model = packed(classifier('resnet'), 'onnxruntime')
-    held = Counter(name for unit in model.units for name in unit.quantizers)
-    assert held == Counter(model.quantizers.keys())
+    held = Counter(name for unit in model.image_graph.units for name in unit.quantizers)
+    assert held == Counter(model.image_graph.quantizers.keys())
     x = images(3, seed=1)
-    (output,) = outputs_of(model.traced)
-    torch.testing.assert_close(run_units(model.units, x)[output], run(model, x), rtol=0, atol=0)
+    (output,) = outputs_of(model.image_graph.traced)
+    torch.testing.assert_close(run_units(model.image_graph.units, x)[output], run(model, x), rtol=0, atol=0)
 
 
 def test_unknown_granularity() -> None:
     message = r"expected granularity to be one of \['layer', 'block', 'stage', 'net'\], but got 'model'"
     with pytest.raises(ConfigError, match=message):
         cut(classifier('resnet'), 'model')
-
-
-def test_blocks_by_type_and_by_pattern() -> None:
-    model = classifier('resnet')
-    expected = [f'backbone.layer{i}.{j}' for i in range(1, 5) for j in range(2)]
-    assert find_blocks(model, None) == find_blocks(model, ['BasicBlock']) == expected
-    assert find_blocks(model, ['backbone.layer4.*']) == expected[-2:]
-    assert find_blocks(model, ['backbone.layer2', 'BasicBlock']) == [*expected[:2], 'backbone.layer2', *expected[4:]]
-    assert find_blocks(classifier('vgg'), None) == []
-
-
-@pytest.mark.parametrize('entry', ['Bottleneck', 'backbone.layer5.*', 'layer1'])
-def test_block_that_matches_nothing(entry: str) -> None:
-    message = f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none"
-    with pytest.raises(PatternError, match=message.replace('*', r'\*')):
-        find_blocks(classifier('resnet'), ['BasicBlock', entry])
 
 
 @pytest.mark.parametrize(

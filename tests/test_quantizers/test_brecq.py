@@ -37,7 +37,10 @@ def bits(model: QuantizedModel) -> dict[str, tuple[int | None, int | None]]:
 def grids(model: QuantizedModel) -> dict[str, int]:
     """Bits of the activation quantizers by the name of their place."""
     prefix = 'activation_quantizers.'
-    return {name.removeprefix(prefix).removeprefix('backbone_'): q.qtype.bits for name, q in model.quantizers.items()}
+    return {
+        name.removeprefix(prefix).removeprefix('backbone_'): q.qtype.bits
+        for name, q in model.image_graph.quantizers.items()
+    }
 
 
 def test_first_and_last_layer_at_eight_bits_is_a_switch() -> None:
@@ -56,7 +59,9 @@ def test_first_and_last_layer_at_eight_bits_is_a_switch() -> None:
 def test_the_step_of_the_images_is_not_learned_at_eight_bits() -> None:
     for switch in (True, False):
         model = prepare(residual(), 'academic', 2, 4, first_last_8bit=switch)
-        fixed = {name.removeprefix('activation_quantizers.') for name, q in model.quantizers.items() if q.fixed}
+        fixed = {
+            name.removeprefix('activation_quantizers.') for name, q in model.image_graph.quantizers.items() if q.fixed
+        }
         assert fixed == ({'inputs'} if switch else set())
 
 
@@ -101,7 +106,7 @@ def test_override_that_matches_no_layer_of_the_model() -> None:
 def test_activations_in_float(preset: str) -> None:
     """W4A32: no activation quantizer at all, and the weights alone are switched."""
     model = calibrate(prepare(residual(), preset, 4, None))
-    assert model.quantizers == {}
+    assert model.image_graph.quantizers == {}
     assert set(bits(model).values()) == {(4, None), (8, None)}
     x = images()
     with model.quantization(weights=True, activations=True):
@@ -131,7 +136,7 @@ def test_layer_list_says_why_a_layer_is_float() -> None:
 
 def test_layers_know_their_unit() -> None:
     model = prepare(classifier('resnet'), 'academic')
-    by_unit = {layer: unit.name for unit in model.units for layer in unit.layers}
+    by_unit = {layer: unit.name for unit in model.image_graph.units for layer in unit.layers}
     assert {layer.name: layer.unit for layer in model.layers} == by_unit
     assert by_unit['backbone.layer2.0.downsample.0'] == 'backbone.layer2.0'
 
@@ -149,12 +154,14 @@ class _Opaque(nn.Module):
 def test_layer_in_an_opaque_module_is_quantized_at_its_input() -> None:
     model = net(lambda self, x: self.last(self.odd(self.first(x))), first=conv(), odd=_Opaque(), last=conv(4, 2))
     prepared = prepare(model, 'academic', 2, 4)
-    assert list(prepared.traced.opaque) == ['backbone.odd']
-    assert prepared.opaque_inputs == {'backbone.odd.inner': 'activation_quantizers.backbone_odd_inner_input'}
+    assert list(prepared.image_graph.traced.opaque) == ['backbone.odd']
+    assert prepared.image_graph.opaque_inputs == {
+        'backbone.odd.inner': 'activation_quantizers.backbone_odd_inner_input'
+    }
     assert bits(prepared)['odd.inner'] == (2, 4)
-    unit = next(unit for unit in prepared.units if 'backbone.odd.inner' in unit.layers)
-    quantizer = prepared.quantizers[prepared.opaque_inputs['backbone.odd.inner']]
-    assert any(found is quantizer for found in prepared.unit_quantizers(unit))
+    unit = next(unit for unit in prepared.image_graph.units if 'backbone.odd.inner' in unit.layers)
+    quantizer = prepared.image_graph.quantizers[prepared.image_graph.opaque_inputs['backbone.odd.inner']]
+    assert any(found is quantizer for found in prepared.image_graph.unit_quantizers(unit))
     calibrate(prepared)
     seen: list[Tensor] = []
     model.backbone.odd.inner.register_forward_hook(lambda _, args, out: seen.append(args[0]))
@@ -180,7 +187,7 @@ def test_a_layer_that_an_opaque_module_does_not_call_stays_in_float() -> None:
     model = net(lambda self, x: self.odd(self.first(x)), first=conv(), odd=_OpaqueReader())
     weight = model.backbone.odd.read.weight.detach().clone()
     prepared = calibrate(prepare(model, 'academic', 2, 4))
-    reasons = {layer.name: layer.float_reason for layer in prepared.all_layers}
+    reasons = {layer.name: layer.float_reason for layer in prepared.layers}
     assert reasons == {
         'backbone.first': None, 'backbone.odd.inner': None, 'backbone.odd.read': 'the forward pass does not call it'
     }  # fmt: skip
@@ -208,9 +215,9 @@ def test_weights_per_channel_and_per_tensor() -> None:
 def test_activations_per_channel() -> None:
     options = {'bits': 4, 'per_channel': True}
     model = calibrate(BRECQQuantizer({'bits': 4}, options).prepare(residual(), images(2)))
-    shapes = {name.rpartition('.')[2]: tuple(q.scale.shape) for name, q in model.quantizers.items()}
+    shapes = {name.rpartition('.')[2]: tuple(q.scale.shape) for name, q in model.image_graph.quantizers.items()}
     assert shapes['inputs'] == (3,) and shapes['backbone_stem_relu'] == (4,)
-    quantizer = model.quantizers['activation_quantizers.inputs']
+    quantizer = model.image_graph.quantizers['activation_quantizers.inputs']
     x = images()
     with model.quantization(weights=False, activations=True):
         found = run(quantizer, x).numpy()
@@ -246,10 +253,10 @@ def test_types_of_the_config_are_built() -> None:
     }
     model = QUANTIZERS.build(cfg).prepare(residual(), images(2))
     assert {type(fq) for _, _, fq in model.weights()} == {NearestRounding}
-    assert {type(q) for q in model.quantizers.values()} == {FakeQuantize}
+    assert {type(q) for q in model.image_graph.quantizers.values()} == {FakeQuantize}
     default = prepare(residual(), 'academic')
     assert {type(fq) for _, _, fq in default.weights()} == {AdaRound}
-    assert {type(q) for q in default.quantizers.values()} == {LSQ}
+    assert {type(q) for q in default.image_graph.quantizers.values()} == {LSQ}
 
 
 def test_unknown_type_lists_the_valid_ones() -> None:
@@ -274,7 +281,7 @@ def test_shared_layer_has_one_weight_and_a_grid_per_value() -> None:
         net(forward, stem=conv(), down=conv(4, 4), head=Apply(lambda s, x: s.c(x), c=conv(4, 2))), 'academic'
     )
     assert [name for name, *_ in model.weights()] == ['backbone.stem', 'backbone.down', 'backbone.head.c']
-    assert len(model.quantizers) == 3
+    assert len(model.image_graph.quantizers) == 3
     assert bits(model)['head.c'] == (8, 8)
 
 

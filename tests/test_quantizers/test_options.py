@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mmbrecq.building import parse_options
 from mmbrecq.errors import ConfigError, PatternError
 from mmbrecq.quantizers import BRECQQuantizer
 from mmbrecq.quantizers.options import (
@@ -13,7 +14,6 @@ from mmbrecq.quantizers.options import (
     WeightOptions,
     assign_bits,
     check_bits,
-    parse_options,
 )
 
 LAYERS = ['stem', 'body.0', 'body.1', 'fc']
@@ -45,28 +45,29 @@ def test_bits_out_of_range(bits: Any) -> None:
         ),
         (
             {'weight': {'bits': 4, 'bit': 2}},
-            'expected the keys of quantizer.weight to be among '
-            "['bits', 'per_channel', 'symmetric', 'observer', 'rounding'], but got 'bit'",
+            "unknown option 'bit' of quantizer.weight: "
+            'expected bits or per_channel or symmetric or observer or rounding',
         ),
         (
             {'weight': {'bits': 4}, 'activation': {'bits': 4, 'rounding': {}}},
-            'expected the keys of quantizer.activation to be among '
-            "['bits', 'per_channel', 'symmetric', 'observer', 'fake_quant'], but got 'rounding'",
+            "unknown option 'rounding' of quantizer.activation: "
+            'expected bits or per_channel or symmetric or observer or fake_quant',
         ),
         (
             {'weight': {'bits': 4}, 'overrides': [{'pattern': '*'}, {'pattern': '*', 'bits': 4}]},
-            'expected the keys of quantizer.overrides[1] to be among '
-            "['pattern', 'weight_bits', 'activation_bits'], but got 'bits'",
+            "unknown option 'bits' of quantizer.overrides[1]: expected pattern or weight_bits or activation_bits",
         ),
         (
             {'weight': {'per_channel': True}},
-            'expected quantizer.weight to have what it needs of '
-            "['bits', 'per_channel', 'symmetric', 'observer', 'rounding'], but got ['per_channel']",
+            "expected option 'bits' of quantizer.weight, but it was not given",
+        ),
+        (
+            {'weight': {'bits': 4, 'per_channel': 'no'}},
+            "expected option 'per_channel' of quantizer.weight to be True or False, but got 'no'",
         ),
         (
             {'weight': 4},
-            'expected quantizer.weight to be a dict with the keys '
-            "['bits', 'per_channel', 'symmetric', 'observer', 'rounding'], but got 4",
+            'expected quantizer.weight to be a dict, but got 4',
         ),
         (
             {'weight': {'bits': 4}, 'granularity': 'blocks'},

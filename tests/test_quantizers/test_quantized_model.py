@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from small_models import calibrate, classifier, conv, images, net, packed, prepare, relative_error, residual, run
 from torch import Tensor, nn
 
+from mmbrecq.deploy.backends.onnxruntime import ONNXRuntimeBackend
+from mmbrecq.deploy.exporters import ONNXExporter
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.presets import PRESETS
@@ -21,22 +24,22 @@ def switches(model: QuantizedModel) -> dict[str, bool]:
         correction = bias_correction(module)
         if correction is not None:
             found[f'{name}.bias'] = correction.enabled
-    return found | {name: quantizer.enabled for name, quantizer in model.quantizers.items()}
+    return found | {name: quantizer.enabled for name, quantizer in model.image_graph.quantizers.items()}
 
 
 @pytest.mark.parametrize('weights', [False, True])
 @pytest.mark.parametrize('activations', [False, True])
 def test_switches_are_set_and_put_back(weights: bool, activations: bool) -> None:
     model = prepare(residual(), 'academic')
-    next(iter(model.quantizers.values())).enabled = True
+    next(iter(model.image_graph.quantizers.values())).enabled = True
     next(fq for _, _, fq in model.weights()).enabled = True
     before = switches(model)
     with model.quantization(weights, activations):
         within = switches(model)
-        assert {name: on for name, on in within.items() if name in model.quantizers} == dict.fromkeys(
-            model.quantizers, activations
+        assert {name: on for name, on in within.items() if name in model.image_graph.quantizers} == dict.fromkeys(
+            model.image_graph.quantizers, activations
         )
-        assert {on for name, on in within.items() if name not in model.quantizers} == {weights}
+        assert {on for name, on in within.items() if name not in model.image_graph.quantizers} == {weights}
         with model.quantization(not weights, not activations):
             assert switches(model) == {name: not on for name, on in within.items()}
         assert switches(model) == within
@@ -76,15 +79,15 @@ def test_each_switch_quantizes_its_part() -> None:
 
 def test_weights_of_a_unit() -> None:
     model = prepare(classifier('resnet'), 'academic')
-    unit = next(unit for unit in model.units if unit.name == 'backbone.layer2.0')
-    modules = [module for module, _ in model.unit_weights(unit)]
+    unit = next(unit for unit in model.image_graph.units if unit.name == 'backbone.layer2.0')
+    modules = [module for module, _ in model.image_graph.unit_weights(unit)]
     block = model.model.backbone.layer2[0]
     assert len(modules) == 3
     assert all(
         any(module is wanted for module in modules) for wanted in (block.conv1, block.conv2, block.downsample[0])
     )
-    assert {q.qtype.bits for q in model.unit_quantizers(unit)} == {8}
-    assert len(model.unit_quantizers(unit)) == len(unit.quantizers) > 0
+    assert {q.qtype.bits for q in model.image_graph.unit_quantizers(unit)} == {8}
+    assert len(model.image_graph.unit_quantizers(unit)) == len(unit.quantizers) > 0
 
 
 @pytest.mark.parametrize('preset', [name for name, preset in PRESETS.items() if not preset.bias_rounded])
@@ -106,7 +109,7 @@ def test_packing_rounds_biases_as_the_runtime_does() -> None:
     before = {name: getattr(body, name).bias.detach().double().numpy() for name in (*readers, 'fc')}
     model.pack()
     for name, source in readers.items():
-        step = float(model.quantizers[f'activation_quantizers.{source}'].scale) * scales[name]
+        step = float(model.image_graph.quantizers[f'activation_quantizers.{source}'].scale) * scales[name]
         wanted = np.round(before[name] / step) * step
         np.testing.assert_allclose(getattr(body, name).bias.detach(), wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(body.fc.bias.detach(), before['fc'])
@@ -125,10 +128,50 @@ def test_packing_rounds_the_bias_behind_a_pooling() -> None:
     scale = {name.rpartition('.')[2]: fq.scale.double() for name, _, fq in prepared.weights()}['after']
     before = model.backbone.after.bias.detach().double()
     prepared.pack()
-    step = scale * prepared.quantizers['activation_quantizers.backbone_relu'].scale.double()
+    step = scale * prepared.image_graph.quantizers['activation_quantizers.backbone_relu'].scale.double()
     wanted = torch.round(before / step) * step
     assert (wanted - before).abs().max() > 1e-6
     torch.testing.assert_close(model.backbone.after.bias.detach().double(), wanted, rtol=1e-5, atol=1e-8)
+
+
+def vanishing(preset: str, weight_bits: int = 8) -> QuantizedModel:
+    """A convolution of which one channel has no weights left, and a bias that int32 has no room for."""
+    model = residual()
+    with torch.no_grad():
+        model.backbone.conv1.weight[1] = 0
+        model.backbone.conv1.bias[1] = 40.0
+        model.backbone.conv2.weight[:, 1] *= 0.01
+    return prepare(model, preset, weight_bits)
+
+
+def largest_bias(model: QuantizedModel) -> float:
+    scale = next(fq.scale for name, _, fq in model.weights() if name == 'backbone.conv1')
+    step = model.image_graph.quantizers['activation_quantizers.backbone_stem_relu'].scale * scale
+    return float((model.model.backbone.conv1.bias / step).abs().max())
+
+
+def test_scales_leave_room_for_the_bias_before_anything_is_learned() -> None:
+    model = calibrate(vanishing('tensorrt'))
+    assert 2**27 < largest_bias(model) < 1.01 * 2**28
+
+
+@pytest.mark.parametrize('weight_bits', [2, 8])
+@pytest.mark.parametrize('preset', ['onnxruntime', 'tensorrt'])
+def test_packing_leaves_room_for_the_bias(tmp_path: Path, preset: str, weight_bits: int) -> None:
+    """ONNX Runtime wraps around a bias that int32 cannot hold; scales and integers stay those learned elsewhere."""
+    model = calibrate(vanishing(preset, weight_bits))
+    fake_quant = next(fq for name, _, fq in model.weights() if name == 'backbone.conv1')
+    fake_quant.scale[1] = 1e-9
+    fake_quant.codes[0, 0, 0, 0] = 1
+    codes = fake_quant.codes.clone()
+    assert largest_bias(model) > 2**31
+    model.pack()
+    stored = model.model.backbone.conv1.parametrizations.weight
+    assert torch.equal(stored.original0, codes)
+    x = images(8, seed=1)
+    deployed = ONNXRuntimeBackend(ONNXExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)(x)[0]
+    # the file for TensorRT has float biases, which ONNX Runtime rounds
+    assert relative_error(deployed, run(model, x)) < (1e-5 if preset == 'onnxruntime' else 0.02)
 
 
 def test_packed_model_stores_integers_in_place_of_weights() -> None:
@@ -144,7 +187,7 @@ def test_packed_model_stores_integers_in_place_of_weights() -> None:
         assert -half <= int(codes.min()) and int(codes.max()) < half
         assert f'{layer.name}.weight' not in state
         assert state[f'{layer.name}.bias'].dtype == torch.float32
-    assert all(quantizer.enabled and quantizer.observer is None for quantizer in model.quantizers.values())
+    assert all(quantizer.enabled and quantizer.observer is None for quantizer in model.image_graph.quantizers.values())
 
 
 def test_packing_adds_the_correction_to_the_bias() -> None:

@@ -23,17 +23,11 @@ from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
+from mmbrecq.reconstruction.callbacks import Callback
 
 OBSERVERS = ('MinMaxObserver', 'MovingAverageObserver', 'PercentileObserver', 'MSEObserver', 'HistogramObserver')
 BATCH = 10
 """Does not divide a share, so one batch lies on the border of two."""
-
-
-class Listener:
-    """Is told everything and does nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
 
 
 def prepare(share: range, observer: str, equalization: float = 0.0) -> QuantizedModel:
@@ -73,12 +67,12 @@ def reconstruct(share: range, loss: str) -> dict[str, Any]:
     reconstructor = BRECQReconstructor(
         {**steps, 'iterations': 60}, {**steps, 'iterations': 40}, loss={'type': loss}, cache='host'
     )
-    results = reconstructor.run(task, reconstructor.plan(task), Listener())
+    results = reconstructor.run(task, reconstructor.plan(task), Callback())
     return {
         'losses': [(result.loss_before, result.loss_after) for result in results],
         'digest': check_same_bits(model.model),
-        'distance': OutputLoss(model, task.images).of({layer.name for layer in model.layers}),
-        'scales': {name: quantizer.scale.detach() for name, quantizer in model.quantizers.items()},
+        'distance': OutputLoss(model.image_graph, task.images).of({layer.name for layer in model.layers}),
+        'scales': {name: quantizer.scale.detach() for name, quantizer in model.image_graph.quantizers.items()},
     }
 
 
@@ -110,7 +104,7 @@ def main() -> None:
     found: dict[str, Any] = {'share': (share.start, share.stop)}
     for observer in OBSERVERS:
         model = prepare(share, observer)
-        found[observer] = {name: quantizer.scale.detach() for name, quantizer in model.quantizers.items()}
+        found[observer] = {name: quantizer.scale.detach() for name, quantizer in model.image_graph.quantizers.items()}
     found['equalized'] = prepare(share, 'MinMaxObserver', equalization=0.75).model.state_dict()
     for loss in ('MSELoss', 'FisherLoss'):
         found[loss] = reconstruct(share, loss)

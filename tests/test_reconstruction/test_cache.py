@@ -19,6 +19,7 @@ from mmbrecq.reconstruction.cache import (
     PLACES,
     ActivationCache,
     CachePlan,
+    allocate_images,
     images_on_disk,
     last_readers,
     peak_bytes,
@@ -231,6 +232,25 @@ def test_images_on_the_disk(tmp_path: Path) -> None:
     mappings = Path('/proc/self/maps').read_text()
     assert f'{copy.data_ptr():x}-' in mappings
     assert 'images.bin (deleted)' in mappings
+
+
+@pytest.mark.parametrize(
+    ('place', 'memory_limit', 'mapped'),
+    [('auto', 400, False), ('auto', 383, True), ('host', 400, False), ('device', 400, False), ('disk', 400, True)],
+)
+def test_images_lie_where_the_cache_has_room(tmp_path: Path, place: str, memory_limit: int, mapped: bool) -> None:
+    images = allocate_images((4, 3, 2, 4), torch.zeros(1), place, tmp_path, memory_limit)
+    assert (images.shape, images.dtype, images.is_shared()) == ((4, 3, 2, 4), torch.float32, mapped)
+    assert (images_on_disk(images, tmp_path) is images) == mapped and not list(tmp_path.iterdir())
+
+
+def test_images_have_no_room(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError,
+        match='expected room for 384 B of calibration images, but there are only 383 B on the host; use fewer '
+        'calibration images or another cache',
+    ):
+        allocate_images((4, 3, 2, 4), torch.zeros(1), 'host', tmp_path, 383)
 
 
 def test_no_room_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class Diary:
         self.events: list[tuple[Any, ...]] = []
         self.on_unit: Callable[[str], None] = lambda name: None
 
-    def before_stage(self, stage: Any, units: Any) -> None:
+    def before_stage(self, stage: Any, units: Any, progress: Any) -> None:
         self.events.append(('before_stage', stage.name, len(units)))
 
     def before_unit(self, stage: Any, unit: Any) -> None:
@@ -47,7 +47,7 @@ class Diary:
     def after_step(self, stage: Any, unit: Any, step: int, loss: float) -> None:
         self.events.append(('after_step', stage.name, unit.name, step))
 
-    def after_unit(self, stage: Any, unit: Any, result: UnitResult) -> None:
+    def after_unit(self, stage: Any, unit: Any, result: UnitResult, progress: Any) -> None:
         self.events.append(('after_unit', stage.name, unit.name, result))
 
     def after_stage(self, stage: Any) -> None:
@@ -155,8 +155,8 @@ def test_the_network_pass_starts_from_the_learned_step_sizes(prepared: Prepare, 
     still = {'iterations': 2, 'bias_lr': 0.0, 'weight_scale_lr': 0.0, 'activation_lr': 0.0}
     run(qdrop(), alone)
     run(QDropReconstructor({**WEIGHTS, 'activation_lr': 2e-3}, network=still), followed)
-    for name, quantizer in alone.model.quantizers.items():
-        assert torch.equal(quantizer.scale, followed.model.quantizers[name].scale)
+    for name, quantizer in alone.model.image_graph.quantizers.items():
+        assert torch.equal(quantizer.scale, followed.model.image_graph.quantizers[name].scale)
 
 
 def test_losses_are_those_of_the_model(
@@ -164,7 +164,7 @@ def test_losses_are_those_of_the_model(
 ) -> None:
     """Over all images, the last partial batch too: of the first unit before, of the last one after."""
     work = task(prepared())
-    stem = work.model.units[0]
+    stem = work.model.image_graph.units[0]
     with torch.no_grad():
         target = torch.relu(classifier.backbone.stem(images))
         with work.model.quantization(True, False):
@@ -315,14 +315,14 @@ def test_qdrop_learns_rounding_and_step_sizes_together(
         target = classifier(images)
     before = squared_error(outputs(work.model, images), target)
     codes = {name: fq.codes.clone() for name, _, fq in work.model.weights()}
-    scales = {name: q.scale.detach().clone() for name, q in work.model.quantizers.items()}
+    scales = {name: q.scale.detach().clone() for name, q in work.model.image_graph.quantizers.items()}
     results = run(qdrop(), work)
     assert [(r.stage, r.name) for r in results] == [('joint', name) for name in UNITS]
     assert all(r.loss_after <= r.loss_before for r in results)
     assert squared_error(outputs(work.model, images), target) < 0.5 * before
     assert any(not torch.equal(fq.codes, codes[name]) for name, _, fq in work.model.weights())
-    assert any(not torch.equal(q.scale, scales[name]) for name, q in work.model.quantizers.items())
-    assert all(q.masks is None for q in work.model.quantizers.values())
+    assert any(not torch.equal(q.scale, scales[name]) for name, q in work.model.image_graph.quantizers.items())
+    assert all(q.masks is None for q in work.model.image_graph.quantizers.values())
 
 
 @pytest.mark.parametrize('granularity', ['layer', 'block', 'stage', 'net'])
@@ -363,7 +363,7 @@ def test_the_model_ends_with_its_switches_off(prepared: Prepare, task: MakeTask)
     expected = work.model(work.images)
     run(brecq(), work)
     assert not any(fq.enabled for _, _, fq in work.model.weights())
-    assert not any(q.enabled or q.observer for q in work.model.quantizers.values())
+    assert not any(q.enabled or q.observer for q in work.model.image_graph.quantizers.values())
     assert torch.equal(work.model(work.images), expected)
     names = {name for name, p in work.model.model.named_parameters() if p.requires_grad}
     assert not names

@@ -73,7 +73,7 @@ def test_qdrop_learns_both_at_once_and_drops() -> None:
 def test_options_are_checked(cls: type, key: str) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"^expected the keys of reconstructor\.{key} to be among \['iterations', .*\], but got 'iters'$",
+        match=rf"^unknown option 'iters' of reconstructor\.{key}: expected iterations or ",
     ):
         cls(**{key: {'iters': 5}})
     with pytest.raises(ConfigError, match=rf'^expected reconstructor\.{key} to be a dict, but got 5$'):

@@ -46,7 +46,7 @@ def float_activations(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def carry(model: QuantizedModel, streams: Streams, activations: bool) -> Iterator[tuple]:
     """Runs both streams to the end; yields every unit with its inputs and outputs in both."""
-    for index, unit in enumerate(model.units):
+    for index, unit in enumerate(model.image_graph.units):
         inputs = streams.float_inputs(unit), streams.quantized_inputs(unit)
         outputs = (
             streams.run(unit, inputs[0], weights=False, activations=False),
@@ -62,7 +62,7 @@ def test_the_float_stream_is_the_float_model(
 ) -> None:
     model, expected = prepared(), float_activations(classifier, images)
     with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
-        streams = Streams(model, model.units, cache.hold(images), cache, 10)
+        streams = Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10)
         for unit, (floats, _), (outputs, _) in carry(model, streams, activations=True):
             assert len(floats) == len(unit.inputs)
             for name, value in [*zip(unit.inputs, floats, strict=True), *zip(unit.outputs, outputs, strict=True)]:
@@ -81,7 +81,7 @@ def test_the_quantized_stream_is_the_quantized_model(
     expected['inputs'] = images
     with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
         for unit, (floats, quantized), (float_outputs, outputs) in carry(
-            model, Streams(model, model.units, cache.hold(images), cache, 10), activations
+            model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), activations
         ):
             for name, value in [*zip(unit.inputs, quantized, strict=True), *zip(unit.outputs, outputs, strict=True)]:
                 # a batch of another size may add up in another order, which moves a value to the next step at most
@@ -96,9 +96,9 @@ def test_the_quantized_stream_is_the_quantized_model(
 def test_both_streams_start_from_the_images(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
     inputs = host.hold(images)
-    streams = Streams(model, model.units, inputs, host, 10)
-    assert streams.float_inputs(model.units[0])[0] is inputs
-    assert streams.quantized_inputs(model.units[0])[0] is inputs
+    streams = Streams(model.image_graph, model.image_graph.units, inputs, host, 10)
+    assert streams.float_inputs(model.image_graph.units[0])[0] is inputs
+    assert streams.quantized_inputs(model.image_graph.units[0])[0] is inputs
 
 
 @pytest.mark.parametrize('place', ['host', 'disk'])
@@ -108,11 +108,15 @@ def test_values_lie_in_the_order_that_their_reader_wants(
     block = classifier.backbone.second
     block.conv1 = nn.Conv2d(6, 6, 3, padding=1, groups=6)
     model = prepared(model=classifier)
-    depthwise = {name for unit in model.units if 'backbone.second.conv1' in unit.layers for name in unit.inputs}
+    depthwise = {
+        name for unit in model.image_graph.units if 'backbone.second.conv1' in unit.layers for name in unit.inputs
+    }
     assert len(depthwise) == 1
     seen = set()
     with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        for unit, _, outputs in carry(model, Streams(model, model.units, cache.hold(images), cache, 10), True):
+        for unit, _, outputs in carry(
+            model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), True
+        ):
             for values in zip(unit.outputs, *outputs, strict=True):
                 name, both = values[0], values[1:]
                 for x in (v[torch.tensor([5, 0, 7])] for v in both):
@@ -127,11 +131,11 @@ def test_only_what_a_later_unit_reads_is_kept(
     prepared: Prepare, classifier: nn.Module, images: Tensor, host: ActivationCache, granularity: str
 ) -> None:
     model = prepared(granularity=granularity)
-    streams = Streams(model, model.units, host.hold(images), host, 24)
+    streams = Streams(model.image_graph, model.image_graph.units, host.hold(images), host, 24)
     for index, _ in enumerate(carry(model, streams, True)):
         # looked at before the unit hands its outputs on
-        ahead = {name for unit in model.units[index:] for name in unit.inputs}
-        behind = {name for unit in model.units[:index] for name in unit.outputs} | {'inputs'}
+        ahead = {name for unit in model.image_graph.units[index:] for name in unit.inputs}
+        behind = {name for unit in model.image_graph.units[:index] for name in unit.outputs} | {'inputs'}
         assert set(streams.float_values) == set(streams.quantized_values) == ahead & behind
     assert streams.float_values == streams.quantized_values == {}
 
@@ -141,9 +145,11 @@ def test_layers_carry_the_shortcut_past_the_block(
 ) -> None:
     """Cut into layers, the last one of a block reads what the one before it gave, and the input of the block."""
     model = prepared(granularity='layer')
-    last = [unit for unit in model.units if 'backbone.first.conv2' in unit.layers]
+    last = [unit for unit in model.image_graph.units if 'backbone.first.conv2' in unit.layers]
     assert len(last[0].inputs) == 2
-    *_, (_, _, (outputs, _)) = carry(model, Streams(model, model.units, host.hold(images), host, 24), True)
+    *_, (_, _, (outputs, _)) = carry(
+        model, Streams(model.image_graph, model.image_graph.units, host.hold(images), host, 24), True
+    )
     with torch.no_grad():
         torch.testing.assert_close(outputs[0][:], classifier(images), rtol=1e-5, atol=1e-5)
 
@@ -151,7 +157,9 @@ def test_layers_carry_the_shortcut_past_the_block(
 def test_the_last_partial_batch_counts(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
     results = [
-        Streams(model, model.units, host.hold(images), host, size).run(model.units[0], [images], False, False)[0]
+        Streams(model.image_graph, model.image_graph.units, host.hold(images), host, size).run(
+            model.image_graph.units[0], [images], False, False
+        )[0]
         for size in (1, 7, 24, 100)
     ]
     for result in results:
@@ -161,8 +169,8 @@ def test_the_last_partial_batch_counts(prepared: Prepare, images: Tensor, host: 
 
 def test_the_switches_are_put_back(prepared: Prepare, images: Tensor, host: ActivationCache) -> None:
     model = prepared()
-    Streams(model, model.units, host.hold(images), host, 10).run(
-        model.units[0], [images], weights=True, activations=True
+    Streams(model.image_graph, model.image_graph.units, host.hold(images), host, 10).run(
+        model.image_graph.units[0], [images], weights=True, activations=True
     )
     assert not any(fake_quant.enabled for _, _, fake_quant in model.weights())
-    assert not any(quantizer.enabled for quantizer in model.quantizers.values())
+    assert not any(quantizer.enabled for quantizer in model.image_graph.quantizers.values())

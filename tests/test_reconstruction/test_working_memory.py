@@ -16,10 +16,10 @@ from mmbrecq.reconstruction.working_memory import (
     Footprint,
     ObservedUnit,
     fitting_images,
+    iteration_bytes,
     measure_footprint,
     observed_units,
     observing_bytes,
-    step_bytes,
     working_memory,
 )
 
@@ -69,18 +69,19 @@ def test_the_module_survives_an_error() -> None:
 
 
 def test_a_step_grows_with_its_images() -> None:
-    one, two, ten = (step_bytes(UNIT, stage(), images, fisher=False) for images in (1, 2, 10))
+    one, two, ten = (iteration_bytes(UNIT, stage(), images, fisher=False) for images in (1, 2, 10))
     assert ten - two == 8 * (two - one)
     # at least what is saved, the batch, and gradients of the largest tensor and of the outputs
     assert two - one > 1000 + 200 + 300 + 2 * 400 + 300
 
 
 def test_what_makes_a_step_larger() -> None:
-    plain = step_bytes(UNIT, stage(), 10, fisher=False)
-    assert plain - step_bytes(UNIT, stage(rounding=False), 10, fisher=False) == 50 * (LEARNED_WEIGHT - FIXED_WEIGHT)
-    assert step_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
+    plain = iteration_bytes(UNIT, stage(), 10, fisher=False)
+    fixed = iteration_bytes(UNIT, stage(rounding=False), 10, fisher=False)
+    assert plain - fixed == 50 * (LEARNED_WEIGHT - FIXED_WEIGHT)
+    assert iteration_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
     # the pool of masks is larger than a tensor by a million elements, of a byte each
-    assert step_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + (10 * 100 + 2**20)
+    assert iteration_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + (10 * 100 + 2**20)
 
 
 def test_what_observing_takes() -> None:
@@ -106,19 +107,21 @@ def test_as_many_images_as_have_room_are_observed() -> None:
 
 def test_units_without_quantizers_observe_nothing(prepared: Prepare) -> None:
     model = prepared()
-    found = observed_units(model, model.units, inputs=3)
+    found = observed_units(model.image_graph, model.image_graph.units, inputs=3)
     assert {unit.name: unit.quantizers for unit in found} == {
-        u.name: len(u.quantizers) for u in model.units if u.quantizers
+        u.name: len(u.quantizers) for u in model.image_graph.units if u.quantizers
     }
-    assert len(found) < len(model.units) and {unit.inputs for unit in found} == {3}
+    assert len(found) < len(model.image_graph.units) and {unit.inputs for unit in found} == {3}
 
 
 @pytest.mark.parametrize('fisher', [False, True])
 def test_units_of_a_model(prepared: Prepare, fisher: bool) -> None:
     model = prepared()
-    found = {name: size for size, name in working_memory(model, model.units, stage(), 24, fisher)}
-    assert set(found) == {unit.name for unit in model.units} | ({'net0'} if fisher else set())
+    found = {
+        name: size for size, name in working_memory(model.image_graph, model.image_graph.units, stage(), 24, fisher)
+    }
+    assert set(found) == {unit.name for unit in model.image_graph.units} | ({'net0'} if fisher else set())
     # of a block over 8 x 8: the inputs of both convolutions, and their outputs in the ReLU and in the sum
     assert found['backbone.first'] - BASE >= HEADROOM * 24 * 3 * 6 * 64 * 4
     assert found['backbone.first'] > found['backbone.second'] > found['head.fc'] > BASE
-    assert not any(quantizer.enabled for quantizer in model.quantizers.values())
+    assert not any(quantizer.enabled for quantizer in model.image_graph.quantizers.values())

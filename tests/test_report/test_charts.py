@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mmbrecq.report import charts
+from mmbrecq.report.html import macro
 from mmbrecq.report.summary import UnitRecord
 
 
@@ -21,11 +21,11 @@ def numbers(markup: str, pattern: str) -> list[float]:
     [(41.0, 82.0, 50.0), (82.0, 82.0, 100.0), (-1.0, 82.0, 0.0), (math.nan, 82.0, 0.0), (1.0, 0.0, 0.0)],
 )
 def test_meter_is_proportional_and_bounded(value: float, largest: float, width: float) -> None:
-    assert numbers(charts.meter(value, largest, 'float'), r'class="fill" width="([\d.]+)"') == [width]
+    assert numbers(macro('meter')(value, largest, 'float'), r'class="fill" width="([\d.]+)"') == [width]
 
 
 def test_stacked_bar_fills_its_width_without_gaps() -> None:
-    markup = charts.stacked_bar([('a', 1.0), ('b', 3.0), ('c', 4.0)], 'label')
+    markup = macro('stacked_bar')([('a', 1.0), ('b', 3.0), ('c', 4.0)], 'label')
     starts, widths = numbers(markup, r'x="([\d.]+)"'), numbers(markup, r'width="([\d.]+)" height="20">')
     assert widths == [125.0, 375.0, 500.0]
     assert starts == [0.0, 125.0, 500.0]
@@ -33,15 +33,15 @@ def test_stacked_bar_fills_its_width_without_gaps() -> None:
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_bits_bar_has_a_part_per_bit(bits: int) -> None:
-    assert f'<rect class="b{bits}" width="{bits}"' in charts.bits_bar(bits)
+    assert f'<rect class="b{bits}" width="{bits}"' in macro('bits_bar')(bits)
 
 
 def test_float_has_no_bar() -> None:
-    assert '<rect' not in charts.bits_bar(None)
+    assert '<rect' not in macro('bits_bar')(None)
 
 
 def test_losses_lie_on_a_log_axis() -> None:
-    markup = charts.loss_chart([UnitRecord('u', [], 1.0, 0.001), UnitRecord('v', [], 0.1, 0.01)], 'label')
+    markup = macro('loss_chart')([UnitRecord('u', [], 1.0, 0.001), UnitRecord('v', [], 0.1, 0.01)], 'label')
     before = numbers(markup, r'class="before" cx="([\d.]+)"')
     after = numbers(markup, r'class="after" cx="([\d.]+)"')
     decade = (before[0] - after[0]) / 3
@@ -54,7 +54,7 @@ def test_losses_lie_on_a_log_axis() -> None:
 
 
 def test_gridlines_stand_where_their_losses_would() -> None:
-    markup = charts.loss_chart([UnitRecord('u', [], 0.01, 1.0)], 'label')
+    markup = macro('loss_chart')([UnitRecord('u', [], 0.01, 1.0)], 'label')
     ticks = dict(re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)</text>', markup))
     places = {float(label): float(x) for x, label in ticks.items()}
     assert places[0.01] == numbers(markup, r'class="before" cx="([\d.]+)"')[0]
@@ -64,22 +64,24 @@ def test_gridlines_stand_where_their_losses_would() -> None:
 
 @pytest.mark.parametrize('losses', [(0.0, 0.0), (math.nan, 0.1), (0.1, math.inf), (1.0, 0.0)])
 def test_a_loss_off_the_axis_is_written_out(losses: tuple[float, float]) -> None:
-    markup = charts.loss_chart([UnitRecord('u', [], *losses), UnitRecord('v', [], 0.2, 0.1)], 'label')
+    markup = macro('loss_chart')([UnitRecord('u', [], *losses), UnitRecord('v', [], 0.2, 0.1)], 'label')
     assert markup.count('class="after"') == 1
     assert re.search(r'>loss \S+ before, \S+ after</text>', markup)
 
 
 def test_no_more_than_nine_decades_are_labelled() -> None:
-    markup = charts.loss_chart([UnitRecord('u', [], 1e10, 1e-20)], 'label')
+    markup = macro('loss_chart')([UnitRecord('u', [], 1e10, 1e-20)], 'label')
     assert markup.count('class="grid"') <= 9
 
 
 def test_a_long_name_keeps_both_ends() -> None:
     name = 'backbone.' + 'x' * 60 + '.conv2'
-    markup = charts.loss_chart([UnitRecord(name, [], 1.0, 0.5)], 'label')
+    markup = macro('loss_chart')([UnitRecord(name, [], 1.0, 0.5)], 'label')
     assert re.search(r'>backbone\.x+…x+\.conv2</text>', markup)
     assert f'<title>{name}:' in markup
 
 
 def test_escape_leaves_nothing_that_ends_a_tag_or_an_attribute() -> None:
-    assert charts.escape('<a b="c" d=\'e\'>&\udcff') == '&lt;a b=&quot;c&quot; d=&#x27;e&#x27;&gt;&amp;?'
+    evil = '<a b="c" d=\'e\'>&\udcff'
+    expected = '&lt;a b=&#34;c&#34; d=&#39;e&#39;&gt;&amp;?'
+    assert str(macro('table')([(evil, evil)], [[evil]])).count(expected) == 4

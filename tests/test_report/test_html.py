@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mmbrecq.report import render_html, write_report
+from mmbrecq.report.html import write_sensitivities
 from mmbrecq.report.summary import LayerBits, Metrics, ModelSize, Seconds, Summary, UnitRecord
 
 VOID = {'meta', 'img'}
@@ -210,3 +213,17 @@ def test_pictures_are_within_the_page(summary: Summary, tmp_path: Path) -> None:
     assert kind == 'data:image/png;base64'
     assert base64.b64decode(encoded) == content
     assert not [tag for tag, _ in Page(render_html(summary)).tags if tag == 'img']
+
+
+def test_sensitivities_are_drawn_and_told(tmp_path: Path) -> None:
+    table: Any = SimpleNamespace(
+        kind='divergence', units={'a.b': 'a'}, activation_loss={'<c>': {4: 1e-4}}, searched=['a.b', '<c>'],
+        loss={'a.b': {2: 0.5, 4: 0.01, 32: 0.0}, '<c>': {2: 0.0}},
+    )  # fmt: skip
+    write_sensitivities(table, 'configs/net.py', tmp_path / 'sensitivity.html')
+    page = Page((tmp_path / 'sensitivity.html').read_text())
+    weights, activations = page.tables
+    assert weights[1:] == [['a.b', 'a', '0.5', '0.01'], ['<c>', '', '0', 'nan']]
+    assert activations == [['layer', 'unit', '4 bits'], ['<c>', '', '0.0001']]
+    dots = [attrs for tag, attrs in page.tags if tag == 'circle' and attrs.get('cy') != '12']
+    assert [dot['class'] for dot in dots] == ['b2', 'b4', 'b2', 'b4']

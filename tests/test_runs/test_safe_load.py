@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 
-from mmbrecq.errors import CheckpointError
+from mmbrecq.errors import CheckpointError, DependencyError
 from mmbrecq.runs.safe_load import read_checkpoint
 
 ZOO = Path(os.environ.get('MMBRECQ_DATA', Path(__file__).parents[3] / 'shared' / 'data')).parent / 'zoo'
@@ -198,3 +199,23 @@ def test_checkpoints_of_real_trainings(name: str) -> None:
     if 'bccd' in name:
         losses = checkpoint['message_hub']['log_scalars']['train/loss']
         assert isinstance(losses, HistoryBuffer) and len(losses.data[0]) > 10 and losses.mean() > 0
+
+
+@pytest.mark.parametrize('name', ['weights.safetensors', 'a1b2c3'])
+def test_a_file_of_safetensors_whatever_its_name(tmp_path: Path, name: str) -> None:
+    safetensors = pytest.importorskip('safetensors.torch')
+    weights = {'weight': torch.arange(6.0).reshape(2, 3), 'half': torch.ones(2, dtype=torch.bfloat16)}
+    safetensors.save_file(weights, tmp_path / name)
+    found = read_checkpoint(tmp_path / name)
+    assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=f'{name} .{len(data) - 1} bytes. is truncated or not of safetensors: '):
+        read_checkpoint(tmp_path / name)
+
+
+def test_safetensors_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'weights.safetensors').touch()
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    with pytest.raises(DependencyError, match='safetensors is not installed; .*: pip install safetensors$'):
+        read_checkpoint(tmp_path / 'weights.safetensors')

@@ -173,7 +173,7 @@ def calls() -> list[tuple[str, ...]]:
     told: list[tuple[str, ...]] = []
 
     class TellingHook(ReconstructionHook):
-        def before_reconstruct_stage(self, runner: Any, stage: Any, units: Any) -> None:
+        def before_reconstruct_stage(self, runner: Any, stage: Any, units: Any, progress: Any) -> None:
             told.append(('before stage', stage.name, str(len(units))))
 
         def before_reconstruct_unit(self, runner: Any, stage: Any, unit: Any) -> None:
@@ -183,7 +183,7 @@ def calls() -> list[tuple[str, ...]]:
             assert loss >= 0
             told.append(('step', unit.name, str(step)))
 
-        def after_reconstruct_unit(self, runner: Any, stage: Any, unit: Any, result: Any) -> None:
+        def after_reconstruct_unit(self, runner: Any, stage: Any, unit: Any, result: Any, progress: Any) -> None:
             assert (result.name, result.stage) == (unit.name, stage.name)
             told.append(('after', unit.name))
 
@@ -251,7 +251,9 @@ def test_float_activations(call: Any, demo: Path, tmp_path: Path) -> None:
 
 
 def test_only_what_evaluations_name_is_measured(call: Any, demo: Path, tmp_path: Path) -> None:
-    assert call('ptq', demo, *TINY, 'evaluations=[nearest]').status == 0
+    # of a single image, too
+    outcome = call('ptq', demo, *TINY, 'evaluations=[nearest]', 'calibration.num_samples=1')
+    assert outcome.status == 0, outcome.err
     metrics = summary_of(tmp_path / 'work')['metrics']
     assert [name for name, values in metrics.items() if values] == ['nearest']
 
@@ -263,3 +265,18 @@ def test_help_explains(run: Any, call: Any) -> None:
         assert word in outcome.out, word
     outcome = call('test', '--help')
     assert outcome.status == 0 and '.onnx' in outcome.out and '--cfg-options KEY=VALUE' in outcome.out
+
+
+def test_a_dry_run_prints_the_work_and_leaves_no_result(run: Any, demo: Path, tmp_path: Path) -> None:
+    outcome = run('ptq', demo, '--dry-run', '--work-dir', tmp_path / 'dry', '--cfg-options', *SHORT)
+    assert outcome.status == 0, outcome.err
+    for word in (
+        'backbone.layer1.0.conv1',
+        'W2A4',
+        '10 units: backbone.conv1',
+        'off its simulation by',
+        'of 21 quantized',
+    ):
+        assert word in outcome.out
+    assert re.search(r'the reconstruction will take about .*\d', outcome.out) and 'cached' in outcome.out
+    assert not [path.name for path in (tmp_path / 'dry').glob('*.*') if path.is_file()]

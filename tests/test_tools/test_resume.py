@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from mmbrecq.runs import identity
+
 KILLER = Path(__file__).with_name('killing.py')
 KILLS = 20
 TINY = (
@@ -116,6 +118,16 @@ def test_other_float_weights_are_refused(call: Any, cut: Callable[[int], Path], 
     option = f'float_checkpoint={tmp_path / "other.pth"}'
     error = call('ptq', demo, *SHORT, option, '--resume', work_dir=folder).error
     assert error.startswith(f'{folder}/reconstruction.pth is of another run: float weights was ')
+
+
+def test_other_kernels_are_refused(
+    call: Any, cut: Callable[[int], Path], demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cut(4)
+    monkeypatch.setattr(identity, 'kernel_state', lambda: 'another')
+    error = call('ptq', demo, *SHORT, '--resume', work_dir=folder).error
+    state = json.loads((folder / 'summary.json').read_text())['versions']['kernels']
+    assert error.startswith(f'{folder}/reconstruction.pth is of another run: kernels was {state} and is another now; ')
 
 
 def test_nothing_to_resume_is_a_new_run(call: Any, demo: Path, tmp_path: Path) -> None:

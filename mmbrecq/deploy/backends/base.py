@@ -6,7 +6,6 @@ import statistics
 import time
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,24 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmbrecq.errors import BackendError, first_line
+from mmbrecq.dependencies import require
+from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.errors import BackendError, MMBrecqError, first_line
 
 WARM_UP, FEWEST_RUNS = 2, 3
-
-
-@dataclass(frozen=True)
-class KernelCount:
-    """How many quantized layers a runtime executes with integer arithmetic.
-
-    Args:
-        quantized: Convolutions and linears of the file whose weight is stored as integers, or passes a FakeQuantize.
-        integer: Those among them that the runtime's own execution graph runs in 8-bit integers.
-        float_layers: Names of the others, in the order of the file.
-    """
-
-    quantized: int
-    integer: int
-    float_layers: list[str] = field(default_factory=list)
 
 
 class BaseBackend(metaclass=ABCMeta):
@@ -42,8 +28,9 @@ class BaseBackend(metaclass=ABCMeta):
         num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
 
     Raises:
-        BackendError: When the file is missing, has another suffix or is refused by the runtime, when the runtime is
-            not installed, or when ``num_threads`` is below 1.
+        BackendError: When the file is missing, has another suffix or is refused by the runtime, or when
+            ``num_threads`` is below 1.
+        DependencyError: When the runtime is not installed.
     """
 
     name: ClassVar[str]
@@ -51,7 +38,7 @@ class BaseBackend(metaclass=ABCMeta):
     suffix: ClassVar[str]
     """File name suffix that this runtime reads, with its dot."""
     package: ClassVar[str]
-    """Name of the runtime's package, for ``pip install``."""
+    """Import name of the runtime."""
 
     def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
         self.path = Path(path)
@@ -62,14 +49,10 @@ class BaseBackend(metaclass=ABCMeta):
             raise BackendError(f'{self.name} cannot open {self.path}: no such file')
         if num_threads is not None and num_threads < 1:
             raise BackendError(f'{self.name} expected num_threads of at least 1 or None, but got {num_threads}')
+        require(self.package)
         try:
             self._load()
-        except ImportError as error:
-            raise BackendError(
-                f'{self.name} is needed for {self.path} but cannot be imported ({first_line(error)}); '
-                f'install it with `pip install {self.package}`'
-            ) from error
-        except BackendError:
+        except MMBrecqError:
             raise
         except Exception as error:  # the runtimes share no exception type
             raise BackendError(f'{self.name} refuses {self.path}: {first_line(error)}') from error

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.building import build
+from mmbrecq.dependencies import require
+from mmbrecq.deploy.backends.base import BaseBackend
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError
 from mmbrecq.graph.components import attach, head_file, region_heads
 from mmbrecq.graph.modules import set_forward
 from mmbrecq.graph.structure import nest_outputs
-from mmbrecq.registry import BACKENDS
+from mmbrecq.registry import BACKENDS, EXPORTERS
 
 
 def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBackend:
@@ -31,6 +34,16 @@ def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBacken
     if suffix not in by_suffix:
         raise BackendError(f'expected a file ending in {" or ".join(sorted(by_suffix))}, but got {path}')
     return by_suffix[suffix](path, num_threads=num_threads)
+
+
+def build_exporters(configs: Iterable[Any]) -> list[Any]:
+    """Builds the exporters of a config; raises before any work where their packages, or a runtime, are missing."""
+    exporters = [build(EXPORTERS, config) for config in configs]
+    for exporter in exporters:
+        for backend in BACKENDS.module_dict.values():
+            if backend.suffix == exporter.suffix:
+                require(backend.package)
+    return exporters
 
 
 def as_forward(backend: BaseBackend) -> Callable[[Tensor], Any]:
@@ -73,6 +86,11 @@ class DeployedModel:
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers of all files that run in integers."""
-        counts = [backend.integer_kernels() for backend in (self.image_backend, *self.heads.values())]
-        float_layers = [layer for count in counts for layer in count.float_layers]
+        backends = {'': self.image_backend, **self.heads}
+        counts = [backend.integer_kernels() for backend in backends.values()]
+        float_layers = {
+            f'{path}:{layer}' if path else layer: reason
+            for path, count in zip(backends, counts, strict=True)
+            for layer, reason in count.float_layers.items()
+        }
         return KernelCount(sum(c.quantized for c in counts), sum(c.integer for c in counts), float_layers)

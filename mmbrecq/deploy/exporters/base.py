@@ -7,14 +7,17 @@ import os
 import tempfile
 from abc import ABCMeta, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
-from mmbrecq.deploy.verify import ExpectedQuantization, check_file
+from mmbrecq.dependencies import require
+from mmbrecq.deploy.verify import ExpectedQuantization, Grid, check_file
 from mmbrecq.errors import ExportError, StorageError
+from mmbrecq.fake_quants.weight import PackedWeight
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.units import is_below
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.runs.storage import replacing
 
 
@@ -27,8 +30,12 @@ class BaseExporter(metaclass=ABCMeta):
 
     suffix: str
     """Ending of the file, which tells the runtime that opens it."""
+    packages: ClassVar[tuple[str, ...]] = ('onnx',)
+    """Packages that writing and verifying take; they are looked for before there is anything to write."""
 
     def __init__(self, filename: str | None = None) -> None:
+        for package in self.packages:
+            require(package)
         self.filename = filename or f'model{self.suffix}'
         if not self.filename.endswith(self.suffix):
             raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
@@ -39,20 +46,20 @@ class BaseExporter(metaclass=ABCMeta):
         Returns:
             The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
         """
-        paths = [self.export(model, example, folder)]
-        for head in model.heads:
+        paths = [self.export(model.image_graph, example, folder)]
+        for head in model.region_graphs:
             beside = copy.copy(self)
-            beside.filename = head_file(paths[0], head.traced.path).name
+            beside.filename = head_file(paths[0], head.path).name
             paths.append(beside.export(head, head.traced.example, folder))
         return paths
 
-    def export(self, model: QuantizedModel, example: Tensor, folder: Path) -> Path:
-        """Writes ``model`` below ``folder`` and verifies the file against the rules of its preset.
+    def export(self, graph: QuantizedGraph, example: Tensor, folder: Path) -> Path:
+        """Writes ``graph`` below ``folder`` and verifies the file against the rules of its preset.
 
         A file that fails is not left behind, and does not replace one of an earlier export.
 
         Args:
-            model: A packed model.
+            graph: A graph of a packed model.
             example (Tensor): Preprocessed images, ``(N, 3, H, W)``; N stays free in the file.
             folder: Made where it is missing.
 
@@ -64,13 +71,17 @@ class BaseExporter(metaclass=ABCMeta):
             StorageError: The system refused to write.
         """
         path = folder / self.filename
+        for opaque in sorted(graph.traced.value_dependent):
+            raise ExportError(
+                f"expected '{opaque}' to compute alike for all inputs, but its Python follows the values of tensors, "
+                f'which no file can express: {graph.traced.opaque[opaque]}'
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
                 written = Path(beside) / self.filename
-                self.write(model, example, written)
-                expected = ExpectedQuantization(layers=count_quantized_calls(model))
-                check_file(written, model.preset.name, expected, shown_as=path)
+                self.write(graph, example, written)
+                check_file(written, graph.preset.name, expected_quantization(graph), shown_as=path)
                 # in the order of their names a .bin comes before the .xml that points at it
                 for made in sorted(Path(beside).iterdir()):
                     with replacing(folder / made.name) as partial:
@@ -80,12 +91,31 @@ class BaseExporter(metaclass=ABCMeta):
         return path
 
     @abstractmethod
-    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
-        """Writes ``model`` to ``path``, and nothing else that stays but files to be kept beside it."""
+    def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
+        """Writes ``graph`` to ``path``, and nothing else that stays but files to be kept beside it."""
 
 
-def count_quantized_calls(model: QuantizedModel) -> int:
+def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
+    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
+    packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
+    weights = {
+        path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
+        for path, module in packed.items()
+    }
+    grids = [
+        Grid(
+            tuple(quantizer.scale.detach().reshape(-1).double().tolist()),
+            tuple(quantizer.zero_point.reshape(-1).tolist()),
+            quantizer.qtype.quant_min,
+            quantizer.qtype.quant_max,
+        )
+        for quantizer in graph.quantizers.values()
+    ]
+    return ExpectedQuantization(count_quantized_calls(graph), weights, frozenset(grids))
+
+
+def count_quantized_calls(graph: QuantizedGraph) -> int:
     """Calls of quantized layers in the graph; a layer that several levels share counts once per call."""
-    quantized = {layer.name for layer in model.layers if layer.weight_bits is not None}
-    calls = [str(n.target) for n in model.traced.graph.nodes if n.op == 'call_module']
+    quantized = {layer.name for layer in graph.layers if layer.weight_bits is not None}
+    calls = [str(n.target) for n in graph.traced.graph.nodes if n.op == 'call_module']
     return sum(is_below(layer, target) for target in calls for layer in quantized)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.errors import ExportError, first_line
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.registry import EXPORTERS
 
 INPUT_NAME = 'images'
@@ -39,11 +40,11 @@ class ONNXExporter(BaseExporter):
             raise ExportError(f'expected opset in 13..20, but got {opset!r}')
         self.opset = opset
 
-    def write(self, model: QuantizedModel, example: Tensor, path: Path) -> None:
-        path.write_bytes(onnx_model(model, example, self.opset).SerializeToString())
+    def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
+        path.write_bytes(onnx_model(graph, example, self.opset).SerializeToString())
 
 
-def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
+def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     """The packed model as an ``onnx.ModelProto``; the batch axis is free, height and width where outputs have them.
 
     Raises:
@@ -55,11 +56,12 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
 
     buffer = io.BytesIO()
     sink: Any = buffer
-    compiled = model.compiled.eval()
-    outputs = model.traced.example_outputs()
+    compiled = graph.compiled.eval()
+    outputs = graph.traced.example_outputs()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # where it fails, the exporter prints its whole graph
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
@@ -70,7 +72,7 @@ def onnx_model(model: QuantizedModel, example: Tensor, opset: int) -> Any:
         raise ExportError(f'the graph cannot be written as ONNX: {first_line(error)}') from error
     proto = onnx.load_from_string(buffer.getvalue())
     _expect_standard_operations(proto)
-    rewrite_for(proto, model.preset)
+    rewrite_for(proto, graph.preset)
     onnx.checker.check_model(proto)
     return proto
 

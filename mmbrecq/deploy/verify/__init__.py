@@ -2,6 +2,6 @@
 
 from mmbrecq.deploy.verify.rules import PRESETS, RULES, Rule
 from mmbrecq.deploy.verify.verifier import check_file, verify_file
-from mmbrecq.deploy.verify.violation import ExpectedQuantization, Violation
+from mmbrecq.deploy.verify.violation import ExpectedQuantization, Grid, Violation
 
-__all__ = ['PRESETS', 'RULES', 'ExpectedQuantization', 'Rule', 'Violation', 'check_file', 'verify_file']
+__all__ = ['PRESETS', 'RULES', 'ExpectedQuantization', 'Grid', 'Rule', 'Violation', 'check_file', 'verify_file']

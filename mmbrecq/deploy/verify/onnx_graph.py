@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify.violation import ExpectedQuantization
-from mmbrecq.errors import BackendError, ExportError, first_line
+from mmbrecq.errors import ExportError, first_line
 
 Array = npt.NDArray[Any]
 
@@ -25,8 +27,6 @@ MOVE_OPS = frozenset(
 )
 # Bounds of activation functions that are written as a Clip: ReLU6, Hardtanh, and ReLU1.
 ACTIVATION_BOUNDS = frozenset({(0.0, 6.0), (-1.0, 1.0), (0.0, 1.0)})
-# Operands are computed in float32 by whoever wrote the file; a few roundings of it are no fault.
-RELATIVE_TOLERANCE = 8 * float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +57,11 @@ class Layer:
 
 def integer_range(dtype: np.dtype[Any]) -> tuple[int, int] | None:
     """Smallest and largest integer of ``dtype`` (ml_dtypes' int4 and int2 included), None for other dtypes."""
-    name = dtype.name
-    digits = name.removeprefix('u').removeprefix('int')
-    if not name.removeprefix('u').startswith('int') or not digits.isdigit():
+    found = re.fullmatch(r'(u?)int(\d+)', dtype.name)
+    if found is None:
         return None
-    bits = int(digits)
-    return (0, 2**bits - 1) if name.startswith('u') else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    levels = 2 ** int(found[2])
+    return (0, levels - 1) if found[1] else (-levels // 2, levels // 2 - 1)
 
 
 class OnnxGraph:
@@ -94,15 +93,11 @@ class OnnxGraph:
         for node in self.nodes:
             for tensor in dict.fromkeys(filter(None, node.inputs)):
                 self._consumers.setdefault(tensor, []).append(node)
-        self._read_constant_nodes()
-
-    def _read_constant_nodes(self) -> None:
-        for node in self.nodes:
-            if node.op == 'Constant' and isinstance(node.attributes.get('value'), np.ndarray):
-                self.constants[node.outputs[0]] = node.attributes['value']
-            elif node.op == 'Constant' and node.attributes:
-                value = next(iter(node.attributes.values()))
-                self.constants[node.outputs[0]] = np.asarray(value, np.float32 if _holds_float(value) else None)
+            if node.op == 'Constant' and node.attributes:
+                given = next(iter(node.attributes.values()))
+                value = np.asarray(given)
+                listed = value is not given and value.dtype == np.float64
+                self.constants[node.outputs[0]] = value.astype(np.float32) if listed else value
             elif node.op == 'Identity' and node.inputs[0] in self.constants:
                 self.constants[node.outputs[0]] = self.constants[node.inputs[0]]
 
@@ -129,10 +124,9 @@ class OnnxGraph:
     def integer_clip(self, quantizer: Node) -> Node | None:
         """The Clip between an activation's Q and its DQ, which narrows the grid; None if there is none."""
         codes = quantizer.outputs[0]
-        readers = self.consumers(codes)
-        if self.constant(quantizer.input(0)) is not None or len(readers) != 1:
+        clip, *others = self.consumers(codes) or [quantizer]
+        if others or self.constant(quantizer.input(0)) is not None:
             return None
-        clip = readers[0]
         return clip if clip.op == 'Clip' and clip.domain in STANDARD_DOMAINS and clip.input(0) == codes else None
 
     def dequantizers(self, quantizer: Node) -> list[Node]:
@@ -141,13 +135,11 @@ class OnnxGraph:
 
     def quantizer(self, dq: Node) -> Node | None:
         """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none."""
-        maker = self.producer(dq.input(0))
-        clip = maker if maker is not None and maker.op == 'Clip' else None
-        if clip is not None:
-            maker = self.producer(clip.input(0))
-        if maker is None or maker.op != 'QuantizeLinear':
-            return None
-        return maker if clip is None or clip is self.integer_clip(maker) else None
+        clip = maker = self.producer(dq.input(0))
+        if maker is not None and maker.op == 'Clip':
+            maker = self.producer(maker.input(0))
+        found = maker is not None and maker.op == 'QuantizeLinear'
+        return maker if found and maker is not None and clip in (maker, self.integer_clip(maker)) else None
 
     def zero_point_range(self, node: Node) -> tuple[int, int] | None:
         """Integer range of a Q or DQ node's container; ONNX's uint8 where nothing says otherwise."""
@@ -171,15 +163,11 @@ class OnnxGraph:
     def same_grid(self, first: Node, second: Node) -> bool:
         """Whether two Q or DQ nodes have equal constant scale, zero-point and container."""
         a, b = self.scale(first), self.scale(second)
-        return (
-            a is not None
-            and b is not None
-            and a.shape == b.shape
-            and bool(np.array_equal(a, b))
-            and np.array_equal(self.zero_point(first), self.zero_point(second))
-            and self.zero_point_range(first) == self.zero_point_range(second)
-            and (a.size == 1 or first.attributes.get('axis', 1) == second.attributes.get('axis', 1))
-        )
+        if a is None or b is None or not np.array_equal(a, b):
+            return False
+        same_axis = a.size == 1 or first.attributes.get('axis', 1) == second.attributes.get('axis', 1)
+        same_container = self.zero_point_range(first) == self.zero_point_range(second)
+        return same_axis and same_container and np.array_equal(self.zero_point(first), self.zero_point(second))
 
     def layers(self) -> Iterator[Layer]:
         """Convolutions and linear layers; a MatMul of two computed tensors is none."""
@@ -211,8 +199,7 @@ class OnnxGraph:
         nearest = node.op == 'Resize' and node.attributes.get('mode', 'nearest') == 'nearest'
         if node.op not in MOVE_OPS and not nearest:
             return None
-        data = node.inputs if node.op == 'Concat' else node.inputs[:1]
-        sources = [self.quantized_sources(source) for source in data]
+        sources = [self.quantized_sources(source) for source in node.inputs[: None if node.op == 'Concat' else 1]]
         return None if None in sources else [dq for found in sources if found is not None for dq in found]
 
     def clip_bounds(self, node: Node) -> tuple[float, float] | None:
@@ -236,15 +223,9 @@ class OnnxGraph:
         Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there.
         """
         node = self.producer(quantizer.input(0))
-        if node is None or node.op != 'Clip' or self.clip_bounds(node) in ACTIVATION_BOUNDS:
+        if node is None or node.op != 'Clip' or self.integer_clip(quantizer) is not None:
             return None
-        if self.integer_clip(quantizer) is not None:
-            return None
-        return node
-
-
-def _holds_float(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, (list, tuple)) and any(isinstance(v, float) for v in value))
+        return None if self.clip_bounds(node) in ACTIVATION_BOUNDS else node
 
 
 def _read_node(proto: Any, source: str) -> Node:
@@ -267,13 +248,10 @@ def read_onnx(path: Path, expected: ExpectedQuantization | None = None) -> OnnxG
     """Reads an ONNX file.
 
     Raises:
-        BackendError: The onnx package is missing.
+        DependencyError: The onnx package is missing.
         ExportError: The file cannot be read, or holds what the rules cannot see into.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendError(f'{path}: cannot read it without onnx: pip install "mmbrecq[deploy]"') from error
+    onnx = require('onnx')
     try:
         model = onnx.load(path)
         # Protobuf accepts many byte strings; a model names its opset and has nodes.

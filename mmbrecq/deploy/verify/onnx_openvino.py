@@ -9,9 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_tensorrt import half_quantized_faults, per_tensor_faults
+from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_tensorrt import half_quantized_faults
 from mmbrecq.deploy.verify.violation import Violation
+
+# They move values within their channels.
+CHANNEL_OPS = frozenset({'Identity', 'MaxPool', 'Pad', 'Resize'})
 
 
 def check_levels(graph: OnnxGraph) -> Iterator[Violation]:
@@ -54,8 +57,24 @@ def check_layer_inputs(graph: OnnxGraph) -> Iterator[Violation]:
 
 
 def check_per_tensor(graph: OnnxGraph) -> Iterator[Violation]:
-    """V5: activations have one scale per tensor."""
-    return per_tensor_faults(graph, 'V5')
+    """V5: activations have one scale per tensor, or one per channel where of all layers depthwise convolutions read."""
+    for node in graph.activation_quantizers():
+        scale = graph.scale(node)
+        if scale is not None and scale.size != 1 and not _is_read_by_channel(graph, node, scale.size):
+            message = 'expected one scale per tensor, or depthwise convolutions that read its channels'
+            yield Violation('V5', node.name, f'{message}, but got {scale.size} scales')
+
+
+def _is_read_by_channel(graph: OnnxGraph, quantizer: Node, channels: int) -> bool:
+    readers = [reader for dq in graph.dequantizers(quantizer) for reader in graph.consumers(dq.outputs[0])]
+    for reader in readers:
+        if reader.op in MOVE_OPS | {'Resize'}:
+            if reader.op not in CHANNEL_OPS:
+                return False
+            readers += graph.consumers(reader.outputs[0])
+        elif reader.op in LAYER_OPS and (reader.op != 'Conv' or reader.attributes.get('group', 1) != channels):
+            return False
+    return quantizer.attributes.get('axis', 1) == 1
 
 
 def check_network_outputs(graph: OnnxGraph) -> Iterator[Violation]:

@@ -9,13 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import (
-    STANDARD_DOMAINS,
-    Array,
-    Layer,
-    Node,
-    OnnxGraph,
-)
+from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Layer, Node, OnnxGraph
 from mmbrecq.deploy.verify.violation import Violation
 
 # Opset from which Q and DQ take a type; ONNX's version history of the two operators.
@@ -65,7 +59,15 @@ def check_axes(graph: OnnxGraph) -> Iterator[Violation]:
         if scale is not None and (message := _axis_fault(node, scale, graph.constant(node.input(0)))):
             yield Violation('C3', node.name, message)
     for layer in graph.layers():
-        yield from _weight_axis_faults(graph, layer)
+        dq = layer.weight_dq
+        scale = None if dq is None else graph.constant(dq.input(1))
+        if dq is None or scale is None or scale.ndim != 1 or 'axis' not in dq.attributes:
+            continue
+        ndim, axis = _weight_ndim(graph, dq), dq.attributes['axis']
+        axes = None if ndim is None else _channel_axes(graph, layer, dq, ndim)
+        if ndim is not None and axes is not None and axis % ndim not in axes:
+            message = f'expected the output channels (axis {axes[0]}) of {layer.node.op} {layer.node.name!r}'
+            yield Violation('C3', dq.name, f'{message}, but got axis {axis}')
 
 
 def _axis_fault(node: Node, scale: Array, data: Array | None) -> str | None:
@@ -85,46 +87,31 @@ def _axis_fault(node: Node, scale: Array, data: Array | None) -> str | None:
     return None
 
 
-def _weight_axis_faults(graph: OnnxGraph, layer: Layer) -> Iterator[Violation]:
-    dq = layer.weight_dq
-    scale = graph.constant(dq.input(1)) if dq is not None else None
-    if dq is None or scale is None or scale.ndim != 1 or 'axis' not in dq.attributes:
-        return
-    expected = _channel_axes(graph, layer, dq)
-    ndim = _weight_ndim(graph, dq)
-    axis = dq.attributes['axis']
-    if ndim is not None and expected is not None and axis % ndim not in {e % ndim for e in expected}:
-        message = f'expected the output channels (axis {expected[0] % ndim}) of {layer.node.op} {layer.node.name!r}'
-        yield Violation('C3', dq.name, f'{message}, but got axis {axis}')
-
-
-def _channel_axes(graph: OnnxGraph, layer: Layer, dq: Node) -> tuple[int, ...] | None:
+def _channel_axes(graph: OnnxGraph, layer: Layer, dq: Node, ndim: int) -> list[int] | None:
     """Axes of the DQ's output that hold output channels; None where a reshape hides them."""
     node = layer.node
     if node.op == 'Conv':
-        axes: tuple[int, ...] = (0,)
+        axes = [0]
     elif node.op == 'ConvTranspose':
         # Weight (C_in, C_out / groups, ..): groups lie along axis 0.
-        axes = (1,) if node.attributes.get('group', 1) == 1 else (1, 0)
+        axes = [1] if node.attributes.get('group', 1) == 1 else [1, 0]
     elif node.op == 'Gemm':
-        axes = (0,) if node.attributes.get('transB', 0) else (1,)
+        axes = [0] if node.attributes.get('transB', 0) else [1]
     else:
-        axes = (-1,) if layer.weight == node.input(1) else (-2,)
+        axes = [-1] if layer.weight == node.input(1) else [-2]
     tensor = layer.weight
     while (maker := graph.producer(tensor)) is not None and maker is not dq:
         if maker.op == 'Transpose':
-            ndim = _weight_ndim(graph, dq) or 2
             perm = maker.attributes.get('perm', list(range(ndim))[::-1])
-            axes = tuple(perm[axis] for axis in axes)
+            axes = [perm[axis] for axis in axes]
         elif maker.op != 'Identity':
             return None
         tensor = maker.input(0)
-    return axes
+    return [axis % ndim for axis in axes]
 
 
 def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
-    maker = graph.producer(dq.input(0))
-    data = graph.constant(dq.input(0))
+    data, maker = graph.constant(dq.input(0)), graph.producer(dq.input(0))
     if data is None and maker is not None and maker.op == 'QuantizeLinear':
         data = graph.constant(maker.input(0))
     return None if data is None else data.ndim
@@ -132,23 +119,21 @@ def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
 
 def check_opset(graph: OnnxGraph) -> Iterator[Violation]:
     """C4: the opset knows the types and attributes that Q, DQ and a Clip between them use."""
-    for node in graph.activation_quantizers():
-        clip = graph.integer_clip(node)
-        if clip is not None and graph.opset < OPSET_OF_INTEGER_CLIP:
-            message = f'expected opset {OPSET_OF_INTEGER_CLIP} or later for a Clip of integers, but got {graph.opset}'
-            yield Violation('C4', clip.name, message)
-    for node in graph.nodes:
-        if node.op not in ('QuantizeLinear', 'DequantizeLinear'):
-            continue
+    needs: list[tuple[Node, str, int | None]] = [
+        (clip, 'a Clip of integers', OPSET_OF_INTEGER_CLIP)
+        for node in graph.activation_quantizers()
+        if (clip := graph.integer_clip(node)) is not None
+    ]
+    for node in (node for node in graph.nodes if node.op in ('QuantizeLinear', 'DequantizeLinear')):
         if node.domain not in STANDARD_DOMAINS:
             yield Violation('C4', node.name, f'expected the ONNX operator, but got {node.op} of {node.domain!r}')
-            continue
-        for what, opset in _needs(graph, node):
-            if opset is None:
-                yield Violation('C4', node.name, f'expected a type of {node.op}, but got {what}')
-            elif graph.opset < opset:
-                message = f'expected opset {opset} or later for {what}, but got {graph.opset}'
-                yield Violation('C4', node.name, message)
+        else:
+            needs += [(node, what, opset) for what, opset in _needs(graph, node)]
+    for node, what, opset in needs:
+        if opset is None:
+            yield Violation('C4', node.name, f'expected a type of {node.op}, but got {what}')
+        elif graph.opset < opset:
+            yield Violation('C4', node.name, f'expected opset {opset} or later for {what}, but got {graph.opset}')
 
 
 def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
@@ -166,14 +151,13 @@ def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
 
 
 def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
-    """C5: every Q feeds one DQ of the same grid, none is doubled, every quantized layer is there."""
+    """C5: every Q feeds one DQ of the same grid, none is right behind another pair, every quantized layer is there."""
     for node in graph.of_type('QuantizeLinear'):
         yield from _pair_faults(graph, node)
     for node in graph.of_type('DequantizeLinear'):
         if graph.constant(node.input(0)) is None and graph.quantizer(node) is None:
-            found_before = title(graph.producer(node.input(0)))
-            message = f'expected a QuantizeLinear or a constant before it, but got {found_before}'
-            yield Violation('C5', node.name, message)
+            before = title(graph.producer(node.input(0)))
+            yield Violation('C5', node.name, f'expected a QuantizeLinear or a constant before it, but got {before}')
     if graph.expected is not None:
         found = sum(layer.weight_dq is not None for layer in graph.layers())
         if found != graph.expected.layers:
@@ -182,32 +166,24 @@ def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
 
 
 def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
-    clip = graph.integer_clip(node)
-    readers = graph.dequantizers(node)
+    clip, readers = graph.integer_clip(node), graph.dequantizers(node)
     leaves = any(maker.outputs[0] in graph.outputs for maker in (node, clip) if maker is not None)
     if len(readers) != 1 or readers[0].op != 'DequantizeLinear' or leaves:
-        names = [title(reader) for reader in readers]
-        names += ['a graph output'] if leaves else []
-        found = ', '.join(names) or 'nothing'
+        found = ', '.join([*map(title, readers), *['a graph output'] * leaves]) or 'nothing'
         yield Violation('C5', node.name, f'expected one DequantizeLinear to read it, but got {found}')
-    elif graph.scale(node) is not None and not graph.same_grid(node, readers[0]) and _finite(graph, node, readers[0]):
+    elif _known(graph, node, readers[0]) and not graph.same_grid(node, readers[0]):
         yield Violation('C5', node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ')
-    earlier = graph.producer(node.input(0))
-    if earlier is not None and earlier.op == 'DequantizeLinear' and _repeats(graph, earlier, node):
-        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} before it has the same grid')
+    earlier = graph.producer((graph.grid_clip(node) or node).input(0))
+    while earlier is not None and earlier.op == 'Identity':
+        earlier = graph.producer(earlier.input(0))
+    if earlier is not None and earlier.op == 'DequantizeLinear':
+        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} is right before it')
 
 
-def _repeats(graph: OnnxGraph, earlier: Node, node: Node) -> bool:
-    """Whether a Q, with the Clip of integers behind it, changes nothing that comes from the DQ before it."""
-    first, clip = graph.quantizer(earlier), graph.integer_clip(node)
-    first_clip = None if first is None else graph.integer_clip(first)
-    bounds = [None if found is None else graph.clip_bounds(found) for found in (first_clip, clip)]
-    return graph.same_grid(earlier, node) and (clip is None or bounds[0] == bounds[1])
-
-
-def _finite(graph: OnnxGraph, *nodes: Node) -> bool:
-    """Whether all scales are numbers: NaN differs from itself, and C1 reports it already."""
-    return all((scale := graph.scale(node)) is None or not np.isnan(scale).any() for node in nodes)
+def _known(graph: OnnxGraph, first: Node, second: Node) -> bool:
+    """Whether scales can be compared: C1 reports those that are computed, and NaN differs from itself."""
+    a, b = graph.scale(first), graph.scale(second)
+    return a is not None and not any(np.isnan(scale).any() for scale in (a, b) if scale is not None)
 
 
 def title(node: Node | None) -> str:

@@ -36,15 +36,10 @@ def check_int8(graph: OnnxGraph) -> Iterator[Violation]:
 
 def check_per_tensor(graph: OnnxGraph) -> Iterator[Violation]:
     """T2: activations have one scale per tensor."""
-    return per_tensor_faults(graph, 'T2')
-
-
-def per_tensor_faults(graph: OnnxGraph, rule: str) -> Iterator[Violation]:
-    """Activation quantizers with more than one scale, reported under ``rule``."""
     for node in graph.activation_quantizers():
         scale = graph.scale(node)
         if scale is not None and scale.size != 1:
-            yield Violation(rule, node.name, f'expected one scale per tensor, but got {scale.size}')
+            yield Violation('T2', node.name, f'expected one scale per tensor, but got {scale.size}')
 
 
 def check_inputs(graph: OnnxGraph) -> Iterator[Violation]:

@@ -5,31 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mmbrecq.deploy.verify import (
-    ir_common,
-    ir_openvino,
-    onnx_openvino,
-    onnx_ort,
-    onnx_structure,
-    onnx_tensorrt,
-    onnx_values,
-)
-from mmbrecq.deploy.verify.ir_graph import IRGraph
+from mmbrecq.deploy.verify import onnx_openvino, onnx_ort, onnx_structure, onnx_tensorrt, onnx_values
 from mmbrecq.deploy.verify.onnx_graph import OnnxGraph
 from mmbrecq.deploy.verify.violation import Violation
-
-OnnxCheck = Callable[[OnnxGraph], Iterator[Violation]]
-IRCheck = Callable[[IRGraph], Iterator[Violation]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: one line that states it, its source, and a function per file format that it can be broken in."""
+    """A rule: one line that states it, its source, its check of an ONNX file, and whether an IR is held against it."""
 
     description: str
     source: str
-    onnx: OnnxCheck | None = None
-    ir: IRCheck | None = None
+    onnx: Callable[[OnnxGraph], Iterator[Violation]] | None = None
+    ir: bool = False
 
 
 _ONNX = 'ONNX operator specification'
@@ -38,18 +26,18 @@ _ORT = 'ONNX Runtime, Q/DQ transformer'
 _OV = 'OpenVINO, FakeQuantize and low-precision transformations'
 
 RULES: dict[str, Rule] = {
-    'C1': Rule('scales are constant, finite and > 0', _ONNX, onnx_structure.check_scales, ir_common.check_scales),
-    'C2': Rule('a zero-point is given, of the shape of the scale', _ONNX,
-               onnx_structure.check_zero_points, ir_common.check_zero_points),
+    'C1': Rule('scales are constant, finite and > 0', _ONNX, onnx_structure.check_scales, ir=True),
+    'C2': Rule('a zero-point is given, of the shape of the scale', _ONNX, onnx_structure.check_zero_points),
     'C3': Rule('per-channel axis explicit, its length that of the scale, output channels for a weight', _ONNX,
-               onnx_structure.check_axes, ir_common.check_axes),
+               onnx_structure.check_axes),
     'C4': Rule('the opset allows the types used', _ONNX, onnx_structure.check_opset),
-    'C5': Rule('every Q feeds one DQ of the same grid, none is doubled, all quantized layers are there', _ONNX,
-               onnx_structure.check_pairs, ir_common.check_pairs),
-    'C6': Rule('weights lie on their grid', _ONNX, onnx_values.check_weights, ir_common.check_weights),
-    'C7': Rule('a Clip before Q cuts at (integer - zero_point) * scale, one between Q and DQ at integers', _ONNX,
-               onnx_values.check_clips, ir_common.check_clips),
-    'C8': Rule('biases stay float32', _ONNX, onnx_values.check_biases, ir_common.check_biases),
+    'C5': Rule('every Q feeds one DQ of the same grid, no pair follows another, all quantized layers are there', _ONNX,
+               onnx_structure.check_pairs),
+    'C6': Rule('weights lie on the grid of their bits', _ONNX, onnx_values.check_weights),
+    'C7': Rule('grids of activations are those of the model and hold 0; a Clip before Q cuts at '
+               '(integer - zero_point) * scale, one between Q and DQ at integers', _ONNX, onnx_values.check_grids),
+    'C8': Rule('biases stay float32', _ONNX, onnx_values.check_biases),
+    'C9': Rule('biases fit int32 in units of input scale times weight scale', _ORT, onnx_values.check_bias_range),
     'T1': Rule('int8 only, zero-points 0, no Clip of integers', _TRT, onnx_tensorrt.check_int8),
     'T2': Rule('activations per tensor', _TRT, onnx_tensorrt.check_per_tensor),
     'T3': Rule('Q/DQ on input and weight of Conv, ConvTranspose, Gemm and MatMul, or, left in float, on neither', _TRT,
@@ -62,24 +50,26 @@ RULES: dict[str, Rule] = {
                onnx_ort.check_outputs),
     'O2': Rule('uint8 with zero-point 0 after a ReLU', _ORT, onnx_ort.check_relu_grids),
     'O3': Rule('max-pool has one scale and zero-point on both sides', _ORT, onnx_ort.check_pools),
-    'V1': Rule('255 or 256 levels', _OV, onnx_openvino.check_levels, ir_openvino.check_levels),
+    'V1': Rule('255 or 256 levels', _OV, onnx_openvino.check_levels, ir=True),
     'V2': Rule('ranges below 0 have 0 among 256 levels, int8 at zero-point 0, or are symmetric in 255', _OV,
-               onnx_openvino.check_signed, ir_openvino.check_signed),
+               onnx_openvino.check_signed, ir=True),
     # an unsigned zero-point is a level, so no file in ONNX can break it
-    'V3': Rule('ranges without values below 0 start at 0', _OV, ir=ir_openvino.check_unsigned),
+    'V3': Rule('ranges without values below 0 start at 0', _OV, ir=True),
     'V4': Rule('input and weight of a layer are both quantized, or neither, and weights are symmetric', _OV,
-               onnx_openvino.check_layer_inputs, ir_openvino.check_layer_inputs),
-    'V5': Rule('activations per tensor', _OV, onnx_openvino.check_per_tensor, ir_openvino.check_per_tensor),
-    'V6': Rule('no quantization on the network output', _OV,
-               onnx_openvino.check_network_outputs, ir_openvino.check_network_outputs),
-    'V7': Rule('quantized inputs of a concatenation have one grid', _OV,
-               onnx_openvino.check_concats, ir_openvino.check_concats),
+               onnx_openvino.check_layer_inputs, ir=True),
+    'V5': Rule('activations per tensor, or per channel where of all layers depthwise convolutions read them', _OV,
+               onnx_openvino.check_per_tensor, ir=True),
+    'V6': Rule('no quantization on the network output', _OV, onnx_openvino.check_network_outputs, ir=True),
+    'V7': Rule('quantized inputs of a concatenation have one grid', _OV, onnx_openvino.check_concats),
 }  # fmt: skip
 
 # Preset -> first letters of the rules it asks for.
 PRESETS: dict[str, str] = {'academic': 'C', 'onnxruntime': 'CO', 'openvino': 'CV', 'tensorrt': 'CT'}
 
 
-def rules_of(preset: str) -> dict[str, Rule]:
-    """Rules that ``preset`` asks for, by id."""
-    return {name: rule for name, rule in RULES.items() if name[0] in PRESETS[preset]}
+def rules_of(preset: str, suffix: str | None = None) -> dict[str, Rule]:
+    """Rules that ``preset`` asks for, by id; with ``suffix`` those that a file of this kind is held against."""
+    asked = {name: rule for name, rule in RULES.items() if name[0] in PRESETS[preset]}
+    return {
+        name: rule for name, rule in asked.items() if suffix is None or (rule.onnx if suffix == '.onnx' else rule.ir)
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmbrecq.deploy.verify.ir_graph import read_ir
+from mmbrecq.deploy.verify.ir import read_ir, verify_ir
 from mmbrecq.deploy.verify.onnx_graph import read_onnx
 from mmbrecq.deploy.verify.rules import PRESETS, rules_of
 from mmbrecq.deploy.verify.violation import ExpectedQuantization, Violation
@@ -17,10 +17,9 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
     """Applies the rules of ``preset`` to an exported file.
 
     Args:
-        path: ``.onnx`` with Q/DQ nodes, or ``.xml``, an OpenVINO IR. Of an IR the rules of TensorRT and of
-            ONNX Runtime, which do not read it, ask nothing.
+        path: ``.onnx`` with Q/DQ nodes, or ``.xml``, an OpenVINO IR, which shows whether C1 and V1 to V6 hold.
         preset: ``'academic'``, ``'onnxruntime'``, ``'openvino'`` or ``'tensorrt'``.
-        expected: What the quantized torch model says; None checks the file on its own.
+        expected: What the quantized torch model says of an ONNX file; None checks the file on its own.
 
     Returns:
         Broken rules in the order of their ids; empty if the file is fine.
@@ -28,7 +27,7 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
     Raises:
         ConfigError: Unknown preset.
         ExportError: The file is missing, cannot be read, or is of another kind.
-        BackendError: The package that reads the file is not installed.
+        DependencyError: The package that reads the file is not installed.
     """
     path = Path(path)
     if preset not in PRESETS:
@@ -37,12 +36,12 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
         raise ExportError(f'{path}: expected an .onnx or .xml file, but got suffix {path.suffix!r}')
     if not path.is_file():
         raise ExportError(f'{path}: expected an exported file, but there is none')
-    rules = rules_of(preset).values()
-    if path.suffix == '.onnx':
-        onnx_graph = read_onnx(path, expected)
-        return [violation for rule in rules if rule.onnx for violation in rule.onnx(onnx_graph)]
-    ir_graph = read_ir(path, expected)
-    return [violation for rule in rules if rule.ir for violation in rule.ir(ir_graph)]
+    rules = rules_of(preset, path.suffix)
+    if path.suffix == '.xml':
+        found = [violation for violation in verify_ir(read_ir(path)) if violation.rule in rules]
+        return sorted(found, key=lambda violation: violation.rule)
+    graph = read_onnx(path, expected)
+    return [violation for rule in rules.values() if rule.onnx for violation in rule.onnx(graph)]
 
 
 def check_file(
@@ -53,11 +52,7 @@ def check_file(
 ) -> None:
     """Like :func:`verify_file`, and raises where it finds anything.
 
-    Args:
-        path: As there.
-        preset: As there.
-        expected: As there.
-        shown_as: Name of the file in the message; None for ``path``.
+    Messages name the file as ``shown_as``, where given.
 
     Raises:
         ExportError: The file breaks a rule; the message names the first rules and nodes, and counts the others.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,28 @@ class Violation:
         return f'{self.rule} {self.node}: {self.message}'
 
 
+class Grid(NamedTuple):
+    """An activation grid: scales and zero-points, one or one per channel, and the smallest and the largest integer."""
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    low: int
+    high: int
+
+
 @dataclass(frozen=True)
 class ExpectedQuantization:
-    """What the quantized torch model says about the file that was written from it.
-
-    The two mappings are keyed by names of ONNX nodes. OpenVINO renames nodes, so an IR is held against
-    ``layers`` alone.
+    """What the quantized torch model says about the ONNX file that was written from it.
 
     Args:
-        layers: Number of convolution and linear calls with quantized weights; a layer that is called
-            once per pyramid level counts once per call.
-        weight_bits: Name of a Conv, ConvTranspose, Gemm or MatMul node -> bits of its weight, 2 to 8.
-        activation_ranges: Name of a QuantizeLinear node -> ``(quant_min, quant_max)`` of its activation,
-            integers in the node's 8-bit container.
+        layers: Number of convolution and linear calls with quantized weights; a layer that is called once per pyramid
+            level counts once per call.
+        weights: Path of a layer, with which the name of its integers begins -> smallest and largest integer; None
+            leaves weights unchecked.
+        activations: Grids of all activation quantizers; None leaves them unchecked. They are known by their values,
+            because an exporter shares constants that are equal, and inlines others without a name.
     """
 
     layers: int
-    weight_bits: Mapping[str, int] = field(default_factory=dict)
-    activation_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    weights: Mapping[str, tuple[int, int]] | None = None
+    activations: frozenset[Grid] | None = None

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import BackendError, BudgetError, ConfigError
+from mmbrecq.dependencies import require
+from mmbrecq.errors import BudgetError, ConfigError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
@@ -33,21 +34,17 @@ class IntegerProgram:
     def __init__(self, time_limit: float = 60.0) -> None:
         if not time_limit > 0:
             raise ConfigError(f'expected time_limit of a search to be > 0 seconds, but got {time_limit!r}')
+        require('scipy')
         self.time_limit = time_limit
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """The best choice, ``(layers,)``; ``seed`` plays no part.
+        """Returns the best choice, ``(layers,)``; ``seed`` plays no part.
 
         Raises:
-            BackendError: SciPy is not installed.
             BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
         """
-        try:
-            from scipy.optimize import Bounds, LinearConstraint, milp
-        except ImportError as error:
-            raise BackendError(
-                'expected SciPy for IntegerProgram, but it is not installed: pip install scipy'
-            ) from error
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         problem.check_budgets()
         products = _products(problem)
         singles, size = problem.loss.size, problem.loss.size + len(products)
@@ -60,7 +57,7 @@ class IntegerProgram:
             integrality=np.arange(size) < singles,
             bounds=Bounds(0, np.concatenate([upper.ravel(), np.ones(len(products))])),
             constraints=[
-                LinearConstraint(_matrix(rows, size), low, high) for rows, low, high in _constraints(problem, products)
+                LinearConstraint(_matrix(rows, size), *ends) for rows, *ends in _constraints(problem, products)
             ],
             options={'time_limit': self.time_limit, 'mip_rel_gap': 1e-9},
         )

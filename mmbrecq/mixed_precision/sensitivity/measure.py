@@ -1,8 +1,8 @@
-"""How far quantized layers take the outputs of a network from the float ones."""
+"""The loss of quantized layers and activations: the distance of the network's outputs from the float ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
-from mmbrecq.graph.components import attach
 from mmbrecq.graph.structure import flatten_outputs
-from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.progress import track
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.task import Task
 
 BATCH = 64
@@ -25,14 +27,13 @@ FISHER = 'Fisher-weighted error'
 
 
 @contextmanager
-def quantizing(model: QuantizedModel, layers: Collection[str]) -> Iterator[None]:
+def quantizing(graph: QuantizedGraph, layers: Collection[str]) -> Iterator[None]:
     """Quantizes the weights of ``layers`` alone; all else is float, and as it was afterwards."""
-    with model.quantization(weights=False, activations=False):
-        for name, module, fake_quant in model.weights():
+    with graph.quantization(weights=False, activations=False):
+        for name, module, fake_quant in graph.weights():
             if name in layers:
                 fake_quant.enabled = True
-                correction = bias_correction(module)
-                if correction is not None:
+                if (correction := bias_correction(module)) is not None:
                     correction.enabled = True
         yield
 
@@ -47,19 +48,19 @@ class OutputLoss:
     ``0.5 * sum(gradient^2 * error^2)`` over all elements of all outputs.
 
     Args:
-        model: The prepared graph.
+        graph: A prepared graph.
         inputs (Tensor): ``(N, ...)`` images, or features of regions; of several processes each has its own.
         squared_gradients: Of the task loss at each output, of the output's shape, see :func:`squared_gradients`.
     """
 
     def __init__(
-        self, model: QuantizedModel, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
+        self, graph: QuantizedGraph, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
     ) -> None:
-        self._model, self._inputs = model, inputs
-        with model.quantization(weights=False, activations=False):
+        self._graph, self._inputs = graph, inputs
+        with graph.quantization(weights=False, activations=False):
             self._targets = list(self._outputs())
             # of several processes one may have no image
-            outputs = self._targets[0] if self._targets else _flat(model(inputs.new_zeros(1, *inputs.shape[1:])))
+            outputs = self._targets[0] if self._targets else _flat(graph(inputs.new_zeros(1, *inputs.shape[1:])))
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
         if squared_gradients is not None:
             self.kind = FISHER
@@ -71,9 +72,9 @@ class OutputLoss:
     def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
         """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
         total = 0.0
-        with quantizing(self._model, layers):
+        with quantizing(self._graph, layers):
             for path in quantizers:
-                self._model.quantizers[path].enabled = True
+                self._graph.quantizers[path].enabled = True
             for index, outputs in enumerate(self._outputs()):
                 total += self._batch_loss(outputs, index)
         return sum(gather(total)) if self.kind == 'distance' else mean_over(total, len(self._inputs))
@@ -92,31 +93,31 @@ class OutputLoss:
     @torch.no_grad()
     def _outputs(self) -> Iterator[list[Tensor]]:
         for start in range(0, len(self._inputs), BATCH):
-            yield _flat(self._model(self._inputs[start : start + BATCH]))
+            yield _flat(self._graph(self._inputs[start : start + BATCH]))
 
 
-def output_loss(task: Task, part: QuantizedModel, inputs: Tensor, fisher: bool) -> OutputLoss:
-    """The loss of one graph of a task.
+def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool) -> OutputLoss:
+    """Builds the loss of one graph of a task.
 
     Args:
-        task: With a task loss where ``fisher`` is asked for.
-        part: The task's model, or one of its heads of regions.
-        inputs (Tensor): Of the part; the first images of the task's, or features of regions.
+        task: Has a task loss where ``fisher`` is asked for.
+        graph: One of the graphs of the task's model.
+        inputs (Tensor): Of the graph; the first images of the task's, or features of regions.
         fisher: Whether the annotations of the images weigh the errors.
     """
     if not fisher:
-        return OutputLoss(part, inputs)
+        return OutputLoss(graph, inputs)
     assert task.task_loss is not None
-    return OutputLoss(part, inputs, squared_gradients(part, task.batches(), inputs, task.task_loss))
+    return OutputLoss(graph, inputs, squared_gradients(task.model, task.batches(), inputs, task.task_loss))
 
 
 def squared_gradients(
     model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss
 ) -> list[Tensor]:
-    """Squared gradients of the float network's task loss at each of its outputs, image by image.
+    """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
 
     Args:
-        model: The prepared graph of the whole network.
+        model: The prepared model.
         batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
         images (Tensor): ``(N, 3, H, W)``.
         task_loss: Computes the loss through ``model.model``, as a mean over its batch.
@@ -124,10 +125,16 @@ def squared_gradients(
     Returns:
         ``[(N, ...)]``, of the shapes of the outputs.
     """
-    recorder = _Outputs(model.compiled)
+    outputs: list[Tensor] = []
+
+    def record(inputs: Tensor) -> Any:
+        found = model.image_graph.compiled(inputs)
+        outputs[:] = _flat(found)
+        return found
+
     squares: list[list[Tensor]] = []
     start = 0
-    attach(model.model, recorder)
+    model.image_graph.traced.attach(record)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -135,32 +142,44 @@ def squared_gradients(
                     break
                 x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
                 # the batch may have more images than are asked for
-                loss = task_loss(_first(batch, len(x)), x) * len(x)
-                gradients = torch.autograd.grad(loss, recorder.last, allow_unused=True, materialize_grads=True)
+                loss = task_loss({key: batch[key][: len(x)] for key in ('inputs', 'data_samples')}, x) * len(x)
+                gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
                 squares.append([gradient.square() for gradient in gradients])
                 start += len(x)
     finally:
-        attach(model.model, model.compiled)
+        model.image_graph.attach()
     return [torch.cat(parts) for parts in zip(*squares, strict=True)]
-
-
-class _Outputs:
-    """Runs a graph and keeps what it returned last, flat."""
-
-    def __init__(self, graph: Callable[[Tensor], Any]) -> None:
-        self._graph = graph
-        self.last: list[Tensor] = []
-
-    def __call__(self, inputs: Tensor) -> Any:
-        outputs = self._graph(inputs)
-        self.last = _flat(outputs)
-        return outputs
 
 
 def _flat(outputs: Any) -> list[Tensor]:
     return list(flatten_outputs(outputs).values())
 
 
-def _first(batch: Any, count: int) -> dict[str, Any]:
-    """The first images of a batch, with their annotations."""
-    return {key: batch[key][:count] for key in ('inputs', 'data_samples')}
+def loss_inputs(task: Task, graph: QuantizedGraph, images: int | None) -> Tensor:
+    """Returns the inputs of a graph of a task that losses are measured on: the first ``images``, or all regions."""
+    if not graph.is_region:
+        return task.images[:images]
+    regions: Tensor = task.regions.pairs(graph, weights=False, activations=False)[0]
+    return regions
+
+
+def measure_activations(task: Task, table: SensitivityTable, bits: int) -> None:
+    """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
+
+    Their grids are those of a calibration on float values; the loss is that with one group quantized, all else float.
+
+    Args:
+        task: The model prepared with activations of ``bits``.
+        table: Gets the losses.
+        bits: Of the activations.
+    """
+    calibrate_activations(task.model, task.images.split(BATCH))
+    calibrate_regions(task.model, task.regions)
+    for part in task.model.graphs:
+        own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
+        missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
+        if missing:
+            loss = output_loss(task, part, loss_inputs(task, part, table.images), table.kind == FISHER)
+            for name in track(missing, f'activations at {bits} bits'):
+                quantizers = table.values[name].quantizers
+                table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
-from mmbrecq.errors import BackendError
+from mmbrecq.errors import BackendError, DependencyError
 
 
 class Doubling(BaseBackend):
     """Doubles its input, returns it with its negative; a stand-in for a runtime."""
 
-    name, suffix, package = 'Doubling', '.dbl', 'doubling-runtime'
+    name, suffix, package = 'Doubling', '.dbl', 'math'
     failure: Exception | None = None
 
     def _load(self) -> None:
@@ -77,8 +77,8 @@ def test_threads_below_one(file: Path) -> None:
 
 
 def test_missing_runtime_says_how_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Doubling, 'failure', ModuleNotFoundError("No module named 'doubling'"))
-    with pytest.raises(BackendError, match=r"No module named 'doubling'.*`pip install doubling-runtime`"):
+    monkeypatch.setattr(Doubling, 'package', 'doubling')
+    with pytest.raises(DependencyError, match='but doubling is not installed; install it with: pip install doubling$'):
         Doubling(file)
 
 

@@ -12,7 +12,7 @@ from small_models import images, packed, residual
 
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.exporters.base import BaseExporter
-from mmbrecq.errors import BackendError, ExportError, StorageError
+from mmbrecq.errors import DependencyError, ExportError, StorageError
 from mmbrecq.quantizers import QuantizedModel
 
 EXPORTERS = [ONNXExporter, OpenVINOExporter]
@@ -22,7 +22,7 @@ def broken() -> QuantizedModel:
     """A model whose file breaks rule C1."""
     model = packed(residual(), 'openvino')
     with torch.no_grad():
-        model.quantizers['activation_quantizers.inputs'].scale.fill_(float('nan'))
+        model.image_graph.quantizers['activation_quantizers.inputs'].scale.fill_(float('nan'))
     return model
 
 
@@ -34,24 +34,24 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_file_that_breaks_a_rule_is_not_left_behind(tmp_path: Path, exporter: type[BaseExporter]) -> None:
     path = tmp_path / f'model{exporter.suffix}'
     with pytest.raises(ExportError, match=f"^{re.escape(str(path))} breaks the rules of preset 'openvino': C1 "):
-        exporter().export(broken(), images(2), tmp_path)
+        exporter().export(broken().image_graph, images(2), tmp_path)
     assert content(tmp_path) == {}
 
 
 @pytest.mark.parametrize('exporter', EXPORTERS)
 def test_earlier_export_survives_one_that_fails(tmp_path: Path, exporter: type[BaseExporter]) -> None:
-    exporter().export(packed(residual(), 'openvino'), images(2), tmp_path)
+    exporter().export(packed(residual(), 'openvino').image_graph, images(2), tmp_path)
     before = content(tmp_path)
     with pytest.raises(ExportError):
-        exporter().export(broken(), images(2), tmp_path)
+        exporter().export(broken().image_graph, images(2), tmp_path)
     assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize('exporter', EXPORTERS)
 def test_export_replaces_an_earlier_one(tmp_path: Path, exporter: type[BaseExporter]) -> None:
-    exporter().export(packed(residual(), 'openvino'), images(2), tmp_path)
+    exporter().export(packed(residual(), 'openvino').image_graph, images(2), tmp_path)
     before = content(tmp_path)
-    exporter().export(packed(residual(), 'openvino', 3, 8), images(2), tmp_path)
+    exporter().export(packed(residual(), 'openvino', 3, 8).image_graph, images(2), tmp_path)
     after = content(tmp_path)
     assert after.keys() == before.keys() and after != before
 
@@ -65,9 +65,9 @@ def test_operator_without_onnx_form(
     def forward(x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
 
-    monkeypatch.setattr(model.compiled, 'forward', forward)
+    monkeypatch.setattr(model.image_graph.compiled, 'forward', forward)
     with pytest.raises(ExportError, match='^the graph cannot be written as ONNX: .*bessel_j0'):
-        exporter().export(model, images(2), tmp_path)
+        exporter().export(model.image_graph, images(2), tmp_path)
     assert content(tmp_path) == {}
 
 
@@ -77,15 +77,15 @@ def test_graph_that_openvino_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(openvino, 'convert_model', refuse)
     with pytest.raises(ExportError, match='^OpenVINO cannot convert the graph: unsupported operation$'):
-        OpenVINOExporter().export(packed(residual(), 'openvino'), images(2), tmp_path)
+        OpenVINOExporter().export(packed(residual(), 'openvino').image_graph, images(2), tmp_path)
     assert content(tmp_path) == {}
 
 
-def test_openvino_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'openvino', None)
-    with pytest.raises(BackendError, match='^expected OpenVINO to be installed, but it is not: pip install openvino$'):
-        OpenVINOExporter().export(packed(residual(), 'openvino'), images(2), tmp_path)
-    assert content(tmp_path) == {}
+@pytest.mark.parametrize('package', ['onnx', 'openvino'])
+def test_what_openvino_takes_is_not_installed(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DependencyError, match=f'{package} is not installed; install it with: pip install '):
+        OpenVINOExporter()
 
 
 @pytest.mark.parametrize('exporter', EXPORTERS)
@@ -93,7 +93,7 @@ def test_file_in_the_place_of_the_folder(tmp_path: Path, exporter: type[BaseExpo
     folder = tmp_path / 'deploy'
     folder.write_text('mine')
     with pytest.raises(StorageError, match=f'^cannot write {re.escape(str(folder))}/model.*: '):
-        exporter().export(packed(residual(), 'openvino'), images(2), folder)
+        exporter().export(packed(residual(), 'openvino').image_graph, images(2), folder)
     assert folder.read_text() == 'mine'
 
 
@@ -104,7 +104,7 @@ def test_disk_without_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Path, 'write_bytes', full)
     message = f'cannot write {tmp_path / "model.onnx"}: No space left on device'
     with pytest.raises(StorageError, match=f'^{re.escape(message)}$'):
-        ONNXExporter().export(packed(residual(), 'onnxruntime'), images(2), tmp_path)
+        ONNXExporter().export(packed(residual(), 'onnxruntime').image_graph, images(2), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,4 +115,20 @@ def test_missing_layer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.nn.utils.parametrize.remove_parametrizations(model.model.backbone.down, 'weight', leave_parametrized=True)
     assert np.array_equal(model.model.backbone.down.weight.detach(), weight)
     with pytest.raises(ExportError, match='C5 .*: expected 5 quantized convolution and linear layers, but got 4'):
-        ONNXExporter().export(model, images(2), tmp_path)
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_weight_of_more_bits_is_noticed(tmp_path: Path) -> None:
+    model = packed(residual(), 'openvino', 2, 8)
+    codes = dict(model.model.named_parameters())['backbone.conv1.parametrizations.weight.original0']
+    with torch.no_grad():
+        codes[0, 0, 0, 0] = 100
+    with pytest.raises(ExportError, match=r'C6 /conv1/.*: expected integers in -2\.\.1, but got -1\.\.100'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)
+
+
+def test_activation_of_more_bits_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed(residual(), 'onnxruntime', 8, 4)
+    monkeypatch.setattr(model.image_graph.quantizers['activation_quantizers.backbone_relu1'], '_clip', lambda: None)
+    with pytest.raises(ExportError, match=r'C7 /backbone_relu1/.*: expected the integers 0\.\.15, but got 0\.\.255'):
+        ONNXExporter().export(model.image_graph, images(2), tmp_path)

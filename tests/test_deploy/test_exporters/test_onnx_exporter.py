@@ -41,9 +41,9 @@ def test_file_keeps_the_rules_and_computes_what_torch_simulates(
     tmp_path: Path, preset: str, bits: tuple[int, int]
 ) -> None:
     model = packed(classifier('resnet'), preset, *bits)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     assert path == tmp_path / 'model.onnx' and [p.name for p in tmp_path.iterdir()] == ['model.onnx']
-    assert count_quantized_calls(model) == 21
+    assert count_quantized_calls(model.image_graph) == 21
     assert verify_file(path, preset, ExpectedQuantization(21)) == []
     x = images(8, seed=1)
     # none of the 8 falls on a tie where this was written; one may where sums are added up in another order
@@ -53,7 +53,7 @@ def test_file_keeps_the_rules_and_computes_what_torch_simulates(
 @pytest.mark.parametrize('preset', PRESETS)
 def test_grouped_convolutions(tmp_path: Path, preset: str) -> None:
     model = packed(classifier('regnet'), preset, 4, 4)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     x = images(8, seed=1)
     assert moved_images(as_written(path, x)[0], run(model, x)) <= 1
 
@@ -61,11 +61,14 @@ def test_grouped_convolutions(tmp_path: Path, preset: str) -> None:
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2'])
 def test_every_layer_runs_in_integers(tmp_path: Path, name: str) -> None:
     model = packed(classifier(name), 'onnxruntime', 8, 8)
-    backend = ONNXRuntimeBackend(ONNXExporter().export(model, images(2), tmp_path), num_threads=1)
+    backend = ONNXRuntimeBackend(ONNXExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
     kernels = backend.integer_kernels()
-    assert kernels.float_layers == []
+    assert kernels.float_layers == {}
     assert (
-        kernels.integer == kernels.quantized == count_quantized_calls(model) == {'resnet': 21, 'mobilenetv2': 53}[name]
+        kernels.integer
+        == kernels.quantized
+        == count_quantized_calls(model.image_graph)
+        == {'resnet': 21, 'mobilenetv2': 53}[name]
     )
 
 
@@ -77,8 +80,8 @@ def test_integer_kernels_give_the_simulated_integers(tmp_path: Path, bits: tuple
     with torch.no_grad():
         copy.weight.copy_(torch.eye(4)[:, :, None, None])
     prepared = packed(model, 'onnxruntime', *bits)
-    path = ONNXExporter().export(prepared, images(2), tmp_path)
-    step = prepared.quantizers['activation_quantizers.relu'].scale
+    path = ONNXExporter().export(prepared.image_graph, images(2), tmp_path)
+    step = prepared.image_graph.quantizers['activation_quantizers.relu'].scale
     x = images(4, seed=1)
     found, wanted = ((values / step).round() for values in (ONNXRuntimeBackend(path, 1)(x)[0], run(prepared, x)))
     assert len(wanted.unique()) > 2 ** bits[1] // 2
@@ -92,7 +95,7 @@ def test_integer_kernels_give_the_simulated_integers(tmp_path: Path, bits: tuple
 def test_integer_kernels_compute_a_whole_network_as_simulated(tmp_path: Path, bits: tuple[int, int]) -> None:
     """None of the 16 images differs where this was written; one may where sums are added up in another order."""
     model = packed(classifier('resnet'), 'onnxruntime', *bits)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     x = images(16, seed=1)
     assert moved_images(ONNXRuntimeBackend(path, 1)(x)[0], run(model, x)) <= 1
 
@@ -104,7 +107,7 @@ def test_file_for_tensorrt_runs_in_onnxruntime(
     tmp_path: Path, name: str, weight_bits: int, activation_bits: int
 ) -> None:
     model = packed(classifier(name), 'tensorrt', weight_bits, activation_bits)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     assert not [v for v in verify_file(path, 'tensorrt') if v.rule.startswith('T')]
     x = images(4, seed=1)
     wanted = run(model, x)
@@ -115,7 +118,7 @@ def test_file_for_tensorrt_runs_in_onnxruntime(
 
 def test_weights_are_stored_as_the_packed_integers(tmp_path: Path) -> None:
     model = packed(residual(), 'openvino', 4, 8)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     for layer in model.layers:
         codes, scale = (stored[f'{layer.name}.parametrizations.weight.original{i}'] for i in range(2))
@@ -127,7 +130,7 @@ def test_weights_are_stored_as_the_packed_integers(tmp_path: Path) -> None:
 
 def test_batch_size_is_free(tmp_path: Path) -> None:
     model = packed(residual(), 'onnxruntime')
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     for count in (1, 5):
         assert as_written(path, images(count, seed=1))[0].shape == (count, 5)
     graph = onnx.load(path).graph
@@ -137,7 +140,7 @@ def test_batch_size_is_free(tmp_path: Path) -> None:
 
 def test_activations_in_float(tmp_path: Path) -> None:
     model = packed(residual(), 'academic', 4, None)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     ops = [node.op_type for node in onnx.load(path).graph.node]
     assert 'QuantizeLinear' not in ops and ops.count('DequantizeLinear') == 5
     x = images(8, seed=1)
@@ -156,8 +159,8 @@ def shared_head() -> nn.Module:
 @pytest.mark.parametrize('preset', PRESETS)
 def test_shared_layer_counts_once_per_call(tmp_path: Path, preset: str) -> None:
     model = packed(shared_head(), preset, 8, 8)
-    assert count_quantized_calls(model) == 4
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    assert count_quantized_calls(model.image_graph) == 4
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     x = images(4, seed=1)
     wanted = run(model, x)
     assert moved_images(as_written(path, x)[0], wanted) <= 1
@@ -169,7 +172,7 @@ def test_shared_layer_counts_once_per_call(tmp_path: Path, preset: str) -> None:
 @pytest.mark.parametrize('opset', [13, 20])
 def test_opsets(tmp_path: Path, opset: int) -> None:
     model = packed(residual(), 'onnxruntime', 4, 4)
-    path = ONNXExporter('net.onnx', opset).export(model, images(2), tmp_path / 'new' / 'folder')
+    path = ONNXExporter('net.onnx', opset).export(model.image_graph, images(2), tmp_path / 'new' / 'folder')
     assert path.name == 'net.onnx'
     assert {o.domain: o.version for o in onnx.load(path).opset_import}[''] == opset
     assert moved_images(as_written(path, images())[0], run(model, images())) <= 1
@@ -190,6 +193,6 @@ def test_model_stays_as_it_was(tmp_path: Path) -> None:
     model: QuantizedModel = packed(residual(), 'openvino', 4, 4)
     before = run(model, images())
     state = {name: value.clone() for name, value in model.model.state_dict().items()}
-    ONNXExporter().export(model, images(2), tmp_path)
+    ONNXExporter().export(model.image_graph, images(2), tmp_path)
     assert all(torch.equal(value, state[name]) for name, value in model.model.state_dict().items())
     torch.testing.assert_close(run(model, images()), before, rtol=0, atol=0)

@@ -33,7 +33,7 @@ def test_file_keeps_the_rules_and_computes_what_torch_simulates(
 ) -> None:
     """In integer kernels, a signed input on a grid of fewer than 8 bits included."""
     model = packed(classifier('resnet'), 'openvino', *bits, first_last_8bit=first_last_8bit)
-    path = OpenVINOExporter().export(model, images(2), tmp_path)
+    path = OpenVINOExporter().export(model.image_graph, images(2), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.bin', 'model.xml']
     assert verify_file(path, 'openvino', ExpectedQuantization(21)) == []
     x = images(8, seed=1)
@@ -43,14 +43,38 @@ def test_file_keeps_the_rules_and_computes_what_torch_simulates(
     assert moved_images(backend(x)[0], run(model, x)) <= 1
 
 
+@pytest.mark.parametrize('activation_bits', [8, 4])
+@pytest.mark.parametrize('act', [F.silu, F.relu])
+def test_depthwise_convolutions_with_a_scale_per_channel_run_in_integers(
+    tmp_path: Path, act: Any, activation_bits: int
+) -> None:
+    """Also where the value is added to another, and where it meets one in a concatenation further on."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = act(self.stem(x))
+        y = act(self.depthwise(x)) + x
+        return self.last(torch.cat([act(self.pointwise(y)), F.interpolate(act(self.strided(y)), scale_factor=2)], 1))
+
+    layers = dict(stem=conv(3, 8), depthwise=conv(8, 8, groups=8), pointwise=conv(8, 8, 1), last=conv(16, 2))
+    model = packed(net(forward, **layers, strided=conv(8, 8, stride=2, groups=8)), 'openvino', 8, activation_bits)
+    shapes = [tuple(quantizer.scale.shape) for quantizer in model.image_graph.quantizers.values()]
+    assert shapes == [(), (8,), (), (), ()]
+    backend = OpenVINOBackend(OpenVINOExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
+    assert backend.integer_kernels().float_layers == []
+    assert moved_images(backend(images(8))[0], run(model, images(8))) <= 1
+
+
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2'])
 def test_every_layer_runs_in_integers(tmp_path: Path, name: str) -> None:
     model = packed(classifier(name), 'openvino', 8, 8)
-    backend = OpenVINOBackend(OpenVINOExporter().export(model, images(2), tmp_path), num_threads=1)
+    backend = OpenVINOBackend(OpenVINOExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
     kernels = backend.integer_kernels()
-    assert kernels.float_layers == []
+    assert kernels.float_layers == {}
     assert (
-        kernels.integer == kernels.quantized == count_quantized_calls(model) == {'resnet': 21, 'mobilenetv2': 53}[name]
+        kernels.integer
+        == kernels.quantized
+        == count_quantized_calls(model.image_graph)
+        == {'resnet': 21, 'mobilenetv2': 53}[name]
     )
     x = images(4, seed=1)
     assert moved_images(backend(x)[0], run(model, x)) <= 1
@@ -60,7 +84,7 @@ def test_every_layer_runs_in_integers(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize('preset', ['academic', 'onnxruntime'])
 def test_other_presets(tmp_path: Path, preset: str, bits: tuple[int, int]) -> None:
     model = packed(residual(), preset, *bits)
-    path = OpenVINOExporter().export(model, images(2), tmp_path)
+    path = OpenVINOExporter().export(model.image_graph, images(2), tmp_path)
     assert verify_file(path, preset, ExpectedQuantization(5)) == []
     x = images(8, seed=1)
     assert moved_images(OpenVINOBackend(path, num_threads=1)(x)[0], run(model, x)) <= 1
@@ -76,7 +100,7 @@ def test_inputs_of_a_concatenation_keep_their_grids(tmp_path: Path, preset: str,
         return self.last(torch.cat([left, right], dim=1))
 
     model = packed(net(forward, conv1=conv(), conv2=conv(), last=conv(8, 2)), preset, *bits)
-    path = OpenVINOExporter().export(model, images(2), tmp_path)
+    path = OpenVINOExporter().export(model.image_graph, images(2), tmp_path)
     x = images(8, seed=1)
     assert moved_images(OpenVINOBackend(path, num_threads=1)(x)[0], run(model, x)) <= 1
 
@@ -97,20 +121,19 @@ def test_values_below_zero_run_in_integers(tmp_path: Path, bits: tuple[int, int]
         'strided': nn.Conv2d(8, 8, 3, stride=2, padding=1), 'conv2': conv(8, 8), 'fc': nn.Linear(8, 5),
     }  # fmt: skip
     model = packed(net(forward, **layers), 'openvino', *bits, symmetric=symmetric)
-    path = OpenVINOExporter().export(model, images(2), tmp_path)
+    path = OpenVINOExporter().export(model.image_graph, images(2), tmp_path)
     assert verify_file(path, 'openvino', ExpectedQuantization(5)) == []
-    zero_points = [float(quantizer.zero_point) for quantizer in model.quantizers.values()]
-    assert any(zero_points) == (symmetric is None)
+    assert any(q.zero_point.any() for q in model.image_graph.quantizers.values()) == (symmetric is None)
     x = images(8, seed=1)
     backend = OpenVINOBackend(path, num_threads=1)
-    assert backend.integer_kernels().float_layers == []
+    assert backend.integer_kernels().float_layers == {}
     assert moved_images(backend(x)[0], run(model, x)) <= 1
 
 
 def test_onnx_file_of_the_preset_runs_the_same_in_openvino(tmp_path: Path) -> None:
     """OpenVINO reads ONNX too, and an int8 Clip between Q and DQ would lead its plugin astray."""
     model = packed(residual(), 'openvino', 2, 4, first_last_8bit=False)
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     options = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
     compiled = openvino.Core().compile_model(path, 'CPU', options)
     x = images(8, seed=1)
@@ -120,7 +143,7 @@ def test_onnx_file_of_the_preset_runs_the_same_in_openvino(tmp_path: Path) -> No
 
 def test_weights_stay_integers(tmp_path: Path) -> None:
     model = packed(residual(), 'openvino', 4, 8)
-    path = OpenVINOExporter('net.xml').export(model, images(2), tmp_path)
+    path = OpenVINOExporter('net.xml').export(model.image_graph, images(2), tmp_path)
     stored = sum(module.weight.numel() for module in (model.model.get_submodule(layer.name) for layer in model.layers))
     constants = [op for op in openvino.Core().read_model(path).get_ops() if op.get_type_name() == 'Constant']
     integers = [op for op in constants if op.get_output_element_type(0).get_type_name() == 'i8']
@@ -128,7 +151,7 @@ def test_weights_stay_integers(tmp_path: Path) -> None:
 
 
 def test_batch_size_is_free(tmp_path: Path) -> None:
-    path = OpenVINOExporter().export(packed(residual(), 'openvino'), images(2), tmp_path)
+    path = OpenVINOExporter().export(packed(residual(), 'openvino').image_graph, images(2), tmp_path)
     backend = OpenVINOBackend(path, num_threads=1)
     assert [backend(images(count))[0].shape for count in (1, 5)] == [(1, 5), (5, 5)]
 

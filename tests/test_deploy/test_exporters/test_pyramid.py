@@ -35,7 +35,7 @@ def model() -> QuantizedModel:
 
 @pytest.mark.parametrize('exporter', [ONNXExporter, OpenVINOExporter])
 def test_nested_outputs_of_any_image_size(exporter: Any, model: QuantizedModel, tmp_path: Path) -> None:
-    run = as_forward(open_backend(exporter().export(model, images(2), tmp_path), num_threads=1))
+    run = as_forward(open_backend(exporter().export(model.image_graph, images(2), tmp_path), num_threads=1))
     for batch, height, width in [(2, 16, 16), (1, 24, 10), (3, 7, 9)]:
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
@@ -51,18 +51,18 @@ def test_nested_outputs_of_any_image_size(exporter: Any, model: QuantizedModel, 
 
 
 def test_names_and_free_axes(model: QuantizedModel, tmp_path: Path) -> None:
-    proto = onnx.load(ONNXExporter().export(model, images(2), tmp_path))
+    proto = onnx.load(ONNXExporter().export(model.image_graph, images(2), tmp_path))
     axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.input}
     assert axes == {'images': ['batch', 3, 'height', 'width']}
     assert [v.name for v in proto.graph.output] == ['output_0_0', 'output_0_1', 'output_1_0', 'output_1_1']
-    assert count_quantized_calls(model) == 6
+    assert count_quantized_calls(model.image_graph) == 6
 
 
 def test_a_classifier_keeps_its_height_and_width(tmp_path: Path) -> None:
     model = packed(
         net(lambda self, x: self.fc(self.stem(x).mean((2, 3))), stem=conv(), fc=torch.nn.Linear(4, 3)), 'academic'
     )
-    proto = onnx.load(ONNXExporter().export(model, images(2), tmp_path))
+    proto = onnx.load(ONNXExporter().export(model.image_graph, images(2), tmp_path))
     shape = [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
     assert shape == ['batch', *images(2).shape[1:]]
     assert [v.name for v in proto.graph.output] == ['output']
@@ -76,8 +76,8 @@ def test_a_quantizer_that_two_values_share(tmp_path: Path) -> None:
         return self.last(torch.cat([one, other], 1))
 
     model = packed(net(forward, one=conv(), other=conv(), last=conv(8, 3, 1)), 'tensorrt')
-    assert len(model.quantizers) == 2
-    path = ONNXExporter().export(model, images(2), tmp_path)
+    assert len(model.image_graph.quantizers) == 2
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     x = images(3, seed=1)
     with torch.no_grad():
         wanted: Any = model(x)
@@ -90,7 +90,7 @@ def test_a_quantizer_that_two_values_share(tmp_path: Path) -> None:
 def test_weights_that_levels_share(preset: str, tmp_path: Path) -> None:
     """The file has them once; ONNX Runtime, asked for exact products, opens it on any processor."""
     layers = {'stem': conv(), 'down': conv(4, 4, stride=2), 'scores': conv(4, 2, 1), 'boxes': conv(4, 4, 1)}
-    path = ONNXExporter().export(packed(net(pyramid, **layers), preset), images(2), tmp_path)
+    path = ONNXExporter().export(packed(net(pyramid, **layers), preset).image_graph, images(2), tmp_path)
     proto = onnx.load(path)
     weights = [node.input[0] for node in proto.graph.node if node.op_type == 'DequantizeLinear']
     assert sum(name.startswith('backbone.scores.') for name in weights) == 2

@@ -138,6 +138,22 @@ def residual(shortcut: str = 'identity', opset: int = 17) -> onnx.ModelProto:
     return b.model(b.conv(b.qdq(y, 'a2'), 'conv3'))
 
 
+def by_channel(reader: str, op: str = '', axis: int = 1) -> onnx.ModelProto:
+    """A scale per channel on what ``reader`` (``depthwise``, ``dense``, ``both`` or ``sum``) reads, behind ``op``."""
+    b = Builder()
+    x = b.qdq('x', 'in')
+    for pair in b.nodes:
+        pair.attribute.append(helper.make_attribute('axis', axis))
+    size = 4 if axis == 1 else 8
+    b.tensor('in_scale', np.linspace(0.1, 0.4, size, dtype=np.float32))
+    b.tensor('in_zero', np.arange(size, dtype=np.uint8))
+    attributes = {'MaxPool': dict(kernel_shape=[1, 1]), 'Transpose': dict(perm=[0, 1, 3, 2])}
+    moved = b.node(op, [x], 'move', **attributes[op]) if op else x
+    outputs = [b.conv(moved, 'dw', group=4)] if reader != 'dense' else []
+    outputs += [b.conv(moved, 'dense')] if reader in ('dense', 'both') else [moved] if reader == 'sum' else []
+    return b.model(outputs[0] if len(outputs) == 1 else b.node('Add', outputs, 'add'))
+
+
 def concat() -> onnx.ModelProto:
     """Two convolutions, quantized with one scale, concatenated into a third."""
     b = Builder(signed=True)
@@ -154,6 +170,14 @@ def set_tensor(model: onnx.ModelProto, name: str, value: Any) -> None:
     """Replaces an initializer."""
     tensor = next(t for t in model.graph.initializer if t.name == name)
     tensor.CopyFrom(numpy_helper.from_array(np.asarray(value), name))
+
+
+def rename_tensor(model: onnx.ModelProto, name: str, new: str) -> None:
+    """Renames an initializer for all that read it."""
+    next(t for t in model.graph.initializer if t.name == name).name = new
+    for reader in model.graph.node:
+        for index, tensor in enumerate(reader.input):
+            reader.input[index] = new if tensor == name else tensor
 
 
 def add_tensor(model: onnx.ModelProto, name: str, value: Any) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mmbrecq.deploy.verify import ExpectedQuantization, verify_file
+from mmbrecq.deploy.verify import ExpectedQuantization, Grid, verify_file
 from mmbrecq.deploy.verify.onnx_graph import integer_range
 
 
@@ -88,30 +88,51 @@ def test_bounds_of_an_activation_function_behind_a_cast(tmp_path: Path) -> None:
     assert [v.node for v in verify_file(graphs.save(model, tmp_path), 'onnxruntime')] == ['limit']
 
 
+def told(weights: dict | None = None, *activations: tuple[int, int]) -> ExpectedQuantization:
+    grids = frozenset(Grid((float(np.float32(graphs.SCALE)),), (0,), *ends) for ends in activations)
+    return ExpectedQuantization(3, weights, grids or None)
+
+
 @pytest.mark.parametrize(
     ('expected', 'broken'),
     [
-        (dict(weight_bits={'conv1': 2, 'fc': 8}, activation_ranges={'a1_Q': (0, 15)}), []),
-        (dict(weight_bits={'conv1': 4, 'conv9': 4}), [('C6', 'conv9')]),
-        (dict(activation_ranges={'a1_Q': (0, 7)}), [('C7', 'a1_clip')]),
-        (dict(activation_ranges={'a9_Q': (0, 15)}), [('C7', 'a9_Q')]),
+        (told({'conv1': (-2, 1), 'conv2': (-2, 1), 'fc': (-128, 127)}, (0, 15)), set()),
+        (told({'conv1': (-1, 1), 'conv2': (-8, 7), 'fc': (-8, 7)}), {('C6', 'conv1_w_DQ')}),
+        (told({'conv1': (-8, 7), 'conv2': (-8, 7)}), {('C6', 'fc_w_DQ')}),
+        (told(None, (0, 15), (0, 255)), set()),
+        (told(None, (0, 7)), {('C7', f'{name}_clip') for name in ('in', 'a1', 'a2', 'a3', 'a4')}),
     ],
 )
 @pytest.mark.parametrize('integer', [False, True])
-def test_expected_bits(tmp_path: Path, expected: dict, broken: list, integer: bool) -> None:
-    path = graphs.save(graphs.chain(bits=4, integer=integer), tmp_path)
-    violations = verify_file(path, 'academic', ExpectedQuantization(3, **expected))
-    assert [(v.rule, v.node) for v in violations] == broken
+def test_expected_bits(tmp_path: Path, expected: ExpectedQuantization, broken: set, integer: bool) -> None:
+    model = graphs.chain(bits=4, integer=integer)
+    for name in ('conv1', 'conv2', 'fc'):
+        graphs.rename_tensor(model, f'{name}_w', f'{name}.parametrizations.weight.original0')
+    path = graphs.save(model, tmp_path)
+    assert {(v.rule, v.node) for v in verify_file(path, 'academic', expected)} == broken
 
 
 def test_expected_bits_of_unclipped_and_wide_tensors(tmp_path: Path) -> None:
     model = graphs.chain(bits=8)
     graphs.set_tensor(model, 'conv1_w', np.arange(144).reshape(4, 4, 3, 3).astype(np.int8))
-    expected = ExpectedQuantization(3, {'conv1': 2}, {'a1_Q': (0, 15), 'a2_Q': (0, 255)})
-    violations = verify_file(graphs.save(model, tmp_path), 'academic', expected)
-    assert [(v.rule, v.node) for v in violations] == [('C6', 'conv1_w_DQ'), ('C7', 'a1_Q')]
-    assert 'at most 4 integers, but they span 256' in violations[0].message
-    assert 'Clip to the integers (0, 15)' in violations[1].message
+    graphs.set_tensor(model, 'a2_scale', np.float32(0.1))
+    expected = told({'conv1_w': (-2, 1), 'conv2_w': (-2, 1), 'fc_w': (-2, 1)}, (0, 15))
+    violations = {v.node: v.message for v in verify_file(graphs.save(model, tmp_path), 'academic', expected)}
+    assert violations['conv1_w_DQ'] == 'expected integers in -2..1, but got -128..127'
+    assert violations['a1_Q'] == 'expected the integers 0..15, but got 0..255 (scale 0.05, zero-point 0)'
+    assert violations['a2_Q'] == 'expected a grid of the model, but got 0..255 (scale 0.1, zero-point 0)'
+
+
+def test_grid_that_ends_where_an_activation_function_does(tmp_path: Path) -> None:
+    """A Clip to 0..6 is ReLU6 or, with the step 2, a grid of 2 bits."""
+    model = graphs.chain(bits=2)
+    for name in ('in', 'a1', 'a2', 'a3', 'a4'):
+        graphs.set_tensor(model, f'{name}_scale', np.float32(2))
+        graphs.set_tensor(model, f'{name}_h', np.float32(6))
+    path, scales = graphs.save(model, tmp_path), ((2.0,), (0,))
+    for high, broken in ((3, 0), (255, 0), (7, 5)):
+        expected = ExpectedQuantization(3, None, frozenset([Grid(*scales, 0, high)]))
+        assert len(verify_file(path, 'academic', expected)) == broken
 
 
 @pytest.mark.parametrize('dtype', [np.int8, np.uint8, np.int16, np.int32])

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mmbrecq.deploy.verify import ExpectedQuantization, verify_file
+from mmbrecq.deploy.verify import ExpectedQuantization, Grid, verify_file
 
 Change = Callable[[onnx.ModelProto], object]
 
@@ -119,6 +119,11 @@ C_CASES: list[tuple[str, str, Change]] = [
     ('C5', 'a1_Q', lambda m: graphs.rewire(m, 'a1_DQ', 1, 'conv1_w_scale')),
     ('C5', 'a1_Q', lambda m: graphs.rewire(m, 'a1_DQ', 2, graphs.add_tensor(m, 'z3', np.uint8(3)))),
     ('C5', 'twice_Q', lambda m: graphs.insert_qdq(m, 'twice', 'conv2', 'a1')),
+    (
+        'C5',
+        'twice_Q',
+        lambda m: (graphs.insert_qdq(m, 'twice', 'conv2', 'conv1_b'), graphs.insert(m, 'Identity', 'id', 'twice_Q')),
+    ),
     ('C5', 'a1_Q', lambda m: graphs.insert(m, 'Identity', 'id', 'a1_DQ')),
     ('C5', 'a1_DQ', lambda m: graphs.insert(m, 'Identity', 'id', 'a1_DQ')),
     (
@@ -134,8 +139,11 @@ C_CASES: list[tuple[str, str, Change]] = [
     ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.float32(-graphs.SCALE))),
     ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.float32(15 * graphs.SCALE))),
     ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_h', np.float32('nan'))),
+    ('C7', 'a1_clip', lambda m: graphs.set_tensor(m, 'a1_l', np.float32(graphs.SCALE))),
     ('C8', 'conv1', lambda m: graphs.set_tensor(m, 'conv1_b', np.zeros(4, np.float16))),
     ('C8', 'conv1', quantized_bias),
+    ('C9', 'conv1', lambda m: graphs.set_tensor(m, 'conv1_w_scale', np.float32([0.01, 0.01, 1e-9, 0.01]))),
+    ('C9', 'fc', lambda m: graphs.set_tensor(m, 'fc_b', np.float32([0, 0, 2**31 * 0.05 * 0.02]))),
 ]
 
 
@@ -201,8 +209,11 @@ def test_clip_of_integers_with_one_bound(tmp_path: Path, inputs: list[str], boun
     clip = graphs.node(model, 'a1_clip')
     clip.input[1:] = inputs
     graphs.set_tensor(model, 'a1_l', np.uint8(3))
-    expected = ExpectedQuantization(3, activation_ranges={'a1_Q': bounds})
-    assert found(model, tmp_path, 'onnxruntime', expected) == set()
+    graphs.set_tensor(model, 'a1_zero', np.uint8(5))
+    grids = [((0, 15), 0), (bounds, 5)]
+    scales = (float(np.float32(graphs.SCALE)),)
+    expected = ExpectedQuantization(3, None, frozenset(Grid(scales, (zero,), *ends) for ends, zero in grids))
+    assert found(model, tmp_path, 'academic', expected) == set()
 
 
 def test_activation_function_before_a_clip_of_integers(tmp_path: Path) -> None:
@@ -215,13 +226,11 @@ def test_activation_function_before_a_clip_of_integers(tmp_path: Path) -> None:
     assert found(model, tmp_path, 'onnxruntime') == {('C7', 'limit')}
 
 
-def test_narrower_second_grid_is_no_repetition(tmp_path: Path) -> None:
-    model = graphs.chain(bits=4, integer=True)
-    graphs.insert_qdq(model, 'twice', 'conv2', 'a1')
-    graphs.insert(model, 'Clip', 'cut', 'twice_DQ', ['a1_l', graphs.add_tensor(model, 'three', np.uint8(3))])
-    assert found(model, tmp_path, 'academic') == set()
-    graphs.rewire(model, 'cut', 2, 'a1_h')
-    assert found(model, tmp_path, 'academic') == {('C5', 'twice_Q')}
+@pytest.mark.parametrize('integer', [False, True])
+def test_second_quantization_on_another_grid(tmp_path: Path, integer: bool) -> None:
+    b = graphs.Builder(integer=integer)
+    x = b.qdq(b.qdq('x', 'in'), 'twice', (0, 15), scale=0.3)
+    assert found(b.model(b.conv(x, 'conv1')), tmp_path, 'academic') == {('C5', 'twice_Q')}
 
 
 def test_weight_is_not_clipped(tmp_path: Path) -> None:
@@ -396,3 +405,15 @@ def test_quantized_network_output(tmp_path: Path) -> None:
     model = b.model(b.qdq(b.conv(b.qdq('x', 'in'), 'conv1'), 'out'))
     assert found(model, tmp_path, 'openvino') == {('V6', 'out_DQ')}
     assert found(model, tmp_path, 'academic') == set()
+
+
+@pytest.mark.parametrize(('also', 'broken'), [(False, set()), (True, {('V5', 'a_Q')})])
+def test_scales_per_channel_before_depthwise_convolutions(tmp_path: Path, also: bool, broken: set) -> None:
+    b = graphs.Builder()
+    scale, zero = b.tensor('s', np.full(4, 0.1, np.float32)), b.tensor('z', np.zeros(4, np.uint8))
+    x = b.node('QuantizeLinear', ['x', scale, zero], 'a_Q', axis=1)
+    x = b.node('DequantizeLinear', [x, scale, zero], 'a_DQ', axis=1)
+    y = b.conv(b.node('Identity', [x], 'same'), 'dw', group=4)
+    model = b.model(b.node('Add', [y, b.conv(x, 'full')], 'add') if also else y)
+    assert found(model, tmp_path, 'openvino') == broken
+    assert ('T2', 'a_Q') in found(model, tmp_path, 'tensorrt')

@@ -26,11 +26,11 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
 
 def test_classes_are_compared_by_their_divergence() -> None:
     model, batch = calibrated(prepare(classifier('resnet'), 'academic')), images(70)
-    loss = OutputLoss(model, batch)
+    loss = OutputLoss(model.image_graph, batch)
     assert loss.kind == 'divergence'
     wanted = log_softmax(model(batch).numpy().astype(np.float64))
     for layers in ({'backbone.layer1.0.conv1'}, {'backbone.layer1.0.conv1', 'backbone.layer4.1.conv2'}):
-        with quantizing(model, layers):
+        with quantizing(model.image_graph, layers):
             found = log_softmax(model(batch).numpy().astype(np.float64))
         expected = (np.exp(wanted) * (wanted - found)).sum(1).mean()
         np.testing.assert_allclose(loss.of(layers), expected, rtol=1e-4)
@@ -45,10 +45,10 @@ def test_maps_are_compared_by_their_errors_over_their_power() -> None:
 
     model = calibrated(prepare(net(forward, first=conv(), second=conv(4, 2), third=conv(4, 3)), 'academic'))
     batch = images(70)
-    loss = OutputLoss(model, batch)
+    loss = OutputLoss(model.image_graph, batch)
     assert loss.kind == 'distance'
     wanted = [output.numpy().astype(np.float64) for output in model(batch)]
-    with quantizing(model, {'backbone.first'}):
+    with quantizing(model.image_graph, {'backbone.first'}):
         found = [output.numpy().astype(np.float64) for output in model(batch)]
     expected = sum(((f - w) ** 2).sum() / (w**2).sum() for f, w in zip(found, wanted, strict=True))
     np.testing.assert_allclose(loss.of({'backbone.first'}), expected, rtol=1e-4)
@@ -71,8 +71,8 @@ def test_annotations_weigh_the_errors(count: int) -> None:
     np.testing.assert_allclose(squares[0].numpy(), gradient**2, rtol=1e-3, atol=1e-7)
     assert not any(parameter.grad is not None for parameter in model.model.parameters())
 
-    loss = OutputLoss(model, batch, squares)
-    with quantizing(model, {'backbone.layer1.0.conv1'}):
+    loss = OutputLoss(model.image_graph, batch, squares)
+    with quantizing(model.image_graph, {'backbone.layer1.0.conv1'}):
         error = model(batch).numpy().astype(np.float64) - scores
     expected = 0.5 * (gradient**2 * error**2).sum(1).mean()
     np.testing.assert_allclose(loss.of({'backbone.layer1.0.conv1'}), expected, rtol=1e-3)
@@ -87,7 +87,7 @@ def test_a_process_without_images_adds_nothing(fisher: bool, monkeypatch: pytest
     model = calibrated(prepare(classifier('resnet'), 'academic'))
     none = images(1)[:0]
     squares = squared_gradients(model, [], none, lambda *_: torch.zeros(())) if fisher else None
-    loss = OutputLoss(model, none, squares)
+    loss = OutputLoss(model.image_graph, none, squares)
     assert loss.kind == (FISHER if fisher else 'divergence')
     loss.of({'backbone.conv1'})
     assert shares == [(0, 0)]
@@ -95,9 +95,9 @@ def test_a_process_without_images_adds_nothing(fisher: bool, monkeypatch: pytest
 
 def test_only_the_named_layers_are_quantized_and_only_within_the_block() -> None:
     model = calibrated(prepare(classifier('resnet'), 'academic'))
-    with quantizing(model, {'head.fc'}):
+    with quantizing(model.image_graph, {'head.fc'}):
         enabled = {name for name, _, fake_quant in model.weights() if fake_quant.enabled}
-        assert not any(quantizer.enabled for quantizer in model.quantizers.values())
+        assert not any(quantizer.enabled for quantizer in model.image_graph.quantizers.values())
     assert enabled == {'head.fc'}
     assert not any(fake_quant.enabled for _, _, fake_quant in model.weights())
 
@@ -105,5 +105,5 @@ def test_only_the_named_layers_are_quantized_and_only_within_the_block() -> None
 @pytest.mark.parametrize('count', [1, 64, 65])
 def test_the_last_images_count(count: int) -> None:
     model, batch = calibrated(prepare(classifier('resnet'), 'academic')), images(count)
-    single = [OutputLoss(model, image[None]).of({'backbone.conv1'}) for image in batch]
-    np.testing.assert_allclose(OutputLoss(model, batch).of({'backbone.conv1'}), np.mean(single), rtol=1e-3)
+    single = [OutputLoss(model.image_graph, image[None]).of({'backbone.conv1'}) for image in batch]
+    np.testing.assert_allclose(OutputLoss(model.image_graph, batch).of({'backbone.conv1'}), np.mean(single), rtol=1e-3)

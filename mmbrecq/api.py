@@ -1,0 +1,240 @@
+"""Quantization of any ``nn.Module`` in Python: :func:`quantize` and :func:`load`.
+
+Example:
+    >>> import torch, mmbrecq
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3))
+    >>> images = torch.rand(16, 3, 16, 16)
+    >>> quantized = mmbrecq.quantize(model, images, weight_bits=4, method='brecq', iterations=20)
+    >>> tuple(quantized(images).shape)
+    (16, 8, 12, 12)
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq import pipeline
+from mmbrecq.building import build
+from mmbrecq.deploy.comparison import Deviation, compare
+from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
+from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.errors import ConfigError, DataError, ExportError, GraphError, NonFiniteError
+from mmbrecq.presets import get_preset
+from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
+from mmbrecq.reconstruction.callbacks import Callback, Callbacks
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.task import Task
+from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.runs.checkpoint import read_checkpoint
+
+METHODS: dict[str, tuple[str, dict[str, int]]] = {
+    'brecq': ('BRECQReconstructor', {'weights': 1, 'activations': 4}),
+    'qdrop': ('QDropReconstructor', {'joint': 1}),
+    'nearest': ('NearestReconstructor', {}),
+}
+"""The reconstructor of each method, and by what the iterations of each of its passes are divided."""
+
+EXPORTERS: dict[str, type[BaseExporter]] = {'.onnx': ONNXExporter, '.xml': OpenVINOExporter}
+TARGETS: dict[str, type[BaseExporter]] = {
+    'openvino': OpenVINOExporter,
+    'onnxruntime': ONNXExporter,
+    'tensorrt': ONNXExporter,
+}
+"""The exporter that the rehearsal of each preset uses; ``academic`` has no target."""
+
+
+class Quantized:
+    """A quantized model, as :func:`quantize` and :func:`load` return it.
+
+    Attributes:
+        model (QuantizedModel): The packed model with its graphs.
+        quantizer (dict): Config of the quantizer that prepared it.
+        results (list[UnitResult]): One for each reconstructed unit and pass.
+        deviations (list[Deviation]): How far the last exported file lies from the simulation.
+    """
+
+    def __init__(self, model: QuantizedModel, quantizer: Mapping[str, Any], results: Sequence[UnitResult] = ()) -> None:
+        self.model, self.quantizer, self.results = model, dict(quantizer), list(results)
+        self.deviations: list[Deviation] = []
+        self._example = model.image_graph.traced.example
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """Every convolution and linear layer: its bits, its unit, or why it stayed in float."""
+        return self.model.layers
+
+    def __call__(self, images: Tensor) -> Any:
+        """Computes the simulated outputs, with the structure of the float model's.
+
+        Args:
+            images (Tensor): Preprocessed images, ``(N, C, H, W)``.
+        """
+        with torch.no_grad():
+            return self.model(images)
+
+    def export(self, path: str | Path, images: Tensor | None = None, opset: int = 17) -> list[Path]:
+        """Writes the model as ``.onnx`` or ``.xml``, verifies the file, and compares it with the simulation.
+
+        Args:
+            path: The file; its suffix decides the format.
+            images (Tensor): Preprocessed images to compare with; by default those that the model was traced with.
+            opset: ONNX operator set.
+
+        Returns:
+            The paths of the files, one for each graph.
+
+        Raises:
+            ExportError: The suffix is unknown, the graph has no form in the format, breaks a rule of its preset, or
+                computes something else in the runtime.
+
+        Example:
+            >>> quantized = mmbrecq.quantize(model, images, method='nearest')  # doctest: +SKIP
+            >>> quantized.export('model.xml')                                  # doctest: +SKIP
+        """
+        path = Path(path)
+        if path.suffix not in EXPORTERS:
+            raise ExportError(f'expected a file ending in {" or ".join(EXPORTERS)}, but got {path}')
+        exporter = EXPORTERS[path.suffix](path.name, opset)  # type: ignore[call-arg]
+        paths = pipeline.export(self.model, exporter, self._example, path.parent)
+        self.deviations = compare(self.model, paths, self._example if images is None else images)
+        return paths
+
+    def save(self, path: str | Path) -> None:
+        """Writes the integers, scales and biases, and what :func:`load` needs to prepare the float model alike.
+
+        Args:
+            path: The file.
+        """
+        pipeline.save(self.model, Path(path), self.quantizer)
+
+
+def quantize(
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    preset: str = 'openvino',
+    weight_bits: int = 8,
+    activation_bits: int | None = 8,
+    method: str = 'brecq',
+    iterations: int | None = None,
+    seed: int = 0,
+    quantizer: Mapping[str, Any] | None = None,
+    reconstructor: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Quantized:
+    """Quantizes a model for a target.
+
+    The model is prepared and rehearsed first: a copy is rounded to nearest, exported, verified, and compared in its
+    runtime, so that what the target cannot have is an error within seconds.
+
+    Args:
+        model: A float model that computes with tensors; it is not changed.
+        images: Preprocessed calibration images, ``(N, C, H, W)``, or an iterable of batches of them; of a batch that is
+            a tuple or a list the first item counts.
+        preset: ``openvino``, ``onnxruntime``, ``tensorrt`` or ``academic``.
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8; None leaves activations in float.
+        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together; ``nearest`` rounds to nearest
+            and corrects biases.
+        iterations: Of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the defaults,
+            20,000 and 5,000.
+        seed: Of all random draws.
+        quantizer: More options of :class:`~mmbrecq.quantizers.BRECQQuantizer`.
+        reconstructor: More options of the reconstructor.
+        callbacks: Are told of every unit.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+        DataError: There are no images, or images of several sizes.
+        GraphError: The model cannot be traced, or has heads that read regions.
+        ExportError: The target cannot have the model.
+    """
+    if method not in METHODS:
+        raise ConfigError(f'expected method to be one of {list(METHODS)}, but got {method!r}')
+    options = _quantizer_config(preset, weight_bits, activation_bits, method, quantizer)
+    builder = build(QUANTIZERS, options)
+    reconstruction = _reconstructor(method, iterations, reconstructor)
+    tensor = collect(images, next(iter(model.parameters()), torch.empty(0)).device)
+    if preset in TARGETS:
+        pipeline.rehearse(model, tensor, builder, [TARGETS[preset]()])
+    quantized = pipeline.prepare(copy.deepcopy(model).eval(), tensor, builder)
+    if quantized.region_graphs:
+        raise GraphError(
+            f'expected a model whose outputs follow from its images, but {type(model).__name__} has heads that read '
+            'regions: quantize it by a config and tools/ptq.py'
+        )
+    results: list[UnitResult] = []
+    with tempfile.TemporaryDirectory(prefix='mmbrecq-') as folder:
+        task = Task(quantized, tensor, list, None, seed, Path(folder))
+        plan = reconstruction.plan(task)
+        pipeline.calibrate(task, plan.observed)
+        for _, done in pipeline.reconstruct(task, reconstruction, plan, Callbacks(callbacks)):
+            results += done
+    pipeline.pack(quantized)
+    return Quantized(quantized, options, results)
+
+
+def load(path: str | Path, model: nn.Module) -> Quantized:
+    """Loads what :meth:`Quantized.save` or ``tools/ptq.py`` wrote.
+
+    Args:
+        path: The file.
+        model: The float model, its weights do not matter; it is not changed.
+
+    Raises:
+        CheckpointError: The file is no quantized checkpoint, or of another model.
+    """
+    quantized = pipeline.load(copy.deepcopy(model).eval(), path, own_bits=True)
+    config = read_checkpoint(str(path))['meta']['quantizer']
+    return Quantized(quantized, config)
+
+
+def collect(images: Tensor | Iterable[Any], device: torch.device) -> Tensor:
+    """Returns calibration images as one tensor ``(N, C, H, W)`` on ``device``.
+
+    Raises:
+        DataError: There are none, they are no tensors, or differ in shape.
+        NonFiniteError: A value is NaN or infinite.
+    """
+    batches = [images] if isinstance(images, Tensor) else [b[0] if isinstance(b, (tuple, list)) else b for b in images]
+    if not batches:
+        raise DataError('expected calibration images, but got none')
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.dim() < 2 or batch.shape[1:] != batches[0].shape[1:]:
+            found = f'{tuple(batch.shape)}' if isinstance(batch, Tensor) else f'a {type(batch).__name__}'
+            raise DataError(f'expected batches of images of one size, (N, C, H, W), but got {found}')
+    joined = torch.cat([batch.detach().to(device) for batch in batches])
+    if not bool(torch.isfinite(joined).all()):
+        raise NonFiniteError('expected finite pixels, but got NaN or infinity among the calibration images')
+    if not len(joined):
+        raise DataError('expected calibration images, but got none')
+    return joined
+
+
+def _quantizer_config(
+    preset: str, weight_bits: int, activation_bits: int | None, method: str, more: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    get_preset(preset)
+    given = dict(more or {})
+    rounding = {'type': 'NearestRounding' if method == 'nearest' else 'AdaRound'}
+    weight = {'bits': weight_bits, 'rounding': rounding, **given.pop('weight', {})}
+    activation = None
+    if activation_bits is not None:
+        activation = {'bits': activation_bits, **(given.pop('activation', None) or {})}
+    return {'type': 'BRECQQuantizer', 'weight': weight, 'activation': activation, 'preset': preset, **given}
+
+
+def _reconstructor(method: str, iterations: int | None, more: Mapping[str, Any] | None) -> Any:
+    given = dict(more or {})
+    kind, passes = METHODS[method]
+    for name, divisor in passes.items():
+        if iterations is not None:
+            given[name] = {'iterations': max(1, iterations // divisor), **given.get(name, {})}
+    return build(RECONSTRUCTORS, {'type': kind, **given})

@@ -1,0 +1,113 @@
+"""Finding the blocks of a network by the structure of its graph.
+
+A block is a module with branches that meet again: a residual block, an inverted residual, a layer of a transformer, an
+Inception module. It is told by what its nodes compute, never by the name of its class.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, fx, nn
+
+from mmbrecq.errors import PatternError
+from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.units import is_below
+
+MAX_LAYERS = 10
+"""A module with more layers than this is a stage: the blocks within it are units, or else its layers."""
+
+_MULTIPLY = (operator.mul, torch.mul, 'mul')
+
+
+def find_blocks(model: nn.Module, graph: fx.Graph, blocks: Iterable[str] | None) -> list[str]:
+    """Returns the paths of the outermost blocks.
+
+    Args:
+        model: Owner of the modules that the graph calls.
+        graph: A traced graph without quantizers.
+        blocks: Class names or glob patterns over module paths; None to find the blocks by structure.
+
+    Raises:
+        PatternError: An entry matches no module.
+    """
+    found = _structural_blocks(model, graph) if blocks is None else _named_blocks(model, tuple(blocks))
+    outermost: list[str] = []
+    for path, _ in model.named_modules():
+        if path in found and not any(is_below(path, outer) for outer in outermost):
+            outermost.append(path)
+    return outermost
+
+
+def _named_blocks(model: nn.Module, entries: tuple[str, ...]) -> set[str]:
+    found: set[str] = set()
+    for entry in entries:
+        matches = {p for p, m in model.named_modules() if entry == type(m).__name__ or (p and fnmatchcase(p, entry))}
+        if not matches:
+            raise PatternError(f"expected quantizer.blocks to name a module type or a path, but '{entry}' matches none")
+        found |= matches
+    return found
+
+
+def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Modules in which values of different layers meet, and the other modules of their types.
+
+    Either has one output and 2 to :data:`MAX_LAYERS` layers, but not all of the graph. The first kind does not read the
+    input of the graph, for a network that is written as one module does so; the second kind are the inverted residuals
+    without a shortcut, for one.
+    """
+    regions: dict[str, set[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ('call_module', 'call_function', 'call_method'):
+            for path in _ancestors(node.meta['owner']):
+                regions.setdefault(path, set()).add(node)
+    layers = {path: {layer for n in region for layer in n.meta.get('layers', ())} for path, region in regions.items()}
+    whole = len(layers.get('', ()))
+    possible = {
+        path: type(model.get_submodule(path))
+        for path, region in regions.items()
+        if 2 <= len(layers[path]) <= MAX_LAYERS and len(layers[path]) < whole and _has_one_output(region)
+    }
+    owners = (node.meta['owner'] for node in _joins(model, graph))
+    joined = {next((path for path in _ancestors(owner) if len(layers[path]) > 1), '') for owner in owners}
+    joined = {path for path in joined if path in possible and not _reads_input(regions[path])}
+    types = {possible[path] for path in joined if possible[path].forward is not nn.Sequential.forward}
+    return {path for path, kind in possible.items() if path in joined or kind in types}
+
+
+def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
+    """Sums, products and concatenations of values that went through different layers."""
+    roles = Roles(model, graph)
+    passed: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        sources = [passed[n] for n in node.all_input_nodes if n in passed]
+        if node.op == 'placeholder' or (sources and _has_tensors(node.meta['example'])):
+            passed[node] = frozenset(node.meta.get('layers', ())).union(*sources)
+        is_product = node.op != 'call_module' and node.target in _MULTIPLY
+        if len(set(sources)) > 1 and (roles.is_add(node) or roles.is_concat(node) or is_product):
+            yield node
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """``path`` and the paths above it, the innermost first."""
+    while path:
+        yield path
+        path = path.rpartition('.')[0]
+    yield ''
+
+
+def _has_one_output(region: set[fx.Node]) -> bool:
+    return sum(_has_tensors(n.meta['example']) and not region.issuperset(n.users) for n in region) == 1
+
+
+def _reads_input(region: set[fx.Node]) -> bool:
+    return any(source.op == 'placeholder' for node in region for source in node.all_input_nodes)
+
+
+def _has_tensors(example: object) -> bool:
+    if isinstance(example, (tuple, list)):
+        return any(_has_tensors(item) for item in example)
+    return isinstance(example, Tensor)

@@ -1,0 +1,155 @@
+"""Bounds of values that hold whatever the input is, by interval arithmetic over a graph.
+
+What is not known here has no bounds, so a bound that is given can be relied upon. Constants are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+Range = tuple[float, float]
+
+ANY: Range = (-math.inf, math.inf)
+_POSITIVE: Range = (0.0, math.inf)
+_ZERO: Range = (0.0, 0.0)
+_UNIT: Range = (0.0, 1.0)
+
+# the least values of SiLU, GELU, Mish and Hardswish are rounded down
+_FIXED: Mapping[Any, Range] = {
+    **dict.fromkeys((F.relu, torch.relu, 'relu', F.softplus, torch.exp, 'exp', nn.ReLU, nn.Softplus), _POSITIVE),
+    **dict.fromkeys((torch.abs, 'abs', operator.abs, torch.square, 'square', torch.sqrt, 'sqrt'), _POSITIVE),
+    **dict.fromkeys((torch.rsqrt, 'rsqrt', torch.norm, 'norm', torch.var, 'var', torch.std, 'std'), _POSITIVE),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, 'sigmoid', F.hardsigmoid, nn.Sigmoid, nn.Hardsigmoid), _UNIT),
+    **dict.fromkeys((torch.softmax, F.softmax, 'softmax', nn.Softmax, nn.Softmax2d), _UNIT),
+    **dict.fromkeys((torch.tanh, F.tanh, 'tanh', nn.Tanh), (-1.0, 1.0)),
+    **dict.fromkeys((F.relu6, nn.ReLU6), (0.0, 6.0)),
+    **dict.fromkeys((F.silu, nn.SiLU), (-0.279, math.inf)),
+    **dict.fromkeys((F.gelu, nn.GELU), (-0.171, math.inf)),
+    **dict.fromkeys((F.mish, nn.Mish), (-0.309, math.inf)),
+    **dict.fromkeys((F.hardswish, nn.Hardswish), (-0.376, math.inf)),
+}
+# means of values, and of the zeros with which they pad
+_MEANS = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    torch.mean, 'mean',
+)  # fmt: skip
+_SELECTIONS = (torch.amax, torch.amin, 'amax', 'amin', torch.stack, 'float', 'detach', 'type_as')
+_CONVEX_MODES = ('nearest', 'nearest-exact', 'linear', 'bilinear', 'trilinear', 'area')
+
+
+def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module | None, moves: bool) -> Range:
+    """Bounds of the value of a node; of a tuple, those of all its tensors.
+
+    Args:
+        node: The node.
+        known: The bounds of the nodes before it.
+        module: The module that it calls.
+        moves: Whether it only moves values about, and zeros among them.
+    """
+    if node.op == 'get_attr':
+        return _operand(node.meta.get('example'), known)
+    operation = node.target if module is None else type(module)
+    values = [_operand(value, known) for value in node.args]
+    found = ANY
+    if node.op in ('placeholder', 'output'):
+        pass
+    elif operation in _FIXED:
+        found = _FIXED[operation]
+    elif moves or operation in _MEANS:
+        found = _hull(_ZERO, *_leaves(node.args, known))
+    elif operation in _SELECTIONS or _resizes(node, module):
+        found = _hull(*_leaves(node.args, known))
+    elif isinstance(module, nn.Hardtanh):
+        found = float(module.min_val), float(module.max_val)
+    elif operation in _BINARY and len(values) == 2 and not node.kwargs:
+        same = operation in _MUL and node.args[0] is node.args[1]
+        found = _POSITIVE if same else _BINARY[operation](*values)
+    elif operation in (operator.neg, torch.neg, 'neg'):
+        found = -values[0][1], -values[0][0]
+    elif operation in (operator.pow, torch.pow, 'pow') and len(values) == 2:
+        even = isinstance(node.args[1], (int, float)) and node.args[1] % 2 == 0
+        found = _POSITIVE if even or values[0][0] >= 0 else ANY
+    elif operation in (torch.clamp, 'clamp', torch.clip, 'clip'):
+        found = _clamped(node, known)
+    elif operation in (torch.sum, 'sum') and values[0][0] >= 0:
+        found = _POSITIVE
+    elif operation is torch.where and len(values) == 3:
+        found = _hull(*values[1:])
+    return ANY if any(map(math.isnan, found)) else found
+
+
+def _operand(value: Any, known: Mapping[fx.Node, Range]) -> Range:
+    if isinstance(value, fx.Node):
+        return known[value]
+    if isinstance(value, (int, float)):
+        return float(value), float(value)
+    if isinstance(value, Tensor) and value.numel() and not value.is_complex():
+        low, high = value.detach().min(), value.detach().max()
+        return float(low), float(high)
+    return ANY
+
+
+def _leaves(tree: Any, known: Mapping[fx.Node, Range]) -> Iterator[Range]:
+    """Bounds of the tensors among nested arguments."""
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _leaves(item, known)
+    elif isinstance(tree, Tensor) or (isinstance(tree, fx.Node) and not isinstance(tree.meta.get('example'), int)):
+        yield _operand(tree, known)
+
+
+def _hull(*parts: Range) -> Range:
+    return min(low for low, _ in parts), max(high for _, high in parts)
+
+
+def _resizes(node: fx.Node, module: nn.Module | None) -> bool:
+    if isinstance(module, nn.Upsample):
+        return module.mode in _CONVEX_MODES
+    mode = node.args[3] if len(node.args) > 3 else node.kwargs.get('mode', 'nearest')
+    return node.target is F.interpolate and mode in _CONVEX_MODES
+
+
+def _multiplied(a: Range, b: Range) -> Range:
+    # 0 times infinity is 0, since values are finite
+    ends = [0.0 if x == 0 or y == 0 else x * y for x in a for y in b]
+    return min(ends), max(ends)
+
+
+def _divided(a: Range, b: Range) -> Range:
+    if b[0] > 0 or b[1] < 0:
+        return _multiplied(a, (1 / b[1], 1 / b[0]))
+    return _POSITIVE if b[0] == 0 and a[0] >= 0 else ANY
+
+
+def _clamped(node: fx.Node, known: Mapping[fx.Node, Range]) -> Range:
+    given = {**dict(zip(('input', 'min', 'max'), node.args, strict=False)), **node.kwargs}
+    bounds = {name: _operand(value, known) for name, value in given.items() if value is not None}
+    found = _larger(bounds['input'], bounds.get('min', (-math.inf, -math.inf)))
+    return _smaller(found, bounds.get('max', (math.inf, math.inf)))
+
+
+def _larger(a: Range, b: Range) -> Range:
+    return max(a[0], b[0]), max(a[1], b[1])
+
+
+def _smaller(a: Range, b: Range) -> Range:
+    return min(a[0], b[0]), min(a[1], b[1])
+
+
+_MUL = (operator.mul, torch.mul, torch.multiply, 'mul')
+_BINARY: Mapping[Any, Callable[[Range, Range], Range]] = {
+    **dict.fromkeys((operator.add, torch.add, 'add'), lambda a, b: (a[0] + b[0], a[1] + b[1])),
+    **dict.fromkeys((operator.sub, torch.sub, 'sub'), lambda a, b: (a[0] - b[1], a[1] - b[0])),
+    **dict.fromkeys(_MUL, _multiplied),
+    **dict.fromkeys((operator.truediv, torch.div, 'div'), _divided),
+    **dict.fromkeys((torch.clamp_min, 'clamp_min', torch.maximum, 'maximum'), _larger),
+    **dict.fromkeys((torch.clamp_max, 'clamp_max', torch.minimum, 'minimum'), _smaller),
+}

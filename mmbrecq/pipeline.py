@@ -1,0 +1,299 @@
+"""The sequence of post-training quantization, one function for each step; each can be used alone.
+
+    prepare -> check -> calibrate -> reconstruct -> pack -> export -> compare
+
+``tools/ptq.py``, :func:`mmbrecq.quantize`, the analysis of sensitivities and the benchmarks all call these functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.building import build
+from mmbrecq.calibration.calibrator import (
+    OBSERVED,
+    calibrate_activations,
+    calibrate_regions,
+    calibrate_weights,
+    observing,
+)
+from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq.data.images import example_of
+from mmbrecq.deploy.backends.factory import DeployedModel
+from mmbrecq.deploy.comparison import Deviation, compare
+from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.distributed import aligned_batches, take_from_main
+from mmbrecq.errors import CheckpointError, PatternError
+from mmbrecq.graph.components import RegionForward, region_heads, region_shape
+from mmbrecq.graph.equality import check_equality, take_reference
+from mmbrecq.progress import track
+from mmbrecq.quantizers.brecq import BRECQQuantizer
+from mmbrecq.quantizers.options import FLOAT
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.batches import UnitData
+from mmbrecq.reconstruction.cache import CachePlan
+from mmbrecq.reconstruction.callbacks import Callback, Forecast
+from mmbrecq.reconstruction.losses import MSELoss
+from mmbrecq.reconstruction.optimize import optimize_unit
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
+from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
+from mmbrecq.reconstruction.stages import Stage, stage_units
+from mmbrecq.reconstruction.task import Task
+from mmbrecq.registry import QUANTIZERS
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.runs.storage import save_atomic
+
+
+def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> QuantizedModel:
+    """Traces a model, folds and places, and checks that the graph computes what the model computed.
+
+    Args:
+        model: A float model; it is changed in place.
+        images (Tensor): Preprocessed images, ``(N, C, H, W)``; one is repeated.
+        quantizer: Decides grids and units.
+
+    Returns:
+        The quantized model, its grids still to be calibrated, its quantization switched off.
+
+    Raises:
+        GraphError: The model cannot be traced, or its graph computes something else; the first layer is named.
+    """
+    example = example_of(images)
+    references = [take_reference(model, example)]
+    for head in region_heads(model):
+        features = torch.rand(2, *region_shape(model, head), generator=torch.Generator().manual_seed(0))
+        references.append(take_reference(model, features.to(example.device), RegionForward(model, head.path)))
+    quantized = quantizer.prepare(model, example)
+    for graph, reference in zip(quantized.graphs, references, strict=True):
+        with quantized.quantization(weights=False, activations=False):
+            check_equality(graph, reference, graph.traced.free_size)
+    return quantized
+
+
+def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activations: bool = True) -> int:
+    """Finds the grid of every weight and activation; channels are equalised before, where the quantizer says so.
+
+    Args:
+        task: The prepared model and its images.
+        at_once: Images that are observed at once.
+        first_batch: Number of the first batch that heads of regions are run on, among those of all processes.
+        activations: Whether activations get their grids, too.
+
+    Returns:
+        The number of groups of values whose channels were equalised.
+
+    Raises:
+        NonFiniteError: A weight or an activation is not finite.
+    """
+    model = task.model
+    count = equalize_parts(model, task.images, task.regions, at_once, first_batch)
+    calibrate_weights(model)
+    if activations:
+        batches = aligned_batches(len(task.images), at_once, task.first)
+        images = (task.images[batch] for batch in track(batches, 'calibration'))
+        calibrate_activations(model, images, task.first // at_once)
+        calibrate_regions(model, task.regions, first_batch)
+    take_from_main(model.model)
+    return count
+
+
+def reconstruct(
+    task: Task, reconstructor: BaseReconstructor, plan: CachePlan, callback: Callback
+) -> Iterator[tuple[Stage, list[UnitResult]]]:
+    """Reconstructs all units, and yields each pass with its results as soon as it is done.
+
+    Args:
+        task: The calibrated model and its images.
+        reconstructor: Its passes.
+        plan: Where activations are cached, as ``reconstructor.plan(task)`` returned it.
+        callback: Is told of every unit.
+
+    Raises:
+        NonFiniteError: A loss stops being finite; unit and iteration are named.
+    """
+    yield from reconstructor.passes(task, plan, callback)
+
+
+def pack(model: QuantizedModel) -> None:
+    """Puts integers in the place of float weights; the model computes its quantized outputs from here on."""
+    model.pack()
+
+
+def export(model: QuantizedModel, exporter: BaseExporter, images: Tensor, folder: Path) -> list[Path]:
+    """Writes a packed model, one file for each graph, and verifies each against the rules of the preset.
+
+    Args:
+        model: The packed model.
+        exporter: Writes the files.
+        images (Tensor): Preprocessed images, of which two are traced.
+        folder: Made where it is missing.
+
+    Raises:
+        ExportError: A graph has no form in the file's format, or breaks a rule.
+    """
+    return exporter.export_all(model, example_of(images), folder)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal has found.
+
+    Args:
+        model: The packed copy that was exported.
+        deviations: How far each exported file lies from its simulation.
+        kernels: Integer kernels by the name of the runtime.
+        plan: Memory of a whole reconstruction, and where activations are cached; None where it was not asked for.
+        seconds: What a whole reconstruction will take, likewise.
+    """
+
+    model: QuantizedModel
+    deviations: list[Deviation]
+    kernels: dict[str, KernelCount]
+    plan: CachePlan | None = None
+    seconds: float | None = None
+
+
+def rehearse(
+    model: nn.Module,
+    images: Tensor,
+    quantizer: BRECQQuantizer,
+    exporters: Sequence[BaseExporter],
+    reconstructor: BaseReconstructor | None = None,
+) -> Rehearsal:
+    """Does the whole work once on a copy and a few images, so that what cannot be done is told before hours are spent.
+
+    The copy is prepared, calibrated to the range of its values, rounded to nearest, exported, verified, opened in its
+    runtime and compared with the simulation for one and for three images.
+
+    Args:
+        model: The float model; it stays as it is.
+        images (Tensor): Preprocessed calibration images. Four at most are passed through the model.
+        quantizer: Decides grids and units.
+        exporters: Write the files, which are removed again.
+        reconstructor: Memory and time of its passes are forecast, the time from a few iterations of the first unit;
+            None for no forecast.
+
+    Raises:
+        MMBrecqError: The model, the preset and the runtime do not go together; the first obstacle is named.
+    """
+    count, images = len(images), images[:4]
+    quantized = prepare(copy.deepcopy(model), images, quantizer)
+    observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
+    rough = replace(quantized, observers=observers, equalization=0.0)
+    calibrate_weights(rough)
+    calibrate_activations(rough, [images])
+    with torch.no_grad():
+        for graph in rough.region_graphs:
+            with graph.quantization(False, False), observing(rough, list(graph.quantizers.values())):
+                graph(torch.rand_like(graph.traced.example))
+    plan = seconds = None
+    if reconstructor is not None:
+        # only their number counts
+        every = images[:1].expand(count, *images.shape[1:])
+        plan = reconstructor.plan(Task(rough, every, list, None, 0, Path(tempfile.gettempdir())))
+        seconds = _forecast(rough, images, reconstructor)
+    rough.pack()
+    deviations: list[Deviation] = []
+    kernels: dict[str, KernelCount] = {}
+    with tempfile.TemporaryDirectory(prefix='mmbrecq-') as folder:
+        for exporter in exporters:
+            paths = export(rough, exporter, images, Path(folder))
+            deviations += compare(rough, paths, images)
+            deployed = DeployedModel(rough.model, paths[0])
+            kernels[deployed.name] = deployed.integer_kernels()
+    return Rehearsal(rough, deviations, kernels, plan, seconds)
+
+
+def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstructor, iterations: int = 4) -> float:
+    """Seconds of all passes, from a few iterations of the first unit with weights."""
+    graph, stage = model.image_graph, reconstructor.stages[0]
+    unit = next(unit for unit in stage_units(graph, stage) if unit.layers)
+    values = {node.name: node.meta['example'] for node in graph.traced.graph.nodes if 'example' in node.meta}
+    options = replace(stage.options, iterations=iterations)
+    rows = torch.arange(options.batch_size) % len(images)
+    data = UnitData(*([values[name][rows % len(values[name])] for name in names] for names in (
+        unit.inputs, unit.inputs, unit.outputs)))  # fmt: skip
+    nearest = unit_state(model.model, unit)
+    start = time.perf_counter()
+    with graph.quantization(weights=True, activations=stage.quantizes_activations):
+        optimize_unit(
+            unit.name, unit.module, graph.unit_weights(unit), graph.unit_quantizers(unit), data, MSELoss(),
+            replace(stage, options=options), unit_generator(0, stage.name, unit.name), images.device, lambda *_: None,
+        )  # fmt: skip
+    spent = time.perf_counter() - start
+    load_unit_state(model.model, unit, nearest)
+    return Forecast(model, reconstructor.stages).total(stage, unit, spent * stage.options.iterations / iterations)
+
+
+def save(model: QuantizedModel, path: Path, quantizer: Mapping[str, Any], **meta: Any) -> None:
+    """Writes a packed model as a checkpoint that :func:`load` reads.
+
+    Args:
+        model: The packed model.
+        path: The file.
+        quantizer: Config of the quantizer that prepared it.
+        **meta: More facts to keep in the file's ``meta``.
+    """
+    meta = {
+        'quantizer': _plain(quantizer),
+        'bits': {layer.name: [layer.weight_bits, layer.activation_bits] for layer in model.layers},
+        'grids': grids_of(model.model),
+        'example_shape': list(model.image_graph.traced.example.shape),
+        **meta,
+    }
+    save_atomic({'state_dict': model.model.state_dict(), 'meta': meta}, path)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a config as plain values, which a checkpoint can hold; a type becomes its registered name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.__name__ if isinstance(value, type) else value
+
+
+def load(
+    model: nn.Module, path: str | Path, quantizer: Mapping[str, Any] | None = None, own_bits: bool = False
+) -> QuantizedModel:
+    """Turns a float model into the quantized one that a checkpoint holds.
+
+    Args:
+        model: The float model; it is changed in place.
+        path: What :func:`save` wrote.
+        quantizer: Config of the quantizer; None for the one that the file names.
+        own_bits: Whether layers have the bits that the file names, in the place of the config's.
+
+    Raises:
+        CheckpointError: The file is no quantized checkpoint, or of another model or quantizer.
+    """
+    meta = read_checkpoint(path).get('meta', {})
+    shape, grids = meta.get('example_shape'), meta.get('grids')
+    quantizer = meta.get('quantizer') if quantizer is None else quantizer
+    if shape is None or grids is None or quantizer is None:
+        raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
+    example = torch.zeros(shape, device=next(model.parameters()).device)
+    if own_bits:
+        bits = {
+            name: {'pattern': name, 'weight_bits': weight or FLOAT, 'activation_bits': activation or FLOAT}
+            for name, (weight, activation) in meta['bits'].items()
+        }
+        quantizer = {**quantizer, 'overrides': list(bits.values())}
+    try:
+        quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    except PatternError as error:
+        raise CheckpointError(f'{path} does not fit the model: {error}') from error
+    quantized.pack()
+    load_quantized_checkpoint(model, path)
+    check_grids(model, grids, str(path))
+    return quantized

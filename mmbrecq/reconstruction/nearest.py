@@ -1,0 +1,96 @@
+"""Rounding to nearest, with biases that make up for the mean error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmbrecq.calibration.calibrator import OBSERVED
+from mmbrecq.distributed import aligned_batches, gather
+from mmbrecq.fake_quants.bias import bias_correction
+from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.cache import CachePlan
+from mmbrecq.reconstruction.callbacks import Callback
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.task import Task
+from mmbrecq.registry import RECONSTRUCTORS
+
+Errors = dict[str, tuple[Tensor, int]]
+
+
+@RECONSTRUCTORS.register_module()
+class NearestReconstructor(BaseReconstructor):
+    """Keeps the grids of the calibration and weights rounded to nearest, and corrects biases.
+
+    The bias of every layer is moved by the mean error of its outputs, ``E[(W - W_q) x]`` over the calibration images,
+    as float layers before it compute ``x`` (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
+    Correction, ICCV 2019, section 4.2). It takes one pass over the images.
+
+    Args:
+        memory_limit: As in :class:`BaseReconstructor`.
+    """
+
+    def __init__(self, memory_limit: int | str | None = None) -> None:
+        super().__init__((), memory_limit=memory_limit)
+
+    def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
+        """Corrects the biases; there is no pass over units."""
+        with torch.no_grad(), _mean_errors(task.model) as errors:
+            if task.model.region_graphs:
+                task.regions.observe()
+            else:
+                with task.model.quantization(weights=False, activations=False):
+                    for batch in aligned_batches(len(task.images), plan.observed or OBSERVED, task.first):
+                        task.model(task.images[batch])
+        for name, seen in _of_all_processes(errors).items():
+            correction = bias_correction(task.model.model.get_submodule(name))
+            count = sum(c for _, c in seen)
+            if correction is not None and count:
+                correction.offset.data.copy_(torch.stack([s for s, _ in seen]).sum(0) / count)
+        yield from ()
+
+
+@contextmanager
+def _mean_errors(model: QuantizedModel) -> Iterator[Errors]:
+    """Sums up, by the path of the layer and per channel, what quantizing its weight takes from its outputs."""
+    errors: Errors = {}
+    hooks = [
+        module.register_forward_hook(partial(_note_error, errors, name, fake_quant))
+        for name, module, fake_quant in model.weights()
+        if bias_correction(module) is not None
+    ]
+    try:
+        yield errors
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note_error(
+    errors: Errors, name: str, fake_quant: WeightFakeQuantize, module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    fake_quant.enabled = True
+    try:
+        difference = output - module.forward(*args)
+    finally:
+        fake_quant.enabled = False
+    axis = -1 if isinstance(module, nn.Linear) else 1
+    rows = difference.movedim(axis, 0).flatten(1)
+    total, count = errors.get(name, (0, 0))
+    errors[name] = (total + rows.sum(1), count + rows.shape[1])
+
+
+def _of_all_processes(errors: Errors) -> dict[str, list[tuple[Tensor, int]]]:
+    joined: dict[str, list[tuple[Tensor, int]]] = {}
+    for seen in gather(errors):
+        for name, pair in seen.items():
+            joined.setdefault(name, []).append(pair)
+    return joined
