@@ -1,4 +1,4 @@
-"""The draw of calibration images: seeded, without replacement, of the training set, without augmentation."""
+"""The draw of calibration images: seeded, without replacement, from the training set, without augmentation."""
 
 from __future__ import annotations
 
@@ -116,11 +116,7 @@ class CalibrationSet(Dataset[Any]):
         return data
 
     def share(self) -> CalibrationSet:
-        """The images of this process.
-
-        Raises:
-            DataError: There is not one for every process.
-        """
+        """Returns the images of this process; DataError where there is not one for every process."""
         if len(self) < process_count():
             raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))

@@ -47,10 +47,8 @@ class SearchOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.costs, Sequence) or not self.costs:
+        if not self.costs:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
-        if not isinstance(self.budgets, Mapping):
-            raise ConfigError(f'expected search.budgets to be a dict of budgets by name, but got {self.budgets!r}')
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:

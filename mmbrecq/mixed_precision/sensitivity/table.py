@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from mmbrecq.mixed_precision.costs.layers import LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
-from mmbrecq.runs.storage import write_text_atomic
-from mmbrecq.schema import decode
+from mmbrecq.schema import load_json, save_json
 
 LOSSES = ('outputs', 'fisher')
 FLOAT_BITS = 32
@@ -147,9 +145,7 @@ class SensitivityTable:
 
     def save(self, path: Path) -> None:
         """Writes ``sensitivity.json``, whole or not at all."""
-        content = asdict(self)
-        content['pairs'] = {' '.join(pair): values for pair, values in self.pairs.items()}
-        write_text_atomic(json.dumps(content, indent=1) + '\n', path)
+        save_json(self, path)
 
     @classmethod
     def load(cls, path: Path) -> SensitivityTable:
@@ -158,15 +154,8 @@ class SensitivityTable:
         Raises:
             TableError: It is missing, or is no such file, or holds what no loss can be.
         """
-        try:
-            content = json.loads(path.read_text(encoding='utf-8'))
-            pairs = decode(dict[str, dict[int, float]], content.pop('pairs'), 'pairs')
-            table: SensitivityTable = decode(cls, content, 'table')
-            table.pairs = {(first, second): row for (first, second), row in ((p.split(' '), pairs[p]) for p in pairs)}
-        except OSError as error:
-            raise TableError(f'{path}: cannot be read: {error.strerror}') from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise TableError(f'{path}: expected what tools/analyze.py writes, but it is not: {error}') from error
+        table = load_json(cls, path, 'tools/analyze.py')
+        pairs = {' '.join(pair): row for pair, row in table.pairs.items()}
         inputs = {f'the input of {name}': row for name, row in table.activation_loss.items()}
         for name, row in {**table.loss, **pairs, **inputs}.items():
             for bits, value in row.items():
