@@ -104,7 +104,8 @@ class BRECQQuantizer:
         bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
         graphs = [self._quantize(graph, bits) for graph in (traced, *heads)]
-        model.requires_grad_(False)
+        # fake quantizers are made on the CPU
+        model.requires_grad_(False).to(example.device)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(model, graphs, observers, self.equalization)
 
