@@ -46,13 +46,18 @@ def verify_ir(operations: list[Any]) -> Iterator[Violation]:
         for result in (reader for reader in readers if reader.get_type_name() == 'Result'):
             output = result.get_friendly_name()
             yield Violation('V6', name, f'expected a float network output, but it quantizes output {output!r}')
-        size = max(_constant(end).size for end in _inputs(op)[1:5])
-        by_channel = [r.get_type_name() == 'GroupConvolution' and r.get_input_shape(1)[2] == 1 for r in readers]
-        if size != 1 and not (by_channel and all(by_channel)):
+        # OpenVINO folds factors and offsets before it into the range that it reads, and factors behind it, which no
+        # layer reads, into the range that it writes
+        size = max(_constant(end).size for end in _inputs(op)[3:5])
+        if size != 1 and any(r.get_type_name() in LAYERS and not _is_depthwise(r) for r in readers):
             yield Violation('V5', name, f'expected one range per tensor, but got {size}')
     layers = (op for op in operations if op.get_type_name() in LAYERS)
     for source in {source.get_name(): source for layer in layers for source in _inputs(layer)[:2]}.values():
         yield from _weight_faults(source)
+
+
+def _is_depthwise(op: Any) -> bool:
+    return bool(op.get_type_name() == 'GroupConvolution' and op.get_input_shape(1)[2] == 1)
 
 
 def _range_faults(op: Any, is_weight: bool) -> Iterator[Violation]:
