@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from mmbrecq.engine.bit_search import analyze
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
-from mmbrecq.mixed_precision.choice import Choice
+from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.mixed_precision.costs import MeasuredLatency, ModelSize
 from mmbrecq.mixed_precision.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
 from mmbrecq.mixed_precision.sensitivity import SensitivityTable
@@ -71,7 +71,7 @@ def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: 
             result = describe_choice(table, [], problem, chosen)
             result.states = str((Path(cfg.work_dir) / 'states').resolve())
             result.save(Path(folder) / 'search.json')
-            choice = Choice(Path(folder) / 'search.json', reuse=True)
+            choice = ChosenBits(Path(folder) / 'search.json', reuse=True)
             task = loop.prepare(table.candidates[0], None, result.overrides())
             task = choice.take_up(task, loop.reconstructor.stages[0])
             assert len(task.done) == len({table.units[name] for name in table.searched})

@@ -1,16 +1,27 @@
-"""Builds registered types and dataclasses of options from configs, with errors that say what is valid."""
+"""Builds registered types and dataclasses of options from configs; every error lists what is valid."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import os
+import re
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import mmengine.registry
 from mmengine.registry import Registry
 
 from mmbrecq.errors import ConfigError
 
 T = TypeVar('T')
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_UNKNOWN_TYPE = re.compile(r'(\S+) is not in the (?:(\w+)::)?([\w -]+?) registry')
+_UNKNOWN_OPTION = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+_MOST_LISTED = 30
 
 
 def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
@@ -21,12 +32,15 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         cfg (dict): Holds ``type``, a registered name or a class; it is not changed.
         **defaults: Keywords for the type that ``cfg`` does not name.
 
-    Returns:
-        The instance.
-
     Raises:
         ConfigError: If ``cfg`` is not a dict, has no ``type`` or an unknown one, names an option that the type does
             not have, or lacks one that it needs.
+
+    Example:
+        >>> from mmbrecq.registry import OBSERVERS
+        >>> from mmbrecq.qtype import QType
+        >>> build(OBSERVERS, {'type': 'PercentileObserver', 'percentile': 99.0}, qtype=QType(8)).percentile
+        99.0
     """
     if not isinstance(cfg, dict):
         raise ConfigError(f'expected the config of {_a(registry)} to be a dict, but got {cfg!r}')
@@ -34,17 +48,13 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         raise ConfigError(f"expected the config of {_a(registry)} to have the key 'type', but got {dict(cfg)}")
     cls = find(registry, cfg['type'])
     given = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
-    _check_options(cls, cls.__name__, given, defaults)
+    _check_options(cls, cls.__name__, given, tuple(defaults), ())
     # not registry.build: it would look for the type in the scope of the config's model first, and warn
     return cls(**{**defaults, **given})
 
 
 def find(registry: Registry, name: Any) -> Any:
-    """Returns the class or function that ``registry`` knows as ``name``.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Returns the class or function that ``registry`` knows as ``name``; ConfigError if there is none."""
     if not isinstance(name, str):
         if callable(name):
             return name
@@ -57,7 +67,6 @@ def find(registry: Registry, name: Any) -> Any:
 
 
 def _a(registry: Registry) -> str:
-    """What the registry holds, with its article."""
     return f'{"an" if registry.name[0] in "aeiou" else "a"} {registry.name}'
 
 
@@ -77,28 +86,120 @@ def parse_options(cls: type[T], values: Any, where: str, beside: Any = None, **d
     if not isinstance(values, Mapping):
         raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
     others = () if beside is None else tuple(inspect.signature(beside).parameters)
-    _check_options(cls, where, values, others=others)
+    _check_options(cls, where, values, (), others)
     return cls(**{**defaults, **{key: values[key] for key in values if key not in others}})
 
 
 def _check_options(
-    cls: Any, owner: str, given: Mapping[str, Any], supplied: Iterable[str] = (), others: Iterable[str] = ()
+    cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...], others: tuple[str, ...]
 ) -> None:
-    """Refuses options that ``cls`` does not have, switches that are no bool, and the lack of what it needs."""
-    parameters = inspect.signature(cls).parameters
-    kinds = {parameter.kind for parameter in parameters.values()}
-    named = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
+    """Refuses options that ``cls`` does not have or that are of another type, and the lack of what it needs."""
+    parameters = inspect.signature(cls).parameters.values()
+    named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}
     unknown = sorted(set(given) - {*named, *others})
-    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+    if unknown and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
         valid = ' or '.join([*(name for name in named if name not in supplied), *others]) or 'no option at all'
         raise ConfigError(f'unknown option {unknown[0]!r} of {owner}: expected {valid}')
+    hints = _hints(cls)
     for name, parameter in named.items():
-        if parameter.default is inspect.Parameter.empty and name not in given and name not in supplied:
+        if parameter.default is parameter.empty and name not in given and name not in supplied:
             raise ConfigError(f'expected option {name!r} of {owner}, but it was not given')
-        # any word is true in Python, 'False' too
-        if name in given and parameter.annotation in (bool, 'bool') and type(given[name]) is not bool:
-            raise ConfigError(f'expected option {name!r} of {owner} to be True or False, but got {given[name]!r}')
+        hint = hints.get(name, Any)
+        if name in given and not _fits(hint, given[name]):
+            raise ConfigError(f'expected option {name!r} of {owner} to be {_in_words(hint)}, but got {given[name]!r}')
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    except (NameError, TypeError):  # of a user's class, whose names are for type checkers alone
+        return {}
+
+
+_WORDS: dict[Any, str] = {
+    **dict.fromkeys((Mapping, dict), 'a dict'), **dict.fromkeys((Sequence, list), 'a list'),
+    bool: 'True or False', str: 'a string', types.NoneType: 'None',
+}  # fmt: skip
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type hint; numbers have ranges, which their owners check."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin in (types.UnionType, Union):
+        return any(_fits(arg, value) for arg in args)
+    if origin in (Sequence, list):
+        return isinstance(value, (list, tuple)) and all(_fits(args[0], item) for item in value if args)
+    if origin is str:
+        return isinstance(value, (str, os.PathLike))
+    # any word is true in Python, 'False' too
+    return not inspect.isclass(origin) or origin not in _WORDS or isinstance(value, origin)
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin in (types.UnionType, Union):
+        return ' or '.join(map(_in_words, args))
+    inner = get_origin(args[0]) or args[0] if args and origin in (Sequence, list) else None
+    return f'{_WORDS[origin]}{f", each item {_WORDS[inner]}" if inner in _WORDS else ""}'
+
+
+def check_integer(value: Any, least: int, where: str) -> None:
+    """Raises ConfigError unless ``value``, the option ``where``, is an integer of at least ``least``."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f'expected {where} to be an integer >= {least}, but got {value!r}')
+
+
+def explain_build_error(error: BaseException) -> str:
+    """Says in one line what went wrong while one of mmengine's registries built a config.
+
+    Args:
+        error: From a registry, or from the constructor of what it built.
+
+    Returns:
+        For an unknown type the valid ones, the closest where they are more than 30; for an unknown option the valid
+        ones; else the exception's own words.
+    """
+    # a KeyError shows the repr of its text
+    text = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if match := _UNKNOWN_TYPE.search(text):
+        name, scope, kind = match.groups()
+        # types that a config may name without a scope when `scope` is the current one
+        found = [r for r in _registries() if r.name == kind and r.scope in (scope, 'mmengine')]
+        return f"unknown {kind} type '{name}'{_listed(name, {n for r in found for n in r.module_dict})}"
+    if match := _UNKNOWN_OPTION.search(text):
+        owner, option = match.groups()
+        return f"unknown option '{option}' of {owner}{_listed(option, _options(error, owner))}"
+    if text:
+        return text
+    # a bare `assert` of a model says nothing of itself
+    frames = traceback.extract_tb(error.__traceback__)
+    return f'{type(error).__name__} at {frames[-1].line!r} in {frames[-1].name}' if frames else type(error).__name__
+
+
+def _listed(name: str, valid: set[str]) -> str:
+    if not valid:
+        return ''
+    if len(valid) <= _MOST_LISTED:
+        return f': expected one of {", ".join(sorted(valid))}'
+    closest = difflib.get_close_matches(name, sorted(valid), n=5, cutoff=0)
+    return f': expected one of {len(valid)}, the closest are {", ".join(closest)}'
+
+
+def _registries() -> Iterator[Registry]:
+    """Yields the roots of mmengine and all below them."""
+    stack = [value for value in vars(mmengine.registry).values() if isinstance(value, Registry)]
+    while stack:
+        registry = stack.pop()
+        stack += registry.children.values()
+        yield registry
+
+
+def _options(error: BaseException, owner: str) -> set[str]:
+    """Options of the class ``owner`` that was being built when ``error`` came, or of its base of that name."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # so mmengine's build_from_cfg calls it; many packages may have registered a class of this name
+        built = frame.f_locals.get('obj_cls')
+        for cls in built.__mro__ if inspect.isclass(built) else ():
+            if cls.__name__ == owner:
+                return {p.name for p in inspect.signature(cls).parameters.values() if p.kind in _NAMED}
+    return set()

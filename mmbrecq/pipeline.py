@@ -28,32 +28,29 @@ from mmbrecq.calibration.calibrator import (
 )
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data.images import example_of
-from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.distributed import aligned_batches, take_from_main
-from mmbrecq.errors import CheckpointError
+from mmbrecq.errors import CheckpointError, PatternError
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, take_reference
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
-from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.forecast import Forecast
+from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, stage_units
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.unit_data import UnitData
-from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.registry import QUANTIZERS
-from mmbrecq.runs.checkpoint import load_quantized_checkpoint, read_checkpoint
-from mmbrecq.runs.grids import check_grids, grids_of
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 
@@ -292,7 +289,10 @@ def load(
             for name, (weight, activation) in meta['bits'].items()
         }
         quantizer = {**quantizer, 'overrides': list(bits.values())}
-    quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    try:
+        quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
+    except PatternError as error:
+        raise CheckpointError(f'{path} does not fit the model: {error}') from error
     quantized.pack()
     load_quantized_checkpoint(model, path)
     check_grids(model, grids, str(path))

@@ -92,6 +92,7 @@ _ALL = (
         fuses=_RELU,
         add_operands='all',
         conv_outputs=True,
+        equal_concat=False,
         spare_weight_bit=True,
         bias_apart='linear',
         bias_rounded=True,

@@ -14,19 +14,19 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build, parse_options
 from mmbrecq.data import build_calibration_set
-from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images
+from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, check_runs
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
 from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
-from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
+from mmbrecq.runs.identity import describe_inputs
 
 
 @LOOPS.register_module()

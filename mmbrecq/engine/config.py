@@ -18,7 +18,7 @@ from mmengine.config import Config, DictAction
 from mmengine.config.config import DELETE_KEY
 from mmengine.registry import init_default_scope
 
-from mmbrecq.build_errors import explain_build_error
+from mmbrecq.building import explain_build_error
 from mmbrecq.data.data_errors import explain_data_error
 from mmbrecq.distributed import leave_processes
 from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
@@ -37,7 +37,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
     'float_checkpoint': (str, 'a path or URL'),
     'seed': (int, 'an integer'),
-    'randomness': (Mapping, 'a dict'),
+    **dict.fromkeys(('randomness', 'env_cfg'), (Mapping, 'a dict')),
 }
 
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build
 from mmbrecq.data import CalibrationSet, build_calibration_set
-from mmbrecq.data.annotations import has_annotations
 from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import (
@@ -40,8 +40,7 @@ from mmbrecq.engine.hooks import (
 )
 from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.choice import Choice
-from mmbrecq.mixed_precision.sensitivity.inputs import describe_inputs
+from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
@@ -49,9 +48,8 @@ from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
-from mmbrecq.report.summary import KernelCount
 from mmbrecq.runs.checkpoint import load_float_checkpoint
-from mmbrecq.runs.identity import describe_config
+from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.measure import model_size, peak_memory, versions
 from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
@@ -129,7 +127,7 @@ class PTQLoop(BaseLoop):
             seed=runner.seed,
             versions=versions(),
         )
-        self.choice = None if search_result is None else Choice(Path(search_result), reuse_states)
+        self.choice = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.choice is None else self.choice.result
         self.resume, self.dry_run = resume, dry_run
         self.journal: Journal
@@ -311,8 +309,8 @@ class PTQLoop(BaseLoop):
             for deviation in compare(model, paths, example):
                 self.runner.logger.info(str(deviation))
             deployed = DeployedModel(model.model, paths[0])
-            count = deployed.integer_kernels()
-            self.summary.integer_kernels[deployed.name] = KernelCount(count.quantized, count.integer)
+            count = self.summary.integer_kernels[deployed.name] = deployed.integer_kernels()
+            self.runner.logger.info(count.describe(deployed.name))
             if 'deployed' in self.evaluations:
                 deployed.attach()
                 metrics = self._measure(f'deployed in {deployed.name}')

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss
 
 
 def task_loss_of(model: Any) -> TaskLoss:

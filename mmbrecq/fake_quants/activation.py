@@ -9,7 +9,6 @@ from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
 from mmbrecq.functional import short_scale
-from mmbrecq.kernels.native_ops import native_fake_quantize
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
@@ -39,8 +38,6 @@ class FakeQuantize(nn.Module):
         self.masks: RandomMasks | None = None
         # whether the step size stays as observed even where this type learns it
         self.fixed = False
-        # bounds of the activation function that a unit in training leaves to its quantizer
-        self.rectifier: tuple[float, float] | None = None
         shape = () if qtype.ch_axis is None else (channels,)
         self._register_scale(torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=qtype.container))
@@ -49,7 +46,7 @@ class FakeQuantize(nn.Module):
         self.register_buffer('scale', scale)
 
     def start(self) -> list[nn.Parameter]:
-        """Begins the optimisation; returns what there is to optimise."""
+        """Begins the optimisation, and returns the parameters that are learned."""
         return []
 
     def finish(self) -> None:
@@ -62,7 +59,7 @@ class FakeQuantize(nn.Module):
             self.zero_point.copy_(zero_point)
 
     def _kept(self, scale: Tensor) -> Tensor:
-        """The scale as it is stored."""
+        """Returns the scale as it is stored."""
         return scale if self.full_scale else short_scale(scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,20 +67,16 @@ class FakeQuantize(nn.Module):
             self.observer.observe(x.detach())
         if not self.enabled:
             return x
+        clip = keep = None
         if torch.onnx.is_in_onnx_export():
-            return self._by_torch(x, self._clip(), None)
-        keep = self.masks.draw(x) if self.masks is not None and torch.is_grad_enabled() else None
-        result = native_fake_quantize(x, self.scale, self.zero_point, self.qtype, keep, self.rectifier)
-        return self._by_torch(x, None, None if keep is None else keep.of(x)) if result is None else result
-
-    def _by_torch(self, x: Tensor, clip: Clip | None, keep: Tensor | None) -> Tensor:
-        result: Tensor = FakeQuantizeFunction.apply(
-            x, self.scale, self.zero_point, self.qtype, clip, keep, self.rectifier
-        )
+            clip = self._clip()
+        elif self.masks is not None and torch.is_grad_enabled():
+            keep = self.masks.draw(x)
+        result: Tensor = FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip, keep)
         return result
 
     def _clip(self) -> Clip | None:
-        """The cut that an export needs, None where the bounds of the container are the grid's."""
+        """Returns the cut that an export needs, None where the bounds of the container are the grid's."""
         qtype, info = self.qtype, torch.iinfo(self.qtype.container)
         if (qtype.quant_min, qtype.quant_max) == (info.min, info.max):
             return None

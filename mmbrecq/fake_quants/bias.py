@@ -1,4 +1,4 @@
-"""Biases of quantized layers: a learned offset that makes up for the mean error, and int32 that a runtime rounds to.
+"""Biases of quantized layers: a learned offset that makes up for the mean error, and int32 as runtimes have it.
 
 The offset is added to the float bias while the layer is quantized, and is part of the bias in a finished model, so it
 costs nothing there.
@@ -20,7 +20,7 @@ LARGEST_BIAS = 2.0**30
 
 
 class BiasCorrection(nn.Module):
-    """Parametrization ``bias + offset``, off while the layer is float.
+    """A parametrization ``bias + offset``, off while the layer is float.
 
     Args:
         channels: Length of the bias.
@@ -47,7 +47,7 @@ def correct_bias(module: Any) -> None:
 
 
 def bias_correction(module: nn.Module) -> BiasCorrection | None:
-    """The correction of a module's bias, None where it has none."""
+    """Returns the correction of a module's bias, None where it has none."""
     if not parametrize.is_parametrized(module, 'bias'):
         return None
     parametrizations: Any = module.parametrizations
@@ -81,7 +81,7 @@ def raise_weight_scale(
 
     Args:
         module: The layer.
-        fake_quant: Of its weight; the integers of all channels are rounded anew where a scale changes.
+        fake_quant: Fake quantizer of its weight; all channels are rounded anew where a scale changes.
         weight (Tensor): The values that are rounded.
         inputs: Scales of the grids that the layer reads.
         largest: The bound.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.functional import dequantize, expand
+from mmbrecq.kernels.native import BLOCK, kernel
 from mmbrecq.qtype import QType
 
 
@@ -35,8 +36,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
     With ``r = round(x / scale)``, inside the range d/dx = 1 and d/dscale = r - x / scale; outside d/dx = 0 and
     d/dscale is the bound, ``quant_min - zero_point`` or ``quant_max - zero_point`` (Esser et al., ICLR 2020, eq. 3).
     Where ``keep`` is 0 the output is ``x`` itself: d/dx = 1, d/dscale = 0 (QDrop, Wei et al., ICLR 2022). Over all
-    elements that makes ``dscale = (<grad, output> - <grad_x, x>) / scale``. A ``rectifier`` is the activation function
-    ``clamp(x, *rectifier)`` before all that, which costs no pass of its own over memory here.
+    elements that makes ``dscale = (<grad, output> - <grad_x, x>) / scale``.
 
     In ONNX it is ``QuantizeLinear -> DequantizeLinear``; where the grid is smaller than its 8-bit container a Clip cuts
     the integers between the two, or the real values before them. Both give the same numbers.
@@ -45,59 +45,37 @@ class FakeQuantizeFunction(torch.autograd.Function):
     # No boolean tensor anywhere: on a CPU torch selects by a mask some 20 times slower than it multiplies.
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        qtype: QType,
-        clip: Clip | None,
-        keep: Tensor | None,
-        rectifier: tuple[float, float] | None = None,
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
-        bounds = code_bounds(zero_point, qtype)
-        ctx.qtype, ctx.bounds, ctx.rectifier = qtype, bounds, rectifier
-        if rectifier is not None:
-            x = x.clamp(*rectifier)
-        if keep is not None:
-            keep = keep.to(x.dtype)
-        step = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
-        offset = None if bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
-        codes = (x / step).round_()
-        if bounds is not None:
-            codes.clamp_(*bounds)
+        ctx.qtype, ctx.bounds = qtype, code_bounds(zero_point, qtype)
+        compute = None if torch.onnx.is_in_onnx_export() else kernel('fake_quantize', x, keep)
+        ctx.compiled = compute is not None and ctx.bounds is not None and scale.dim() == 0
+        if compute is not None and ctx.compiled:
+            out, ctx.size = torch.empty_like(x), scale.item()
+            compute(x, keep, out, ctx.size, *ctx.bounds)
+            ctx.save_for_backward(x, out, keep)
+            return out
+        keep = None if keep is None else keep.to(x.dtype)
+        size = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
+        offset = None if ctx.bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
+        codes = (x / size).round_()
+        if offset is None:
+            codes.clamp_(*ctx.bounds)
         else:
-            assert offset is not None
             codes.add_(offset).clamp_(qtype.quant_min, qtype.quant_max).sub_(offset)
-        out = codes.mul_(step)
+        out = codes.mul_(size)
         if keep is not None:
             torch.lerp(x, out, keep, out=out)
-        ctx.save_for_backward(x, step, offset, out, keep)
+        ctx.save_for_backward(x, out, keep, size, offset)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        x, step, offset, out, keep = ctx.saved_tensors
-        qtype: QType = ctx.qtype
-        low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
-        place = x / step
-        if offset is not None:
-            place.add_(offset)
-        grad_x = torch.ops.aten.hardtanh_backward(grad, place, low - 0.5, high + 0.5, grad_input=place)
-        if keep is not None:
-            torch.lerp(grad, grad_x, keep, out=grad_x)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
-            grad_scale = total.div_(step.reshape(total.shape))
-        if ctx.rectifier is not None:
-            torch.ops.aten.hardtanh_backward(grad_x, x, *ctx.rectifier, grad_input=grad_x)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, *[None] * 5
+        grad_x, grad_scale = (_compiled_gradients if ctx.compiled else _gradients)(ctx, *grads)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, *[None] * 4
 
     @staticmethod
-    def symbolic(
-        g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None, rectifier: None = None
-    ) -> Any:
+    def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None) -> Any:
         axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
         bounds = [] if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
         if clip is not None and not clip.on_integers:
@@ -108,8 +86,36 @@ class FakeQuantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
+def _compiled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, out, keep = ctx.saved_tensors
+    if grad.stride() != x.stride():
+        grad = torch.empty_like(x).copy_(grad)
+    low, high = ((bound + half) * ctx.size for bound, half in zip(ctx.bounds, (-0.5, 0.5), strict=True))
+    grad_x, sums = torch.empty_like(x), torch.empty(max(1, -(-x.numel() // BLOCK)), dtype=torch.float64)
+    compute = kernel('fake_quantize_gradient', x, grad)
+    assert compute is not None
+    compute(grad, x, out, keep, grad_x, sums, low, high)
+    return grad_x, torch.full((), sums[0].item() / ctx.size) if ctx.needs_input_grad[1] else None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, out, keep, size, offset = ctx.saved_tensors
+    qtype: QType = ctx.qtype
+    low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
+    ratio = x / size
+    if offset is not None:
+        ratio.add_(offset)
+    grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low - 0.5, high + 0.5, grad_input=ratio)
+    if keep is not None:
+        torch.lerp(grad, grad_x, keep, out=grad_x)
+    if not ctx.needs_input_grad[1]:
+        return grad_x, None
+    total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
+    return grad_x, total.div_(size.reshape(total.shape))
+
+
 def code_bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
-    """The bounds of ``round(x / scale)`` as numbers, None where they are many, or a device would be waited for."""
+    """Returns the bounds of ``round(x / scale)``, None where they are many, or a device would be waited for."""
     if qtype.symmetric:
         return qtype.quant_min, qtype.quant_max
     if zero_point.dim() > 0 or zero_point.device.type != 'cpu':
@@ -119,21 +125,21 @@ def code_bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
 
 
 def _inner(a: Tensor, b: Tensor, ch_axis: int | None) -> Tensor:
-    """Sum of the products, over all axes but ``ch_axis``; ``()`` or ``(C,)``."""
+    """Returns the sum of the products, over all axes but ``ch_axis``; ``()`` or ``(C,)``."""
     if ch_axis is None:
         return torch.dot(*_flat(a, b))
     return (a * b).sum([axis for axis in range(a.dim()) if axis != ch_axis])
 
 
 def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as vectors with the same order of elements, without a copy where they lie alike in memory."""
+    """Returns both as vectors with the same order of elements, without a copy where they lie alike."""
     if all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in (a, b)):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return a.reshape(-1), b.reshape(-1)
 
 
 class DequantizeFunction(torch.autograd.Function):
-    """Integers to real values; in ONNX one ``DequantizeLinear`` over an integer initializer."""
+    """Maps integers to real values; in ONNX it is one ``DequantizeLinear`` over an integer initializer."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None) -> Tensor:
@@ -150,12 +156,12 @@ class DequantizeFunction(torch.autograd.Function):
 
 
 def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
-    """Rectified sigmoid ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``; same shape as ``alpha``."""
+    """Returns ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``, the rectified sigmoid; same shape."""
     return torch.clamp(torch.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
 
 
 def initial_alpha(fraction: Tensor, zeta: float, gamma: float) -> Tensor:
-    """The ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
+    """Returns the ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
     return -torch.log((zeta - gamma) / (fraction - gamma) - 1)
 
 
@@ -179,7 +185,7 @@ class Sigmoid:
         return self.zeta - self.gamma
 
     def at(self, h: float) -> float:
-        """The ``sigma`` of a soft rounding."""
+        """Returns the ``sigma`` of a soft rounding ``h``."""
         return (h - self.gamma) / self.stretch
 
 
@@ -198,13 +204,13 @@ def add_regulariser_gradient_(
 ) -> None:
     """Adds to ``grad`` the gradient with respect to ``sigma`` of ``factor * sum(1 - |2 h - 1| ** beta)`` (eq. 24).
 
-    That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1``. The regulariser itself is
-    read by nobody, so it is not computed.
+    That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1``. Nobody reads the value of
+    the regulariser, so it is not computed.
 
     Args:
         grad (Tensor): Changed in place.
         sigma (Tensor): Same shape.
-        curve: Of the rectified sigmoid.
+        curve: The rectified sigmoid.
         beta: Exponent, > 1.
         factor: Weight of the regulariser.
         scratch: Two tensors of the same shape, overwritten.
@@ -221,7 +227,7 @@ def add_regulariser_gradient_(
 
 
 def regulariser_factor(curve: Sigmoid, beta: float, factor: float) -> float:
-    """What the regulariser's gradient has before ``d * |d| ** (beta - 2)``, with ``d = sigma - sigma(h = 1/2)``."""
+    """Returns the gradient's factor of ``d * |d| ** (beta - 2)``, with ``d = sigma - sigma(h = 1/2)``."""
     return -2 * beta * factor * (2 * curve.stretch) ** (beta - 1) * curve.stretch
 
 
@@ -233,7 +239,7 @@ def through_sigmoid_(grad: Tensor, sigma: Tensor, curve: Sigmoid) -> None:
 
 
 class OutputGradient(torch.autograd.Function):
-    """Passes the output of a layer on, and takes the gradients of its weight's scale and of its bias from it.
+    """Passes the output of a layer on, and finds the gradients of its weight's scale and of its bias from it.
 
     The output is linear in the weight, so ``<dweight, weight> = <doutput, output - bias>`` for every channel, and the
     gradient of a factor on the weight needs no gradient of the weight.
@@ -246,7 +252,7 @@ class OutputGradient(torch.autograd.Function):
         """Returns ``output``, which holds ``gain`` and ``offset`` already.
 
         Args:
-            ctx: Of autograd.
+            ctx: Context of autograd.
             output (Tensor): ``(N, C, ...)``, or ``(..., C)`` of a linear layer.
             gain (Tensor | None): The factor, with ``C`` elements or one.
             offset (Tensor | None): ``(C,)``, the part of ``bias`` that is learned.

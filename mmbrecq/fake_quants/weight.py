@@ -59,7 +59,7 @@ class WeightFakeQuantize(nn.Module):
         return self.quantized(weight) if self.learned is None else self.learned
 
     def quantized(self, weight: Tensor) -> Tensor:
-        """Quantized values; same shape as ``weight``."""
+        """Returns the quantized values; same shape as ``weight``."""
         return self._values if self.gain is None else self._values * self.gain
 
     @property
@@ -68,7 +68,7 @@ class WeightFakeQuantize(nn.Module):
         return dequantize(self.codes, self.scale, self.zero_point.to(self.scale.dtype), self.qtype.ch_axis)
 
     def start_scale(self, weight: Tensor) -> list[nn.Parameter]:
-        """Begins the optimisation of the scale by a factor per scale; returns what there is to optimise.
+        """Begins the optimisation of a factor for each scale, and returns the parameters that are learned.
 
         The integers do not follow the factor: it stretches the grid under them.
         """
@@ -83,7 +83,7 @@ class WeightFakeQuantize(nn.Module):
         self.gain = None
 
     def start(self, weight: Tensor) -> list[nn.Parameter]:
-        """Begins the optimisation of the rounding; returns what there is to optimise."""
+        """Begins the optimisation of the rounding, and returns the parameters that are learned."""
         return []
 
     def finish(self) -> None:
@@ -92,12 +92,12 @@ class WeightFakeQuantize(nn.Module):
 
 @FAKE_QUANTS.register_module()
 class NearestRounding(WeightFakeQuantize):
-    """Rounding to nearest; nothing is learned."""
+    """Rounds to nearest; nothing is learned."""
 
 
 @FAKE_QUANTS.register_module()
 class AdaRound(WeightFakeQuantize):
-    """Learned rounding up or down (Nagel et al., ICML 2020).
+    """Learns to round up or down (Nagel et al., ICML 2020).
 
     Args:
         qtype: The grid.
@@ -131,11 +131,11 @@ class AdaRound(WeightFakeQuantize):
         return Sigmoid(self.zeta, self.gamma)
 
     def line(self) -> tuple[Tensor, Tensor]:
-        """The ``base`` and ``stride`` of :func:`soft_weight_`; same shape as the weight."""
+        """Returns ``base`` and ``stride`` of :func:`soft_weight_`; same shape as the weight."""
         return self._low + self._step * self.gamma, self._step * self.curve.stretch
 
     def grid(self) -> Tensor:
-        """Twice the lower integer of every weight without its zero-point, plus 1 where the upper one is another."""
+        """Returns twice the lower integer of every weight, without zero-point, plus 1 where the upper one differs."""
         offset = expand(self.zero_point.to(self._codes_low.dtype), self._codes_low.dim(), self.qtype.ch_axis)
         return (2 * (self._codes_low - offset) + self._movable).to(torch.int16)
 
@@ -154,7 +154,7 @@ class AdaRound(WeightFakeQuantize):
 
 
 class PackedWeight(nn.Module):
-    """Parametrization whose originals are ``(codes, scale, zero_point)``: what a deployed model stores."""
+    """A parametrization whose originals are ``(codes, scale, zero_point)``: what a deployed model stores."""
 
     def __init__(self, qtype: QType, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class PackedWeight(nn.Module):
 
 
 def weight_fake_quant(module: nn.Module) -> WeightFakeQuantize | None:
-    """The fake quantizer of ``module.weight``, None where the weight is float or packed."""
+    """Returns the fake quantizer of ``module.weight``, None where the weight is float or packed."""
     if not parametrize.is_parametrized(module, 'weight'):
         return None
     parametrizations: Any = module.parametrizations
@@ -178,7 +178,7 @@ def weight_fake_quant(module: nn.Module) -> WeightFakeQuantize | None:
 
 
 def original_weight(module: nn.Module) -> Tensor:
-    """The float weight of a module that carries a :class:`WeightFakeQuantize`."""
+    """Returns the float weight of a module that carries a :class:`WeightFakeQuantize`."""
     parametrizations: Any = module.parametrizations
     weight: Tensor = parametrizations['weight'].original
     return weight.detach()

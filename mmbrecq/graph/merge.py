@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward
+from mmbrecq.graph.equality import TOLERANCE
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 
@@ -21,9 +22,7 @@ IN_PLACE = ('switch_to_deploy', 'merge_kernel', 'reparameterize')
 """Methods without arguments by which OpenMMLab's and timm's modules merge their branches; the first one is called."""
 
 REPLACING = 'fuse'
-"""A method that returns the module to put in its place, or merges in place; often no more than a BatchNorm goes."""
-
-TOLERANCE = 1e-5
+"""A method of timm's that returns the module to put in its place, or merges in place; often but a BatchNorm goes."""
 
 
 def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
@@ -37,7 +36,7 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         Paths of the modules whose parameters became others.
 
     Raises:
-        GraphError: A module cannot be merged, or the outputs change by more than 1e-5 of their power.
+        GraphError: A module cannot be merged, or an output changes by more than 1e-5 of its power.
     """
     model.eval()
     if not any(_merging_method(module) for module in model.modules()):
@@ -46,10 +45,10 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         before = flatten_outputs(ImageForward(model)(example))
         merged = _merge(model, '')
         after = flatten_outputs(ImageForward(model)(example)) if merged else before
-    power = sum(float(value.double().square().sum()) for value in before.values())
-    change = sum(float((after[name].double() - value.double()).square().sum()) for name, value in before.items())
-    if not change <= TOLERANCE * power:
-        raise _refusal(merged[0], f'the squared outputs change by {change / power if power else change:.2g} of theirs')
+    for name, wanted in before.items():
+        change, power = (float(value.double().square().sum()) for value in (after[name] - wanted, wanted))
+        if not change <= TOLERANCE * power:
+            raise _refusal(merged[0], f'{name} changes by {change / power if power else change:.2g} of its power')
     return merged
 
 

@@ -1,1 +1,1 @@
-"""Compiled arithmetic of a training step, where there is a C compiler."""
+"""Compiled arithmetic of an iteration, where there is a C compiler."""

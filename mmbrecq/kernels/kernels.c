@@ -1,4 +1,5 @@
-/* The arithmetic of a training step on a CPU, each in one pass over memory; see native.py. */
+/* The arithmetic of an iteration on a CPU, each in one pass over memory; see native.py. Every function returns 0, or 1
+   where the lengths of its arrays do not fit; then it has done nothing. */
 
 #include <float.h>
 #include <math.h>
@@ -16,51 +17,18 @@ extern float expf(float);
 /* Sums are of blocks of this size, whatever the number of threads: their last bit never changes. */
 #define BLOCK 4096
 
-/* What is not a number stays so. */
+struct array {
+    int64_t count;
+    void *data;
+};
+
+/* NaN propagates. */
 static inline float clamped(float x, float low, float high) {
     x = x < low ? low : x;
     return x > high ? high : x;
 }
 
-/* Of Adam (Kingma and Ba, ICLR 2015): the rate over the correction of the mean; the decay of the square, and 1
-   less the decays, which float would have with fewer digits; the root of the square's correction. */
-struct adam_step {
-    float rate, rest_mean, beta_square, rest_square, epsilon, root;
-};
-
-static inline void adam_block(int64_t count, float *restrict value, const float *restrict grad, float *restrict mean,
-                              float *restrict square, struct adam_step step) {
-    const float rate = step.rate, rest_mean = step.rest_mean, beta_square = step.beta_square;
-    const float rest_square = step.rest_square, epsilon = step.epsilon, root = step.root;
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        const float g = grad[i];
-        const float m = mean[i] + rest_mean * (g - mean[i]);
-        const float v = beta_square * square[i] + rest_square * g * g;
-        mean[i] = m;
-        square[i] = v;
-        value[i] -= rate * m / (sqrtf(v) / root + epsilon);
-    }
-}
-
-/* A layer whose rounding is learned: rows of weights with a scale, or all with the same; one gain for a row, or for all.
-   The grid holds twice the lower of the two integers of a weight, plus 1 where the upper one is another. */
-struct rounding {
-    int64_t rows, columns;
-    float *alpha;
-    const int16_t *grid;
-    const float *scale;
-    int64_t scale_step;
-    const float *gain;
-    int64_t gain_step;
-    float *weight;
-    const float *grad;
-    float *out;
-    float *mean, *square;
-    float *gain_grad;
-};
-
-/* Of the rectified sigmoid h = sigma * stretch + gamma, and the sigma where it is 0, 1/2 and 1. */
+/* The rectified sigmoid h = sigma * stretch + gamma, and the sigma where it is 0, 1/2 and 1. */
 struct curve {
     float gamma, stretch, low, half, high;
 };
@@ -91,24 +59,37 @@ static inline float soft(int16_t grid, float scale, float h) {
     return scale * ((grid >> 1) + (grid & 1) * h);
 }
 
-/* weight = soft(sigmoid(alpha)) * gain of every layer. */
-void soft_weights(int64_t count, const struct rounding *layers, struct curve curve) {
+/* Whether an array has one element, or one for each row. */
+static inline int fits(struct array x, int64_t rows) {
+    return x.count == 1 || x.count == rows;
+}
+
+static inline float at(struct array x, int64_t row) {
+    return ((const float *)x.data)[x.count == 1 ? 0 : row];
+}
+
+/* weight = soft(sigmoid(alpha)) * gain, row by row. The grid holds twice the lower of the two integers of a weight, plus
+   1 where the upper one is another. */
+int soft_weight(int64_t rows, struct array alphas, struct array grids, struct array scales, struct array gains,
+                struct array weights, struct curve curve) {
+    const int64_t count = alphas.count;
+    if (rows < 1 || count % rows || grids.count != count || weights.count != count || !fits(scales, rows)
+        || !fits(gains, rows))
+        return 1;
     /* with a structure in it a loop does not become one of vectors */
     const float low = curve.low, high = curve.high, gamma = curve.gamma, stretch = curve.stretch;
-    for (int64_t layer = 0; layer < count; layer++) {
-        const struct rounding l = layers[layer];
-        const int64_t columns = l.columns;
-#pragma omp parallel for schedule(static) if (l.rows * columns > SERIAL)
-        for (int64_t row = 0; row < l.rows; row++) {
-            const float scale = l.scale[row * l.scale_step], gain = l.gain[row * l.gain_step];
-            const float *restrict alpha = l.alpha + row * columns;
-            const int16_t *restrict grid = l.grid + row * columns;
-            float *restrict weight = l.weight + row * columns;
+    const int64_t columns = count / rows;
+#pragma omp parallel for schedule(static) if (count > SERIAL)
+    for (int64_t row = 0; row < rows; row++) {
+        const float scale = at(scales, row), gain = at(gains, row);
+        const float *restrict alpha = (const float *)alphas.data + row * columns;
+        const int16_t *restrict grid = (const int16_t *)grids.data + row * columns;
+        float *restrict weight = (float *)weights.data + row * columns;
 #pragma omp simd
-            for (int64_t i = 0; i < columns; i++)
-                weight[i] = soft(grid[i], scale, gamma + stretch * sigmoid(alpha[i], low, high)) * gain;
-        }
+        for (int64_t i = 0; i < columns; i++)
+            weight[i] = soft(grid[i], scale, gamma + stretch * sigmoid(alpha[i], low, high)) * gain;
     }
+    return 0;
 }
 
 /* The gradient of alpha, with the regulariser's, into out; returns <grad, weight> of the weight without its gain.
@@ -116,7 +97,6 @@ void soft_weights(int64_t count, const struct rounding *layers, struct curve cur
 static inline float rounding_block(int64_t count, const float *restrict alpha, const int16_t *restrict grid,
                                    const float *restrict grad, float *restrict out, float scale, float gain,
                                    struct curve curve, float power, float factor) {
-    /* with a structure in it a loop does not become one of vectors */
     const float low = curve.low, half = curve.half, high = curve.high, gamma = curve.gamma, stretch = curve.stretch;
     const float stride = scale * stretch * gain;
     float sum = 0.0f;
@@ -140,107 +120,85 @@ static inline float rounding_block(int64_t count, const float *restrict alpha, c
     return sum;
 }
 
-/* From grad, that of the weight: the gradient of alpha to out, or where there are moments the step that alpha takes by
-   it; gain_grad, that of the gain, row by row. */
-void rounding_gradients(int64_t count, const struct rounding *layers, struct curve curve, float power, float factor,
-                        struct adam_step step) {
-    for (int64_t layer = 0; layer < count; layer++) {
-        const struct rounding l = layers[layer];
-#pragma omp parallel for schedule(static) if (l.rows * l.columns > SERIAL)
-        for (int64_t row = 0; row < l.rows; row++) {
-            const float scale = l.scale[row * l.scale_step], gain = l.gain[row * l.gain_step];
-            const int64_t end = (row + 1) * l.columns;
-            float local[BLOCK], sum = 0.0f;
-            for (int64_t i = row * l.columns; i < end; i += BLOCK) {
-                const int64_t size = i + BLOCK < end ? BLOCK : end - i;
-                float *out = l.mean ? local : l.out + i;
-                sum += rounding_block(size, l.alpha + i, l.grid + i, l.grad + i, out, scale, gain, curve, power, factor);
-                if (l.mean)
-                    adam_block(size, l.alpha + i, local, l.mean + i, l.square + i, step);
-            }
-            l.gain_grad[row] = sum;
+/* From grads, those of the weight: the gradient of alpha to outs, and that of the gain, row by row, to sums. */
+int rounding_gradient(int64_t rows, struct array alphas, struct array grids, struct array scales, struct array gains,
+                      struct array grads, struct array outs, struct array sums, struct curve curve, float power,
+                      float factor) {
+    const int64_t count = alphas.count;
+    if (rows < 1 || count % rows || grids.count != count || grads.count != count || outs.count != count
+        || sums.count != rows || !fits(scales, rows) || !fits(gains, rows))
+        return 1;
+    const int64_t columns = count / rows;
+#pragma omp parallel for schedule(static) if (count > SERIAL)
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t end = (row + 1) * columns;
+        float sum = 0.0f;
+        for (int64_t i = row * columns; i < end; i += BLOCK) {
+            const int64_t size = i + BLOCK < end ? BLOCK : end - i;
+            sum += rounding_block(size, (const float *)alphas.data + i, (const int16_t *)grids.data + i,
+                                  (const float *)grads.data + i, (float *)outs.data + i, at(scales, row), at(gains, row),
+                                  curve, power, factor);
         }
+        ((float *)sums.data)[row] = sum;
     }
+    return 0;
 }
 
-/* out = clamp(round(y / scale), low, high) * scale of y = clamp(x, floor, ceiling); y itself where keep is there and 0. */
-void fake_quantize(int64_t count, const float *restrict x, const uint8_t *restrict keep, float *restrict out,
-                   float scale, float low, float high, float floor, float ceiling) {
+/* out = clamp(round(x / scale), low, high) * scale; x itself where keep is there and 0. */
+int fake_quantize(struct array xs, struct array keeps, struct array outs, float scale, float low, float high) {
+    const int64_t count = xs.count;
+    const float *restrict x = xs.data;
+    const uint8_t *restrict keep = keeps.data;
+    float *restrict out = outs.data;
+    if (outs.count != count || (keep && keeps.count != count))
+        return 1;
     if (!keep) {
 #pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
-        for (int64_t i = 0; i < count; i++) {
-            const float y = clamped(x[i], floor, ceiling);
-            out[i] = clamped(rintf(y / scale), low, high) * scale;
-        }
-        return;
+        for (int64_t i = 0; i < count; i++)
+            out[i] = clamped(rintf(x[i] / scale), low, high) * scale;
+        return 0;
     }
 #pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
     for (int64_t i = 0; i < count; i++) {
-        const float y = clamped(x[i], floor, ceiling);
-        const float quantized = clamped(rintf(y / scale), low, high) * scale;
-        out[i] = keep[i] ? quantized : y;
+        const float quantized = clamped(rintf(x[i] / scale), low, high) * scale;
+        out[i] = keep[i] ? quantized : x[i];
     }
+    return 0;
 }
 
-/* grad_y = grad where low < y < high, or keep is there and 0, grad_x = grad_y where floor < x < ceiling, and both are
-   else 0; returns <grad, out> - <grad_y, y>. */
-double fake_quantize_gradient(int64_t count, const float *restrict grad, const float *restrict x,
-                              const float *restrict out, const uint8_t *restrict keep, float *restrict grad_x,
-                              double *restrict sums, float low, float high, float floor, float ceiling) {
-    const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+/* grad_x = grad where low < x < high, or keep is there and 0, else 0; <grad, out> - <grad_x, x> to the first sum. */
+int fake_quantize_gradient(struct array grads, struct array xs, struct array outs, struct array keeps,
+                           struct array grads_x, struct array blocks, float low, float high) {
+    const int64_t count = xs.count;
+    const float *restrict grad = grads.data, *restrict x = xs.data, *restrict out = outs.data;
+    const uint8_t *restrict keep = keeps.data;
+    float *restrict grad_x = grads_x.data;
+    double *restrict sums = blocks.data;
+    if (grads.count != count || outs.count != count || grads_x.count != count || (keep && keeps.count != count)
+        || blocks.count < 1 || blocks.count < (count + BLOCK - 1) / BLOCK)
+        return 1;
 #pragma omp parallel for schedule(static) if (count > SERIAL)
-    for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t block = 0; block < blocks.count; block++) {
         const int64_t start = block * BLOCK, end = start + BLOCK < count ? start + BLOCK : count;
         float sum = 0.0f;
         if (keep) {
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = start; i < end; i++) {
-                const float y = clamped(x[i], floor, ceiling);
-                const float g = ((y > low) & (y < high)) | !keep[i] ? grad[i] : 0.0f;
-                grad_x[i] = (x[i] > floor) & (x[i] < ceiling) ? g : 0.0f;
-                sum += grad[i] * out[i] - g * y;
+                const float g = ((x[i] > low) & (x[i] < high)) | !keep[i] ? grad[i] : 0.0f;
+                grad_x[i] = g;
+                sum += grad[i] * out[i] - g * x[i];
             }
         } else {
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = start; i < end; i++) {
-                const float y = clamped(x[i], floor, ceiling);
-                const float g = (y > low) & (y < high) ? grad[i] : 0.0f;
-                grad_x[i] = (x[i] > floor) & (x[i] < ceiling) ? g : 0.0f;
-                sum += grad[i] * out[i] - g * y;
+                const float g = (x[i] > low) & (x[i] < high) ? grad[i] : 0.0f;
+                grad_x[i] = g;
+                sum += grad[i] * out[i] - g * x[i];
             }
         }
         sums[block] = sum;
     }
-    double total = 0.0;
-    for (int64_t block = 0; block < blocks; block++)
-        total += sums[block];
-    return total;
-}
-
-/* x = other where keep is 0. */
-void mix(int64_t count, float *restrict x, const float *restrict other, const uint8_t *restrict keep) {
-#pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
-    for (int64_t i = 0; i < count; i++)
-        x[i] = keep[i] ? x[i] : other[i];
-}
-
-/* A variable; it has no gradient where it took no part in a step. */
-struct variable {
-    int64_t count;
-    float *value;
-    const float *grad;
-    float *mean, *square;
-};
-
-/* A step of Adam for each of some variables. */
-void adam(int64_t count, const struct variable *variables, struct adam_step step) {
-    for (int64_t i = 0; i < count; i++) {
-        const struct variable v = variables[i];
-        if (!v.grad)
-            continue;
-#pragma omp parallel for schedule(static) if (v.count > SERIAL)
-        for (int64_t start = 0; start < v.count; start += BLOCK)
-            adam_block(start + BLOCK < v.count ? BLOCK : v.count - start, v.value + start, v.grad + start,
-                       v.mean + start, v.square + start, step);
-    }
+    for (int64_t block = 1; block < blocks.count; block++)
+        sums[0] += sums[block];
+    return 0;
 }

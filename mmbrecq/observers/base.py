@@ -1,8 +1,7 @@
-"""The contract of all observers: from batches of values to one scale and zero-point per channel or tensor."""
+"""Observers turn batches of values into one scale and zero-point per channel or tensor; the simplest take the ends."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -10,17 +9,20 @@ from torch import Tensor
 
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, DataError, NonFiniteError
+from mmbrecq.functional import affine_from_range
 from mmbrecq.qtype import QType
 from mmbrecq.registry import OBSERVERS
 
 Self = TypeVar('Self', bound='BaseObserver')
+Average = TypeVar('Average', bound='MovingAverageObserver')
 
 
-class BaseObserver(ABC):
+class BaseObserver:
     """Collects statistics of a tensor over batches and turns them into a scale and a zero-point.
 
-    This class validates the values and lays them out as rows, one per scale; a subclass says what it keeps of them
-    (:meth:`_update`) and how it finds the grid (:meth:`_solve`). The statistics live on the device of the values.
+    This class checks the values, lays them out as rows, one per scale, and keeps the ends of every row. A subclass may
+    keep more (:meth:`_update`, :meth:`_merge`, :meth:`state`), and may choose another range than all that was seen
+    (:meth:`_solve`). The statistics live on the device of the values.
 
     Args:
         qtype: The grid; one scale per index of ``ch_axis``, or one per tensor when it is None.
@@ -45,13 +47,13 @@ class BaseObserver(ABC):
         self.high: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Takes in one batch; an empty one changes nothing.
+        """Observes one batch; an empty one changes nothing.
 
         Args:
             x (Tensor): Values of any shape and device; ``x`` is neither kept nor changed.
 
         Raises:
-            NonFiniteError: If a value is NaN or infinite; nothing is taken in.
+            NonFiniteError: If a value is NaN or infinite; the statistics stay as they were.
             ConfigError: If ``x`` has no axis ``ch_axis``, or another number of channels than before.
         """
         if x.numel() == 0:
@@ -109,21 +111,23 @@ class BaseObserver(ABC):
         return {'first': self.first, 'batches': self.batches, 'low': self.low, 'high': self.high}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` of an observer with the same options gave."""
+        """Loads what :meth:`state` of an observer with the same options returned."""
         self.first, self.batches = state['first'], state['batches']
         self.low, self.high = state['low'], state['high']
 
-    @abstractmethod
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
-        """Takes in finite ``rows`` ``(R, N)`` with their ends ``(R,)``; sets :attr:`low` and :attr:`high`."""
+        """Adds finite ``rows`` ``(R, N)`` with their ends ``(R,)``; sets :attr:`low` and :attr:`high`."""
+        self.low = low if self.low is None else torch.minimum(self.low, low.to(self.low.device))
+        self.high = high if self.high is None else torch.maximum(self.high, high.to(self.high.device))
 
-    @abstractmethod
-    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``(scale, zero_point)``, each of ``R`` elements, for the statistics with these ends."""
-
-    @abstractmethod
     def _merge(self: Self, other: Self) -> None:
         """Adds the statistics of ``other``, which is of the same type and number of rows; both hold some."""
+        assert other.low is not None and other.high is not None
+        BaseObserver._update(self, other.low, other.low, other.high)
+
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``(scale, zero_point)``, each of ``R`` elements, for the statistics with these ends."""
+        return affine_from_range(low, high, self.qtype)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Lays ``x`` out as ``(R, N)`` in float32, or in float64 if it is that already."""
@@ -135,18 +139,75 @@ class BaseObserver(ABC):
             raise ConfigError(f'expected ch_axis {axis} to be an axis of the tensor, but got {x.dim()} axes')
         return x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
 
-    def _widen(self, low: Tensor, high: Tensor) -> None:
-        """Extends :attr:`low` and :attr:`high` by other ends."""
-        self.low = low if self.low is None else torch.minimum(self.low, low.to(self.low.device))
-        self.high = high if self.high is None else torch.maximum(self.high, high.to(self.high.device))
+
+@OBSERVERS.register_module()
+class MinMaxObserver(BaseObserver):
+    """Covers every value seen: the range is the minimum and maximum over all batches."""
+
+
+@OBSERVERS.register_module()
+class MovingAverageObserver(BaseObserver):
+    """Averages the minimum and maximum of the batches: ``v = momentum * v + (1 - momentum) * batch``.
+
+    The first batch sets the average (Jacob et al., CVPR 2018, section 3.1). Later batches count for more, so the
+    result depends on their order; the ends of every batch are kept, so that what several processes have seen is
+    averaged in the order in which one would have seen it.
+
+    Args:
+        qtype: The grid, per tensor or per channel.
+        momentum: Weight of the past, at least 0 and below 1.
+    """
+
+    def __init__(self, qtype: QType, momentum: float = 0.9) -> None:
+        if not 0 <= momentum < 1:
+            raise ConfigError(f'expected momentum of MovingAverageObserver in [0, 1), but got {momentum!r}')
+        super().__init__(qtype)
+        self.momentum = momentum
+
+    def reset(self) -> None:
+        """Forgets everything observed."""
+        super().reset()
+        self._ends: list[tuple[Tensor, Tensor]] = []
+
+    def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        self._ends.append((low, high))
+        self._average()
+
+    def _average(self) -> None:
+        self.low, self.high = self._ends[0]
+        for low, high in self._ends[1:]:
+            self.low, self.high = torch.lerp(low, self.low, self.momentum), torch.lerp(high, self.high, self.momentum)
+
+    def _merge(self: Average, other: Average) -> None:
+        assert self.low is not None
+        ends = [(low.to(self.low.device), high.to(self.low.device)) for low, high in other._ends]
+        shift = len(self._ends)
+        if self.first is not None and other.first is not None:
+            shift = other.first - self.first
+            if not 0 <= shift <= len(self._ends):
+                raise ConfigError(
+                    f'expected batches from {self.first} to {self.first + len(self._ends)} on to merge, '
+                    f'but got those from {other.first} on'
+                )
+        shared = min(len(self._ends) - shift, len(ends))
+        for index in range(shared):
+            (low, high), (other_low, other_high) = self._ends[shift + index], ends[index]
+            self._ends[shift + index] = torch.minimum(low, other_low), torch.maximum(high, other_high)
+        self._ends += ends[shared:]
+        self._average()
+
+    def state(self) -> dict[str, Any]:
+        """Returns the statistics, see :meth:`BaseObserver.state`."""
+        return {**super().state(), 'ends': list(self._ends)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state` of an observer with the same options returned."""
+        super().load_state(state)
+        self._ends = list(state['ends'])
 
 
 def build_observer(cfg: Any, qtype: QType) -> BaseObserver:
-    """Builds the observer that ``cfg`` names, for the grid ``qtype``.
-
-    Raises:
-        ConfigError: If the type or an option is unknown or invalid.
-    """
+    """Builds the observer that ``cfg`` names, for the grid ``qtype``; ConfigError if a type or an option is invalid."""
     observer: BaseObserver = build(OBSERVERS, cfg, qtype=qtype)
     return observer
 

@@ -1,14 +1,18 @@
-"""A histogram that grows with its data and forgets no value."""
+"""A histogram that grows with its data, and the observers that need to know how values are distributed."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmbrecq.errors import ConfigError
+from mmbrecq.functional import affine_from_range
+from mmbrecq.observers.base import BaseObserver
+from mmbrecq.qtype import QType
+from mmbrecq.registry import OBSERVERS
 
 MIN_BINS = 2048
 # Keeps 2**exponent and its inverse within float32's normal numbers.
@@ -55,13 +59,7 @@ class StreamingHistogram:
         return -self.start
 
     def add(self, x: Tensor, low: float, high: float) -> None:
-        """Counts every value of ``x``.
-
-        Args:
-            x (Tensor): Finite float values of any shape.
-            low: Smallest value of ``x``.
-            high: Largest value of ``x``.
-        """
+        """Counts every value of ``x``, finite floats of any shape between ``low`` and ``high``."""
         self.counts = self.counts.to(x.device)
         self._cover(low, high)
         for chunk in torch.split(x.reshape(-1), CHUNK):
@@ -70,11 +68,7 @@ class StreamingHistogram:
             self.counts += torch.bincount(index, minlength=self.bins)
 
     def merge(self, other: StreamingHistogram) -> None:
-        """Adds the counts of ``other``, exactly; ``other`` stays as it is.
-
-        Raises:
-            ConfigError: If the numbers of bins differ.
-        """
+        """Adds the counts of ``other``, exactly; ConfigError if the numbers of bins differ."""
         if other.bins != self.bins:
             raise ConfigError(f'expected a histogram of {self.bins} bins to merge, but got {other.bins}')
         if other.low > other.high:
@@ -84,12 +78,12 @@ class StreamingHistogram:
         self.counts = self.counts.to(counts.device) + counts
 
     def centers(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Middle of every bin, kept within the observed values; ``(bins,)``."""
+        """Returns the middle of every bin, kept within the observed values; ``(bins,)``."""
         index = torch.arange(self.start, self.start + self.bins, device=self.counts.device)
         return ((index.to(dtype) + 0.5) * self.width).clamp(self.low, self.high)
 
     def percentile(self, q: float) -> float:
-        """The ``q``-th percentile (0 to 100), linear between values, to within a bin's width."""
+        """Returns the ``q``-th percentile (0 to 100), linear between values, to within a bin's width."""
         total = self.counts.cumsum(0)
         rank = q / 100 * (int(total[-1]) - 1)
         index = int(torch.searchsorted(total, torch.tensor(math.floor(rank), device=total.device), right=True))
@@ -99,15 +93,12 @@ class StreamingHistogram:
         return min(max(value, self.low), self.high)
 
     def state(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state` needs."""
-        numbers = {name: getattr(self, name) for name in ('bins', 'low', 'high', 'exponent', 'start')}
-        return {**numbers, 'counts': self.counts.clone()}
+        """Returns everything that :meth:`load_state` needs."""
+        return {**vars(self), 'counts': self.counts.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` gave."""
-        for name in ('bins', 'low', 'high', 'exponent', 'start'):
-            setattr(self, name, state[name])
-        self.counts = state['counts'].clone()
+        """Loads what :meth:`state` returned."""
+        vars(self).update(state, counts=state['counts'].clone())
 
     def _cover(self, low: float, high: float) -> None:
         """Widens the bins by the least power of two that spans ``low``, ``high``, 0 and all earlier values."""
@@ -125,7 +116,7 @@ class StreamingHistogram:
 
 
 def _bin(value: float, exponent: int) -> int:
-    """Index of the bin of width ``2**exponent`` that holds ``value``."""
+    """Returns the index of the bin of width ``2**exponent`` that holds ``value``."""
     return math.floor(math.ldexp(value, -exponent))
 
 
@@ -134,3 +125,104 @@ def _regrid(counts: Tensor, start: int, exponent: int, new_start: int, new_expon
     held = counts.nonzero().squeeze(1)
     index = (held + start) >> min(new_exponent - exponent, MAX_SHIFT)
     return torch.zeros_like(counts).index_add_(0, index - new_start, counts[held])
+
+
+Self = TypeVar('Self', bound='DistributionObserver')
+
+
+class DistributionObserver(BaseObserver):
+    """Base of the observers that need the distribution: the values of a single batch, a histogram of many.
+
+    A weight is one tensor, seen once: its values are kept (as a copy) and searched exactly. Activations come in many
+    batches: per tensor they go into a :class:`StreamingHistogram`, and the copy is dropped with the second batch.
+    Per channel only one batch is accepted, since a histogram per channel would cost more than it is worth.
+
+    Args:
+        qtype: The grid.
+        bins: Number of bins of the histogram, at least 2,048.
+    """
+
+    #: Largest batch whose values are kept per tensor; bounds the memory while the first batch visits all layers.
+    MAX_KEPT = 2**20
+
+    def __init__(self, qtype: QType, bins: int = 8192) -> None:
+        self.bins = bins
+        super().__init__(qtype)
+
+    def reset(self) -> None:
+        """Forgets everything observed."""
+        super().reset()
+        self.values: Tensor | None = None
+        self.histogram = StreamingHistogram(self.bins)
+
+    def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.qtype.ch_axis is None:
+            self.histogram.add(rows, float(low), float(high))
+        else:
+            self._refuse_channels(self.batches > 0)
+        keep = self.batches == 0 and (self.qtype.ch_axis is not None or rows.numel() <= self.MAX_KEPT)
+        self.values = rows.clone() if keep else None
+        super()._update(rows, low, high)
+
+    def _merge(self: Self, other: Self) -> None:
+        self._refuse_channels(self.qtype.ch_axis is not None)
+        self.histogram.merge(other.histogram)
+        # of a single batch of which two processes have seen a part each
+        same = self.first is not None and self.first == other.first and self.batches == other.batches == 1
+        values = None
+        if same and self.values is not None and other.values is not None:
+            # in the order of the processes, which is that of the images
+            values = torch.cat([self.values, other.values.to(self.values.device)], dim=1)
+        self.values = values if values is not None and values.numel() <= self.MAX_KEPT else None
+        super()._merge(other)
+
+    def _refuse_channels(self, another: bool) -> None:
+        if another:
+            raise ConfigError(
+                f'expected a single batch for {type(self).__name__} with one scale per channel, but got another; '
+                'use MinMaxObserver or MovingAverageObserver, or one scale per tensor'
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Returns the statistics, see :meth:`BaseObserver.state`."""
+        return {**super().state(), 'values': self.values, 'histogram': self.histogram.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state` of an observer with the same options returned."""
+        super().load_state(state)
+        self.values = state['values']
+        self.histogram.load_state(state['histogram'])
+
+
+@OBSERVERS.register_module()
+class PercentileObserver(DistributionObserver):
+    """Covers the values between two percentiles, ``100 - percentile`` and ``percentile``, linear between values.
+
+    Args:
+        qtype: The grid, per tensor or (for a single batch) per channel.
+        percentile: Upper percentile, above 50, at most 100.
+        bins: Number of bins of the histogram that many batches go into, at least 2,048.
+    """
+
+    def __init__(self, qtype: QType, percentile: float = 99.99, bins: int = 8192) -> None:
+        if not 50 < percentile <= 100:
+            raise ConfigError(f'expected percentile of PercentileObserver in (50, 100], but got {percentile!r}')
+        super().__init__(qtype, bins)
+        self.percentile = percentile
+
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        percentiles = (100 - self.percentile, self.percentile)
+        if self.values is None:
+            ends = [torch.full_like(low, self.histogram.percentile(q)) for q in percentiles]
+        else:
+            ordered = self.values.sort(dim=1).values
+            ends = [_at_percentile(ordered, q) for q in percentiles]
+        return affine_from_range(ends[0], ends[1], self.qtype)
+
+
+def _at_percentile(ordered: Tensor, q: float) -> Tensor:
+    """``q``-th percentile of rising rows ``(R, N)``, linear between values; ``(R,)``."""
+    # torch.quantile refuses more than 16 million values.
+    rank = q / 100 * (ordered.shape[1] - 1)
+    below, above = math.floor(rank), math.ceil(rank)
+    return torch.lerp(ordered[:, below], ordered[:, above], rank - below)

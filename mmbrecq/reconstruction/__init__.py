@@ -1,8 +1,8 @@
 """Block reconstruction: learning rounding and step sizes unit by unit."""
 
 from mmbrecq.reconstruction.losses import FisherLoss, MSELoss
+from mmbrecq.reconstruction.methods import BRECQReconstructor, QDropReconstructor
 from mmbrecq.reconstruction.nearest import NearestReconstructor
-from mmbrecq.reconstruction.reconstructor import BRECQReconstructor, QDropReconstructor
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task

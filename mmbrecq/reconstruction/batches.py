@@ -1,26 +1,145 @@
-"""Random batches of a training, the next one read while a step computes where reading takes time."""
+"""What a unit is trained on, random batches of it, and smaller ones where a GPU has no room for a whole batch."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
-from mmbrecq.reconstruction.unit_data import Batch, UnitData
-from mmbrecq.reconstruction.values import FileValues, MemoryValues
+from mmbrecq.distributed import mean_over
+from mmbrecq.errors import StorageError
+from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out
+
+T = TypeVar('T')
+UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images; every tensor is ``(n, ...)``.
+
+    Args:
+        quantized_inputs: See :class:`UnitData`.
+        float_inputs: Likewise; an input that is the same in both streams is the same tensor.
+        targets: Likewise.
+        fisher: Likewise.
+        importance: How much each output counts; None for all the same.
+    """
+
+    quantized_inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    fisher: Sequence[Tensor] | None = None
+    importance: Sequence[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.fisher or ())]
+
+    def parts(self, images: int) -> Iterator[Batch]:
+        """Yields parts of ``images`` images each; where one part is all, the batch itself."""
+        if images >= len(self):
+            yield self
+            return
+        for start in range(0, len(self), images):
+            yield self._mapped(itemgetter(slice(start, start + images)))
+
+    def laid_out(self, layout: torch.memory_format) -> Batch:
+        """Returns the batch with its channels in the given order in memory."""
+        return self._mapped(lambda x: laid_out(x, layout))
+
+    def loss(self, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
+        """Returns the sum of the losses of all outputs, each as much as it counts."""
+        total: Any = 0
+        for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
+            one = loss(output, target, None if self.fisher is None else self.fisher[i])
+            total = total + (one if self.importance is None else self.importance[i] * one)
+        return total
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Returns the batch with every tensor changed; inputs shared by both streams stay shared."""
+        quantized = [change(x) for x in self.quantized_inputs]
+        floats = [
+            q if x is before else change(x)
+            for x, before, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
+        ]
+        fisher = None if self.fisher is None else [change(x) for x in self.fisher]
+        return Batch(quantized, floats, [change(x) for x in self.targets], fisher, self.importance)
+
+
+@dataclass(frozen=True)
+class UnitData:
+    """What a unit is trained on; all values are ``(N, ...)`` over the calibration images.
+
+    Args:
+        quantized_inputs: Inputs as the quantized units before it compute them.
+        float_inputs: Inputs of the float model.
+        targets: Outputs of the float model.
+        fisher: Fisher weights of the outputs, None where the loss needs none.
+        importance: How much each output counts, 1 on average; None for all the same.
+    """
+
+    quantized_inputs: Sequence[Values]
+    float_inputs: Sequence[Values]
+    targets: Sequence[Values]
+    fisher: Sequence[Values] | None = None
+    importance: Sequence[float] | None = None
+
+    def read(self, index: Tensor, floats: bool) -> Batch:
+        """Reads the images ``index``; their float inputs only where ``floats`` asks for them."""
+        quantized = [x[index] for x in self.quantized_inputs]
+        pairs = zip(self.float_inputs, self.quantized_inputs, quantized, strict=True)
+        return Batch(
+            quantized,
+            [q if x is values else x[index] for x, values, q in pairs] if floats else [],
+            [x[index] for x in self.targets],
+            None if self.fisher is None else [x[index] for x in self.fisher],
+            self.importance,
+        )
+
+    def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
+        """Returns the sum of the losses of all outputs, for the images ``index``."""
+        fisher = None if self.fisher is None else [x[index] for x in self.fisher]
+        return Batch([], [], [x[index] for x in self.targets], fisher, self.importance).loss(outputs, loss)
+
+    def mean_loss(self, outputs: Sequence[Values], loss: UnitLoss, batch_size: int) -> float:
+        """Returns the loss of ``outputs`` over all images, those of other processes included."""
+        return self._mean(lambda index: [output[index] for output in outputs], loss, batch_size)
+
+    def power(self, loss: UnitLoss, batch_size: int) -> float:
+        """Returns the loss of outputs of zeros, over all images of all processes."""
+        return self._mean(lambda index: [torch.zeros_like(x[index]) for x in self.targets], loss, batch_size)
+
+    def _mean(self, outputs: Callable[[slice], Sequence[Tensor]], loss: UnitLoss, batch_size: int) -> float:
+        count, total = len(self.targets[0]), 0.0
+        for start in range(0, count, batch_size):
+            index = slice(start, min(start + batch_size, count))
+            total += float(self.loss(outputs(index), index, loss)) * (index.stop - index.start)
+        return mean_over(total, count)
 
 
 class Batches:
-    """The batches of the steps, one after the other; a context manager.
+    """The batches of all iterations, one after the other; a context manager.
 
-    The images of a step are drawn when it begins, or ahead when the step before it has made all its own draws: the
-    order of the draws does not depend on where values are kept.
+    Where reading takes time, the next batch is read while an iteration computes. Images are drawn when an iteration
+    begins, or when the one before has made all its own draws: the order of the draws does not depend on where values
+    are kept.
 
     Args:
         data: What is read.
-        batch_size: Images of a step.
-        steps: Number of steps.
+        batch_size: Images of an iteration.
+        iterations: How many batches there will be.
         generator: Source of the draws, on the CPU.
         device: Where the batches are used.
         floats: Whether the float inputs are read.
@@ -30,19 +149,19 @@ class Batches:
         self,
         data: UnitData,
         batch_size: int,
-        steps: int,
+        iterations: int,
         generator: torch.Generator,
         device: torch.device,
         floats: bool,
     ) -> None:
-        self.data, self.batch_size, self.left = data, batch_size, steps
+        self.data, self.batch_size, self.left = data, batch_size, iterations
         self.generator, self.device, self.floats = generator, device, floats
         self._reader: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
 
     def __enter__(self) -> Batches:
-        if takes_time(self.data):
+        if is_slow(self.data):
             self._reader = ThreadPoolExecutor(1, 'batches')
         return self
 
@@ -51,26 +170,26 @@ class Batches:
             self._reader.shutdown(cancel_futures=True)
 
     def begin(self) -> None:
-        """Begins the next step."""
+        """Begins the next iteration."""
         if self._next is None:
             self._draw()
         assert self._next is not None
         (self._index, self._future), self._next = self._next, None
 
     def current(self) -> Batch:
-        """The batch of the step, fresh: what a failed attempt has changed in it is read again."""
+        """Returns the batch of the iteration; it is read again after a failed attempt, which may have changed it."""
         future, self._future = self._future, None
         batch = self._read(self._index) if future is None else future.result()
         if self._reader is not None and self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._stream)
             for tensor in batch.tensors:
-                # else its memory could be given away while the step still reads it
+                # else its memory could be given away while the iteration still reads it
                 tensor.record_stream(stream)
         return batch
 
-    def read_ahead(self) -> None:
-        """Starts to read the batch of the next step; called when all draws of this step are made."""
+    def prefetch(self) -> None:
+        """Starts to read the next batch; called when all draws of this iteration are made."""
         if self._reader is not None and self._next is None and self.left:
             self._draw()
 
@@ -86,10 +205,50 @@ class Batches:
             return self.data.read(index, self.floats)
 
 
-def takes_time(data: UnitData) -> bool:
-    """Whether anything comes from a file, or from the memory of another device than the one that computes."""
+def is_slow(data: UnitData) -> bool:
+    """Returns whether reading takes time: from a file, or from the memory of another device than the computing one."""
     values = [*data.quantized_inputs, *data.float_inputs, *data.targets, *(data.fisher or ())]
     return any(
         isinstance(x, FileValues) or (isinstance(x, MemoryValues) and x.tensor.device.type != x.device.type)
         for x in values
     )
+
+
+class MicroBatches:
+    """How many images a unit computes at once: half as many whenever the GPU runs out of memory.
+
+    Args:
+        unit: Name of the unit.
+        images: Images of a whole batch.
+
+    Attributes:
+        images: Images that are computed at once now.
+        split: Whether that is less than a whole batch.
+    """
+
+    def __init__(self, unit: str, images: int) -> None:
+        self.unit, self.images, self.split = unit, images, False
+
+    def run(self, work: Callable[[int], T]) -> T:
+        """Calls ``work(images)``, again with fewer where it fails for want of memory.
+
+        Raises:
+            StorageError: A single image does not fit.
+        """
+        while True:
+            try:
+                return work(self.images)
+            except torch.cuda.OutOfMemoryError as error:
+                if self.images == 1:
+                    raise StorageError(
+                        f"expected room on the GPU for the work on unit '{self.unit}', but a single image takes more "
+                        'than it has; use a finer granularity or cache=host'
+                    ) from error
+            # out of the except clause, whose traceback holds the tensors of the failed attempt
+            self.images, self.split = (self.images + 1) // 2, True
+            torch.cuda.empty_cache()
+            print_log(
+                f"the GPU has no room for a batch of unit '{self.unit}': it takes {self.images} images at once now",
+                'current',
+                logging.WARNING,
+            )

@@ -18,18 +18,15 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.layout import empty
-from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, reserve
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, empty, reserve
 
 PLACES = ('auto', 'device', 'host', 'disk')
-
-
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The outcome of planning.
+    """Where activations are cached, and how much memory the work takes.
 
     Args:
         place: ``device``, ``host`` or ``disk``.
@@ -58,14 +55,14 @@ class CachePlan:
 
 
 def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
-    """Index of the last unit that reads each value."""
+    """Returns the index of the last unit that reads each value."""
     return {name: index for index, unit in enumerate(units) for name in unit.inputs}
 
 
 def peak_bytes(
     units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, standing: int = 0
 ) -> tuple[int, str]:
-    """Most bytes cached at once over a run, and the unit at which that is.
+    """Returns the most bytes cached at once over a run, and the unit at which that is.
 
     Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
     as they were before learning and after it; the images are the same in both.
@@ -118,7 +115,7 @@ def plan_cache(
         raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
     available = psutil.virtual_memory().available // processes_here()
     memory = available if memory_limit is None else memory_limit
-    # on a GPU, a step that does not fit is split
+    # on a GPU, a batch that does not fit is split
     on_host = working[0] if device.type == 'cpu' else 0
     if on_host > memory:
         raise StorageError(
@@ -171,7 +168,7 @@ def allocate_images(
 
 
 def images_on_disk(images: Tensor, directory: Path) -> Tensor:
-    """Images on the CPU in a mapped file: themselves where they are in one, else a copy.
+    """Returns images on the CPU in a mapped file: themselves where they are in one, else a copy.
 
     Raises:
         StorageError: The disk is full.
@@ -180,7 +177,7 @@ def images_on_disk(images: Tensor, directory: Path) -> Tensor:
 
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype, directory: Path) -> Tensor:
-    """A tensor in a file without a name, whose pages the system drops where memory is short."""
+    """Allocates a tensor in a file without a name, whose pages the system drops where memory is short."""
     size = math.prod(shape) * dtype.itemsize
     with tempfile.TemporaryDirectory(prefix='.images-', dir=directory) as folder:
         path = Path(folder) / 'images.bin'
@@ -193,7 +190,7 @@ def _mapped(shape: Sequence[int], dtype: torch.dtype, directory: Path) -> Tensor
 
 
 def _room_on_host(memory_limit: int | None) -> int:
-    """Bytes that values may take on the host: the limit, without one half of what is available."""
+    """Returns the bytes that values may take on the host: the limit, without one half of what is available."""
     return psutil.virtual_memory().available // processes_here() // 2 if memory_limit is None else memory_limit
 
 
@@ -221,7 +218,7 @@ class ActivationCache:
             self._folder.cleanup()
 
     def allocate(self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> CachedValues:
-        """Uninitialised values; freed, on the disk too, when the last reference goes.
+        """Returns uninitialised values; they are freed, on the disk too, when the last reference goes.
 
         Args:
             shape: ``(N, ...)``.
@@ -238,7 +235,7 @@ class ActivationCache:
         return FileValues(path, shape, self.plan.dtype, self.device, layout)
 
     def hold(self, images: Tensor, mirror: bool = False) -> CachedValues:
-        """What a network reads, as it is: nothing is copied.
+        """Returns the values that a network reads, without a copy.
 
         Args:
             images (Tensor): ``(N, 3, H, W)``, or features of regions.

@@ -1,13 +1,21 @@
-"""Callbacks observe a reconstruction: they are told what happens, and change nothing."""
+"""Callbacks observe a reconstruction, and are told how far it has come and how long it will take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.mixed_precision.costs.layers import LayerShape, layer_shapes
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.stages import Stage, stage_units
+
+OVERHEAD = {'cpu': 1e7, 'cuda': 1e10}
+"""Multiplications that would take as long as the Python and the launches of an iteration."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Progress:
 
 
 class Callback:
-    """Base of the callbacks of a reconstruction; every point does nothing.
+    """Base of the callbacks of a reconstruction; every method does nothing.
 
     Example:
         >>> class Names(Callback):
@@ -55,23 +63,63 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = tuple(callbacks)
+        for name in ('before_stage', 'before_unit', 'after_step', 'after_unit', 'after_stage'):
+            setattr(self, name, partial(self._call, name))
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress) -> None:
+    def _call(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            callback.before_stage(stage, units, progress)
+            getattr(callback, name)(*arguments)
 
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        for callback in self.callbacks:
-            callback.before_unit(stage, unit)
 
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        for callback in self.callbacks:
-            callback.after_step(stage, unit, step, loss)
+class Forecast:
+    """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done.
 
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        for callback in self.callbacks:
-            callback.after_unit(stage, unit, result, progress)
+    Args:
+        model: The prepared model.
+        stages: The passes over its units.
+    """
 
-    def after_stage(self, stage: Stage) -> None:
-        for callback in self.callbacks:
-            callback.after_stage(stage)
+    def __init__(self, model: QuantizedModel, stages: Iterable[Stage]) -> None:
+        macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
+        overhead = OVERHEAD.get(model.image_graph.traced.example.device.type, OVERHEAD['cuda'])
+        self._left = {
+            (stage.name, unit.name): _work(stage, unit, macs, overhead)
+            for stage in stages
+            if stage.name != 'activations' or model.quantizes_activations
+            for part in model.graphs
+            for unit in stage_units(part, stage)
+            if unit.is_quantized
+        }
+        self._work = self._seconds = 0.0
+        self._names: list[str] = []
+        self._count = 0
+
+    def begin(self, units: Iterable[ReconstructionUnit], stage: Stage) -> Progress:
+        """Begins a pass over units, and returns its progress."""
+        self._count = sum(unit.is_quantized for unit in units)
+        return Progress(self._names.count(stage.name), self._count, self.left())
+
+    def note(self, result: UnitResult) -> Progress:
+        """Counts a unit that is done, and returns the progress of its pass."""
+        self._work += self._left.pop((result.stage, result.name), 0.0)
+        self._seconds += result.seconds
+        self._names.append(result.stage)
+        return Progress(self._names.count(result.stage), self._count, self.left())
+
+    def left(self) -> float | None:
+        """Returns the seconds that the units not done will take; None while none is done."""
+        return self._seconds / self._work * sum(self._left.values()) if self._work else None
+
+    def total(self, stage: Stage, unit: ReconstructionUnit, seconds: float) -> float:
+        """Returns the seconds that all units will take, where this one takes ``seconds``."""
+        return seconds / self._left[stage.name, unit.name] * sum(self._left.values())
+
+
+def _macs(shape: LayerShape) -> float:
+    """Returns multiplications of one image in an iteration, which looks at a draw of the regions of an image."""
+    return sum(shape.macs * min(call.times, REGIONS_PER_IMAGE) / call.times for call in shape.calls[:1])
+
+
+def _work(stage: Stage, unit: ReconstructionUnit, macs: dict[str, float], overhead: float) -> float:
+    images = stage.options.batch_size * sum(macs.get(name, 0.0) for name in unit.layers)
+    return stage.options.iterations * (images + overhead)

@@ -1,11 +1,34 @@
-"""Distances between the quantized and the float output of a unit."""
+"""Distances between the quantized and the float output of a unit, and how much each element of an output matters.
+
+The Fisher weight of an element is the squared gradient of the task loss at it. Without annotations there is no task
+loss. What stands in for it is the distance of the outputs of the network, its weights rounded to nearest, from those of
+the float network: of the float network alone that distance has no gradient.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, fx
 from torch.nn import functional as F
 
+from mmbrecq.distributed import mean_over
+from mmbrecq.errors import NonFiniteError
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.reconstruction.cache import ActivationCache
+from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.registry import LOSSES
+
+FISHER_BATCH = 16
+"""Images per pass of the whole network that takes gradients at the outputs of its units."""
+
+TaskLoss = Callable[[Any, Tensor], Tensor]
+"""Computes the task loss, a scalar, from a batch of calibration data and its preprocessed images."""
 
 
 @LOSSES.register_module()
@@ -50,3 +73,172 @@ class FisherLoss:
         assert fisher is not None
         weight = self.floor + (1 - self.floor) * fisher
         return ((output - target).square() * weight).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class FisherWeights:
+    """Fisher weights of all outputs.
+
+    Args:
+        values: By name of the output, the weights of its elements, ``(N, C, ...)``, with mean 1.
+        shares: By name, what an error of 1 in every element adds to the task loss: the sum over positions of the mean
+            square of the gradient; 0 where no gradient arrives.
+    """
+
+    values: Mapping[str, CachedValues]
+    shares: Mapping[str, float]
+
+    def of(self, outputs: Sequence[str]) -> tuple[list[CachedValues], list[float]]:
+        """Returns the weights of a unit's outputs, and how much each output counts beside the others, 1 on average.
+
+        Box deltas and class scores differ in what an error does to the task loss, by some orders of magnitude.
+        """
+        seen = [self.shares[name] for name in outputs if self.shares[name] > 0]
+        # an output on which the loss does not depend counts as the others do
+        mean = sum(seen) / len(seen) if seen else 1.0
+        return [self.values[name] for name in outputs], [(self.shares[name] or mean) / mean for name in outputs]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the values of the named nodes."""
+
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.names = names
+        self.recorded: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.names:
+            self.recorded[n.name] = value
+        return value
+
+
+def task_fisher(
+    model: QuantizedModel, batches: Iterable[Any], images: Values, task_loss: TaskLoss, cache: ActivationCache
+) -> FisherWeights:
+    """Returns squared gradients of the float model's task loss at every unit output, normalised to mean 1.
+
+    One forward and backward pass of the whole network per batch gives them for all units.
+
+    Args:
+        model: The prepared model.
+        batches: Calibration data with annotations, in the order of ``images``.
+        images: Preprocessed images, ``(N, 3, H, W)``.
+        task_loss: Computes the loss through ``model.model``.
+        cache: Where the weights are kept.
+
+    Raises:
+        NonFiniteError: A gradient is not finite, or all at all outputs are zero.
+    """
+    squares = _Squares(model.image_graph, len(images), cache)
+    start = 0
+    model.image_graph.traced.attach(squares.run)
+    try:
+        with torch.enable_grad(), model.quantization(weights=False, activations=False):
+            for batch in batches:
+                stop = start + len(batch['inputs'])
+                x = images[start:stop].detach().requires_grad_(True)
+                # the loss is a mean over the batch: undo it, so that every image counts by itself
+                squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
+                start = stop
+    finally:
+        model.image_graph.attach()
+    return squares.normalised(FISHER_BATCH)
+
+
+def output_fisher(
+    graph: QuantizedGraph, inputs: Values, quantized_inputs: Values, cache: ActivationCache, batch_size: int
+) -> FisherWeights:
+    """Returns squared gradients of the distance between quantized and float outputs, normalised to mean 1.
+
+    The distance is the sum over the outputs of their squared differences, each output in units of its own mean square:
+    class scores and box deltas differ in scale.
+
+    Args:
+        graph: A graph of a prepared model.
+        inputs: Of the float network, ``(N, ...)``.
+        quantized_inputs: Of the quantized one; the images are the same in both.
+        cache: Where the weights are kept.
+        batch_size: Of the passes.
+
+    Raises:
+        NonFiniteError: A gradient is not finite, or all at all outputs are zero.
+    """
+    squares = _Squares(graph, len(inputs), cache)
+    for start in range(0, len(inputs), batch_size):
+        index = slice(start, min(start + batch_size, len(inputs)))
+        with torch.no_grad(), graph.quantization(weights=False, activations=False):
+            targets = _tensors(graph(inputs[index]))
+        with torch.enable_grad(), graph.quantization(weights=True, activations=False):
+            outputs = _tensors(squares.run(quantized_inputs[index].detach().requires_grad_(True)))
+            pairs = zip(outputs, targets, strict=True)
+            squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
+    return squares.normalised(batch_size)
+
+
+def weighted_outputs(graph: QuantizedGraph) -> set[str]:
+    """Returns the names of the outputs that have Fisher weights: those of the units, and of the whole graph."""
+    return {name for unit in (*graph.units, *graph.cut('net')) if unit.is_quantized for name in unit.outputs}
+
+
+class _Squares:
+    """Squared gradients at the weighted outputs of a graph, over all calibration images."""
+
+    def __init__(self, graph: QuantizedGraph, count: int, cache: ActivationCache) -> None:
+        self._recorder = _Recorder(graph.compiled, weighted_outputs(graph))
+        self._count, self._cache = count, cache
+        self._weights: dict[str, CachedValues] = {}
+        self._sums: dict[str, float] = {}
+
+    def run(self, inputs: Tensor) -> Any:
+        """Returns the outputs of the graph, and keeps the outputs of its units for :meth:`add`."""
+        return self._recorder.run(inputs)
+
+    def add(self, loss: Any, index: slice) -> None:
+        """Adds the gradients of ``loss``, a scalar, for the images ``index``, which ran last."""
+        values = list(self._recorder.recorded.items())
+        gradients = torch.autograd.grad(loss, [value for _, value in values], allow_unused=True, materialize_grads=True)
+        for (name, _), gradient in zip(values, gradients, strict=True):
+            if name not in self._weights:
+                self._weights[name] = self._cache.allocate((self._count, *gradient.shape[1:]))
+                self._sums[name] = 0.0
+            squares = gradient.square()
+            self._weights[name].write(index.start, squares)
+            self._sums[name] += float(squares.sum(dtype=torch.float64))
+
+    def normalised(self, batch_size: int) -> FisherWeights:
+        """Returns the squares of each output over their mean; ones where the loss does not depend on an output.
+
+        A level of a feature pyramid on which no object of the calibration images falls is such an output.
+        """
+        means = {
+            name: mean_over(self._sums[name], self._count * weight.sample_shape.numel())
+            for name, weight in self._weights.items()
+        }
+        for name, mean in means.items():
+            if not 0 <= mean < float('inf'):
+                raise NonFiniteError(f"expected finite gradients at '{name}', but their mean square is {mean}")
+        unseen = [name for name, mean in means.items() if mean == 0]
+        if len(unseen) == len(means):
+            raise NonFiniteError(
+                f'expected gradients of the loss at the outputs of the units, but all of them are zero: {unseen}'
+            )
+        if unseen:
+            print_log(
+                f'no calibration image has a loss that depends on {unseen}: errors there count unweighted',
+                logger='current', level=WARNING,
+            )  # fmt: skip
+        for name, weight in self._weights.items():
+            for start in range(0, self._count, batch_size):
+                part = weight[start : start + batch_size]
+                weight.write(start, part / means[name] if means[name] else torch.ones_like(part))
+        positions = {name: weight.sample_shape[1:].numel() for name, weight in self._weights.items()}
+        return FisherWeights(self._weights, {name: mean * positions[name] for name, mean in means.items()})
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Returns the tensors of nested outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)]

@@ -1,4 +1,4 @@
-"""No reconstruction: weights rounded to nearest, with biases that make up for the mean error."""
+"""Rounding to nearest, with biases that make up for the mean error."""
 
 from __future__ import annotations
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.distributed import average, process_count
+from mmbrecq.distributed import average
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
-from mmbrecq.reconstruction.adam import build_adam
-from mmbrecq.reconstruction.autocast import DTYPES, autocast
-from mmbrecq.reconstruction.batches import Batches
-from mmbrecq.reconstruction.layout import memory_format
-from mmbrecq.reconstruction.micro_batches import MicroBatches
-from mmbrecq.reconstruction.plateau import Plateau
-from mmbrecq.reconstruction.rectifiers import rectified
-from mmbrecq.reconstruction.schedules import LinearBeta
-from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.unit_data import Batch, UnitData, UnitLoss
-from mmbrecq.reconstruction.variables import Variables
+from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
+from mmbrecq.reconstruction.schedules import LinearBeta, Plateau
+from mmbrecq.reconstruction.stages import AUTOCAST, Stage
+from mmbrecq.reconstruction.values import memory_format
+from mmbrecq.reconstruction.variables import Group, Variables
 
 CHECK_INTERVAL = 100
-"""Steps between looks at the losses: each look waits for the device."""
+"""Iterations between looks at the losses: each look waits for the device."""
+FEWEST_ROWS = 256
+"""Positions of all images below which a layer on a CPU does not multiply in another dtype: converting its weight would
+cost more than the product gains."""
 
 
 def optimize_unit(
@@ -54,70 +52,80 @@ def optimize_unit(
         stage: What is learned, and how.
         generator: Source of all random draws, on the CPU.
         device: Where the unit runs.
-        on_step: Called now and then with the step and the loss.
-        micro_batches: How many images the unit takes at once; None for whole batches as long as they fit.
+        on_step: Called now and then with the number of iterations and the loss.
+        micro_batches: How many images the unit computes at once; None for whole batches as long as they fit.
 
     Returns:
-        Number of steps taken; 0 where there is nothing to learn.
+        Number of iterations; 0 where there is nothing to learn.
 
     Raises:
-        NonFiniteError: The loss stops being finite; unit and step are named.
+        NonFiniteError: The loss stops being finite; unit and iteration are named.
     """
     options = stage.options
     layout = memory_format(module)
     variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer, alone = build_adam(variables.groups), process_count() == 1
+    optimizer = build_adam(variables.groups)
     beta = LinearBeta(*options.beta, options.warmup)
     plateau = Plateau(options.plateau)
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.weights.alphas else options.iterations
-    # in the schedules; ahead of the steps where some were left out
-    position = steps = 0
-    parameters = [parameter for params, _, _ in variables.groups for parameter in params]
+    # the position in the schedules is beyond the count where a plateau has skipped some
+    position = count = 0
     losses = torch.zeros(options.iterations, device=device)
-    drop = _Dropping(quantizers, options.drop_prob, generator)
+    masks = RandomMasks(1 - options.drop_prob, generator) if options.drop_prob > 0 else None
     fitting = micro_batches or MicroBatches(name, min(options.batch_size, len(data.targets[0])))
-    batches = Batches(data, options.batch_size, options.iterations, generator, device, drop.masks is not None)
+    batches = Batches(data, options.batch_size, options.iterations, generator, device, masks is not None)
 
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
-        distance = part.loss(network(*drop.inputs(part)), loss)
-        # the masks of the step are drawn
-        batches.read_ahead()
+        distance = part.loss(module(*_mixed_inputs(part, masks)), loss)
+        # the masks of this iteration are drawn
+        batches.prefetch()
         return distance
 
     def find_gradients(images: int) -> Tensor:
         variables.drop_gradients()
         return _backward(batches.current(), images, distance_of)
 
-    casting = autocast([layer for layer, _ in weights], DTYPES[options.autocast] if options.autocast else None)
-    with torch.enable_grad(), drop, batches, variables.in_force(), casting, rectified(module) as network:
+    casting = autocast([layer for layer, _ in weights], AUTOCAST[options.autocast] if options.autocast else None)
+    with torch.enable_grad(), _dropping(quantizers, masks), batches, variables.in_force(), casting:
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()
-            losses[steps] = fitting.run(find_gradients)
-            optimizer.begin(progress)
-            variables.collect_gradients(beta(progress), optimizer if alone else None)
-            average(parameter.grad for parameter in parameters)
+            losses[count] = fitting.run(find_gradients)
+            variables.collect_gradients(beta(progress))
+            average(parameter.grad for parameter in variables.parameters)
+            for group, (_, lr, schedule) in zip(optimizer.param_groups, variables.groups, strict=True):
+                # a scheduler of torch's takes as long as a small layer
+                group['lr'] = lr * schedule(progress)
             optimizer.step()
             variables.update()
-            steps, position = steps + 1, position + 1
-            if steps % CHECK_INTERVAL == 0 or position == options.iterations:
-                latest = losses[(steps - 1) // CHECK_INTERVAL * CHECK_INTERVAL : steps]
+            count, position = count + 1, position + 1
+            if count % CHECK_INTERVAL == 0 or position == options.iterations:
+                latest = losses[(count - 1) // CHECK_INTERVAL * CHECK_INTERVAL : count]
                 average([latest])
-                _check_finite(losses[:steps], name)
+                _check_finite(losses[:count], name)
                 mean = float(latest.mean())
-                on_step(steps, mean)
+                on_step(count, mean)
                 if plateau.reached(mean):
                     position = max(position, end)
     variables.finish()
-    return steps
+    return count
+
+
+def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:
+    """Returns torch's Adam (Kingma and Ba, ICLR 2015) with one parameter group for each group of variables."""
+    parameters = [{'params': members, 'lr': lr} for members, lr, _ in groups]
+    # on the CPU the fused implementation came with torch 2.4
+    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
+    fused = groups[0][0][0].device.type == 'cuda' or version >= (2, 4)
+    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
 def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:
-    """Adds up the gradients of a batch, so many images at once; returns the distance of the outputs.
+    """Adds up the gradients of a batch, ``images`` at once, and returns the distance of the outputs.
 
     A loss is a mean over images, so each part counts by its share of them.
     """
@@ -136,29 +144,58 @@ def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor])
 def _check_finite(losses: Tensor, name: str) -> None:
     finite = torch.isfinite(losses)
     if not bool(finite.all()):
-        step = int((~finite).nonzero()[0])
-        raise NonFiniteError(f"the loss of unit '{name}' is {float(losses[step])} at iteration {step}")
+        first = int((~finite).nonzero()[0])
+        raise NonFiniteError(f"the loss of unit '{name}' is {float(losses[first])} at iteration {first}")
 
 
-class _Dropping:
-    """Random dropping of quantization, on the activations and on the inputs; a context manager."""
-
-    def __init__(self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator) -> None:
-        self.quantizers = quantizers
-        self.masks = RandomMasks(1 - prob, generator) if prob > 0 else None
-
-    def __enter__(self) -> None:
-        for quantizer in self.quantizers:
-            quantizer.masks = self.masks
-
-    def __exit__(self, *exc: object) -> None:
-        for quantizer in self.quantizers:
+@contextmanager
+def _dropping(quantizers: Sequence[FakeQuantize], masks: RandomMasks | None) -> Iterator[None]:
+    """Makes quantizers pass the float value on wherever a mask has a zero, within the block."""
+    for quantizer in quantizers:
+        quantizer.masks = masks
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
             quantizer.masks = None
 
-    def inputs(self, batch: Batch) -> Sequence[Tensor]:
-        """The inputs of the batch, quantized and float ones mixed element by element, in place."""
-        if self.masks is not None:
-            for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
-                if x is not floating:
-                    mix_(x, floating, self.masks.draw(x))
-        return batch.quantized_inputs
+
+def _mixed_inputs(batch: Batch, masks: RandomMasks | None) -> Sequence[Tensor]:
+    """Returns the inputs of the batch, quantized and float ones mixed element by element, in place."""
+    if masks is not None:
+        for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
+            if x is not floating:
+                mix_(x, floating, masks.draw(x))
+    return batch.quantized_inputs
+
+
+@contextmanager
+def autocast(layers: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Makes the layers multiply in ``dtype`` and return their input's dtype, within the block.
+
+    Only the products are cast: fake quantization, sums of branches, losses and everything that is learned stay in
+    float32. Depthwise convolutions stay as they are, for they have no fast kernels in ``dtype`` on a CPU.
+
+    Args:
+        layers: Convolutions and linear layers of the unit; none of them is changed for good.
+        dtype: None changes nothing.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            if dtype is not None and getattr(layer, 'groups', 1) == 1:
+                # an attribute of the module hides the method of its class
+                layer.forward = _casting(layer.forward, dtype, -1 if isinstance(layer, nn.Linear) else 1)
+                stack.callback(delattr, layer, 'forward')
+        yield
+
+
+def _casting(forward: Callable[[Tensor], Tensor], dtype: torch.dtype, channels: int) -> Callable[[Tensor], Tensor]:
+    """Returns ``forward`` in ``dtype`` where that pays; ``channels`` is the axis that it sums over."""
+
+    def cast(x: Tensor) -> Tensor:
+        if x.device.type == 'cpu' and x.numel() // x.shape[channels] < FEWEST_ROWS:
+            return forward(x)
+        with torch.autocast(x.device.type, dtype):
+            return forward(x).to(x.dtype)
+
+    return cast

@@ -1,4 +1,4 @@
-"""Reconstruction of all units, stage by stage."""
+"""Reconstruction of all units, pass by pass."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.distributed import gather, on_main, process_count, process_index, processes_here
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.reconstruction.batches import MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
-from mmbrecq.reconstruction.callbacks import Callback, Progress
-from mmbrecq.reconstruction.fisher import FISHER_BATCH, FisherWeights, output_fisher, task_fisher, weighted_outputs
-from mmbrecq.reconstruction.forecast import Forecast
-from mmbrecq.reconstruction.losses import MSELoss
-from mmbrecq.reconstruction.micro_batches import MicroBatches
+from mmbrecq.reconstruction.callbacks import Callback, Forecast
+from mmbrecq.reconstruction.losses import (
+    FISHER_BATCH,
+    FisherWeights,
+    MSELoss,
+    output_fisher,
+    task_fisher,
+    weighted_outputs,
+)
 from mmbrecq.reconstruction.optimize import optimize_unit
-from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.unit_data import UnitData, UnitLoss
-from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import CachedValues
 from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, observed_units, working_memory
-from mmbrecq.registry import LOSSES, RECONSTRUCTORS
+from mmbrecq.registry import LOSSES
 
 
 class BaseReconstructor:
-    """Runs stages over all units.
+    """Optimises all units in several passes.
 
     Args:
-        stages: In order.
+        stages: The passes, in order.
         network: Options of :class:`StageOptions` for a last pass over the whole network as one unit: what was learned
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
@@ -93,12 +96,11 @@ class BaseReconstructor:
         device = next(task.model.model.parameters()).device
         cached, working = [], []
         for part in task.model.graphs:
-            stages = self.stages if not part.is_region else [_for_regions(stage) for stage in self.stages]
             count = len(task.images) * (REGIONS_PER_IMAGE if part.is_region else 1)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
-            for stage in stages:
+            for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
                 units = stage_units(part, stage)
                 cached.append(peak_bytes(units, sizes, inputs, weights))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
@@ -109,26 +111,20 @@ class BaseReconstructor:
         observed = self._observed(task)
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
-        plan = plan_cache(
-            self.cache,
-            max(cached, default=(0, '')),
-            max(working, default=(0, '')),
-            device,
-            task.directory,
-            self.memory_limit,
-            self.cache_dtype,
-        )
+        most, beside = (max(sizes, default=(0, '')) for sizes in (cached, working))
+        limit, dtype = self.memory_limit, self.cache_dtype
+        plan = plan_cache(self.cache, most, beside, device, task.directory, limit, dtype)
         return replace(plan, observed=images)
 
     def _observed_at_once(self, observed: Sequence[ObservedUnit], device: torch.device) -> int:
-        """Images that are observed at once; what is found depends on it, so all processes have the same."""
+        """Returns how many images are observed at once; results depend on it, so it is the same in all processes."""
         # of all memory, not of what happens to be available
         room = self.memory_limit or psutil.virtual_memory().total // 2 // processes_here()
         # a GPU splits what it has no room for
         return min(gather(OBSERVED if device.type == 'cuda' else fitting_images(observed, room)))
 
     def _observed(self, task: Task) -> list[ObservedUnit]:
-        """What is observed: the network in the calibration, and units in the stages that quantize activations."""
+        """Returns the network, as the calibration observes it, and the units of passes that quantize activations."""
         found = observed_units(task.model.image_graph, task.model.image_graph.cut('net'))
         for stage in self.stages:
             if stage.quantizes_activations and stage.observes:
@@ -138,17 +134,21 @@ class BaseReconstructor:
         return found
 
     def _sizes(self, part: QuantizedGraph, count: int) -> dict[str, int]:
-        """Bytes of every value of a graph over ``count`` images or regions."""
-        nodes = [n for n in part.traced.graph.nodes if _is_batched(n.meta.get('example'))]
+        """Returns the bytes of every value of a graph over ``count`` images or regions."""
+        examples = {n.name: n.meta.get('example') for n in part.traced.graph.nodes}
         mirrored = 1 if part.is_region else 1 + self.mirror
-        sizes = {n.name: self.cache_dtype.itemsize * mirrored * count * n.meta['example'][0].numel() for n in nodes}
-        inputs = next(n for n in nodes if n.op == 'placeholder')
+        sizes = {
+            name: self.cache_dtype.itemsize * mirrored * count * example[0].numel()
+            for name, example in examples.items()
+            if isinstance(example, Tensor) and example.dim() > 0
+        }
+        inputs = next(n for n in part.traced.graph.nodes if n.op == 'placeholder')
         # as they are; of a head, other features in either stream
         sizes[inputs.name] = 4 * count * inputs.meta['example'][0].numel() * (2 if part.is_region else 1)
         return sizes
 
     def describe_loss(self, task: Task) -> str:
-        """The loss in words: what it weighs by is decided by the data."""
+        """Returns the loss in words: what it weighs by is decided by the data."""
         name = type(self.loss).__name__
         if not self.loss.needs_fisher:
             return name
@@ -167,27 +167,31 @@ class BaseReconstructor:
 
         Args:
             task: The model with calibrated grids, and its images.
-            plan: Of :meth:`plan`.
+            plan: What :meth:`plan` returned.
             callback: Is told what happens.
         """
         device = next(task.model.model.parameters()).device
-        meter = _Meter(task, self.stages)
+        forecast = Forecast(task.model, self.stages)
+        for finished in task.resumed.values():
+            forecast.note(finished.result)
         with ActivationCache(plan, device, task.directory) as cache:
             images = cache.hold(task.images, self.mirror)
             fisher = self._fisher(task, images, cache)
+            run = _Run(task, self.loss, cache, callback, forecast)
             for stage in self.stages:
                 if stage.name == 'activations' and not task.model.quantizes_activations:
                     continue
                 units = [unit for part in task.model.graphs for unit in stage_units(part, stage)]
-                callback.before_stage(stage, units, meter.begin(stage, units))
-                if self._take_up_stage(task, stage, units):
+                callback.before_stage(stage, units, forecast.begin(units, stage))
+                if run.load_finished(stage, units):
                     callback.after_stage(stage)
                     yield stage, []
                     continue
                 # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
                 known = fisher if stage.granularity is None or task.task_loss is not None else None
-                report = _Report(callback, meter)
-                results = self._run_stage(task, task.model.image_graph, stage, images, None, cache, known, report)
+                # mirror images do not lie in the order in which one process would have them
+                first = None if self.mirror else task.first
+                results = run.units(task.model.image_graph, stage, images, None, known, first)
                 for head in task.model.region_graphs:
                     features = task.regions.pairs(
                         head, weights=not stage.independent, activations=stage.quantizes_activations
@@ -199,12 +203,33 @@ class BaseReconstructor:
                     if self.loss.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
                         weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
-                    results += self._run_stage(task, head, head_stage, inputs, quantized_inputs, cache, weights, report)
+                    # nor do regions
+                    results += run.units(head, head_stage, inputs, quantized_inputs, weights, None)
                 callback.after_stage(stage)
                 yield stage, results
 
-    def _take_up_stage(self, task: Task, stage: Stage, units: Sequence[ReconstructionUnit]) -> bool:
-        """Whether an interrupted run has done all of a stage; the model then has it."""
+    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
+        """Returns Fisher weights of the graph of the images, None where the loss needs none."""
+        if not self.loss.needs_fisher:
+            return None
+        if task.task_loss is None:
+            return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
+        return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run over a task: what all its passes share."""
+
+    task: Task
+    loss: Any
+    cache: ActivationCache
+    callback: Callback
+    forecast: Forecast
+
+    def load_finished(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> bool:
+        """Loads all units of a pass where an interrupted run has done all of them; returns whether it has."""
+        task = self.task
         left = [u for u in units if u.is_quantized and (stage.name, u.name) not in task.done]
         if not left or not all((stage.name, unit.name) in task.resumed for unit in left):
             return False
@@ -212,42 +237,39 @@ class BaseReconstructor:
             load_unit_state(task.model.model, unit, task.resumed[stage.name, unit.name].state)
         return True
 
-    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
-        """Fisher weights of the graph of the images, None where the loss needs none."""
-        if not self.loss.needs_fisher:
-            return None
-        if task.task_loss is None:
-            return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
-        return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
-
-    def _run_stage(
+    def units(
         self,
-        task: Task,
         graph: QuantizedGraph,
         stage: Stage,
         inputs: CachedValues,
         quantized_inputs: CachedValues | None,
-        cache: ActivationCache,
         fisher: FisherWeights | None,
-        report: _Report,
+        first: int | None,
     ) -> list[UnitResult]:
-        """All units of one graph."""
+        """Reconstructs all units of one graph.
+
+        Args:
+            graph: The graph.
+            stage: The pass.
+            inputs: What the float graph reads.
+            quantized_inputs: What the quantized graph reads; None where that is the same.
+            fisher: Fisher weights of its outputs; None where there are none.
+            first: Number of the first input among those of all processes; None where they have no common order.
+        """
         results = []
-        units = stage_units(graph, stage)
-        # regions and mirror images do not lie in the order in which one process would have them
-        first = task.first if not graph.is_region and not self.mirror else None
-        streams = Streams(graph, units, inputs, cache, stage.options.batch_size, quantized_inputs, first)
+        units, task, done = stage_units(graph, stage), self.task, self.task.done
+        streams = Streams(graph, units, inputs, self.cache, stage.options.batch_size, quantized_inputs, first)
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
             resumed = task.resumed.get((stage.name, unit.name))
             if resumed is not None:
                 load_unit_state(graph.model, unit, resumed.state)
-            if not unit.is_quantized or resumed is not None or (stage.name, unit.name) in task.done:
-                unit_inputs, activations = streams.quantized_inputs(unit), stage.quantizes_activations
+            if not unit.is_quantized or resumed is not None or (stage.name, unit.name) in done:
+                outputs, activations = float_outputs, stage.quantizes_activations
                 if not stage.independent:
-                    outputs = streams.run(unit, unit_inputs, weights=True, activations=activations)
-                streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
+                    outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
+                streams.advance(index, float_outputs, outputs)
                 continue
             data = UnitData(
                 streams.quantized_inputs(unit),
@@ -256,55 +278,51 @@ class BaseReconstructor:
                 *((None, None) if fisher is None else fisher.of(unit.outputs)),
             )
             power = data.power(self._loss_on(data), stage.options.batch_size)
-            report.callback.before_unit(stage, unit)
+            self.callback.before_unit(stage, unit)
             training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
-            before, after, outputs, steps = self._reconstruct(
-                task, graph, stage, streams, unit, data, training, report.callback
-            )
+            before, after, outputs, iterations = self._reconstruct(graph, stage, streams, unit, data, training)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
-            kept = steps > 0 and not after < before
-            after = before if kept else after
-            seconds = time.perf_counter() - start
-            split = min([m.images for m in (training, streams.micro_batches(unit)) if m.split], default=None)
-            learned = (before, after, steps, seconds, kept, power, split)
-            results.append(UnitResult(unit.name, stage.name, unit.layers, *learned))
-            report.callback.after_unit(stage, unit, results[-1], report.meter.note(results[-1]))
+            kept = iterations > 0 and not after < before
+            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
+            result = UnitResult(
+                unit.name, stage.name, unit.layers, before, before if kept else after, iterations,
+                time.perf_counter() - start, kept, power, min(split, default=None),
+            )  # fmt: skip
+            results.append(result)
+            self.callback.after_unit(stage, unit, result, self.forecast.note(result))
         return results
 
     def _loss_on(self, data: UnitData) -> UnitLoss:
-        """The loss, or the plain one where what it weighs by is not known."""
+        """Returns the loss, or the plain one where what it weighs by is not known."""
         known: UnitLoss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
         return known
 
     def _reconstruct(
         self,
-        task: Task,
         graph: QuantizedGraph,
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
         data: UnitData,
         micro_batches: MicroBatches,
-        callback: Callback,
     ) -> tuple[float, float, list[CachedValues], int]:
-        """Optimises one unit; returns loss before, loss after, quantized outputs and steps."""
+        """Optimises one unit; returns loss before, loss after, quantized outputs and the number of iterations."""
         activations = stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
         loss = self._loss_on(data)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            images = streams.cache.plan.observed
-            _observe(task.model, graph, unit, streams, images * (REGIONS_PER_IMAGE if graph.is_region else 1))
+            self._observe(graph, unit, streams)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = data.mean_loss(outputs, loss, stage.options.batch_size)
         state = unit_state(graph.model, unit)
         with graph.quantization(weights=True, activations=activations):
-            steps = optimize_unit(
+            iterations = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
-                unit_generator(task.seed, stage.name, unit.name), streams.cache.device,
-                lambda step, loss: callback.after_step(stage, unit, step, loss), micro_batches,
+                unit_generator(self.task.seed, stage.name, unit.name), self.cache.device,
+                lambda count, loss: self.callback.after_step(stage, unit, count, loss), micro_batches,
             )  # fmt: skip
-        if steps == 0:
+        if iterations == 0:
             return before, before, outputs, 0
         if process_count() > 1:
             # other kinds of processors differ in last bits
@@ -312,119 +330,32 @@ class BaseReconstructor:
         learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         after = data.mean_loss(learned, loss, stage.options.batch_size)
         if after < before:
-            return before, after, learned, steps
+            return before, after, learned, iterations
         load_unit_state(graph.model, unit, state)
-        return before, after, outputs, steps
+        return before, after, outputs, iterations
 
+    def _observe(self, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams) -> None:
+        """Finds the grids of a unit's activations from its quantized inputs, at once where there is room."""
+        fitting = streams.micro_batches(unit)
+        size = self.cache.plan.observed * (REGIONS_PER_IMAGE if graph.is_region else 1)
 
-class _Meter:
-    """Counts the units that are done, and forecasts the time that the others take."""
+        def run(images: int) -> None:
+            at_once = images if fitting.split else size
+            first = None if streams.first is None or fitting.split else streams.first // size
+            # observers of a failed attempt are gone with it
+            with observing(self.task.model, graph.unit_quantizers(unit), first):
+                streams.observe(unit, at_once)
 
-    def __init__(self, task: Task, stages: Sequence[Stage]) -> None:
-        self._forecast = Forecast(task.model, stages)
-        self._resumed = task.resumed
-        for unit in task.resumed.values():
-            self._forecast.note(unit.result)
-        self._done = self._count = 0
-
-    def begin(self, stage: Stage, units: Sequence[ReconstructionUnit]) -> Progress:
-        self._done = sum(name == stage.name for name, _ in self._resumed)
-        self._count = sum(unit.is_quantized for unit in units)
-        return Progress(self._done, self._count, self._forecast.left())
-
-    def note(self, result: UnitResult) -> Progress:
-        self._forecast.note(result)
-        self._done += 1
-        return Progress(self._done, self._count, self._forecast.left())
-
-
-@dataclass(frozen=True)
-class _Report:
-    callback: Callback
-    meter: _Meter
-
-
-def _observe(
-    model: QuantizedModel, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams, size: int
-) -> None:
-    """Finds the grids of a unit's activations from its quantized inputs, so many at once where there is room."""
-    fitting = streams.micro_batches(unit)
-
-    def run(images: int) -> None:
-        at_once = images if fitting.split else size
-        first = None if streams.first is None or fitting.split else streams.first // size
-        # observers of a failed attempt are gone with it
-        with observing(model, graph.unit_quantizers(unit), first):
-            streams.observe(unit, at_once)
-
-    fitting.run(run)
+        fitting.run(run)
 
 
 def _for_regions(stage: Stage) -> Stage:
-    """The stage with steps of as many images as before, each with all its regions."""
+    """Returns the pass with batches of as many images as before, each with all its regions."""
     return replace(stage, options=replace(stage.options, batch_size=stage.options.batch_size * REGIONS_PER_IMAGE))
 
 
 def unit_generator(seed: int, stage: str, unit: str) -> torch.Generator:
-    """A generator that depends on the seed, the stage, the unit's name and the process, not on what ran before."""
+    """Returns a generator that depends on seed, pass, unit and process, not on what ran before."""
     process = f'/{process_index()}' if process_index() else ''
     digest = hashlib.sha256(f'{seed}/{stage}/{unit}{process}'.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big'))
-
-
-def _is_batched(example: Any) -> bool:
-    return isinstance(example, Tensor) and example.dim() > 0
-
-
-@RECONSTRUCTORS.register_module()
-class BRECQReconstructor(BaseReconstructor):
-    """Weights first, with float activations; then the step sizes of activations (Li et al., ICLR 2021).
-
-    Args:
-        weights: Options of :class:`StageOptions` for the first pass.
-        activations: Options for the second.
-        **common: Of :class:`BaseReconstructor`.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, Any] | None = None,
-        activations: Mapping[str, Any] | None = None,
-        network: Mapping[str, Any] | None = None,
-        loss: Mapping[str, Any] | None = None,
-        mirror: bool = False,
-        cache: str = 'auto',
-        cache_dtype: str = 'float32',
-        memory_limit: int | str | None = None,
-    ) -> None:
-        second = parse_options(StageOptions, activations or {}, 'reconstructor.activations', iterations=5000)
-        stages = (
-            Stage('weights', parse_options(StageOptions, weights or {}, 'reconstructor.weights'), True, False),
-            Stage('activations', second, False, True),
-        )
-        super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)
-
-
-@RECONSTRUCTORS.register_module()
-class QDropReconstructor(BaseReconstructor):
-    """Rounding and step sizes together, with random dropping of quantization (Wei et al., ICLR 2022).
-
-    Args:
-        joint: Options of :class:`StageOptions` for the one pass.
-        **common: Of :class:`BaseReconstructor`.
-    """
-
-    def __init__(
-        self,
-        joint: Mapping[str, Any] | None = None,
-        network: Mapping[str, Any] | None = None,
-        loss: Mapping[str, Any] | None = None,
-        mirror: bool = False,
-        cache: str = 'auto',
-        cache_dtype: str = 'float32',
-        memory_limit: int | str | None = None,
-    ) -> None:
-        where = 'reconstructor.joint'
-        options = parse_options(StageOptions, joint or {}, where, activation_lr=4e-5, drop_prob=0.5)
-        stages = [Stage('joint', options, True, True)]
-        super().__init__(stages, network, loss, mirror, cache, cache_dtype, memory_limit)

@@ -6,10 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
-from mmbrecq.reconstruction.autocast import DTYPES
+
+AUTOCAST = {'bfloat16': torch.bfloat16}
+"""Dtypes that layers may multiply in, by their names in a config."""
 
 
 @dataclass(frozen=True)
@@ -17,21 +21,22 @@ class StageOptions:
     """Options of one pass, as a config gives them.
 
     Args:
-        iterations: Optimisation steps per unit.
-        batch_size: Images per step.
+        iterations: Iterations of the optimiser for each unit.
+        batch_size: Images of an iteration.
         lr: Adam's learning rate of the rounding variables.
         bias_lr: Adam's learning rate of the bias corrections, falling to 0 along a cosine; 0 leaves biases alone.
         weight_scale_lr: Adam's learning rate of a factor on every weight scale, likewise; 0 leaves scales alone.
         activation_lr: Adam's learning rate of the activation step sizes, falling to 0 along a cosine.
         round_weight: Weight of the rounding regulariser.
         beta: Exponent of the regulariser after the warm-up and at the end.
-        warmup: Fraction of the steps without regulariser.
+        warmup: Fraction of the iterations without regulariser.
         drop_prob: Probability, per element, of passing a float activation on instead of its quantized value, and of
             reading a unit's float input instead of the quantized one (QDrop, Wei et al., ICLR 2022).
-        plateau: Fraction by which the mean loss of 100 steps must fall below the best before. If it does not, a unit is
-            done early, or where rounding is learned its warm-up is; 0 for never.
-        autocast: ``'bfloat16'`` for layers that multiply in it during the steps; None for float32. Fake quantization,
-            losses and all that is learned are float32 either way, and so are the losses that decide what is kept.
+        plateau: Fraction by which the mean loss of 100 iterations must fall below the best before. If it does not, a
+            unit is done early, or where rounding is learned its warm-up is; 0 for never.
+        autocast: ``'bfloat16'`` for layers that multiply in it while they are trained; None for float32. Fake
+            quantization, losses and all that is learned are float32 either way, and so are the losses that decide
+            what is kept.
     """
 
     iterations: int = 20000
@@ -59,7 +64,7 @@ class StageOptions:
             self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
         pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
         self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
-        self._expect(self.autocast in (None, *DTYPES), 'autocast', f'None or one of {list(DTYPES)}')
+        self._expect(self.autocast in (None, *AUTOCAST), 'autocast', f'None or one of {list(AUTOCAST)}')
 
     def _expect(self, valid: bool, name: str, what: str) -> None:
         if not valid:

@@ -10,10 +10,9 @@ import torch
 from mmbrecq.distributed import aligned_batches
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.reconstruction.batches import MicroBatches
 from mmbrecq.reconstruction.cache import ActivationCache, last_readers
-from mmbrecq.reconstruction.layout import memory_format
-from mmbrecq.reconstruction.micro_batches import MicroBatches
-from mmbrecq.reconstruction.values import CachedValues, Values
+from mmbrecq.reconstruction.values import CachedValues, Values, memory_format
 
 
 class Streams:
@@ -52,7 +51,7 @@ class Streams:
             name: inputs if quantized_inputs is None else quantized_inputs
         }
         self._last = last_readers(units)
-        # a step reads its inputs in two streams, its targets once: the unit that reads a value says how it lies
+        # an iteration reads inputs in two streams, targets once: the unit that reads a value decides
         self._layouts: dict[str, torch.memory_format] = {}
         for unit in units:
             for value in unit.inputs:
@@ -61,17 +60,17 @@ class Streams:
         self._fitting: dict[str, MicroBatches] = {}
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
-        """Inputs of ``unit`` in the float stream, each ``(N, ...)``."""
+        """Returns the inputs of ``unit`` in the float stream, each ``(N, ...)``."""
         return [self.float_values[name] for name in unit.inputs]
 
     def quantized_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
-        """Inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
+        """Returns the inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
         return [self.quantized_values[name] for name in unit.inputs]
 
     def run(
         self, unit: ReconstructionUnit, inputs: Sequence[Values], weights: bool, activations: bool
     ) -> list[CachedValues]:
-        """Outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization switched on."""
+        """Computes the outputs of ``unit`` for all images, each ``(N, ...)``, with the given quantization."""
         outputs: list[CachedValues] = []
 
         def write(batch: slice, images: int) -> None:
@@ -92,7 +91,7 @@ class Streams:
         return outputs
 
     def observe(self, unit: ReconstructionUnit, size: int) -> None:
-        """Passes the quantized inputs of ``unit`` through it, with quantized weights, for those who observe it.
+        """Passes the quantized inputs of ``unit`` through it, with quantized weights, while observers watch.
 
         Args:
             unit: The unit.
@@ -104,7 +103,7 @@ class Streams:
                 unit.module(*[x[batch] for x in inputs])
 
     def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
-        """How many images a unit takes at once in a pass."""
+        """Returns how many images a unit computes at once in a pass."""
         return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self._batch_size))
 
     def advance(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.fisher import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.results import FinishedUnit
 
 
@@ -25,13 +25,13 @@ class Task:
         batches: Gives the calibration data with annotations again, in the order of ``images``.
         task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
             distance of the outputs.
-        seed: Of all random draws.
+        seed: Seed of all random draws.
         directory: Where a cache on disk is written.
-        done: Stage and name of the units that are reconstructed already, their state in the model: they are passed.
+        done: Pass and name of the units that are reconstructed already, their state in the model: they are skipped.
         first: Number of the first image among those of all processes.
-        resumed: By stage and name, the units that an interrupted run has done. Each gets its state when its turn comes,
+        resumed: By pass and name, the units that an interrupted run has done. Each gets its state when its turn comes,
             so that all that is computed in between meets the model as it was then.
-        observed: Images that it observed at once; None for as many as have room.
+        observed: Images that the interrupted run observed at once; None for as many as have room.
     """
 
     model: QuantizedModel
@@ -47,5 +47,5 @@ class Task:
 
     @property
     def regions(self) -> RegionCapture:
-        """Gives the inputs of the heads of a two-stage detector."""
+        """Captures the inputs of the heads of a two-stage detector."""
         return RegionCapture(self.model, self.images, self.batches, self.seed, self.first)

@@ -1,4 +1,4 @@
-"""Values over all calibration images, in memory or in a file, read and written batch by batch."""
+"""Values over all calibration images, in memory or in a file, and the order in which they lie there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,37 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from mmbrecq.errors import StorageError
+
+RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
+"""Methods that may refuse channels that lie innermost, or copy."""
+
+
+def memory_format(module: nn.Module) -> torch.memory_format:
+    """Returns ``torch.channels_last`` for a unit with depthwise convolutions, which gain by it on a CPU.
+
+    Args:
+        module: The unit. One that is no graph, or has a module that is not torch's own, may depend on the order.
+    """
+    graph = getattr(module, 'graph', None)
+    if not isinstance(graph, fx.Graph):
+        return torch.contiguous_format
+    called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module']
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels for m in called)
+    reshaped = any(node.op == 'call_method' and node.target in RESHAPES for node in graph.nodes)
+    return torch.channels_last if depthwise and not reshaped else torch.contiguous_format
+
+
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Returns ``x`` without gaps, of four axes in the given order: a copy or ``x`` itself."""
+    return x.contiguous(memory_format=layout) if x.dim() == 4 else x.contiguous()
+
+
+def empty(shape: Sequence[int], layout: torch.memory_format, **options: Any) -> Tensor:
+    """Returns an uninitialised tensor in the order of :func:`laid_out`; ``options`` are those of ``torch.empty``."""
+    return torch.empty(tuple(shape), memory_format=layout if len(shape) == 4 else torch.contiguous_format, **options)
 
 
 class Values(Protocol):
@@ -34,18 +62,18 @@ class CachedValues(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Tensor | slice, /) -> Tensor:
-        """Values of the images ``index``, ``(n, ...)`` in float32 on the device of the model; read only."""
+        """Reads the values of the images ``index``, ``(n, ...)`` in float32 on the device of the model."""
 
     def write(self, start: int, batch: Tensor) -> None:
         """Sets the values of the images from ``start`` on."""
 
 
 class MemoryValues:
-    """Values in a tensor, which is taken as it is; batches lie in memory in the same order.
+    """Values in a tensor, which is not copied; batches lie in memory in the same order.
 
     Args:
         tensor (Tensor): ``(N, ...)``, without gaps.
-        device: Of the model.
+        device: Device of the model.
     """
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
@@ -80,7 +108,7 @@ class FileValues:
         path: Where the file is made.
         shape: ``(N, ...)``.
         dtype: In which values are stored.
-        device: Of the model.
+        device: Device of the model.
         layout: Order of images, in the file and in memory.
 
     Raises:
@@ -119,8 +147,8 @@ class FileValues:
         if isinstance(rows, range) and rows.step == 1:
             _read(self._file, buffer, rows.start * self._stride)
         else:
-            for place, row in enumerate(rows):
-                _read(self._file, buffer[place * self._stride : (place + 1) * self._stride], row * self._stride)
+            for number, row in enumerate(rows):
+                _read(self._file, buffer[number * self._stride : (number + 1) * self._stride], row * self._stride)
         wide = found.to(self.device, non_blocking=True).float() if pinned else _widened(found)
         return _of_rows(wide, self._layout)
 
@@ -154,27 +182,35 @@ class MirroredValues:
         raise AssertionError('images are read only')
 
 
+def reserve(file: int, size: int) -> None:
+    """Allocates the blocks of a file, so that a full disk is an error here and not at a later write."""
+    if hasattr(os, 'posix_fallocate') and size:
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
 def _rows(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """A view of images ``(N, C, H, W)``, of which each lies in memory in the order of its axes."""
+    """Returns a view of images ``(N, C, H, W)``, of which each lies in memory in the order of its axes."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 and layout == torch.channels_last else x
 
 
 def _of_rows(rows: Tensor, layout: torch.memory_format) -> Tensor:
-    """The inverse of :func:`_rows`."""
+    """Inverts :func:`_rows`."""
     return rows.permute(0, 3, 1, 2) if rows.dim() == 4 and layout == torch.channels_last else rows
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU; NumPy, which gives it, has no bfloat16."""
+    """Returns the memory of a contiguous tensor on the CPU; NumPy, which gives it, has no bfloat16."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU in float32.
+    """Returns a float32 or bfloat16 tensor on the CPU in float32.
 
-    A thread that reads ahead does it, and torch would start a second team of threads there, which takes the cores from
-    the step that computes: a third of its speed on two cores. NumPy works in the one thread.
+    The reading thread does it, and torch would start a second team of threads there, which slows the computing one down
+    by a third on two cores. NumPy works in the one thread.
     """
     if tensor.dtype == torch.float32:
         return tensor
@@ -186,7 +222,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _read(file: int, buffer: memoryview, offset: int) -> None:
     while buffer:
-        # one call takes 2 GiB at most
+        # one call moves 2 GiB at most
         count = os.preadv(file, [buffer], offset)
         if count == 0:
             raise StorageError(f'a file of activations ends {len(buffer)} bytes early')
@@ -197,11 +233,3 @@ def _write(file: int, buffer: memoryview, offset: int) -> None:
     while buffer:
         count = os.pwrite(file, buffer, offset)
         buffer, offset = buffer[count:], offset + count
-
-
-def reserve(file: int, size: int) -> None:
-    """Allocates the blocks of a file, so that a full disk is an error here and not at a later write."""
-    if hasattr(os, 'posix_fallocate') and size:
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.truncate(file, size)

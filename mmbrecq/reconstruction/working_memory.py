@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mmbrecq.calibration.calibrator import OBSERVED
-from mmbrecq.fake_quants.masks import ALIGNMENT, PLACES
+from mmbrecq.fake_quants.masks import ALIGNMENT, STARTS
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.observers.distribution import DistributionObserver
-from mmbrecq.observers.histogram import CHUNK
+from mmbrecq.observers.histogram import CHUNK, DistributionObserver
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
-from mmbrecq.reconstruction.fisher import FISHER_BATCH, weighted_outputs
+from mmbrecq.reconstruction.losses import FISHER_BATCH, weighted_outputs
 from mmbrecq.reconstruction.stages import Stage
 
 LEARNED_WEIGHT = 80
 """Bytes per weight whose rounding is learned: the variable with its gradient and Adam's two moments, what is fixed
-about its grid, what a step saves for the backward pass, and what that makes on its way."""
+about its grid, what an iteration saves for the backward pass, and what that makes on its way."""
 FIXED_WEIGHT = 24
 """Bytes per weight whose rounding is fixed: its values, stretched, and the gradient at them."""
 PASSING = 6
-"""Tensors of the largest size that come and go within a step: gradients, and copies in the layout of the kernels."""
+"""Tensors of the largest size that come and go within an iteration: gradients, and copies in the kernels' layout."""
 HEADROOM = 1.75
 """Memory of the process over that of its tensors: what the allocator keeps between them. Up to 1.54 was measured."""
 CAST = 0.5
@@ -36,7 +35,7 @@ BASE = 16 * 2**20
 OF_LOSS = 3
 """Tensors of the size of the outputs that a loss makes, gradients included."""
 OF_FISHER = 3
-"""Those that Fisher weights add."""
+"""Tensors of that size that Fisher weights add."""
 OF_OBSERVING = 5
 """Tensors of the largest size that are there at once in a pass that is observed, copies in other layouts included."""
 OF_HISTOGRAM = 3 * 4 * CHUNK
@@ -67,7 +66,7 @@ class Footprint:
 def measure_footprint(
     module: nn.Module, inputs: Sequence[Tensor], weights: Iterable[Tensor], layers: Iterable[nn.Module] = ()
 ) -> Footprint:
-    """Runs a unit once on its traced inputs, so that what opaque modules save is known, too.
+    """Measures a unit by running it once on its traced inputs, so that what opaque modules save is known, too.
 
     Args:
         module: ``module(*inputs) -> tuple`` of outputs, its weights in float.
@@ -106,13 +105,13 @@ def measure_footprint(
 def working_memory(
     graph: QuantizedGraph, units: Sequence[ReconstructionUnit], stage: Stage, images: int, fisher: bool
 ) -> list[tuple[int, str]]:
-    """Most bytes that the work on each unit takes beside cached activations, and its name.
+    """Returns the most bytes that the work on each unit takes beside cached activations, and its name.
 
     Args:
         graph: A prepared graph.
         units: Of the stage.
         stage: What is learned, and how.
-        images: Images of a step.
+        images: Images of an iteration.
         fisher: Whether the loss has Fisher weights.
     """
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
@@ -126,7 +125,7 @@ def working_memory(
                 [original_weight(layer) for layer in layers],
                 [] if stage.learns_rounding else layers,
             )
-            needed.append((_with_headroom(step_bytes(footprint, stage, images, fisher)), unit.name))
+            needed.append((_with_headroom(iteration_bytes(footprint, stage, images, fisher)), unit.name))
         if fisher:
             (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
@@ -136,13 +135,13 @@ def working_memory(
     return needed
 
 
-def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
-    """Most bytes that a training step takes, with the variables and the state of the optimizer.
+def iteration_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
+    """Returns the most bytes that an iteration takes, with the variables and the state of the optimizer.
 
     Args:
-        unit: Its sizes.
+        unit: Sizes of the unit.
         stage: What is learned, and how.
-        images: Images of a step.
+        images: Images of an iteration.
         fisher: Whether the loss has Fisher weights.
     """
     dropping = stage.options.drop_prob > 0
@@ -154,8 +153,8 @@ def step_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
         total += int(CAST * (images * (unit.saved + unit.largest) + 4 * unit.weights))
     total += unit.weights * (LEARNED_WEIGHT if stage.learns_rounding else FIXED_WEIGHT)
     if dropping:
-        # the pool, and the random bytes that it is made of
-        total += (images * unit.largest // 4 + PLACES * ALIGNMENT) * (1 + 1)
+        # the pool of masks, and the random bytes that it is made of
+        total += 2 * (images * unit.largest // 4 + STARTS * ALIGNMENT)
     return total
 
 
@@ -166,8 +165,8 @@ class ObservedUnit:
     Args:
         name: Its name.
         footprint: Its sizes.
-        quantizers: Number of those that observe.
-        inputs: Of the unit per image: several where it is run on regions.
+        quantizers: Number of its quantizers that observe.
+        inputs: Inputs of the unit per image: several where it is run on regions.
     """
 
     name: str
@@ -176,17 +175,17 @@ class ObservedUnit:
     inputs: int = 1
 
     def bytes_of(self, images: int) -> int:
-        """Most bytes that a pass of so many images takes."""
+        """Returns the most bytes that a pass of ``images`` images takes."""
         return _with_headroom(observing_bytes(self.footprint, self.quantizers, images * self.inputs))
 
 
 def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
-    """Those that have activations to observe.
+    """Returns the units that have activations to observe.
 
     Args:
         graph: A prepared graph.
-        units: Among these.
-        inputs: Of the graph per image.
+        units: Its units.
+        inputs: Inputs of the graph per image.
     """
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     found = []
@@ -199,12 +198,12 @@ def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], i
 
 
 def observing_bytes(unit: Footprint, quantizers: int, images: int) -> int:
-    """Most bytes that tensors take in a pass whose activations are observed.
+    """Returns the most bytes that tensors take in a pass whose activations are observed.
 
     Args:
-        unit: Its sizes.
-        quantizers: Number of those that observe.
-        images: Passed at once.
+        unit: Sizes of the unit.
+        quantizers: Number of its quantizers that observe.
+        images: Images of the pass.
     """
     largest = images * unit.largest
     passing = images * (unit.inputs + unit.outputs) + OF_OBSERVING * largest
@@ -212,11 +211,11 @@ def observing_bytes(unit: Footprint, quantizers: int, images: int) -> int:
 
 
 def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:
-    """How many images are observed at once: 64, and half as many until there is room for all units.
+    """Returns how many images are observed at once: 64, and half as many until there is room for all units.
 
     Args:
         observed: The units.
-        room: Bytes that there are.
+        room: Bytes that are free.
     """
     images = OBSERVED
     while images > 1 and any(unit.bytes_of(images) > room for unit in observed):
@@ -225,7 +224,7 @@ def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:
 
 
 def gradient_bytes(network: Footprint, outputs: int, images: int) -> int:
-    """Most bytes that a pass takes which finds the Fisher weights of all units.
+    """Returns the most bytes that a pass takes which finds the Fisher weights of all units.
 
     Args:
         network: Sizes of the network as one unit.
@@ -241,7 +240,7 @@ def _with_headroom(tensors: int) -> int:
 
 @contextmanager
 def _with_gradients(module: nn.Module) -> Iterator[None]:
-    """All floating-point parameters ask for gradients within the block."""
+    """Makes all floating-point parameters ask for gradients, within the block."""
     fixed = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in fixed:
         parameter.requires_grad_(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.report.rows import format_bytes
 

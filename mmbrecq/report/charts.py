@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.report.summary import UnitRecord
 
 

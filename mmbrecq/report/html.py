@@ -6,7 +6,7 @@ import base64
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
 from mmbrecq.report import charts, rows
 from mmbrecq.report.bits import format_cost
@@ -41,12 +42,26 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
         'Calibration images': images, 'Their ids': images and summary.calibration.ids_file,
         'Reconstruction loss': summary.loss, **summary.versions,
     }  # fmt: skip
+    size, memory = summary.model_size_bytes, summary.peak_memory_bytes
+    sizes = [
+        ('Float model', size.float, ''),
+        ('Quantized model', size.quantized, rows.format_ratio(size.float, size.quantized)),
+        ('Peak host memory', memory.host, ''), ('Peak device memory', memory.device, ''),
+    ]  # fmt: skip
+    bar, verdict = macro('bits_bar'), macro('verdict')
+    checks = [(name, verdict(text, text == 'passed')) for name, text in summary.verify.items()]
+    for runtime, count in summary.integer_kernels.items():
+        text = f'{count.integer} of {count.quantized} quantized layers run in integers'
+        checks.append((rows.runtime_name(runtime), verdict(text, count.integer == count.quantized)))
+    unit_of = {layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers}
     return _environment().get_template('report.html').render(
         s=summary, title=title, heading=title.removeprefix(summary.bits_label).strip() or title, date=date,
         numbers='summary.json', calibration=images, rows=rows.result_rows(summary),
         pictures=_pictures(summary, folder), times=_times(summary),
         counts=', '.join(f'{count} at {label}' for label, count in counts.most_common()),
-        unit_of={layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers},
+        bits=[(layer, unit_of.get(layer, ''), bar(b.weight), bar(b.activation)) for layer, b in summary.bits.items()],
+        float_layers=[entry.partition(': ')[::2] for entry in summary.float_layers], checks=checks,
+        sizes=[(name, rows.format_bytes(count), note) for name, count, note in sizes if count is not None],
         provenance=[(name, value) for name, value in provenance.items() if value],
     )  # fmt: skip
 
@@ -71,7 +86,7 @@ def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> Non
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}
     page = _environment().get_template('sensitivity.html').render(
         title=f'{Path(config).stem}, sensitivities', config=config, table=table, weights=weights,
-        numbers='sensitivity.json', nan=math.nan,
+        numbers='sensitivity.json',
     )  # fmt: skip
     write_text_atomic(page, path)
 
@@ -89,8 +104,9 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters.update(
         px=lambda value: f'{value:.1f}', bytes=rows.format_bytes, seconds=rows.format_seconds, loss=rows.format_loss,
-        short=_short, own_layers=_own_layers, numbers=_numbers, front=charts.front, pair=lambda *pair: pair,
         losses=lambda unit: (unit.loss_before, unit.loss_after), list_values=lambda row: row.values(),
+        pair=lambda *pair: pair, short=_short, own_layers=_own_layers, numbers=_numbers, rises=_rises, costs=_costs,
+        front=charts.front,
     )  # fmt: skip
     environment.tests.update(drawable=charts.drawable, finite=lambda value: value is not None and math.isfinite(value))
     functions = [charts.share, charts.log_axis, charts.front_axes, format_cost, _largest]
@@ -118,6 +134,20 @@ def _own_layers(unit: UnitRecord) -> str:
 def _numbers(losses: Mapping[str, Mapping[int, float]]) -> list[int]:
     """Returns the numbers of bits of the losses, the fewest first."""
     return sorted({bits for row in losses.values() for bits in row})
+
+
+def _rises(units: Mapping[str, str], losses: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
+    """Returns a row for each layer: its name, its unit, and the rise of the loss at every number of bits."""
+    numbers = _numbers(losses)
+    return [[n, units.get(n, ''), *(f'{row.get(b, math.nan):.4g}' for b in numbers)] for n, row in losses.items()]
+
+
+def _costs(chosen: SearchResult) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each cost: its name, what is spent, the share of the float model, and the budget."""
+    for name, spent in chosen.spent.items():
+        unit, whole = chosen.units.get(name, ''), chosen.float_costs.get(name)
+        budget = format_cost(chosen.budgets[name], unit) if name in chosen.budgets else rows.UNKNOWN
+        yield name, format_cost(spent, unit), f'{spent / whole:.3g}x' if whole else rows.UNKNOWN, budget
 
 
 def _largest(found: list[rows.ResultRow], metric: str) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.search.result import SearchResult
+from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.schema import decode, encode
 
 if TYPE_CHECKING:

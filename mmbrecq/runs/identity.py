@@ -1,9 +1,15 @@
-"""What the result of a run depends on, so that it is not gone on with as another one."""
+"""What the result of a run depends on, so that neither it nor its states are continued by another run."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor, nn
+
+from mmbrecq.distributed import gather
+from mmbrecq.kernels.native import kernel_state
 
 IGNORED = frozenset({
     # where a run writes, how it is started, what it shows
@@ -25,12 +31,12 @@ RESOURCES = frozenset({'cache', 'memory_limit', 'num_workers', 'persistent_worke
 
 
 def describe_config(cfg: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting that counts, by its path in the config, in the config's words."""
+    """Returns every setting that counts, by its path in the config, in the config's words."""
     return {path: value for key in cfg if key not in IGNORED for path, value in _leaves(key, cfg[key])}
 
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """The first setting that differs, in words; None where none does."""
+    """Describes the first setting that differs; None where none does."""
     for key in dict.fromkeys([*now, *before]):
         if before.get(key) != now.get(key):
             return f'{key} was {before.get(key, "not set")} and is {now.get(key, "not set")} now'
@@ -47,3 +53,43 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _leaves(f'{path}[{index}]', item)
     else:
         yield path, repr(value)
+
+
+def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
+    """Returns what states of units depend on: settings in the config's words, weights and images by their hash.
+
+    The bits of layers are no part of it.
+
+    Args:
+        cfg: The config.
+        model: With its float weights, not prepared yet.
+        images: Preprocessed calibration images of this process.
+        seed: Of the run.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
+    settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
+    # of each image, so that it does not depend on how many processes have them
+    own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in images]
+    hashes = [digest for part in gather(own) for digest in part]
+    return {
+        'quantizer': _in_words(settings),
+        'reconstructor': _in_words(cfg['reconstructor']),
+        'seed': str(seed),
+        # a GPU never runs them
+        'kernels': 'none' if images.is_cuda else kernel_state(),
+        'float weights': weights.hexdigest()[:16],
+        'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
+    }
+
+
+def _in_words(value: Any) -> str:
+    """Writes a config value with its keys in order."""
+    if isinstance(value, Mapping):
+        return '{' + ', '.join(f'{key}: {_in_words(value[key])}' for key in sorted(value)) + '}'
+    if isinstance(value, (list, tuple)):
+        return '[' + ', '.join(map(_in_words, value)) + ']'
+    return repr(value)

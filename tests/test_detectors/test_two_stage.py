@@ -29,8 +29,7 @@ def prepare(model: nn.Module, weight_bits: int = 8, activation_bits: int = 8) ->
         {'bits': weight_bits, 'observer': OBSERVER}, {'bits': activation_bits, 'observer': OBSERVER}
     )
     prepared = quantizer.prepare(model, preprocess(model, data(2)))
-    for part in prepared.graphs:
-        calibrate_weights(part)
+    calibrate_weights(prepared)
     batch = data()
     calibrate_activations(prepared, [preprocess(model, batch)])
     calibrate_regions(prepared, capture(prepared, batch))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants import LSQ, FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks
-from mmbrecq.observers.minmax import MinMaxObserver
+from mmbrecq.observers.base import MinMaxObserver
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
 

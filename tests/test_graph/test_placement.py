@@ -107,7 +107,7 @@ def test_activation_that_a_target_does_not_fuse(preset: str, expected: list[str]
     [
         ('academic', ['inputs', 'relu1', 'relu2']),
         ('openvino', ['inputs', 'relu1+relu2']),
-        ('onnxruntime', ['inputs', 'relu1+relu2']),
+        ('onnxruntime', ['inputs', 'relu1', 'relu2']),
         ('tensorrt', ['inputs', 'relu1+relu2']),
     ],
 )
@@ -132,6 +132,20 @@ def test_chained_concatenations_share_one_grid() -> None:
     assert targets([inputs, shared]) == ['inputs', 'relu+relu_1+conv3']
     assert not shared.non_negative
     assert set(shared.layers) == {'backbone.last', 'backbone.side'}
+
+
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [('openvino', [('relu+second', False)]), ('onnxruntime', [('relu', True), ('second', False)])],
+)
+def test_rectified_and_signed_values_of_a_concatenation(preset: str, expected: list[tuple[str, bool]]) -> None:
+    """ONNX Runtime computes a rectifier within its convolution only where the zero-point is 0."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(torch.cat([F.relu(self.first(x)), self.second(x)], 1))
+
+    found = places(net(forward, first=conv(), second=conv(), last=conv(8, 2)), preset)
+    assert list(zip(targets(found), [place.non_negative for place in found], strict=True))[1:] == expected
 
 
 @pytest.mark.parametrize('preset', PRESETS)

@@ -14,26 +14,14 @@ from mmbrecq.graph.traced_graph import trace_image_graph
 
 
 def last_node(function: Any, **modules: nn.Module) -> tuple[Roles, fx.Node]:
-    """The node whose value is the output of ``function``, behind a convolution."""
+    """The node whose value is the output of ``function``, behind a convolution; a gain has either sign."""
     model = net(lambda self, x: function(self, self.conv(x)), conv=conv(), **modules)
+    model.backbone.gain = nn.Parameter(torch.linspace(-1, 1, 4).view(4, 1, 1))
+    model.backbone.positive = nn.Parameter(torch.ones(4, 1, 1))
     traced = trace_image_graph(model, images(2))
     roles = Roles(model, traced.graph)
     output = next(n for n in traced.graph.nodes if n.op == 'output')
     return roles, output.all_input_nodes[0]
-
-
-def with_gains(function: Any) -> Any:
-    """``function`` of a module that has a parameter of either sign and a positive one."""
-
-    def call(self: Any, x: Tensor) -> Tensor:
-        if not hasattr(self, 'gain'):
-            self.gain, self.positive = (
-                nn.Parameter(torch.linspace(-1, 1, 4).view(4, 1, 1)),
-                nn.Parameter(torch.ones(4, 1, 1)),
-            )
-        return function(self, x)
-
-    return call
 
 
 class _Named(nn.Conv2d):
@@ -180,7 +168,7 @@ def test_moves_leave_values_on_their_grid(function: Any, expected: bool) -> None
 )
 def test_sign_is_told_from_the_operators(function: Any, expected: bool) -> None:
     modules = {'relu6': nn.ReLU6(), 'pool': nn.MaxPool2d(2), 'average': nn.AvgPool2d(2), 'hardtanh': nn.Hardtanh(0, 2)}
-    roles, node = last_node(with_gains(function), **modules)
+    roles, node = last_node(function, **modules)
     assert roles.non_negative(node) == expected
     assert not expected or bool((node.meta['example'] >= 0).all())
 

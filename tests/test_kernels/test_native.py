@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmbrecq.fake_quants.masks import Mask, mix_
 from mmbrecq.fake_quants.ops import (
     FakeQuantizeFunction,
     Sigmoid,
@@ -20,21 +18,20 @@ from mmbrecq.fake_quants.ops import (
     through_sigmoid_,
 )
 from mmbrecq.kernels import native
-from mmbrecq.kernels.native import SWITCH, AdamStep, Curve, Kernels, RoundingLayer, kernel_state, kernels, takes
-from mmbrecq.kernels.native_ops import native_fake_quantize
+from mmbrecq.kernels.native import BLOCK, SWITCH, Curve, Kernel, is_dense, kernel, kernel_state, kernels
 from mmbrecq.qtype import QType
 
 CURVE = Sigmoid(1.1, -0.1)
 BOUNDS = (CURVE.at(0), CURVE.at(1))
 TABLE_CURVE = Curve(CURVE.gamma, CURVE.stretch, BOUNDS[0], CURVE.at(0.5), BOUNDS[1])
-# the second is larger than what one thread takes, a row of the third than a block
+# the second is larger than what one thread computes, a row of the third than a block
 SHAPES = [(5, 7, 3, 3), (40, 900), (2, 9000)]
 
 needs_compiler = pytest.mark.skipif(kernels() is None, reason='there is no C compiler')
 
 
 @pytest.fixture
-def compiled() -> Kernels:
+def compiled() -> dict[str, Kernel]:
     found = kernels()
     assert found is not None
     return found
@@ -52,10 +49,10 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class Layer:
-    """A layer whose rounding is learned, in tensors, and the table that the kernels read.
+    """A layer whose rounding is learned.
 
     Args:
-        shape: Of its weight.
+        shape: Shape of its weight.
         per_channel: Whether it has a scale and a gain for each channel.
     """
 
@@ -67,12 +64,6 @@ class Layer:
         self.scale, self.gain = 0.1 + normal(rows, 3).abs(), 1 + 0.1 * normal(rows, 4)
         self.weight, self.out = torch.empty(shape), torch.full(shape, 7.0)
         self.gain_grad = torch.empty(shape[0])
-        self.table = (RoundingLayer * 1)()
-        layer = self.table[0]
-        layer.rows, layer.columns = shape[0], self.alpha.numel() // shape[0]
-        layer.scale_step = layer.gain_step = int(per_channel)
-        for name in ('alpha', 'grid', 'scale', 'gain', 'weight', 'grad', 'out', 'gain_grad'):
-            setattr(layer, name, getattr(self, name).data_ptr())
 
     @property
     def line(self) -> tuple[Tensor, Tensor]:
@@ -84,9 +75,11 @@ class Layer:
 @needs_compiler
 @pytest.mark.parametrize('per_channel', [True, False])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_soft_weights(compiled: Kernels, shape: tuple[int, ...], per_channel: bool) -> None:
+def test_soft_weights(compiled: dict[str, Kernel], shape: tuple[int, ...], per_channel: bool) -> None:
     layer = Layer(shape, per_channel)
-    compiled.soft_weights(layer.table, TABLE_CURVE)
+    compiled['soft_weight'](
+        shape[0], layer.alpha, layer.grid, layer.scale, layer.gain, layer.weight, TABLE_CURVE
+    )  # fmt: skip
     sigma, expected = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
     soft_weight_(sigma, expected, layer.alpha.double(), *layer.line, CURVE)
     torch.testing.assert_close(layer.weight.double(), expected * layer.gain.double(), rtol=1e-6, atol=4e-6)
@@ -95,11 +88,14 @@ def test_soft_weights(compiled: Kernels, shape: tuple[int, ...], per_channel: bo
 @needs_compiler
 @pytest.mark.parametrize('beta', [None, 2.0, 4.3, 20.0])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_rounding_gradients(compiled: Kernels, shape: tuple[int, ...], beta: float | None) -> None:
+def test_rounding_gradients(compiled: dict[str, Kernel], shape: tuple[int, ...], beta: float | None) -> None:
     layer = Layer(shape)
     factor = 0.0 if beta is None else regulariser_factor(CURVE, beta, 0.3)
     power = 0.0 if beta is None else (beta - 2) / 2
-    compiled.rounding_gradients(layer.table, TABLE_CURVE, power, factor)
+    compiled['rounding_gradient'](
+        shape[0], layer.alpha, layer.grid, layer.scale, layer.gain, layer.grad, layer.out, layer.gain_grad,
+        TABLE_CURVE, power, factor,
+    )  # fmt: skip
 
     sigma, weight = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
     soft_weight_(sigma, weight, layer.alpha.double(), *layer.line, CURVE)
@@ -119,37 +115,10 @@ def test_rounding_gradients(compiled: Kernels, shape: tuple[int, ...], beta: flo
 
 
 @needs_compiler
-@pytest.mark.parametrize('shape', SHAPES)
-def test_a_step_where_the_gradient_is_found(compiled: Kernels, shape: tuple[int, ...]) -> None:
-    """The variables end where a gradient, and then torch's Adam, takes them."""
-    layer, apart = Layer(shape), Layer(shape)
-    # more than a block of columns, and not whole blocks
-    moments = [torch.zeros(shape), torch.zeros(shape)]
-    layer.table[0].mean, layer.table[0].square = (moment.data_ptr() for moment in moments)
-    reference = torch.nn.Parameter(apart.alpha)
-    adam = torch.optim.Adam([reference], lr=0.01)
-    for count in range(1, 4):
-        step = AdamStep.at(count, 0.01, (0.9, 0.999), 1e-8)
-        compiled.rounding_gradients(layer.table, TABLE_CURVE, 1.0, -0.3, step)
-        compiled.rounding_gradients(apart.table, TABLE_CURVE, 1.0, -0.3)
-        reference.grad = apart.out
-        adam.step()
-    torch.testing.assert_close(layer.alpha, reference.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.gain_grad, apart.gain_grad, rtol=1e-4, atol=1e-4)
-    assert bool((layer.out == 7).all())
-    state = adam.state[reference]
-    torch.testing.assert_close(moments[0], state['exp_avg'], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(moments[1], state['exp_avg_sq'], rtol=1e-4, atol=1e-6)
-
-
-@needs_compiler
-@pytest.mark.parametrize('rectifier', [None, (0.0, math.inf), (0.0, 0.9)])
 @pytest.mark.parametrize('dropping', [True, False])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('size', [5, 40])
-def test_fake_quantize(
-    size: int, layout: torch.memory_format, dropping: bool, rectifier: tuple[float, float] | None
-) -> None:
+def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch.memory_format, dropping: bool) -> None:
     """The same bits as torch's operations give, and sums that are more exact."""
     qtype, zero_point = QType(3, symmetric=False, signed=False), torch.tensor(2)
     shape = (4, 6, size, size)
@@ -159,14 +128,10 @@ def test_fake_quantize(
     x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
     keep = (normal(shape, 2) > 0).byte().contiguous(memory_format=layout) if dropping else None
     results = []
-    for enabled in (True, False):
+    for disabled in (set(), {'fake_quantize'}):
+        monkeypatch.setattr(native, 'DISABLED', disabled)
         a, scale = x.clone().requires_grad_(True), torch.tensor(0.25, requires_grad=True)
-        if enabled:
-            mask = None if keep is None else Mask(keep)
-            out = native_fake_quantize(a, scale, zero_point, qtype, mask, rectifier)
-        else:
-            out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep, rectifier)
-        assert out is not None
+        out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep)
         out.backward(upstream)
         results.append((out.detach(), a.grad, scale.grad))
     (ours, grad, total), (expected, expected_grad, expected_total) = results
@@ -176,35 +141,27 @@ def test_fake_quantize(
     assert float(total) == pytest.approx(float(expected_total), rel=1e-3, abs=1e-3)  # type: ignore[arg-type]
 
 
-def test_what_the_kernels_do_not_compute() -> None:
-    qtype, x = QType(4), torch.zeros(3, 4)
-    assert native_fake_quantize(x, torch.ones(3), torch.zeros(3), qtype) is None
-    assert native_fake_quantize(x.double(), torch.tensor(1.0), torch.tensor(0), qtype) is None
-    assert native_fake_quantize(x[:, ::2], torch.tensor(1.0), torch.tensor(0), qtype) is None
+@needs_compiler
+def test_a_gradient_may_lie_in_memory_in_any_way() -> None:
+    x, scale = normal((3, 4), 0).requires_grad_(True), torch.tensor(0.25)
+    out = FakeQuantizeFunction.apply(x, scale, torch.tensor(0), QType(4), None, None)
+    (grad,) = torch.autograd.grad(out, x, normal((4, 3), 1).t())
+    inside = ((x / scale).abs() < 7.5) & (x / scale > -8.5)
+    assert torch.equal(grad, normal((4, 3), 1).t() * inside)
 
 
 @needs_compiler
-@pytest.mark.parametrize('size', [5, 40])
-def test_mix(size: int) -> None:
-    x, other = (normal((4, 6, size, size), seed) for seed in range(2))
-    keep = (normal(x.shape, 2) > 0).byte()
-    expected = torch.where(keep.bool(), x, other)
-    by_torch = x.double()
-    mix_(by_torch, other.double(), Mask(keep.view(-1)))
-    assert torch.equal(by_torch, expected.double())
-    mix_(x, other, Mask(keep.view(-1)))
-    assert torch.equal(x, expected)
-
-
-@needs_compiler
-def test_sums_do_not_depend_on_the_number_of_threads(compiled: Kernels) -> None:
+def test_sums_do_not_depend_on_the_number_of_threads(compiled: dict[str, Kernel]) -> None:
     grad, x, out = (normal((300_001,), seed) for seed in range(3))
     threads = torch.get_num_threads()
     totals = set()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            totals |= {compiled.fake_quantize_gradient(grad, x, out, None, -1.0, 1.0)[1] for _ in range(5)}
+            for _ in range(5):
+                sums = torch.empty(-(-len(x) // BLOCK), dtype=torch.float64)
+                compiled['fake_quantize_gradient'](grad, x, out, None, torch.empty_like(x), sums, -1.0, 1.0)
+                totals.add(float(sums[0]))
     finally:
         torch.set_num_threads(threads)
     assert len(totals) == 1
@@ -214,10 +171,31 @@ def test_sums_do_not_depend_on_the_number_of_threads(compiled: Kernels) -> None:
 
 
 @needs_compiler
-def test_what_is_not_finite_stays_so(compiled: Kernels) -> None:
-    out = compiled.fake_quantize(torch.tensor([float('nan'), float('inf'), 0.3]), None, 0.1, -8, 7)
+def test_nan_propagates(compiled: dict[str, Kernel]) -> None:
+    out = torch.empty(3)
+    compiled['fake_quantize'](torch.tensor([float('nan'), float('inf'), 0.3]), None, out, 0.1, -8, 7)
     assert torch.isnan(out[0])
     assert out[1:].tolist() == pytest.approx([0.7, 0.3])
+
+
+@needs_compiler
+def test_arrays_that_do_not_fit_are_refused(compiled: dict[str, Kernel]) -> None:
+    x = torch.zeros(4, 6)
+    with pytest.raises(AssertionError, match='^expected arrays of the same length for fake_quantize, but got other'):
+        compiled['fake_quantize'](x, None, torch.zeros(5), 0.1, -8, 7)
+    with pytest.raises(AssertionError, match='same length for soft_weight'):
+        compiled['soft_weight'](4, x, x.short(), torch.zeros(3), torch.ones(1), x.clone(), TABLE_CURVE)
+    with pytest.raises(AssertionError, match='same length for rounding_gradient'):
+        compiled['rounding_gradient'](
+            4, x, x.short(), torch.zeros(4), torch.ones(1), x, x.clone(), torch.zeros(3), TABLE_CURVE, 1.0, 0.0
+        )
+    sums = torch.zeros(0, dtype=torch.float64)
+    with pytest.raises(AssertionError, match='same length for fake_quantize_gradient'):
+        compiled['fake_quantize_gradient'](x, x, x, None, x.clone(), sums, -1.0, 1.0)
+    with pytest.raises(AssertionError, match=r'^expected dense torch.float32 on the CPU, but got torch.float64$'):
+        compiled['fake_quantize'](x.double(), None, x, 0.1, -8, 7)
+    with pytest.raises(AssertionError, match='dense'):
+        compiled['fake_quantize'](x[:, ::2], None, torch.zeros(12), 0.1, -8, 7)
 
 
 @pytest.mark.usefixtures('fresh')
@@ -249,13 +227,19 @@ def test_the_source_is_beside_the_module() -> None:
     assert f'#define BLOCK {native.BLOCK}\n' in native.SOURCE.read_text()
 
 
-def test_what_kernels_take() -> None:
+@needs_compiler
+def test_what_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(*tensors: Tensor) -> bool:
+        return kernel('fake_quantize', *tensors) is not None
+
     x = torch.zeros(2, 3, 4, 5)
     last = x.contiguous(memory_format=torch.channels_last)
-    assert takes(x)
-    assert takes(x, x.clone())
-    assert takes(last, last.clone())
-    assert not takes(x, last)
-    assert not takes(x.double())
-    assert not takes(x[:, :, ::2])
-    assert not takes(x, torch.zeros(1).expand(2, 3, 4, 5))
+    assert chosen(x) and chosen(x, x.clone()) and chosen(x, x.byte()) and chosen(last, last.clone())
+    assert not chosen(x, last)
+    assert not chosen(x.double()) and not chosen(x, x.double())
+    assert not chosen(x[:, :, ::2]) and not is_dense(x[:, :, ::2])
+    assert not chosen(x, torch.zeros(1).expand(2, 3, 4, 5))
+    assert kernel('adam', x) is None
+    monkeypatch.setattr(native, 'DISABLED', {'fake_quantize'})
+    assert not chosen(x)
+    assert kernel('soft_weight', x) is not None

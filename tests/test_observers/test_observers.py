@@ -11,7 +11,7 @@ from torch import Tensor
 from mmbrecq.errors import ConfigError, DataError, NonFiniteError
 from mmbrecq.functional import affine_from_range
 from mmbrecq.observers import BaseObserver, build_observer
-from mmbrecq.observers.search import power_loss
+from mmbrecq.observers.mse import power_loss
 from mmbrecq.qtype import QType
 
 TYPES = ['HistogramObserver', 'MSEObserver', 'MinMaxObserver', 'MovingAverageObserver', 'PercentileObserver']

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task
-from mmbrecq.reconstruction.autocast import FEWEST_ROWS, autocast
+from mmbrecq.reconstruction.optimize import FEWEST_ROWS, autocast
 
 Prepare = Callable[..., QuantizedModel]
 MakeTask = Callable[..., Task]

@@ -15,8 +15,8 @@ from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.functional import affine_from_range
 from mmbrecq.qtype import QType
 from mmbrecq.reconstruction import MSELoss, Stage, StageOptions
+from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, optimize_unit
-from mmbrecq.reconstruction.unit_data import UnitData
 from mmbrecq.reconstruction.variables import Variables
 
 COUNT = 40

@@ -1,15 +1,24 @@
+"""What is optimised in a unit; gradients carried on by hand are held against autograd through the fake quantizers."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from mmbrecq.fake_quants.bias import bias_correction
+from mmbrecq.fake_quants import AdaRound, NearestRounding
+from mmbrecq.fake_quants.bias import bias_correction, correct_bias
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, weight_fake_quant
+from mmbrecq.functional import affine_from_range
+from mmbrecq.kernels.native import kernels
+from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import Variables
+from mmbrecq.reconstruction.variables import LearnedWeights, Variables
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -40,16 +49,16 @@ def disturb(variables: Variables, seed: int = 0) -> None:
 @pytest.mark.parametrize(
     ('rounding', 'scale', 'options', 'expected'),
     [
-        (True, False, {}, {0.1: 1, 0.2: 2, 0.3: 2}),
+        (True, False, {}, {0.1: 2, 0.2: 2, 0.3: 2}),
         (False, True, {}, {0.2: 2, 0.3: 2, 0.4: 2}),
-        (True, True, {}, {0.1: 1, 0.2: 2, 0.3: 2, 0.4: 2}),
-        (True, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.1: 1}),
+        (True, True, {}, {0.1: 2, 0.2: 2, 0.3: 2, 0.4: 2}),
+        (True, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.1: 2}),
         (False, True, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {0.4: 2}),
         (False, False, {'bias_lr': 0.0, 'weight_scale_lr': 0.0}, {}),
     ],
 )
 def test_what_is_learned(prepared: Prepare, rounding: bool, scale: bool, options: Any, expected: Any) -> None:
-    """The block has two layers, whose rounding is one vector, and two activation quantizers."""
+    """The block has two layers and two activation quantizers."""
     variables = variables_of(prepared(), rounding, scale, **options)
     assert rates(variables) == expected
     assert all(p.requires_grad for parameters, _, _ in variables.groups for p in parameters)
@@ -59,7 +68,7 @@ def test_a_fixed_step_size_is_not_learned(prepared: Prepare) -> None:
     model = prepared()
     quantizer = model.image_graph.unit_quantizers(model.image_graph.units[1])[0]
     quantizer.fixed = True
-    assert rates(variables_of(model)) == {0.1: 1, 0.2: 2, 0.3: 2, 0.4: 1}
+    assert rates(variables_of(model)) == {0.1: 2, 0.2: 2, 0.3: 2, 0.4: 1}
     assert not quantizer.scale.requires_grad
 
 
@@ -96,3 +105,178 @@ def test_finishing_fixes_everything(prepared: Prepare) -> None:
         assert correction.offset.abs().min() > 0
         assert not list(fake_quant.parameters())
     assert not any(p.requires_grad for q in model.image_graph.unit_quantizers(unit) for p in q.parameters())
+
+
+BETA, ROUND_WEIGHT = 3.0, 0.02
+
+
+class Block(nn.Module):
+    """A convolution used twice, one without bias, a depthwise one and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.plain = nn.Conv2d(4, 6, 1, bias=False)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.twice(torch.relu(self.twice(x))))
+        return self.fc(torch.relu(self.depthwise(self.plain(y))).mean((2, 3)))
+
+
+def block_of(rounding: type[WeightFakeQuantize]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    block = Block().double()
+    for index, module in enumerate(m for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
+        # the first layer has one scale, the others one for each channel
+        qtype = QType(3, symmetric=False, signed=False, ch_axis=None if index == 0 else 0)
+        weight = module.weight.detach().clone()
+        fake_quant = rounding(qtype, weight.shape).double()
+        axes = tuple(range(weight.dim()))[0 if index == 0 else 1 :]
+        fake_quant.calibrate(weight, *affine_from_range(weight.amin(axes), weight.amax(axes), qtype))
+        fake_quant.enabled = True
+        module.weight.requires_grad_(False)
+        parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
+        correct_bias(module)
+        correction = bias_correction(module)
+        if correction is not None:
+            correction.double()
+            correction.enabled = True
+    return fx.symbolic_trace(block)
+
+
+def weights_of(block: nn.Module) -> list[tuple[nn.Module, WeightFakeQuantize]]:
+    pairs = [(m, weight_fake_quant(m)) for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return [(m, fq) for m, fq in pairs if fq is not None]
+
+
+def loss_of(block: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 4, 6, 6, generator=generator, dtype=torch.float64)
+    return (block(x) - torch.randn(3, 5, generator=generator, dtype=torch.float64)).square().sum()
+
+
+def by_autograd(rounding: type[WeightFakeQuantize], learn: bool, beta: float | None) -> dict[str, Tensor]:
+    """Gradients of rounding, gains and offsets, each as one vector."""
+    block = block_of(rounding)
+    pairs = weights_of(block)
+    alphas = [p for m, fq in pairs for p in fq.start(original_weight(m))] if learn else []
+    gains = [p for m, fq in pairs for p in fq.start_scale(original_weight(m))]
+    offsets = [c.offset.requires_grad_(True) for m, _ in pairs if (c := bias_correction(m)) is not None]
+    total = loss_of(block)
+    if beta is not None:
+        for alpha in alphas:
+            h = torch.clamp(torch.sigmoid(alpha) * 1.2 - 0.1, 0, 1)
+            total = total + ROUND_WEIGHT * (1 - (2 * h - 1).abs() ** beta).sum()
+    total.backward()
+    groups = {'alphas': alphas, 'gains': gains, 'offsets': offsets}
+    return {name: _vector([p.grad for p in parameters]) for name, parameters in groups.items()}  # type: ignore[misc]
+
+
+def _vector(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
+
+
+@pytest.mark.parametrize('called', [True, False], ids=['called', 'unknown'])
+@pytest.mark.parametrize('beta', [None, BETA])
+@pytest.mark.parametrize(
+    ('rounding', 'learn'), [(AdaRound, True), (AdaRound, False), (NearestRounding, True)], ids=['soft', 'hard', 'fixed']
+)
+def test_gradients_are_those_of_autograd(rounding: Any, learn: bool, beta: float | None, called: bool) -> None:
+    expected = by_autograd(rounding, learn, beta)
+    block = block_of(rounding)
+    modules = [m for m, _ in weights_of(block)]
+    weights = LearnedWeights(weights_of(block), learn, True, True, called=modules if called else ())
+    with weights.in_force():
+        loss_of(block).backward()
+        weights.collect(beta, ROUND_WEIGHT)
+    for name, gradient in expected.items():
+        ours = _vector([p.grad for p in getattr(weights, name)])
+        torch.testing.assert_close(ours, gradient, rtol=1e-7, atol=1e-9)
+
+
+def test_channels_innermost_change_no_gradient() -> None:
+    gradients: list[list[Any]] = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        block = block_of(AdaRound)
+        weights = LearnedWeights(weights_of(block), True, True, True, layout)
+        with weights.in_force():
+            assert weights_of(block)[0][0].weight.is_contiguous(memory_format=layout)
+            loss_of(block).backward()
+            weights.collect(BETA, ROUND_WEIGHT)
+        assert all(a.is_contiguous(memory_format=layout) for a in weights.alphas if a.dim() == 4)
+        gradients.append([alpha.grad for alpha in weights.alphas])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.skipif(kernels() is None, reason='there is no C compiler')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_compiled_kernels_change_no_gradient(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+    results = []
+    for disabled in (set(), {'soft_weight', 'rounding_gradient'}):
+        monkeypatch.setattr('mmbrecq.kernels.native.DISABLED', disabled)
+        block = block_of(AdaRound).float()
+        weights = LearnedWeights(weights_of(block), True, True, True, layout)
+        move(weights)
+        weights.update()
+        x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+        with weights.in_force():
+            block(x).square().sum().backward()
+            weights.collect(BETA, ROUND_WEIGHT)
+            results.append([m.weight.detach().clone() for m, _ in weights_of(block)])
+        results[-1] += [p.grad for p in (*weights.alphas, *weights.gains, *weights.offsets)]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(params=[AdaRound, NearestRounding])
+def learning(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, LearnedWeights]]:
+    block = block_of(request.param)
+    modules = [m for m, _ in weights_of(block)]
+    yield block, LearnedWeights(weights_of(block), True, True, True, called=modules)
+
+
+def move(weights: LearnedWeights) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (*weights.alphas, *weights.gains, *weights.offsets):
+        parameter.data.add_(0.3 * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, LearnedWeights]) -> None:
+    """The tensors in force are the values of the fake quantizers' own formulas."""
+    block, weights = learning
+    move(weights)
+    expected = [m.weight.detach() for m, _ in weights_of(block)]
+    with weights.in_force():
+        before = [m.weight.detach().clone() for m, _ in weights_of(block)]
+        weights.update()
+        for module, old, new in zip((m for m, _ in weights_of(block)), before, expected, strict=True):
+            torch.testing.assert_close(module.weight.detach(), new)
+            assert not torch.equal(old, new)
+
+
+def test_everything_is_let_go(learning: tuple[nn.Module, LearnedWeights]) -> None:
+    block, weights = learning
+    with pytest.raises(ZeroDivisionError), weights.in_force():
+        assert all(fq.learned is not None for _, fq in weights_of(block))
+        raise ZeroDivisionError
+    for module, fq in weights_of(block):
+        correction = bias_correction(module)
+        assert fq.learned is None
+        assert correction is None or correction.learned is None
+        assert not module._forward_hooks
+    weights.finish()
+    assert not any(list(fq.parameters()) for _, fq in weights_of(block))
+
+
+def test_a_layer_that_is_not_called_keeps_its_rounding() -> None:
+    block = block_of(AdaRound)
+    weights = LearnedWeights(weights_of(block), True, True, True)
+    with weights.in_force():
+        block.plain(torch.randn(1, 4, 2, 2, dtype=torch.float64)).sum().backward()  # type: ignore[operator]
+        weights.collect(None, ROUND_WEIGHT)
+    first, second = (alpha.grad for alpha in weights.alphas[:2])
+    assert first is not None and not first.any()
+    assert second is not None and second.any()

@@ -16,10 +16,10 @@ from mmbrecq.reconstruction.working_memory import (
     Footprint,
     ObservedUnit,
     fitting_images,
+    iteration_bytes,
     measure_footprint,
     observed_units,
     observing_bytes,
-    step_bytes,
     working_memory,
 )
 
@@ -69,18 +69,19 @@ def test_the_module_survives_an_error() -> None:
 
 
 def test_a_step_grows_with_its_images() -> None:
-    one, two, ten = (step_bytes(UNIT, stage(), images, fisher=False) for images in (1, 2, 10))
+    one, two, ten = (iteration_bytes(UNIT, stage(), images, fisher=False) for images in (1, 2, 10))
     assert ten - two == 8 * (two - one)
     # at least what is saved, the batch, and gradients of the largest tensor and of the outputs
     assert two - one > 1000 + 200 + 300 + 2 * 400 + 300
 
 
 def test_what_makes_a_step_larger() -> None:
-    plain = step_bytes(UNIT, stage(), 10, fisher=False)
-    assert plain - step_bytes(UNIT, stage(rounding=False), 10, fisher=False) == 50 * (LEARNED_WEIGHT - FIXED_WEIGHT)
-    assert step_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
+    plain = iteration_bytes(UNIT, stage(), 10, fisher=False)
+    fixed = iteration_bytes(UNIT, stage(rounding=False), 10, fisher=False)
+    assert plain - fixed == 50 * (LEARNED_WEIGHT - FIXED_WEIGHT)
+    assert iteration_bytes(UNIT, stage(), 10, fisher=True) >= plain + 10 * 300
     # the pool of masks is larger than a tensor by a million elements, of a byte each
-    assert step_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + (10 * 100 + 2**20)
+    assert iteration_bytes(UNIT, stage(drop_prob=0.5), 10, fisher=False) >= plain + 10 * 200 + (10 * 100 + 2**20)
 
 
 def test_what_observing_takes() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmbrecq.mixed_precision.sensitivity import inputs
+from mmbrecq.runs import identity
 
 KILLER = Path(__file__).with_name('killing.py')
 KILLS = 20
@@ -124,7 +124,7 @@ def test_other_kernels_are_refused(
     call: Any, cut: Callable[[int], Path], demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = cut(4)
-    monkeypatch.setattr(inputs, 'kernel_state', lambda: 'another')
+    monkeypatch.setattr(identity, 'kernel_state', lambda: 'another')
     error = call('ptq', demo, *SHORT, '--resume', work_dir=folder).error
     state = json.loads((folder / 'summary.json').read_text())['versions']['kernels']
     assert error.startswith(f'{folder}/reconstruction.pth is of another run: kernels was {state} and is another now; ')

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Sequence
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from mmbrecq.building import check_integer
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.base import BaseCostModel
-from mmbrecq.mixed_precision.costs.layer_graph import copies_of, layer_graph
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, is_latency
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.runs.storage import write_text_atomic
@@ -64,9 +66,8 @@ class MeasuredLatency(BaseCostModel):
             raise ConfigError(
                 f'expected runtime of MeasuredLatency to be one of {sorted(RUNTIMES)}, but got {runtime!r}'
             )
-        for name, value in {'num_threads': num_threads, 'rounds': rounds}.items():
-            if type(value) is not int or value < 1:
-                raise ConfigError(f'expected {name} of MeasuredLatency to be an integer >= 1, but got {value!r}')
+        check_integer(num_threads, 1, 'num_threads of MeasuredLatency')
+        check_integer(rounds, 1, 'rounds of MeasuredLatency')
         self.backend, self.num_threads, self.rounds = RUNTIMES[runtime], num_threads, rounds
         for package in ('onnx', self.backend.package):
             require(package)
@@ -133,12 +134,9 @@ class MeasuredLatency(BaseCostModel):
                     f'{self.path}: expected latencies of {key} {value!r}, but they are of {origin[key]!r}; remove the '
                     'file to measure them here'
                 )
-        for key, row in rows.items():
-            for kind, value in row.items():
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise TableError(
-                        f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}"
-                    )
+        for key, kind in ((key, kind) for key in rows for kind in KINDS):
+            if not is_latency(value := rows[key][kind]):
+                raise TableError(f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}")
         return rows
 
 
@@ -162,3 +160,92 @@ def _default_path(origin: dict[str, Any]) -> Path:
     folder = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
     name = '-'.join(re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in origin.values())
     return folder / 'latency' / f'{name}.json'
+
+
+OPSET = 17
+COPIES, COPIED_BYTES = 16, 64e6
+"""A graph has so many copies of the layer, which share the cost of calling the runtime; fewer where their weights and
+outputs would have more bytes."""
+
+ACTIVATION_SCALE, WEIGHT_SCALE, OUTPUT_SCALE = 0.02, 0.01, 0.05
+
+
+def copies_of(layer: LayerShape, call: Call) -> int:
+    """How often the graph of :func:`layer_graph` has the layer."""
+    own = 4 * (layer.weights + prod(call.outputs) * call.times)
+    return int(max(1, min(COPIES, COPIED_BYTES // own)))
+
+
+def layer_graph(layer: LayerShape, call: Call, integer: bool) -> Any:
+    """Copies of the layer, each with weights of its own, all of them reading one input.
+
+    Args:
+        layer: A convolution, transposed convolution or linear layer.
+        call: Its input ``(...)`` without the batch axis; the batch is ``call.times``.
+        integer: Input, weights and outputs of 8 bits by QuantizeLinear and DequantizeLinear, with outputs that stay
+            integers, as they do between two layers of a network; else all is float.
+
+    Returns:
+        An ``onnx.ModelProto`` with the float input ``input``.
+    """
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    nodes, constants, outputs = [], [], []
+    generator = np.random.default_rng(0)
+    shape = [call.times, *call.inputs]
+    op, attributes, axis = _operator(layer, len(shape))
+
+    def constant(name: str, values: NDArray[Any] | np.generic) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def add(op_type: str, inputs: list[str], output: str, **options: Any) -> str:
+        nodes.append(helper.make_node(op_type, inputs, [output], name=output, **options))
+        return output
+
+    source = 'input'
+    if integer:
+        grid = [constant('scale', np.float32(ACTIVATION_SCALE)), constant('zero', np.uint8(128))]
+        source = add('DequantizeLinear', [add('QuantizeLinear', ['input', *grid], 'codes'), *grid], 'values')
+        output_grid = [constant('output_scale', np.float32(OUTPUT_SCALE)), constant('output_zero', np.uint8(128))]
+    weight_shape = layer.weight if op != 'MatMul' else layer.weight[::-1]
+    for i in range(copies_of(layer, call)):
+        if integer:
+            codes = generator.integers(-64, 64, weight_shape).astype(np.int8)
+            scales = np.full(weight_shape[axis], WEIGHT_SCALE, np.float32)
+            weight_grid = [constant(f'scale{i}', scales), constant(f'zero{i}', np.zeros(len(scales), np.int8))]
+            weight = add('DequantizeLinear', [constant(f'codes{i}', codes), *weight_grid], f'weight{i}', axis=axis)
+        else:
+            weight = constant(f'weight{i}', generator.normal(0, 0.3, weight_shape).astype(np.float32))
+        result = add(op, [source, weight], f'layer{i}', **attributes)
+        if integer:
+            result = add('QuantizeLinear', [result, *output_grid], f'output{i}')
+        kind = TensorProto.UINT8 if integer else TensorProto.FLOAT
+        outputs.append(helper.make_tensor_value_info(result, kind, [call.times, *call.outputs]))
+    graph = helper.make_graph(
+        nodes, 'layer', [helper.make_tensor_value_info('input', TensorProto.FLOAT, shape)], outputs, constants
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=8)
+    checker.check_model(model)
+    return model
+
+
+def _operator(layer: LayerShape, rank: int) -> tuple[str, dict[str, Any], int]:
+    """ONNX operator of a layer, its attributes, and the axis of its weight's output channels."""
+    options = dict(layer.options)
+    if 'Linear' in layer.kind:
+        return ('Gemm', {'transB': 1}, 0) if rank == 2 else ('MatMul', {}, 1)
+    spatial = len(layer.weight) - 2
+    strides, dilations = (_per_axis(options.get(name, 1), spatial) for name in ('stride', 'dilation'))
+    attributes = {'strides': strides, 'dilations': dilations, 'group': options.get('groups', 1)}
+    if options.get('padding') == 'same':
+        attributes['auto_pad'] = 'SAME_LOWER'
+    elif options.get('padding') != 'valid':
+        padding = _per_axis(options.get('padding', 0), spatial)
+        attributes['pads'] = [*padding, *padding]
+    transposed = 'Transpose' in layer.kind
+    return ('ConvTranspose' if transposed else 'Conv'), attributes, int(transposed)
+
+
+def _per_axis(value: Any, axes: int) -> list[int]:
+    return list(value) if isinstance(value, (tuple, list)) else [value] * axes

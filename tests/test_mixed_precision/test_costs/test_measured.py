@@ -20,8 +20,7 @@ from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBac
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs import Call, LayerShape, MeasuredLatency
-from mmbrecq.mixed_precision.costs.layer_graph import COPIES, copies_of, layer_graph
-from mmbrecq.mixed_precision.costs.measured import shape_key
+from mmbrecq.mixed_precision.costs.measured import COPIES, copies_of, layer_graph, shape_key
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmbrecq.errors import CheckpointError
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.unit_state import load_unit_state, unit_state
+from mmbrecq.reconstruction.results import load_unit_state, unit_state
 
 Prepare = Callable[..., QuantizedModel]
 

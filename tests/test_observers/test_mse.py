@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.functional import affine_from_range, fake_quantize
-from mmbrecq.observers.search import mse_search, power_loss, range_factors
+from mmbrecq.observers.mse import mse_search, power_loss, range_factors
 from mmbrecq.qtype import QType
 
 SYMMETRIC = QType(2, ch_axis=0)

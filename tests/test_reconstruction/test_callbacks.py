@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
-from mmbrecq.reconstruction import forecast as module
-from mmbrecq.reconstruction.forecast import OVERHEAD, Forecast
+from mmbrecq.reconstruction import callbacks as module
+from mmbrecq.reconstruction.callbacks import OVERHEAD, Forecast
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 

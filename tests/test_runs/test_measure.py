@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmbrecq.errors import CheckpointError
-from mmbrecq.runs.grids import check_grids, grids_of
+from mmbrecq.runs.checkpoint import check_grids, grids_of
 from mmbrecq.runs.measure import model_size, peak_memory, versions
 from mmbrecq.version import __version__
 

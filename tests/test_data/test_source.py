@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.data.annotations import annotations_first, has_annotations
+from mmbrecq.data.source import annotations_first, has_annotations
 
 LOAD, RESIZE, BOXES, PACK = (
     {'type': kind} for kind in ('LoadImageFromFile', 'Resize', 'mmdet.LoadAnnotations', 'PackDetInputs')

@@ -1,0 +1,173 @@
+"""Cost models: bytes, bit operations, latencies from a table, and latencies of an analytic accelerator."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABCMeta, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmbrecq.building import check_integer
+from mmbrecq.byte_size import weight_bytes
+from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.mixed_precision.costs.layers import Bits, LayerShape
+from mmbrecq.registry import COST_MODELS
+
+FLOAT_BITS = 32
+
+
+class BaseCostModel(metaclass=ABCMeta):
+    """The cost of the bits of a network: a sum over its layers; budgets refer to it by its name."""
+
+    name: str
+    unit: str
+
+    @abstractmethod
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        """Returns the cost of one layer, for one image; ``bits`` are of its weight and of its input, None for float."""
+
+    def prepare(self, layers: Sequence[LayerShape]) -> None:  # noqa: B027, most have nothing to prepare
+        """Does at once what all layers of a network need before their costs are asked for; by default nothing."""
+
+    def table(self, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> NDArray[np.float64]:
+        """Returns the costs of all layers at all candidates, ``(layers, candidates)``, see :meth:`cost`."""
+        self.prepare(layers)
+        return np.array([[self.cost(layer, bits) for bits in candidates] for layer in layers])
+
+    def cost(self, layer: LayerShape, bits: Bits) -> float:
+        """Returns the cost of one layer, see :meth:`layer_cost`; TableError where it is negative or not finite."""
+        cost = float(self.layer_cost(layer, bits))
+        if not 0 <= cost < math.inf:
+            raise TableError(f"expected the {self.name} of layer '{layer.name}' at {show(bits)} to be >= 0, got {cost}")
+        return cost
+
+
+def show(bits: Bits) -> str:
+    """Returns bits as tables name them: ``W4A8``, with 32 for float."""
+    return f'W{bits[0] or FLOAT_BITS}A{bits[1] or FLOAT_BITS}'
+
+
+def is_latency(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number of at least 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+@COST_MODELS.register_module()
+class ModelSize(BaseCostModel):
+    """Bytes of the weights, as ``summary.json`` counts them, see :func:`~mmbrecq.byte_size.weight_bytes`."""
+
+    name, unit = 'size', 'bytes'
+
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        return weight_bytes(layer.weights, layer.scales, bits[0], layer.symmetric)
+
+
+@COST_MODELS.register_module()
+class BitOperations(BaseCostModel):
+    """Multiplications times the bits of both factors, for one image (Li et al., ICLR 2021, and others)."""
+
+    name, unit = 'bitops', 'bit operations'
+
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        return float(layer.macs * (bits[0] or FLOAT_BITS) * (bits[1] or FLOAT_BITS))
+
+
+@COST_MODELS.register_module()
+class LatencyTable(BaseCostModel):
+    """Milliseconds of one image, layer by layer, from a file.
+
+    It holds ::
+
+        {"device": "...", "layers": {"backbone.conv1": {"W8A8": 0.12, "W4A8": 0.12, "W32A32": 0.31}, ...}}
+
+    Args:
+        path: The file; other keys than ``layers`` are for the reader.
+    """
+
+    name, unit = 'latency', 'ms'
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            content: Any = json.loads(Path(path).read_text(encoding='utf-8'))
+        except (OSError, ValueError) as error:
+            raise TableError(f'{path}: expected a JSON file with a table of latencies, but got {error}') from error
+        layers = content.get('layers') if isinstance(content, dict) else None
+        if not isinstance(layers, dict) or not all(isinstance(row, dict) for row in layers.values()):
+            raise TableError(f"{path}: expected a table of latencies by layer and bits under the key 'layers'")
+        self.layers: Mapping[str, Mapping[str, Any]] = layers
+
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        row = self.layers.get(layer.name)
+        if row is None:
+            raise TableError(f"{self.path}: expected latencies of layer '{layer.name}', but the table has none")
+        where, value = f"{self.path}: expected the latency of layer '{layer.name}' at {show(bits)}", row.get(show(bits))
+        if value is None:
+            raise TableError(f'{where}, but the table has only {", ".join(sorted(row)) or "nothing"}')
+        if not is_latency(value):
+            raise TableError(f'{where} to be a number >= 0, but got {value!r}')
+        return float(value)
+
+
+@COST_MODELS.register_module()
+@dataclass(frozen=True)
+class BitSerialAccelerator(BaseCostModel):
+    """Milliseconds of one image on an array of bit-serial multipliers, layer after layer.
+
+    A layer takes the longest of three, each of which could hide the others::
+
+        compute  = macs * weight_bits * activation_bits / (bit_operations_per_cycle * frequency)
+        off-chip = (weight bytes + what of input and output does not fit on the chip) / off_chip_bandwidth
+        on-chip  = (weight bytes + input bytes + output bytes) / on_chip_bandwidth
+
+    plus ``overhead``. Bits are rounded up to a multiple of ``bit_granularity``, what is float counts 32; an output
+    has the bits of the layer's input. It is a roofline, so it bounds the time from below.
+
+    Args:
+        bit_operations_per_cycle: Products of single bits that the array computes in a cycle; a 64 x 64 array of
+            2 x 2 bit multipliers has 16,384.
+        frequency: Cycles per second.
+        off_chip_bandwidth: Bytes per second from memory.
+        on_chip_bandwidth: Bytes per second from the buffer.
+        on_chip_bytes: Size of the buffer; activations that fit stay there.
+        bit_granularity: Bits that a multiplier takes at once.
+        overhead: Seconds to start a layer.
+    """
+
+    name, unit = 'latency', 'ms'
+
+    bit_operations_per_cycle: float = 16384
+    frequency: float = 200e6
+    off_chip_bandwidth: float = 4e9
+    on_chip_bandwidth: float = 64e9
+    on_chip_bytes: float = 1 << 20
+    bit_granularity: int = 2
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ('bit_operations_per_cycle', 'frequency', 'off_chip_bandwidth', 'on_chip_bandwidth'):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f'expected {name} of an accelerator to be a finite number > 0, but got {value!r}')
+        for name in ('on_chip_bytes', 'overhead'):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f'expected {name} of an accelerator to be a finite number >= 0, but got {value!r}')
+        check_integer(self.bit_granularity, 1, 'bit_granularity')
+
+    def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
+        granularity = self.bit_granularity
+        weight_bits, activation_bits = (math.ceil((b or FLOAT_BITS) / granularity) * granularity for b in bits)
+        compute = layer.macs * weight_bits * activation_bits / (self.bit_operations_per_cycle * self.frequency)
+        off_chip = on_chip = layer.weights * weight_bits / 8
+        for call in layer.calls:
+            moved = [prod(shape) * activation_bits / 8 for shape in (call.inputs, call.outputs)]
+            on_chip += sum(moved) * call.times
+            off_chip += sum(max(part - self.on_chip_bytes, 0) for part in moved) * call.times
+        traffic = max(off_chip / self.off_chip_bandwidth, on_chip / self.on_chip_bandwidth)
+        return 1e3 * (max(compute, traffic) + self.overhead)
