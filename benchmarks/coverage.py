@@ -33,7 +33,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, Family
 
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
+from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights, observing
 from mmbrecq.deploy.backends import open_backend
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.engine.config import run_tool
@@ -41,7 +41,7 @@ from mmbrecq.errors import MMBrecqError, first_line
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
-from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
+from mmbrecq.quantizers import BRECQQuantizer, QuantizedGraph, QuantizedModel
 
 CONTEXT = multiprocessing.get_context('fork')
 """Rows start from what this process has imported, which takes longer than most rows."""
@@ -202,7 +202,7 @@ def remarks(prepared: QuantizedModel) -> list[str]:
         if layer.float_reason:
             floats[layer.float_reason] = floats.get(layer.float_reason, 0) + 1
     found = [f'{count} in float: {reason}' for reason, count in floats.items()]
-    return found + [f'{path} is one call' for part in prepared.graphs for path in part.traced.opaque]
+    return found + [f'{path} is one call' for graph in prepared.graphs for path in graph.traced.opaque]
 
 
 def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
@@ -218,8 +218,8 @@ def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
         observer = {'type': 'MinMaxObserver'}
         options = {'bits': 8, 'observer': observer}
         prepared = BRECQQuantizer(options, options, preset).prepare(model, images[:2])
-        row.remarks, row.units = remarks(prepared), sum(len(part.units) for part in prepared.parts)
-        row.quantized = sum(layer.weight_bits is not None for layer in prepared.all_layers)
+        row.remarks, row.units = remarks(prepared), sum(len(graph.units) for graph in prepared.graphs)
+        row.quantized = sum(layer.weight_bits is not None for layer in prepared.layers)
         step = 'calibrate'
         calibrate(prepared, images)
         step = 'export'
@@ -241,11 +241,11 @@ def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
 
 def calibrate(prepared: QuantizedModel, images: Tensor) -> None:
     """Finds all grids; heads of a two-stage detector see random features, since no region is proposed at random."""
-    for part in prepared.parts:
-        calibrate_weights(part)
+    calibrate_weights(prepared)
     calibrate_activations(prepared, [images])
-    for head in prepared.heads:
-        calibrate_activations(head, [region_features(head.traced.example, 8)])
+    for graph in prepared.region_graphs:
+        with torch.no_grad(), observing(prepared, list(graph.quantizers.values())):
+            graph(region_features(graph.traced.example, 8))
     prepared.pack()
 
 
@@ -256,25 +256,27 @@ def region_features(example: Tensor, count: int) -> Tensor:
 
 def compare(row: Row, prepared: QuantizedModel, paths: Sequence[Path], images: Tensor) -> None:
     """Runs the files and counts their integer kernels."""
-    files = {'': paths[0], **{h.traced.path: head_file(paths[0], h.traced.path) for h in prepared.heads}}
-    for part in prepared.parts:
-        backend = open_backend(files[part.traced.path], num_threads=1)
+    files = {'': paths[0], **{graph.path: head_file(paths[0], graph.path) for graph in prepared.region_graphs}}
+    for graph in prepared.graphs:
+        backend = open_backend(files[graph.path], num_threads=1)
         kernels = backend.integer_kernels()
         row.counted, row.integer = row.counted + kernels.quantized, row.integer + kernels.integer
-        for reason in getattr(kernels, 'reasons', {}).values():
+        for reason in kernels.float_layers.values():
             row.float_kernels[reason] = row.float_kernels.get(reason, 0) + 1
         for batch in BATCHES:
-            inputs = images[:batch] if not part.traced.path else region_features(part.traced.example, 8)[:batch]
+            inputs = region_features(graph.traced.example, 8)[:batch] if graph.is_region else images[:batch]
             deployed = dict(zip(backend.output_names, backend(inputs), strict=True))
-            judge(row, part, inputs, deployed)
+            judge(row, graph, inputs, deployed)
 
 
-def judge(row: Row, part: QuantizedModel, inputs: Tensor, deployed: Mapping[str, Tensor]) -> None:
+def judge(row: Row, graph: QuantizedGraph, inputs: Tensor, deployed: Mapping[str, Tensor]) -> None:
     """Holds the deployed outputs against the simulation, and their error against that of a little noise."""
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        simulated = flatten_outputs(part(inputs.clone()))
-        noisy = [flatten_outputs(part(inputs * (1 + NOISE * torch.randn(inputs.shape, generator=draw)))) for _ in '123']
+        simulated = flatten_outputs(graph(inputs.clone()))
+        noisy = [
+            flatten_outputs(graph(inputs * (1 + NOISE * torch.randn(inputs.shape, generator=draw)))) for _ in '123'
+        ]
     errors = {name: relative_error(deployed[name], value) for name, value in simulated.items()}
     noise = {name: max(relative_error(n[name], value) for n in noisy) for name, value in simulated.items()}
     worst = max(errors, key=lambda name: errors[name] / (AGREES + TIMES * noise[name]))
@@ -337,8 +339,8 @@ def deploy_table(args: argparse.Namespace) -> None:
         known = {(row.model, row.preset): row for row in rows}
     print(f'| {" | ".join(HEAD)} |\n|{" --- |" * len(HEAD)}')
     shown = []
-    for name in names:
-        for preset in args.presets:
+    for preset in args.presets:
+        for name in names:
             row = known.get((name, preset))
             if row is None or (args.again and not row.ends_well):
                 row = run_row(name, preset, args)

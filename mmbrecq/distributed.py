@@ -1,6 +1,6 @@
-"""Several processes that work as one: each has a share of the images, and what they find is brought together.
+"""Several processes that work as one: each has a share of the images, and their results are combined.
 
-Thin functions over mmengine's; in a single process each does nothing, or gives back what it was given.
+Thin functions over mmengine's; in a single process each does nothing, or returns its argument.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from mmengine.dist import (
-    all_gather_object,
-    all_reduce,
-    broadcast_object_list,
-    get_dist_info,
-    init_dist,
-    is_main_process,
-)
+from mmengine import dist
 from torch import Tensor, nn
 from torch import distributed as torch_dist
 
@@ -34,7 +27,7 @@ _VARIABLES = {
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
-"""What a launcher tells each process: its number, how many there are, its number on its machine."""
+"""Environment variables of a launcher: number of the process, number of processes, number on its machine."""
 
 _STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 
@@ -58,7 +51,7 @@ def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> N
         )
     options = dict(options or {})
     if torch.cuda.is_available():
-        init_dist(launcher, **options)
+        dist.init_dist(launcher, **options)
         return
     # mmengine's start sets the GPU of each process, and fails where there is none
     rank, count, local = (os.environ[name] for name in _VARIABLES[launcher])
@@ -77,55 +70,59 @@ def leave_processes() -> None:
 
 
 def process_count() -> int:
-    """Number of processes, 1 where there is one alone."""
-    return int(get_dist_info()[1])
+    """Returns the number of processes, 1 where there is one alone."""
+    return int(dist.get_dist_info()[1])
 
 
 def process_index() -> int:
-    """Number of this process, from 0."""
-    return int(get_dist_info()[0])
+    """Returns the number of this process, from 0."""
+    return int(dist.get_dist_info()[0])
 
 
 def processes_here() -> int:
-    """Number of processes on this machine, as far as the launcher says."""
+    """Returns the number of processes on this machine, as far as the launcher says."""
     return int(os.environ.get('LOCAL_WORLD_SIZE', process_count())) if process_count() > 1 else 1
 
 
 def share_of(count: int) -> range:
-    """The indices, of ``count``, that this process has; shares are runs that differ by one in length at most."""
+    """Returns the indices, of ``count``, of this process; shares are runs that differ by one in length at most."""
     processes, own = process_count(), process_index()
     return range(count * own // processes, count * (own + 1) // processes)
 
 
 def aligned_batches(count: int, size: int, first: int = 0) -> list[slice]:
-    """Slices of a share that cut the whole into batches of ``size`` where one process would.
+    """Returns slices of a share that cut the whole into batches of ``size`` where one process would.
 
     Args:
         count: Length of the share.
-        size: Of a batch.
+        size: Size of a batch.
         first: Index of the share's first element in the whole.
+
+    Example:
+        >>> aligned_batches(5, 4, first=2)
+        [slice(0, 2, None), slice(2, 5, None)]
     """
     stops = [*range(size - first % size, count, size), count]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False) if stop > start]
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in their order."""
-    found: list[T] = all_gather_object(value)
+    """Returns the values of all processes, in their order."""
+    found: list[T] = dist.all_gather_object(value)
     return found
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Calls ``function`` in the first process alone; all get its result, or raise its error."""
+    """Calls ``function`` in the first process alone; every process returns its result, or raises its error."""
     if process_count() == 1:
         return function()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if is_main_process():
+    if dist.is_main_process():
         try:
             outcome = [(function(), None)]
         except Exception as error:
             outcome = [(None, error)]
-    broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome)
     result, failure = outcome[0]
     if failure is not None:
         raise failure
@@ -133,43 +130,35 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def mean_over(total: float, count: int) -> float:
-    """Sum of the ``total`` of all processes over the sum of their ``count``."""
-    if process_count() == 1:
-        return total / count
-    parts = gather((total, count))
-    return sum(part for part, _ in parts) / sum(number for _, number in parts)
+    """Returns the sum of the ``total`` of all processes over the sum of their ``count``."""
+    totals, counts = zip(*gather((total, count)), strict=True)
+    return sum(totals) / sum(counts)
 
 
 def average(tensors: Iterable[Tensor | None]) -> None:
     """Replaces each tensor by its mean over the processes, in one message; None stands for no tensor."""
-    if process_count() == 1:
-        return
     present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
+    if process_count() == 1 or not present:
         return
     message = torch.cat([tensor.reshape(-1) for tensor in present])
-    all_reduce(message, op='mean')
+    dist.all_reduce(message, op='mean')
     for tensor, mean in zip(present, message.split([tensor.numel() for tensor in present]), strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 
 def largest(value: int) -> int:
-    """The largest ``value`` of all processes."""
+    """Returns the largest ``value`` of all processes."""
     return max(gather(value))
 
 
 def take_from_main(model: nn.Module) -> None:
-    """Gives the model of every process the bits of the first one's: kinds of processors differ in last bits."""
+    """Copies the first process's model into that of every process: kinds of processors differ in last bits."""
     if process_count() > 1:
         model.load_state_dict(on_main(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))
 
 
 def check_same_bits(model: nn.Module) -> str:
-    """Hash of all parameters and buffers, the same in every process.
-
-    Raises:
-        ProcessError: It is not.
-    """
+    """Returns a hash of all parameters and buffers; ProcessError where it is not the same in every process."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -182,8 +171,6 @@ def check_same_bits(model: nn.Module) -> str:
 
 
 def _first_host() -> str:
-    """The machine of the first process: what slurm lists first, else this one."""
+    """Returns the machine of the first process: the first in slurm's list, else this one."""
     hosts = os.environ.get('SLURM_NODELIST')
-    if hosts is None:
-        return socket.gethostname()
-    return subprocess.getoutput(f'scontrol show hostname {hosts} | head -n1')
+    return socket.gethostname() if hosts is None else subprocess.getoutput(f'scontrol show hostname {hosts} | head -n1')

@@ -87,7 +87,7 @@ def test_what_the_launcher_told_is_passed_on(monkeypatch: pytest.MonkeyPatch, la
 
 def test_gpus_are_joined_as_mmengine_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     joined: list[Any] = []
-    monkeypatch.setattr(distributed, 'init_dist', lambda launcher, **options: joined.append((launcher, options)))
+    monkeypatch.setattr(distributed.dist, 'init_dist', lambda launcher, **options: joined.append((launcher, options)))
     monkeypatch.setattr(distributed.torch.cuda, 'is_available', lambda: True)
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.setenv(name, '1')

@@ -31,7 +31,13 @@ from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, QDropReconstructor, StageOptions
+from mmbrecq.reconstruction import (
+    BRECQReconstructor,
+    FisherLoss,
+    NearestReconstructor,
+    QDropReconstructor,
+    StageOptions,
+)
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +54,7 @@ REFERENCE = {
     '`HistogramObserver`': HistogramObserver,
     'Reconstructor: `BRECQReconstructor`': BRECQReconstructor,
     'Reconstructor: `QDropReconstructor`': QDropReconstructor,
+    'Reconstructor: `NearestReconstructor`': NearestReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
     '`search`, the analysis': AnalysisOptions,
@@ -197,8 +204,8 @@ def test_preset_table_has_the_places() -> None:
     assert table[0][1:] == ['all functions' if preset.fuses is None else 'ReLU, ReLU6' for preset in columns]
     operands = {'none': 'no', 'all': 'both operands', 'shortcut': "the shortcut's"}
     assert table[3][1:] == [operands[preset.add_operands] for preset in columns]
-    assert table[4][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
-    assert table[5][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
+    assert table[5][1:] == ['yes' if preset.conv_outputs else 'no' for preset in columns]
+    assert table[6][1:] == ['yes' if preset.equal_concat else 'no' for preset in columns]
 
 
 def test_preset_page_lists_the_rules() -> None:

@@ -1,4 +1,4 @@
-"""The draw of calibration images: seeded, without replacement, of the training set, without augmentation."""
+"""The draw of calibration images: seeded, without replacement, from the training set, without augmentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader, Dataset
 
-from mmbrecq.building import parse_options
+from mmbrecq.building import check_integer, parse_options
 from mmbrecq.data.data_errors import last_line
 from mmbrecq.data.source import build_source_datasets
 from mmbrecq.distributed import aligned_batches, process_count, share_of
@@ -50,9 +50,7 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f'expected calibration.{name} to be an integer >= {least}, but got {value!r}')
+            check_integer(getattr(self, name), least, f'calibration.{name}')
         if self.selection not in _SELECTIONS:
             raise ConfigError(f'expected calibration.selection in {_SELECTIONS}, but got {self.selection!r}')
 
@@ -85,7 +83,7 @@ def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> Calibrati
     return CalibrationSet(images, order[: options.num_samples], options.batch_size, options.num_workers)
 
 
-class CalibrationSet:
+class CalibrationSet(Dataset[Any]):
     """A fixed list of calibration images, read in the same order every time.
 
     Attributes:
@@ -98,18 +96,27 @@ class CalibrationSet:
     ) -> None:
         self.ids = [images.id_of(index) for index in indices]
         self._images, self._indices, self.first = images, list(indices), first
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def share(self) -> CalibrationSet:
-        """The images of this process.
+    def __getitem__(self, position: int) -> Any:
+        """Loads one image; a :class:`_Failure` stands for one that does not load."""
+        name = self.ids[position]
+        try:
+            data = self._images.load(self._indices[position])
+        except Exception as error:  # a transform may raise anything; the image has to be named with it
+            return _Failure(_explain(error, name))
+        if data is None:
+            return _Failure(f'image {name} cannot be read: the pipeline returned nothing for it')
+        inputs = data.get('inputs') if isinstance(data, dict) else None
+        if isinstance(inputs, torch.Tensor) and not bool(torch.isfinite(inputs).all()):
+            return _Failure(f'image {name} holds non-finite values')
+        return data
 
-        Raises:
-            DataError: There is not one for every process.
-        """
+    def share(self) -> CalibrationSet:
+        """Returns the images of this process; DataError where there is not one for every process."""
         if len(self) < process_count():
             raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))
@@ -134,9 +141,9 @@ class CalibrationSet:
             DataError: An image cannot be read or holds a non-finite value.
         """
         loader = DataLoader(
-            _Chosen(self._images, self._indices),
+            self,
             batch_sampler=[
-                list(range(part.start, part.stop)) for part in aligned_batches(len(self), self.batch_size, self.first)
+                [*range(part.start, part.stop)] for part in aligned_batches(len(self), self.batch_size, self.first)
             ],
             num_workers=self.num_workers,
             collate_fn=_collate,
@@ -173,52 +180,28 @@ class _Images:
             for part in self._datasets
         )
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """The dataset and the index in it."""
+    def locate(self, index: int) -> tuple[int, Any, int]:
+        """Returns the number of a dataset, the dataset, and the index in it."""
         part = bisect_right(self._ends, index)
-        return part, index - (self._ends[part - 1] if part else 0)
+        return part, self._datasets[part], index - (self._ends[part - 1] if part else 0)
 
     def id_of(self, index: int) -> str:
-        """Name of an image; with several datasets, the dataset's number stands before it."""
-        part, inner = self.locate(index)
-        dataset = self._datasets[part]
+        """Returns the name of an image; with several datasets, the dataset's number stands before it."""
+        part, dataset, inner = self.locate(index)
         info = dataset.get_data_info(inner) if hasattr(dataset, 'get_data_info') else {}
-        path = info.get('img_path')
-        if path:
-            name = _relative(str(path), getattr(dataset, 'data_root', None))
-        else:
-            name = str(info.get('img_id', info.get('sample_idx', inner)))
+        name = str(info.get('img_id', info.get('sample_idx', inner)))
+        if info.get('img_path'):
+            name = path = str(info['img_path'])
+            if root := getattr(dataset, 'data_root', None):
+                relative = os.path.relpath(path, root)
+                name = path if relative.startswith(os.pardir) else relative
         return name if len(self._datasets) == 1 else f'{part}:{name}'
 
     def load(self, index: int) -> Any:
-        """One image through the pipeline, None where the pipeline gave it up."""
-        part, inner = self.locate(index)
-        dataset = self._datasets[part]
+        """Returns one image through the pipeline, None where the pipeline gave it up."""
+        _, dataset, inner = self.locate(index)
         # Past __getitem__, which puts a random other image in the place of one that cannot be read
         return dataset.prepare_data(inner) if hasattr(dataset, 'prepare_data') else dataset[inner]
-
-
-class _Chosen(Dataset[Any]):
-    """The drawn images as torch's loader takes them."""
-
-    def __init__(self, images: _Images, indices: Sequence[int]) -> None:
-        self._images = images
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, position: int) -> Any:
-        index = self._indices[position]
-        try:
-            data = self._images.load(index)
-        except Exception as error:  # a transform may raise anything; the image has to be named with it
-            return _Failure(_explain(error, self._images.id_of(index)))
-        if data is None:
-            return _Failure(f'image {self._images.id_of(index)} cannot be read: the pipeline returned nothing for it')
-        if not _is_finite(data):
-            return _Failure(f'image {self._images.id_of(index)} holds non-finite values')
-        return data
 
 
 def _collate(samples: list[Any]) -> Any:
@@ -231,18 +214,6 @@ def _explain(error: Exception, name: str) -> str:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else 'it is no image, or damaged'
         return f'image {name} cannot be read: {reason}'
     return f'the pipeline fails on image {name}: {type(error).__name__}: {message}'
-
-
-def _is_finite(data: Any) -> bool:
-    inputs = data.get('inputs') if isinstance(data, dict) else None
-    return not isinstance(inputs, torch.Tensor) or bool(torch.isfinite(inputs).all())
-
-
-def _relative(path: str, root: str | None) -> str:
-    if not root:
-        return path
-    relative = os.path.relpath(path, root)
-    return path if relative.startswith(os.pardir) else relative
 
 
 def _name_order(name: str) -> tuple[list[str | int], str]:

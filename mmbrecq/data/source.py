@@ -39,22 +39,13 @@ def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline:
         ConfigError: There is no dataset or no pipeline in the config, or a type or argument in it is unknown.
         DataError: The files are missing or are those of the test or validation set.
     """
-    if dataset is None:
-        dataset = _dataset_of(cfg, 'train_dataloader')
-    if dataset is None:
+    if dataset is None and (dataset := _dataset_of(cfg, 'train_dataloader')) is None:
         raise ConfigError('expected train_dataloader.dataset or calibration.dataset, but the config has neither')
     sources = _unwrap(dataset)
     _refuse_test_files(cfg, sources)
-    if pipeline is None:
-        pipeline = _test_pipeline(cfg)
-    pipeline = annotations_first(pipeline)
+    pipeline = annotations_first(_test_pipeline(cfg) if pipeline is None else pipeline)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return [_build({**copy.deepcopy(dict(source)), 'pipeline': copy.deepcopy(pipeline)}) for source in sources]
-
-
-def describe_location(source: Mapping[str, Any]) -> str:
-    """Names the files of a dataset config for an error message."""
-    return ', '.join(_locations(source)) or _type_name(source)
 
 
 def _dataset_of(cfg: Config, loader: str) -> dict[str, Any] | None:
@@ -62,9 +53,10 @@ def _dataset_of(cfg: Config, loader: str) -> dict[str, Any] | None:
     return dataset
 
 
-def _type_name(source: Mapping[str, Any]) -> str:
-    kind = source.get('type')
-    return kind if isinstance(kind, str) else getattr(kind, '__name__', 'dataset')
+def _type_name(cfg: Any) -> str:
+    """Returns the type of a dataset or transform, without its scope; an empty name where there is none."""
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else cfg
+    return kind.rsplit('.', 1)[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def _unwrap(dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -78,11 +70,16 @@ def _unwrap(dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return _unwrap(dataset['dataset'])
 
 
+def _held_out(cfg: Config) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the datasets of test and validation, each with the name of its loader."""
+    loaders = ('test_dataloader', 'val_dataloader')
+    return [(loader, source) for loader in loaders for source in _unwrap(_dataset_of(cfg, loader) or {}) if source]
+
+
 def _test_pipeline(cfg: Config) -> list[Any]:
-    for loader in ('test_dataloader', 'val_dataloader'):
-        for source in _unwrap(_dataset_of(cfg, loader) or {}):
-            if source.get('pipeline'):
-                return list(source['pipeline'])
+    for _, source in _held_out(cfg):
+        if source.get('pipeline'):
+            return list(source['pipeline'])
     raise DataError(
         'expected the pipeline of calibration images in test_dataloader.dataset or calibration.pipeline, '
         'but the config has neither'
@@ -90,14 +87,16 @@ def _test_pipeline(cfg: Config) -> list[Any]:
 
 
 def _refuse_test_files(cfg: Config, sources: list[Mapping[str, Any]]) -> None:
-    for loader in ('test_dataloader', 'val_dataloader'):
-        for held_out in _unwrap(_dataset_of(cfg, loader) or {}):
-            for source in sources:
-                if held_out and _chosen_files(held_out) == _chosen_files(source):
-                    raise DataError(
-                        f'expected calibration images from the training set, but got those of {loader}: '
-                        f'{describe_location(source)}'
-                    )
+    for loader, held_out in _held_out(cfg):
+        for source in sources:
+            if _chosen_files(held_out) == _chosen_files(source):
+                raise DataError(
+                    f'expected calibration images from the training set, but got those of {loader}: {_where(source)}'
+                )
+
+
+def _where(source: Mapping[str, Any]) -> str:
+    return ', '.join(_locations(source)) or _type_name(source)
 
 
 def _chosen_files(source: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -117,7 +116,6 @@ def _locations(source: Mapping[str, Any]) -> list[str]:
 
 def _build(source: dict[str, Any]) -> Any:
     """Builds one dataset and reads its list of images."""
-    where = describe_location(source)
     try:
         dataset = DATASETS.build(source)
         if hasattr(dataset, 'full_init'):
@@ -125,51 +123,41 @@ def _build(source: dict[str, Any]) -> Any:
     except MMBrecqError:
         raise
     except Exception as error:  # each dataset has its own way to say that files are missing
-        raise _explain(error, source, where) from error
+        raise _explain(error, source) from error
     if len(dataset) == 0:
-        raise DataError(f'no images found in {where}')
+        raise DataError(f'no images found in {_where(source)}')
     return dataset
 
 
-def _explain(error: Exception, source: dict[str, Any], where: str) -> MMBrecqError:
-    message = last_line(error)
+def _explain(error: Exception, source: dict[str, Any]) -> MMBrecqError:
+    message, kind = last_line(error), _type_name(source)
     unknown_type = isinstance(error, KeyError) and 'is not in the' in message
     if unknown_type or (isinstance(error, TypeError) and 'argument' in message):
         return ConfigError(f'the dataset of calibration images cannot be built: {explain_build_error(error)}')
     missing = [path for path in _locations(source) if '://' not in path and not Path(path).exists()]
     if missing:
-        return DataError(f'{missing[0]} does not exist, but the images of {_type_name(source)} are expected there')
+        return DataError(f'{missing[0]} does not exist, but the images of {kind} are expected there')
     # mmengine packs the list of images into one array, and NumPy has no array of none
     if isinstance(error, ValueError) and 'need at least one array' in message:
-        return DataError(f'no images found in {where}')
-    return explain_data_error(error) or DataError(
-        f'{_type_name(source)} cannot read {where}: {type(error).__name__}: {message}'
-    )
+        return DataError(f'no images found in {_where(source)}')
+    text = f'{kind} cannot read {_where(source)}: {type(error).__name__}: {message}'
+    return explain_data_error(error) or DataError(text)
 
 
 def annotations_first(pipeline: Sequence[Any]) -> list[Any]:
-    """The pipeline with annotations loaded right after the image.
+    """Returns the pipeline with annotations loaded right after the image.
 
     mmdet's test pipelines load them after the image was resized, as its evaluators want them: in the pixels of the
-    file. A task loss wants boxes where the network sees the objects. The images are the same either way.
+    file. A task loss needs boxes in the pixels that the network sees. The images are the same either way.
     """
-    loads = [transform for transform in pipeline if _kind(transform).startswith('LoadAnnotations')]
+    loads = [transform for transform in pipeline if _type_name(transform).startswith('LoadAnnotations')]
     others = [transform for transform in pipeline if transform not in loads]
-    images = [index for index, transform in enumerate(others) if _kind(transform).startswith('LoadImage')]
-    place = images[-1] + 1 if images else 0
-    return [*others[:place], *loads, *others[place:]]
+    images = [index for index, transform in enumerate(others) if _type_name(transform).startswith('LoadImage')]
+    start = images[-1] + 1 if images else 0
+    return [*others[:start], *loads, *others[start:]]
 
 
 def has_annotations(batches: Iterable[Mapping[str, Any]]) -> bool:
     """Whether any image has a class label, or an object with its box."""
-    return any(_is_annotated(sample) for batch in batches for sample in batch['data_samples'])
-
-
-def _is_annotated(sample: Any) -> bool:
-    return 'gt_label' in sample or len(sample.get('gt_instances', ())) > 0
-
-
-def _kind(transform: Any) -> str:
-    """Name of a transform's type, without its scope."""
-    kind = transform.get('type') if isinstance(transform, Mapping) else transform
-    return kind.rsplit('.', 1)[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+    samples = (sample for batch in batches for sample in batch['data_samples'])
+    return any('gt_label' in sample or len(sample.get('gt_instances', ())) > 0 for sample in samples)

@@ -1,4 +1,4 @@
-"""The steps of mixed precision, as the tools run them: measure sensitivities, choose bits, write them down."""
+"""Mixed precision as the tools run it: measure sensitivities, choose bits, write the config that has them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,8 @@ from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
-from mmbrecq.mixed_precision.search import (
-    SearchOptions,
-    SearchResult,
-    build_problem,
-    describe_choice,
-    find_front,
-    write_bit_config,
-)
-from mmbrecq.mixed_precision.search.bits import RESULT
+from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_front
+from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
 from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.bits import choice_text
@@ -34,7 +27,7 @@ FOLDER = 'search'
 
 
 def search_options(cfg: Config) -> SearchOptions:
-    """What of the config's ``search`` is about the choice; ConfigError where it has an unknown option."""
+    """Returns the options of the search in the config's ``search``; ConfigError where it has an unknown option."""
     return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
 
 
@@ -69,8 +62,8 @@ def choose_bits(
     Args:
         cfg: The config.
         path: Its file.
-        budgets: Those of the command line, which go before those of the config.
-        table_path: What the analysis wrote.
+        budgets: Those of the command line, which override those of the config.
+        table_path: The table of the analysis.
         out: The config to write; ``search.json`` comes beside it.
     """
     options = search_options(cfg)
@@ -102,7 +95,7 @@ def choose_bits(
 
 
 def chosen_bits(cfg: Config, path: str) -> Path | None:
-    """The file of the choice that a run is to have, None where the config asks for none.
+    """Returns the file of the bits that were chosen for a run, None where the config asks for none.
 
     Where it asks for a search, the sensitivities are measured and the bits chosen here, and ``cfg`` gets them.
     """

@@ -58,8 +58,8 @@ class ConcreteProxy(fx.Proxy):
         """Value of this node for the example input."""
         return self.node.meta['example']
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self.example) if isinstance(self.example, Tensor) else type(self)
 
     def __getattr__(self, name: str) -> Any:

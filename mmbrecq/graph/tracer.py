@@ -11,7 +11,9 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,9 @@ class ConcreteTracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
+        if kind == 'call_function' and isinstance(target, FunctionType) and not target.__module__.startswith('torch.'):
+            # torch.fx.wrap makes one call of it: the layers within would stay in float
+            return target(*args, **kwargs)
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
@@ -337,7 +342,8 @@ class _Unwatched:
 @contextmanager
 def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     """Puts back the attributes that tracing sets; parameters and buffers must not change at all."""
-    attributes = [(module, dict(vars(module))) for module in entry.modules()]
+    # buffers and caches that are set lie in dicts
+    attributes = [(m, {k: copy(v) if type(v) is dict else v for k, v in vars(m).items()}) for m in entry.modules()]
     state = [(name, t, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Bits that a search has chosen, within a run: the rounding that its analysis has learned, and what they lose."""
+"""Bits that a search has chosen, in a run: the rounding that its analysis has learned, and their measured loss."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.analyzer import load_layers, state_path
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, output_loss
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, loss_inputs, output_loss
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
 
 
 class ChosenBits:
-    """A choice of bits.
+    """Bits that a search has chosen.
 
     Args:
-        path: What the search wrote.
-        reuse: Whether the rounding that the analysis has learned is taken; else every unit is reconstructed again.
+        path: The ``search.json`` of the search.
+        reuse: Whether the rounding that the analysis has learned is used; else every unit is reconstructed again.
     """
 
     def __init__(self, path: Path, reuse: bool) -> None:
@@ -42,7 +42,7 @@ class ChosenBits:
             )
 
     def obstacle(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
-        """Why the rounding of the analysis cannot be taken, in words; None where it can.
+        """Says why the first pass of a run cannot use the rounding of the analysis; None where it can.
 
         Args:
             stage: The first pass of the run.
@@ -56,7 +56,7 @@ class ChosenBits:
         return f'the analysis was of another {other[0]}' if other else None
 
     def check(self, model: QuantizedModel) -> None:
-        """Raises ConfigError where the prepared model has other bits than were chosen: a config edited by hand."""
+        """Raises ConfigError where the prepared model has other bits than were chosen: the config was edited."""
         bits = {layer.name: (layer.weight_bits, layer.activation_bits) for layer in model.layers}
         for name, wanted in self.result.bits.items():
             weight, activation = bits.get(name, (None, None))
@@ -67,19 +67,18 @@ class ChosenBits:
                 )
 
     def take_up(self, task: Task, stage: Stage) -> Task:
-        """The task with the rounding of the analysis in its model; units that have all of it are done in this pass."""
+        """Loads the rounding of the analysis into a task's model; units that have all of it are done in this pass."""
         done = set(task.done)
-        for part in task.model.graphs:
-            for unit in part.units:
-                paths = self._paths(unit)
-                if paths and all(path.exists() for path in paths.values()):
-                    for layer, path in paths.items():
-                        load_layers(task.model.model, (layer,), path)
-                    done.add((stage.name, unit.name))
+        for unit in (unit for graph in task.model.graphs for unit in graph.units):
+            paths = self._paths(unit)
+            if paths and all(path.exists() for path in paths.values()):
+                for layer, path in paths.items():
+                    load_layers(task.model.model, (layer,), path)
+                done.add((stage.name, unit.name))
         return replace(task, done=frozenset(done))
 
     def _paths(self, unit: ReconstructionUnit) -> dict[str, Path]:
-        """The state of every layer of a unit, at the bits that it has; none where no bits were searched."""
+        """Returns the file of the state of every layer of a unit, at its bits; none where no bits were searched."""
         chosen = {name: self.result.bits[name] for name in unit.layers if name in self.result.bits}
         numbers = [bits for bits in chosen.values() if bits is not None]
         # a layer whose bits are fixed is in the states of all candidates, learned beside others of those bits
@@ -90,17 +89,14 @@ class ChosenBits:
         }
 
     def measure(self, task: Task) -> float:
-        """The rise of the loss with all that was searched quantized, and everything else in float."""
+        """Measures the rise of the loss with all that was searched quantized, and everything else in float."""
         total = 0.0
         for part in task.model.graphs:
             layers = {name for name, _, _ in part.weights() if name in self.result.bits}
             read = part.read_quantizers()
             quantizers = {path for name in self.result.activation_bits for path in read.get(name, ())}
             if layers or quantizers:
-                inputs = task.images
-                if self.result.images is not None:
-                    inputs = inputs[: max(self.result.images - task.first, 0)]
-                if part.is_region:
-                    inputs = task.regions.pairs(part, weights=False, activations=False)[0]
+                images = None if self.result.images is None else max(self.result.images - task.first, 0)
+                inputs = loss_inputs(task, part, images)
                 total += output_loss(task, part, inputs, self.needs_task_loss).of(layers, quantizers)
         return total

@@ -59,13 +59,7 @@ class StreamingHistogram:
         return -self.start
 
     def add(self, x: Tensor, low: float, high: float) -> None:
-        """Counts every value of ``x``.
-
-        Args:
-            x (Tensor): Finite float values of any shape.
-            low: Smallest value of ``x``.
-            high: Largest value of ``x``.
-        """
+        """Counts every value of ``x``, finite floats of any shape between ``low`` and ``high``."""
         self.counts = self.counts.to(x.device)
         self._cover(low, high)
         for chunk in torch.split(x.reshape(-1), CHUNK):
@@ -74,11 +68,7 @@ class StreamingHistogram:
             self.counts += torch.bincount(index, minlength=self.bins)
 
     def merge(self, other: StreamingHistogram) -> None:
-        """Adds the counts of ``other``, exactly; ``other`` stays as it is.
-
-        Raises:
-            ConfigError: If the numbers of bins differ.
-        """
+        """Adds the counts of ``other``, exactly; ConfigError if the numbers of bins differ."""
         if other.bins != self.bins:
             raise ConfigError(f'expected a histogram of {self.bins} bins to merge, but got {other.bins}')
         if other.low > other.high:
@@ -88,12 +78,12 @@ class StreamingHistogram:
         self.counts = self.counts.to(counts.device) + counts
 
     def centers(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Middle of every bin, kept within the observed values; ``(bins,)``."""
+        """Returns the middle of every bin, kept within the observed values; ``(bins,)``."""
         index = torch.arange(self.start, self.start + self.bins, device=self.counts.device)
         return ((index.to(dtype) + 0.5) * self.width).clamp(self.low, self.high)
 
     def percentile(self, q: float) -> float:
-        """The ``q``-th percentile (0 to 100), linear between values, to within a bin's width."""
+        """Returns the ``q``-th percentile (0 to 100), linear between values, to within a bin's width."""
         total = self.counts.cumsum(0)
         rank = q / 100 * (int(total[-1]) - 1)
         index = int(torch.searchsorted(total, torch.tensor(math.floor(rank), device=total.device), right=True))
@@ -104,14 +94,11 @@ class StreamingHistogram:
 
     def state(self) -> dict[str, Any]:
         """Returns everything that :meth:`load_state` needs."""
-        numbers = {name: getattr(self, name) for name in ('bins', 'low', 'high', 'exponent', 'start')}
-        return {**numbers, 'counts': self.counts.clone()}
+        return {**vars(self), 'counts': self.counts.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state` returned."""
-        for name in ('bins', 'low', 'high', 'exponent', 'start'):
-            setattr(self, name, state[name])
-        self.counts = state['counts'].clone()
+        vars(self).update(state, counts=state['counts'].clone())
 
     def _cover(self, low: float, high: float) -> None:
         """Widens the bins by the least power of two that spans ``low``, ``high``, 0 and all earlier values."""
@@ -129,7 +116,7 @@ class StreamingHistogram:
 
 
 def _bin(value: float, exponent: int) -> int:
-    """Index of the bin of width ``2**exponent`` that holds ``value``."""
+    """Returns the index of the bin of width ``2**exponent`` that holds ``value``."""
     return math.floor(math.ldexp(value, -exponent))
 
 

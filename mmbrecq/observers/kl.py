@@ -23,10 +23,6 @@ def fill_zero_bin(counts: Tensor, zero_bin: int) -> Tensor:
 
     The zeros that ReLU makes are exact on every grid; left in, their spike would decide the range alone (NVIDIA's
     entropy calibrator sets ``bin[0] = bin[1]`` for this reason).
-
-    Args:
-        counts (Tensor): ``(K,)``.
-        zero_bin: Index of the bin that begins at 0.
     """
     neighbours = [counts[i] for i in (zero_bin - 1, zero_bin + 1) if 0 <= i < counts.numel()]
     filled = counts.clone()
@@ -43,10 +39,7 @@ def kl_divergence(counts: Tensor, levels: Tensor, inside: Tensor) -> Tensor:
     Args:
         counts (Tensor): ``(K,)`` counts, not negative.
         levels (Tensor): ``(K,)`` int64, level of every bin, from 0.
-        inside (Tensor): ``(K,)`` bool, one contiguous run.
-
-    Returns:
-        Tensor: ``()``; infinite when no value lies inside.
+        inside (Tensor): ``(K,)`` bool, one contiguous run; the divergence is infinite when no value lies inside.
     """
     held = counts[inside]
     if held.sum() == 0:

@@ -37,12 +37,10 @@ CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
 
 
 def range_factors(steps: int, length: int, qtype: QType) -> list[float]:
-    """Multipliers of the range in falling order, 1 among them.
+    """Returns the multipliers of the range in falling order, 1 among them.
 
-    Args:
-        steps: Number of linear steps between 1 and 0.2; 80 gives the reference's spacing of 0.01.
-        length: Number of values in a row; long rows get every fourth multiplier.
-        qtype: The grid; short rows on a symmetric signed one start at 1.2.
+    There are ``steps`` linear ones between 1 and 0.2; 80 give the reference's spacing of 0.01. Rows of more values than
+    128, ``length``, get every fourth; shorter ones on a symmetric signed grid start at 1.2.
     """
     spacing = (1 - LINEAR_END) / steps
     tail = [LINEAR_END * TAIL_RATIO**i for i in range(TAIL_STEPS)]
@@ -55,7 +53,7 @@ def range_factors(steps: int, length: int, qtype: QType) -> list[float]:
 def power_loss(
     rows: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, p: float, counts: Tensor | None = None
 ) -> Tensor:
-    """``sum |x - q(x)|^p`` of every row, weighted by ``counts``.
+    """Returns ``sum |x - q(x)|^p`` of every row, weighted by ``counts``.
 
     Args:
         rows (Tensor): ``(R, N)`` values.
@@ -98,23 +96,16 @@ class _RowSearch:
         self.spacing = rows.new_zeros(rows.shape[0])
 
     def offer(self, scale: Tensor, zero_point: Tensor, spacing: Tensor) -> None:
-        """Takes over what loses less, row by row.
-
-        Args:
-            scale (Tensor): ``(K, R)`` candidates.
-            zero_point (Tensor): ``(K, R)``.
-            spacing (Tensor): ``(K, R)`` distance to the next candidate, relative to the scale.
-        """
+        """Keeps the candidates ``(K, R)`` that lose less, with the distance to the next one relative to the scale."""
         size = max(1, _block(self.rows) // self.rows.numel())
         for candidates in zip(*(torch.split(v, size) for v in (scale, zero_point, spacing)), strict=True):
             loss = power_loss(self.rows, candidates[0], candidates[1], self.qtype, self.p, self.counts)
             least, index = loss.min(dim=0)
             better = least < self.loss
             self.loss = torch.where(better, least, self.loss)
-            found = [values.gather(0, index[None])[0] for values in candidates]
-            self.scale = torch.where(better, found[0], self.scale)
-            self.zero_point = torch.where(better, found[1], self.zero_point)
-            self.spacing = torch.where(better, found[2], self.spacing)
+            for name, values in zip(('scale', 'zero_point', 'spacing'), candidates, strict=True):
+                found = values.gather(0, index[None])[0]
+                setattr(self, name, torch.where(better, found, getattr(self, name)))
 
     def shrink(self, low: Tensor, high: Tensor, factors: list[float]) -> None:
         """Offers the ranges ``[low, high]`` times ``factors``."""
@@ -142,13 +133,7 @@ class _RowSearch:
 
 
 def mse_search(
-    rows: Tensor,
-    low: Tensor,
-    high: Tensor,
-    qtype: QType,
-    p: float = 2.4,
-    steps: int = 80,
-    counts: Tensor | None = None,
+    rows: Tensor, low: Tensor, high: Tensor, qtype: QType, p: float = 2.4, steps: int = 80, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Finds the scale and zero-point of every row that minimise ``sum |x - q(x)|^p``.
 
@@ -183,7 +168,7 @@ def mse_search(
 
 
 def _block(rows: Tensor) -> int:
-    """Number of values to work on at once where ``rows`` are."""
+    """Returns the number of values to work on at once on the device of ``rows``."""
     return CPU_BLOCK if rows.device.type == 'cpu' else DEVICE_BLOCK
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.schema import decode, encode
@@ -118,14 +119,6 @@ class Calibration:
 
     num_samples: int = 0
     ids_file: str = ''
-
-
-@dataclass
-class KernelCount:
-    """Layers that carry quantization in the exported file, and those the runtime executes in integers."""
-
-    quantized: int = 0
-    integer: int = 0
 
 
 @dataclass

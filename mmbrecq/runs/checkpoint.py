@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,10 +30,9 @@ def load_float_checkpoint(
 ) -> dict[str, Any]:
     """Loads trained weights into ``model``, on the model's device and in its dtypes.
 
-    The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's ``EMAHook``
-    ran, these are the averaged weights: before it saves, the hook swaps the average into ``state_dict`` and the raw
-    weights into ``ema_state_dict``, which is therefore left alone. So did mmcv 1's, which kept the raw weights in the
-    same dict under ``ema_backbone_conv1_weight`` and the like; those are left out.
+    The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's or mmcv's
+    ``EMAHook`` ran, these are the averaged weights: the hook swaps the raw ones into ``ema_state_dict`` or, in mmcv 1,
+    into the same dict under ``ema_backbone_conv1_weight`` and the like; those are left out.
 
     Every key must be there and fit, but for two kinds that cannot change an output: ``num_batches_tracked`` of a
     batch norm in evaluation, and all of ``data_preprocessor``, whose mean and std come from the config.
@@ -63,14 +61,11 @@ def load_float_checkpoint(
     try:
         # Through the model's own hooks, by which modules adapt the weights of older versions
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        misfit = _Misfit(_that_matter(missing), _that_matter(unexpected))
+        misfit = _describe(_that_matter(missing), _that_matter(unexpected))
     except RuntimeError as error:
-        misfit = _compare(own, weights)
-        if not misfit:
-            reason = ' '.join(str(error).split())
-            raise CheckpointError(f'{path} does not fit the model: {reason}') from error
+        misfit = _compare(own, weights, exact=False) or ' '.join(str(error).split())
     if misfit:
-        raise CheckpointError(f'{path} does not fit the model: {misfit.describe()}')
+        raise CheckpointError(f'{path} does not fit the model: {misfit}')
     return _meta_of(checkpoint)
 
 
@@ -93,56 +88,36 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
     if 'state_dict' not in checkpoint:
         raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
     weights = _weights_of(checkpoint, path)
-    misfit = _compare(model.state_dict(), weights, lenient=False)
+    misfit = _compare(model.state_dict(), weights, exact=True)
     if misfit:
-        raise CheckpointError(f'{path} does not fit the quantized model: {misfit.describe()}')
+        raise CheckpointError(f'{path} does not fit the quantized model: {misfit}')
     _check_finite(weights, path)
     model.load_state_dict(weights, strict=True)
     return _meta_of(checkpoint)
 
 
-@dataclass(frozen=True)
-class _Misfit:
-    """What keeps a file from fitting a model; false where nothing does."""
-
-    missing: list[str]
-    unexpected: list[str]
-    shapes: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes or self.dtypes)
-
-    def describe(self) -> str:
-        """Counts each kind that occurs and names the first of it."""
-        parts = []
-        if self.missing:
-            parts.append(f'{_count(self.missing, "missing key")} (first: {_first(self.missing)})')
-        if self.unexpected:
-            parts.append(f'{_count(self.unexpected, "unexpected key")} (first: {_first(self.unexpected)})')
-        if self.shapes:
-            parts.append(f'{_count(self.shapes, "key")} of another shape (first: {self.shapes[0]})')
-        if self.dtypes:
-            parts.append(f'{_count(self.dtypes, "key")} of another dtype (first: {self.dtypes[0]})')
-        return ', '.join(parts)
+def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, exact: bool) -> str:
+    """Compares the keys, shapes and, if ``exact``, dtypes of a file with those of a model; see :func:`_describe`."""
+    missing, unexpected = [n for n in own if n not in weights], [n for n in weights if n not in own]
+    tensors = {n: (own[n], weights[n]) for n in own if n in weights and isinstance(own[n], Tensor)}
+    tensors = {n: pair for n, pair in tensors.items() if isinstance(pair[1], Tensor)}
+    shapes = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in tensors.items() if a.shape != b.shape}
+    dtypes = {n: (a.dtype, b.dtype) for n, (a, b) in tensors.items() if n not in shapes and a.dtype != b.dtype}
+    if exact:
+        return _describe(missing, unexpected, ('shape', shapes), ('dtype', dtypes))
+    return _describe(_that_matter(missing), _that_matter(unexpected), ('shape', shapes))
 
 
-def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, lenient: bool = True) -> _Misfit:
-    """Holds the keys, shapes and, unless ``lenient``, the dtypes of a file against those of a model."""
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    shapes, dtypes = [], []
-    for name, tensor in own.items():
-        given = weights.get(name)
-        if not isinstance(tensor, Tensor) or not isinstance(given, Tensor):
-            continue
-        if given.shape != tensor.shape:
-            shapes.append(f'{name} expected {tuple(tensor.shape)} but got {tuple(given.shape)}')
-        elif given.dtype != tensor.dtype and not lenient:
-            dtypes.append(f'{name} expected {tensor.dtype} but got {given.dtype}')
-    if lenient:
-        missing, unexpected = _that_matter(missing), _that_matter(unexpected)
-    return _Misfit(missing, unexpected, tuple(shapes), tuple(dtypes))
+def _describe(
+    missing: Sequence[str], unexpected: Sequence[str], *others: tuple[str, Mapping[str, tuple[Any, Any]]]
+) -> str:
+    """Counts each kind of misfit that occurs and names the first of it; empty where there is none."""
+    kinds = (('missing key', missing), ('unexpected key', unexpected))
+    parts = [f'{_count(keys, noun)} (first: {_first(keys)})' for noun, keys in kinds if keys]
+    for what, found in others:
+        for name, (expected, got) in list(found.items())[:1]:
+            parts.append(f'{_count(found, "key")} of another {what} (first: {name} expected {expected} but got {got})')
+    return ', '.join(parts)
 
 
 def _that_matter(keys: Iterable[str]) -> list[str]:
@@ -188,7 +163,7 @@ def _meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return dict(meta) if isinstance(meta, dict) else {}
 
 
-def _count(items: Sequence[str], noun: str) -> str:
+def _count(items: Collection[str], noun: str) -> str:
     return f'{len(items)} {noun}{"" if len(items) == 1 else "s"}'
 
 
@@ -200,7 +175,7 @@ _WEIGHT = '.parametrizations.weight.0'
 
 
 def grids_of(model: nn.Module) -> dict[str, str]:
-    """Range of the integers of every weight and activation, by the path of its layer or quantizer."""
+    """Returns the range of the integers of every weight and activation, by the path of its layer or quantizer."""
     grids = {}
     for name, module in model.named_modules():
         qtype = getattr(module, 'qtype', None)
@@ -211,10 +186,9 @@ def grids_of(model: nn.Module) -> dict[str, str]:
 
 
 def check_grids(model: nn.Module, grids: Mapping[str, str], path: str) -> None:
-    """Refuses the checkpoint ``path``, made with ``grids``, where ``model`` has other ones.
+    """Raises CheckpointError where ``model`` has other grids than ``grids``, those of the checkpoint ``path``.
 
-    Raises:
-        CheckpointError: The number of grids that differ, and the first of them.
+    Integers of all bit-widths lie in the same 8-bit containers, so keys, shapes and dtypes alone do not tell.
     """
     own = grids_of(model)
     others = [name for name in own if own[name] != grids.get(name)]

@@ -1,4 +1,4 @@
-"""What the result of a run depends on, so that it is not gone on with as another one."""
+"""What the result of a run depends on, so that neither it nor its states are continued by another run."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ RESOURCES = frozenset({'cache', 'memory_limit', 'num_workers', 'persistent_worke
 
 
 def describe_config(cfg: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting that counts, by its path in the config, in the config's words."""
+    """Returns every setting that counts, by its path in the config, in the config's words."""
     return {path: value for key in cfg if key not in IGNORED for path, value in _leaves(key, cfg[key])}
 
 
 def first_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """The first setting that differs, in words; None where none does."""
+    """Describes the first setting that differs; None where none does."""
     for key in dict.fromkeys([*now, *before]):
         if before.get(key) != now.get(key):
             return f'{key} was {before.get(key, "not set")} and is {now.get(key, "not set")} now'
@@ -56,7 +56,9 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
-    """Settings in the config's words, weights and images by their hash; the bits of layers are no part of it.
+    """Returns what states of units depend on: settings in the config's words, weights and images by their hash.
+
+    The bits of layers are no part of it.
 
     Args:
         cfg: The config.
@@ -85,7 +87,7 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
 
 
 def _in_words(value: Any) -> str:
-    """A config value, its keys in order."""
+    """Writes a config value with its keys in order."""
     if isinstance(value, Mapping):
         return '{' + ', '.join(f'{key}: {_in_words(value[key])}' for key in sorted(value)) + '}'
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The file by which an interrupted run goes on: units that are done, what they have learned, what was measured."""
+"""The file from which an interrupted run continues: finished units, what they have learned, what was measured."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class Journal:
         self.observed: int | None = None
 
     def load(self) -> bool:
-        """Takes up what an interrupted run of the same kind has left; False where there is nothing.
-
-        The first process reads, and all get what it has read.
+        """Loads the file of an interrupted run in every process; returns False where there is none.
 
         Raises:
             CheckpointError: The file cannot be read, or is of another config, seed or float weights; what differs is
@@ -54,7 +52,7 @@ class Journal:
         self.units, self.metrics, self.observed = found
         return True
 
-    def _read(self) -> tuple[dict[tuple[str, str], FinishedUnit], dict[str, dict[str, float]], int | None] | None:
+    def _read(self) -> tuple[Any, ...] | None:
         for partial in self.path.parent.glob(f'.{self.path.name}.*.partial'):
             # of a process that was killed while it wrote
             partial.unlink(missing_ok=True)
@@ -62,13 +60,8 @@ class Journal:
             return None
         try:
             saved = torch.load(self.path, map_location='cpu', weights_only=True)
-            meta, units = saved['meta'], saved['units']
-            found = {
-                (unit['result']['stage'], unit['result']['name']): FinishedUnit(
-                    UnitResult(**unit['result']), unit['state']
-                )
-                for unit in units
-            }
+            meta = saved['meta']
+            units = [FinishedUnit(UnitResult(**unit['result']), unit['state']) for unit in saved['units']]
             identity, metrics = dict(meta['identity']), dict(meta['metrics'])
         except Exception as error:
             raise CheckpointError(
@@ -80,26 +73,19 @@ class Journal:
             raise CheckpointError(
                 f'{self.path} is of another run: {difference}; go on as it was begun, or start again without --resume'
             )
-        return found, metrics, meta.get('observed')
+        return {(unit.result.stage, unit.result.name): unit for unit in units}, metrics, meta.get('observed')
 
     def add(self, model: nn.Module, unit: ReconstructionUnit, result: UnitResult) -> None:
-        """Takes in a finished unit, and writes the file."""
+        """Adds a finished unit, and writes the file."""
         self.units[result.stage, result.name] = FinishedUnit(result, unit_state(model, unit))
         self.save()
 
     @master_only
     def save(self) -> None:
-        """Writes the file, in the first process.
-
-        Raises:
-            StorageError: It cannot be written; the version before stays.
-        """
+        """Writes the file, in the first process; StorageError where that fails, and the version before stays."""
         units: list[Any] = [{'result': asdict(unit.result), 'state': unit.state} for unit in self.units.values()]
         meta = {
-            'identity': self.identity,
-            'metrics': self.metrics,
-            'observed': self.observed,
-            'config': self.config_text,
+            'identity': self.identity, 'metrics': self.metrics, 'observed': self.observed, 'config': self.config_text,
             'units_done': list(self.units),
-        }
+        }  # fmt: skip
         save_atomic({'units': units, 'meta': meta}, self.path)

@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmbrecq, Python and the installed packages that decide results, and whether kernels are compiled."""
+    """Returns the versions of mmbrecq, Python and the packages that decide results, and the state of the kernels."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
         try:
@@ -34,18 +34,14 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> PeakMemory:
-    """Peak resident bytes of this process, and peak allocated bytes on its GPU."""
+    """Returns the peak resident bytes of this process, and the peak allocated bytes on its GPU."""
     unit = 1 if sys.platform == 'darwin' else 1024
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return PeakMemory(host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, device=device)
 
 
 def model_size(model: QuantizedModel) -> ModelSize:
-    """Bytes of the parameters: all at 32 bits, and with quantized weights at their bits.
-
-    Args:
-        model: Prepared, not packed.
-    """
+    """Returns the bytes of a prepared model's parameters: all at 32 bits, and with quantized weights at their bits."""
     rest, quantizers = other_bytes(model), [fake_quant for _, _, fake_quant in model.weights()]
     packed = (weight_bytes(fq.codes.numel(), fq.scale.numel(), fq.qtype.bits, fq.qtype.symmetric) for fq in quantizers)
     return ModelSize(rest + 4 * sum(fq.codes.numel() for fq in quantizers), round(rest + sum(packed)))

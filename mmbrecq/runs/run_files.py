@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,13 @@ from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.storage import write_text_atomic
 
 
+@dataclass
 class RunFiles:
-    """Writes them, in the first process; each is written whole or stays as it was.
+    """Writes the files of a work dir, in the first process; each is written whole or stays as it was."""
 
-    Args:
-        folder: The work dir.
-        summary: Of the run; it is written as it then is.
-        config_text: The config.
-    """
-
-    def __init__(self, folder: Path, summary: Summary, config_text: str) -> None:
-        self.folder, self.summary, self.config_text = folder, summary, config_text
+    folder: Path
+    summary: Summary
+    config_text: str
 
     @master_only
     def write_summary(self) -> None:
@@ -65,18 +62,14 @@ class RunFiles:
         pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
 
 
+@dataclass
 class RunRecorder(Callback):
-    """Records every finished unit in the journal and the summary: the report can be read half-way through a run.
+    """Records every finished unit in the journal and the summary: the report can be read half-way through a run."""
 
-    Args:
-        model: The model that is reconstructed.
-        summary: Takes the results.
-        journal: Takes the states.
-        files: Writes the summary.
-    """
-
-    def __init__(self, model: QuantizedModel, summary: Summary, journal: Journal, files: RunFiles) -> None:
-        self.model, self.summary, self.journal, self.files = model, summary, journal, files
+    model: QuantizedModel
+    summary: Summary
+    journal: Journal
+    files: RunFiles
 
     def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
         self.summary.add_unit(result)
@@ -103,9 +96,7 @@ def rehearsal_text(found: pipeline.Rehearsal) -> str:
         f'{path} stays one call: {why}' for graph in found.model.graphs for path, why in graph.traced.opaque.items()
     ]
     lines += map(str, found.deviations)
-    for runtime, count in found.kernels.items():
-        others = f'; in float: {", ".join(count.float_layers)}' if count.float_layers else ''
-        lines.append(f'{runtime} runs {count.integer} of {count.quantized} quantized layers in integers{others}')
+    lines += [count.describe(runtime) for runtime, count in found.kernels.items()]
     lines += [str(found.plan)] if found.plan is not None else []
     if found.seconds is not None:
         lines.append(f'the reconstruction will take about {format_seconds(found.seconds)} on this machine')

@@ -38,19 +38,21 @@ def write_text_atomic(text: str, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside ``path`` to write to, and puts that file in the place of ``path`` when the block ends well.
+    """Yields a path beside ``path`` to write to, and replaces ``path`` by that file when the block ends well.
 
     When the block raises, Ctrl-C included, the partial file is removed and ``path`` stays as it was.
 
     Raises:
-        StorageError: The system refused to write; every other exception of the block passes as it is.
+        StorageError: The system refused to write; every other exception of the block is raised unchanged.
     """
     target = Path(path)
     partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _flush_to_disk(partial)
+        # a rename may reach the disk before the data it names; after a power cut the file would be empty
+        with partial.open('rb+') as file:
+            os.fsync(file.fileno())
         os.replace(partial, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -61,14 +63,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise StorageError(f'cannot write {target}: {reason}') from error
 
 
-def _flush_to_disk(path: Path) -> None:
-    # A rename may reach the disk before the data it names; after a power cut the file would be empty
-    with path.open('rb+') as file:
-        os.fsync(file.fileno())
-
-
 def _write_failure(error: BaseException) -> str | None:
-    """Says in a few words why the system refused to write, or None where ``error`` is of another kind."""
+    """Says in a few words why the system refused to write; None where ``error`` is of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if not isinstance(error, RuntimeError) or not any(mark in str(error) for mark in _TORCH_WRITE_FAILURES):

@@ -134,6 +134,20 @@ def test_chained_concatenations_share_one_grid() -> None:
     assert set(shared.layers) == {'backbone.last', 'backbone.side'}
 
 
+@pytest.mark.parametrize(
+    ('preset', 'expected'),
+    [('openvino', [('relu+second', False)]), ('onnxruntime', [('relu', True), ('second', False)])],
+)
+def test_rectified_and_signed_values_of_a_concatenation(preset: str, expected: list[tuple[str, bool]]) -> None:
+    """ONNX Runtime computes a rectifier within its convolution only where the zero-point is 0."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(torch.cat([F.relu(self.first(x)), self.second(x)], 1))
+
+    found = places(net(forward, first=conv(), second=conv(), last=conv(8, 2)), preset)
+    assert list(zip(targets(found), [place.non_negative for place in found], strict=True))[1:] == expected
+
+
 @pytest.mark.parametrize('preset', PRESETS)
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'vgg'])
 def test_network_outputs_stay_float_and_every_layer_reads_a_grid(preset: str, name: str) -> None:

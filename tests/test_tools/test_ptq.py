@@ -265,3 +265,18 @@ def test_help_explains(run: Any, call: Any) -> None:
         assert word in outcome.out, word
     outcome = call('test', '--help')
     assert outcome.status == 0 and '.onnx' in outcome.out and '--cfg-options KEY=VALUE' in outcome.out
+
+
+def test_a_dry_run_prints_the_work_and_leaves_no_result(run: Any, demo: Path, tmp_path: Path) -> None:
+    outcome = run('ptq', demo, '--dry-run', '--work-dir', tmp_path / 'dry', '--cfg-options', *SHORT)
+    assert outcome.status == 0, outcome.err
+    for word in (
+        'backbone.layer1.0.conv1',
+        'W2A4',
+        '10 units: backbone.conv1',
+        'off its simulation by',
+        'of 21 quantized',
+    ):
+        assert word in outcome.out
+    assert re.search(r'the reconstruction will take about .*\d', outcome.out) and 'cached' in outcome.out
+    assert not [path.name for path in (tmp_path / 'dry').glob('*.*') if path.is_file()]

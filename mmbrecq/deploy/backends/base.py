@@ -6,7 +6,6 @@ import statistics
 import time
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,24 +14,10 @@ import torch
 from torch import Tensor
 
 from mmbrecq.dependencies import require
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError, MMBrecqError, first_line
 
 WARM_UP, FEWEST_RUNS = 2, 3
-
-
-@dataclass(frozen=True)
-class KernelCount:
-    """How many quantized layers a runtime executes with integer arithmetic.
-
-    Args:
-        quantized: Convolutions and linears of the file whose weight is stored as integers, or passes a FakeQuantize.
-        integer: Those among them that the runtime's own execution graph runs in 8-bit integers.
-        float_layers: Names of the others, in the order of the file.
-    """
-
-    quantized: int
-    integer: int
-    float_layers: list[str] = field(default_factory=list)
 
 
 class BaseBackend(metaclass=ABCMeta):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmbrecq.building import build
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError
 from mmbrecq.graph.components import attach, head_file, region_heads
 from mmbrecq.graph.modules import set_forward
@@ -85,6 +86,11 @@ class DeployedModel:
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers of all files that run in integers."""
-        counts = [backend.integer_kernels() for backend in (self.image_backend, *self.heads.values())]
-        float_layers = [layer for count in counts for layer in count.float_layers]
+        backends = {'': self.image_backend, **self.heads}
+        counts = [backend.integer_kernels() for backend in backends.values()]
+        float_layers = {
+            f'{path}:{layer}' if path else layer: reason
+            for path, count in zip(backends, counts, strict=True)
+            for layer, reason in count.float_layers.items()
+        }
         return KernelCount(sum(c.quantized for c in counts), sum(c.integer for c in counts), float_layers)

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend
+from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.verify.onnx_graph import Layer, OnnxGraph
 from mmbrecq.registry import BACKENDS
 
-# Operators of the file that have an integer counterpart, and the index of their weight
-WEIGHT_INPUT = 1
-WEIGHTED_OPS = frozenset({'Conv', 'ConvTranspose', 'Gemm', 'MatMul'})
-# What the optimizer makes of them when they shall run in integers
+# What the optimizer makes of convolutions and linear layers when they shall run in integers
 INTEGER_OPS = frozenset(
     {'QLinearConv', 'ConvInteger', 'QGemm', 'QLinearMatMul', 'MatMulInteger', 'MatMulIntegerToFloat'}
 )
@@ -130,15 +129,28 @@ class ONNXRuntimeBackend(BaseBackend):
         # Nodes are matched by name, and ONNX does not ask for names
         for index, node in enumerate(model.graph.node):
             node.name = node.name or f'{node.op_type}_{index}'
-        dequantized = {out for node in model.graph.node if node.op_type == 'DequantizeLinear' for out in node.output}
-        quantized = [
-            node.name
-            for node in model.graph.node
-            if node.op_type in WEIGHTED_OPS and node.input[WEIGHT_INPUT] in dequantized
-        ]
+        graph = OnnxGraph(model, str(self.path))
+        layers = [layer for layer in graph.layers() if layer.weight_dq is not None]
         integer = self._integer_names(model.SerializeToString()) if self.optimize else set()
-        float_layers = [name for name in quantized if name not in integer]
-        return KernelCount(len(quantized), len(quantized) - len(float_layers), float_layers)
+        float_layers = {
+            layer.node.name: self._float_reason(graph, layer) for layer in layers if layer.node.name not in integer
+        }
+        return KernelCount(len(layers), len(layers) - len(float_layers), float_layers)
+
+    def _float_reason(self, graph: OnnxGraph, layer: Layer) -> str:
+        """Why a quantized layer has no integer kernel, as far as the file shows it."""
+        if not self.optimize:
+            return 'graph optimization is off'
+        maker = graph.producer(layer.data)
+        if graph.quantized_sources(layer.data) is None:
+            return f'its input, from {"the input" if maker is None else maker.op} of the graph, is not quantized'
+        if maker is not None and maker.op != 'DequantizeLinear':
+            return f'{maker.op} stands between the quantization of its input and the layer'
+        readers = graph.consumers(layer.node.outputs[0])
+        if layer.node.op == 'Conv' and not any(reader.op == 'QuantizeLinear' for reader in readers):
+            found = readers[0].op if readers else 'the caller'
+            return f'its output goes to {found} in float'
+        return f'{self.name} has no integer kernel for this {layer.node.op}'
 
     def _integer_names(self, model: bytes) -> set[str]:
         """Names of the integer operators in the optimized graph; a fusion appends ``/What`` to the first name."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend
+from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError
 from mmbrecq.presets import IR_PRESET
 from mmbrecq.registry import BACKENDS
@@ -97,21 +98,27 @@ class OpenVINOBackend(BaseBackend):
             if node.get_type_name() in WEIGHTED_OPS and _has_quantized_weight(node)
         ]
         integer: set[str] = set()
+        others: dict[str, str] = {}
         for node in self._compiled.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()
             if info['layerType'].astype(str) not in WEIGHTED_LAYERS:
                 continue
-            if info['runtimePrecision'].astype(str) in INTEGER_PRECISIONS:
-                names = info['originalLayersNames'].astype(str).split(',')
-                # A dequantization moved behind the layer takes its name, with this word appended
-                integer.update(name.removesuffix('/DequantizationMultiply') for name in names)
-        float_layers = [name for name in quantized if name not in integer]
-        return KernelCount(
-            len(quantized),
-            len(quantized) - len(float_layers),
-            # `openvino.convert_model` gives an operator's own name to the bias addition behind it
-            [name.removesuffix('/WithoutBiases') for name in float_layers],
-        )
+            # A dequantization moved behind the layer takes its name, with this word appended
+            names = {
+                name.removesuffix('/DequantizationMultiply')
+                for name in info['originalLayersNames'].astype(str).split(',')
+            }
+            if (precision := info['runtimePrecision'].astype(str)) in INTEGER_PRECISIONS:
+                integer |= names
+            else:
+                others |= dict.fromkeys(names, f'{self.name} computes it in {precision}')
+        # `openvino.convert_model` gives an operator's own name to the bias addition behind it
+        float_layers = {
+            name.removesuffix('/WithoutBiases'): others.get(name, f'{self.name} fuses it into another operation')
+            for name in quantized
+            if name not in integer
+        }
+        return KernelCount(len(quantized), len(quantized) - len(float_layers), float_layers)
 
 
 def _port_name(port: Any) -> str:

@@ -11,19 +11,22 @@ from mmbrecq.presets import Preset
 def rewrite_for(proto: Any, preset: Preset) -> None:
     """Changes ``proto`` in place; the function it computes stays the same.
 
-    ONNX Runtime computes a linear layer with a float result in integers only where the bias is added apart, and does
-    not look through Flatten, which is a Reshape when it keeps the batch axis. Where a CPU has no VNNI it moves int8
-    weights that need all 8 bits to uint8, one by one, and refuses a file in which two of them share a zero-point.
+    ONNX Runtime computes a linear layer with a float result in integers only where the bias is added apart. It does
+    not look through what moves values from a DequantizeLinear to a layer (Concat, Pad, Slice, Split, Flatten). Where a
+    CPU has no VNNI it moves int8 weights that need all 8 bits to uint8, one by one, and refuses a file in which two of
+    them share a zero-point.
     """
     _drop_aliases(proto.graph)
+    _store_transposed(proto.graph)
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
+        _keep_rank(proto)
         clip_signed_values(proto)
     if preset.bias_apart == 'all':
         _split_bias(proto.graph, ('Conv', 'ConvTranspose', 'Gemm'))
     if preset.bias_apart == 'linear':
-        _flatten_to_reshape(proto.graph)
         _split_bias(proto.graph, ('Gemm',))
+        _quantize_behind_moves(proto)
 
 
 def clip_signed_values(proto: Any) -> None:
@@ -60,6 +63,32 @@ def clip_signed_values(proto: Any) -> None:
     for node in list(proto.graph.node):
         if node.op_type == 'Constant' and node.output[0] not in read:
             proto.graph.node.remove(node)
+
+
+def _keep_rank(proto: Any) -> None:
+    """Writes every Gather of one index as a Gather that keeps its axis and a Squeeze.
+
+    OpenVINO's low-precision transformations (seen with 2026.4) take scales per channel through a Gather and leave them
+    the axis that it drops, after which shapes do not fit, or fit by chance.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    from mmbrecq.deploy.verify.onnx_graph import OnnxGraph
+
+    view, graph = OnnxGraph(proto, 'the exported graph'), proto.graph
+    for node, found in zip(list(graph.node), view.nodes, strict=True):
+        index = view.constant(found.input(1)) if found.op == 'Gather' else None
+        source = view.producer(found.input(0))
+        if index is None or index.ndim or (source is not None and source.op == 'Shape'):
+            continue
+        names = [f'{node.name}/{end}' for end in ('index', 'axis', 'kept')]
+        for name, value in zip(names, (index, found.attributes.get('axis', 0)), strict=False):
+            graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+        squeeze = helper.make_node('Squeeze', [names[2], names[1]], list(node.output), name=f'{node.name}/Squeeze')
+        node.input[1], node.output[0] = names[0], names[2]
+        graph.node.insert(list(graph.node).index(node) + 1, squeeze)
+    _drop_unread(graph)
 
 
 def _drop_aliases(graph: Any) -> None:
@@ -101,18 +130,66 @@ def _own_zero_points(graph: Any) -> None:
             constants[copy.name] = copy
 
 
-def _flatten_to_reshape(graph: Any) -> None:
+def _store_transposed(graph: Any) -> None:
+    """Stores integer weights as their layer reads them, not with a Transpose behind their DequantizeLinear."""
     import numpy as np
     from onnx import helper, numpy_helper
 
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
     for index, node in enumerate(list(graph.node)):
-        if node.op_type != 'Flatten' or any(a.name == 'axis' and a.i != 1 for a in node.attribute):
+        source = makers.get(node.input[0]) if node.op_type == 'Transpose' else None
+        if source is None or source.op_type != 'DequantizeLinear' or source.input[0] not in constants:
             continue
-        shape = f'{node.name}/shape'
-        graph.initializer.append(numpy_helper.from_array(np.array([0, -1], np.int64), shape))
-        new = helper.make_node('Reshape', [node.input[0], shape], list(node.output), name=node.name)
+        integers = numpy_helper.to_array(constants[source.input[0]])
+        perms = [list(a.ints) for a in node.attribute if a.name == 'perm']
+        perm = perms[0] if perms else list(range(integers.ndim))[::-1]
+        axes = [perm.index(a.i % integers.ndim) for a in source.attribute if a.name == 'axis']
+        name = f'{source.input[0]}/{"".join(map(str, perm))}'
+        if name not in constants:
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(integers.transpose(perm)), name))
+            constants[name] = graph.initializer[-1]
+        new = helper.make_node(
+            'DequantizeLinear', [name, *source.input[1:]], list(node.output), name=f'{node.name}/weight'
+        )  # fmt: skip
+        new.attribute.extend(helper.make_attribute('axis', axis) for axis in axes)
         graph.node.remove(node)
         graph.node.insert(index, new)
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
+        graph.node.remove(node)
+    _drop_unread(graph)
+
+
+def _quantize_behind_moves(proto: Any) -> None:
+    """Quantizes what a layer reads right before it, where other nodes moved it there; it lies on that grid already."""
+    from onnx import helper
+
+    from mmbrecq.deploy.verify.onnx_graph import OnnxGraph
+
+    view = OnnxGraph(proto, 'the exported graph')
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    for tensor in dict.fromkeys(layer.data for layer in view.layers() if layer.weight_dq is not None):
+        maker = view.producer(tensor)
+        sources = view.quantized_sources(tensor)
+        if maker is None or maker.op == 'DequantizeLinear' or not sources:
+            continue
+        scale = view.scale(sources[0])
+        if scale is None or scale.size != 1 or not all(view.same_grid(sources[0], other) for other in sources):
+            continue
+        grid, codes, values = sources[0].inputs[1:], f'{tensor}/codes', f'{tensor}/values'
+        for reader in [layer.node for layer in view.layers() if layer.data == tensor and layer.weight_dq is not None]:
+            makers[reader.outputs[0]].input[0] = values
+        index = list(proto.graph.node).index(makers[tensor]) + 1
+        for op, inputs, output in (('DequantizeLinear', codes, values), ('QuantizeLinear', tensor, codes)):
+            proto.graph.node.insert(index, helper.make_node(op, [inputs, *grid], [output], name=f'{tensor}/{op}'))
+
+
+def _drop_unread(graph: Any) -> None:
+    """Removes the initializers that no node reads."""
+    read = {name for node in graph.node for name in node.input}
+    for tensor in [t for t in graph.initializer if t.name not in read]:
+        graph.initializer.remove(tensor)
 
 
 def _split_bias(graph: Any, op_types: Collection[str]) -> None:
@@ -134,9 +211,7 @@ def _split_bias(graph: Any, op_types: Collection[str]) -> None:
         del node.input[2:]
         node.output[0] = product
         graph.node.insert(index + 1, helper.make_node('Add', [product, apart], [output], name=f'{node.name}/bias'))
-    read = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in read]:
-        graph.initializer.remove(tensor)
+    _drop_unread(graph)
 
 
 def _weight(graph: Any, node: Any) -> str:

@@ -53,8 +53,10 @@ class OpenVINOExporter(BaseExporter):
                 converted = convert(source)
                 converted.set_rt_info(graph.preset.name, list(IR_PRESET))
                 openvino.save_model(converted, path, compress_to_fp16=False)
-            except RuntimeError as error:
-                raise ExportError(f'OpenVINO cannot convert the graph: {first_line(error)}') from error
+            except Exception as error:  # its front end raises types of its own, none with a common base
+                failed = [line for line in str(error).splitlines() if line.startswith('-- Conversion is failed for')]
+                reason = failed[0].removeprefix('-- ') if failed else first_line(error)
+                raise ExportError(f'OpenVINO cannot convert the graph: {reason}') from error
 
 
 def convert(source: Path) -> Any:

@@ -11,24 +11,23 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify.onnx_graph import Array
 from mmbrecq.deploy.verify.violation import Violation
-from mmbrecq.errors import BackendError, ExportError
+from mmbrecq.errors import ExportError
 
 LAYERS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
 SHAPE_OPS = ('Reshape', 'Squeeze', 'Transpose', 'Unsqueeze')
 MOVE_OPS = (*SHAPE_OPS, 'MaxPool', 'Pad', 'Slice', 'StridedSlice', 'Split', 'VariadicSplit')
+CHANNEL_OPS = ('MaxPool', 'Pad')
 INTEGER_OPS = ('Convert', 'Clamp', 'Subtract', 'Multiply')
 # Steps that the end of a range may lie off an integer: ranges are rounded to float32.
 TOLERANCE = 0.01
 
 
 def read_ir(path: Path) -> list[Any]:
-    """Operations of an OpenVINO IR; BackendError without OpenVINO, ExportError where the file cannot be read."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(f'{path}: cannot read it without OpenVINO: pip install "mmbrecq[deploy]"') from error
+    """Operations of an OpenVINO IR; DependencyError without OpenVINO, ExportError where the file cannot be read."""
+    openvino = require('openvino')
     try:
         operations: list[Any] = openvino.Core().read_model(path).get_ordered_ops()
     except RuntimeError as error:
@@ -42,14 +41,15 @@ def verify_ir(operations: list[Any]) -> Iterator[Violation]:
     for op in (op for op in operations if op.get_type_name() == 'FakeQuantize' and not _is_constant(_inputs(op)[0])):
         name = op.get_friendly_name()
         yield from _range_faults(op, is_weight=False)
-        readers = list(_reached(op, any(_dtype(reader)[0] in 'iu' for reader in _readers(op))))
-        for result in (reader for reader in readers if reader.get_type_name() == 'Result'):
+        integers = any(_dtype(reader)[0] in 'iu' for reader in _readers(op))
+        for result in (reader for reader in _reached(op, integers, MOVE_OPS) if reader.get_type_name() == 'Result'):
             output = result.get_friendly_name()
             yield Violation('V6', name, f'expected a float network output, but it quantizes output {output!r}')
-        size = max(_constant(end).size for end in _inputs(op)[1:5])
-        by_channel = [r.get_type_name() == 'GroupConvolution' and r.get_input_shape(1)[2] == 1 for r in readers]
-        if size != 1 and not (by_channel and all(by_channel)):
-            yield Violation('V5', name, f'expected one range per tensor, but got {size}')
+        largest = max((_constant(end) for end in _inputs(op)[1:5]), key=np.size)
+        size, readers = largest.size, _reached(op, integers, CHANNEL_OPS)
+        if size != 1 and not (largest.shape[1:2] == (size,) and all(map(_keeps_channels, readers))):
+            message = 'expected one range per tensor, or depthwise convolutions that read its channels'
+            yield Violation('V5', name, f'{message}, but got {size}')
     layers = (op for op in operations if op.get_type_name() in LAYERS)
     for source in {source.get_name(): source for layer in layers for source in _inputs(layer)[:2]}.values():
         yield from _weight_faults(source)
@@ -102,14 +102,20 @@ def _weight_faults(op: Any) -> Iterator[Violation]:
             yield Violation('V4', name, 'expected a symmetric weight, but its zero-point is not 0')
 
 
-def _reached(op: Any, integers: bool) -> Iterator[Any]:
-    """Operations that read a quantized value, behind its dequantization and what only moves it."""
+def _reached(op: Any, integers: bool, moves: tuple[str, ...]) -> Iterator[Any]:
+    """Operations that read a quantized value, behind its dequantization and ``moves``."""
     for reader in _readers(op):
         kind = reader.get_type_name()
-        if kind in MOVE_OPS or (integers and kind in INTEGER_OPS):
-            yield from _reached(reader, integers and kind != 'Multiply')
+        if kind in moves or (integers and kind in INTEGER_OPS):
+            yield from _reached(reader, integers and kind != 'Multiply', moves)
         elif kind != 'ShapeOf':
             yield reader
+
+
+def _keeps_channels(reader: Any) -> bool:
+    """Whether a reader moves no channels, and if it is a layer, is a depthwise convolution."""
+    depthwise = reader.get_type_name() == 'GroupConvolution' and reader.get_input_shape(1)[2] == 1
+    return depthwise or reader.get_type_name() not in (*LAYERS, *MOVE_OPS)
 
 
 def _inputs(op: Any) -> list[Any]:

@@ -1,9 +1,8 @@
-"""What a layer computes, as far as its cost depends on it."""
+"""The shapes of layers and of their calls, on which costs depend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,18 +20,12 @@ REGIONS = 1000
 """Regions that an RPN hands to the heads where the detector's config does not say."""
 
 Bits = tuple[int | None, int | None]
-"""Of a weight and of the input of its layer, None for float."""
+"""Bits of a weight and of the input of its layer, None for float."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer for one image.
-
-    Args:
-        inputs: Shape of its input, without the batch axis.
-        outputs: Shape of its output.
-        times: How often, such as the number of regions that a head looks at.
-    """
+    """One call of a layer for one image: shapes without the batch axis, and how often, such as once per region."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -77,18 +70,11 @@ class LayerShape:
 
 
 def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
-    """Shapes of all quantized layers for images as the model was traced with, in the order of their first call.
-
-    Args:
-        model: Prepared, not packed.
-    """
+    """Returns the quantized layers in the order of their first call, for images like the model's example."""
     found = []
-    for part in model.graphs:
-        example = part.traced.example
-        times = 1 if not part.is_region else _regions(model.model)
-        with torch.no_grad(), _calls(part, times) as calls, model.quantization(weights=False, activations=False):
-            part(example)
-        for layer in part.layers:
+    for graph in model.graphs:
+        calls = _calls(model, graph)
+        for layer in graph.layers:
             module: Any = model.model.get_submodule(layer.name)
             fake_quant = weight_fake_quant(module)
             if fake_quant is None:
@@ -106,7 +92,7 @@ def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
 
 
 def other_bytes(model: QuantizedModel) -> int:
-    """Bytes of the parameters that are no weight of a quantized layer, all of them float."""
+    """Returns the bytes of the parameters that are no weight of a quantized layer, all of them float."""
     quantized = [original_weight(module) for _, module, _ in model.weights()]
     quantizers = [m for m in model.model.modules() if isinstance(m, (FakeQuantize, BiasCorrection))]
     added = {id(p) for module in quantizers for p in module.parameters()}
@@ -114,24 +100,21 @@ def other_bytes(model: QuantizedModel) -> int:
     return 4 * (total - sum(weight.numel() for weight in quantized))
 
 
-@contextmanager
-def _calls(part: QuantizedGraph, times: int) -> Iterator[dict[str, list[Call]]]:
-    """Collects the calls of every layer of a graph while it runs."""
-    calls: dict[str, list[Call]] = {layer.name: [] for layer in part.layers}
+def _calls(model: QuantizedModel, graph: QuantizedGraph) -> dict[str, list[Call]]:
+    """Runs one graph of a model in float and returns the calls of every layer."""
+    calls: dict[str, list[Call]] = {layer.name: [] for layer in graph.layers}
+    rpn = (getattr(model.model, 'test_cfg', None) or {}).get('rpn') or {}
+    # regions of one image that the heads of a two-stage detector process in a test
+    times = int(rpn.get('max_per_img', REGIONS)) if graph.is_region else 1
 
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         calls[name].append(Call(tuple(args[0].shape[1:]), tuple(output.shape[1:]), times))
 
-    modules = {layer.name: part.model.get_submodule(layer.name) for layer in part.layers}
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _regions(model: Any) -> int:
-    """Regions of one image that the heads of a two-stage detector look at when it is tested."""
-    rpn = (getattr(model, 'test_cfg', None) or {}).get('rpn') or {}
-    return int(rpn.get('max_per_img', REGIONS))
+    with ExitStack() as stack:
+        for name in calls:
+            hook = graph.model.get_submodule(name).register_forward_hook(partial(record, name))
+            stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(model.quantization(weights=False, activations=False))
+        graph(graph.traced.example)
+    return calls

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -19,12 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmbrecq.building import check_integer
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
-from mmbrecq.mixed_precision.costs.models import BaseCostModel
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, is_latency
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.runs.storage import write_text_atomic
@@ -66,9 +66,8 @@ class MeasuredLatency(BaseCostModel):
             raise ConfigError(
                 f'expected runtime of MeasuredLatency to be one of {sorted(RUNTIMES)}, but got {runtime!r}'
             )
-        for name, value in {'num_threads': num_threads, 'rounds': rounds}.items():
-            if type(value) is not int or value < 1:
-                raise ConfigError(f'expected {name} of MeasuredLatency to be an integer >= 1, but got {value!r}')
+        check_integer(num_threads, 1, 'num_threads of MeasuredLatency')
+        check_integer(rounds, 1, 'rounds of MeasuredLatency')
         self.backend, self.num_threads, self.rounds = RUNTIMES[runtime], num_threads, rounds
         for package in ('onnx', self.backend.package):
             require(package)
@@ -135,12 +134,9 @@ class MeasuredLatency(BaseCostModel):
                     f'{self.path}: expected latencies of {key} {value!r}, but they are of {origin[key]!r}; remove the '
                     'file to measure them here'
                 )
-        for key, row in rows.items():
-            for kind, value in row.items():
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise TableError(
-                        f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}"
-                    )
+        for key, kind in ((key, kind) for key in rows for kind in KINDS):
+            if not is_latency(value := rows[key][kind]):
+                raise TableError(f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}")
         return rows
 
 
@@ -167,10 +163,9 @@ def _default_path(origin: dict[str, Any]) -> Path:
 
 
 OPSET = 17
-COPIES = 16
-"""So many times a graph has the layer: what a call of the runtime costs by itself is shared by them."""
-COPIED_BYTES = 64e6
-"""A layer whose copies would take more weights and outputs than these has fewer."""
+COPIES, COPIED_BYTES = 16, 64e6
+"""A graph has so many copies of the layer, which share the cost of calling the runtime; fewer where their weights and
+outputs would have more bytes."""
 
 ACTIVATION_SCALE, WEIGHT_SCALE, OUTPUT_SCALE = 0.02, 0.01, 0.05
 

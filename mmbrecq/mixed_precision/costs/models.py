@@ -1,4 +1,4 @@
-"""The contract of all cost models."""
+"""Cost models: bytes, bit operations, latencies from a table, and latencies of an analytic accelerator."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmbrecq.building import check_integer
 from mmbrecq.byte_size import weight_bytes
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs.layers import Bits, LayerShape
 from mmbrecq.registry import COST_MODELS
 
+FLOAT_BITS = 32
+
 
 class BaseCostModel(metaclass=ABCMeta):
-    """What the bits of a network cost: a sum over its layers."""
+    """The cost of the bits of a network: a sum over its layers; budgets refer to it by its name."""
 
     name: str
-    """By which budgets name the cost."""
     unit: str
 
     @abstractmethod
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
-        """Cost of one layer, for one image.
-
-        Args:
-            layer: Its shapes.
-            bits: Of its weight and of its input, None for float.
-        """
+        """Returns the cost of one layer, for one image; ``bits`` are of its weight and of its input, None for float."""
 
     def prepare(self, layers: Sequence[LayerShape]) -> None:  # noqa: B027, most have nothing to prepare
         """Does at once what all layers of a network need before their costs are asked for; by default nothing."""
 
     def table(self, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> NDArray[np.float64]:
-        """Costs of all layers at all candidates, ``(layers, candidates)``.
-
-        Raises:
-            TableError: A cost is negative or not finite; its layer is named.
-        """
+        """Returns the costs of all layers at all candidates, ``(layers, candidates)``, see :meth:`cost`."""
         self.prepare(layers)
         return np.array([[self.cost(layer, bits) for bits in candidates] for layer in layers])
 
     def cost(self, layer: LayerShape, bits: Bits) -> float:
-        """Cost of one layer, see :meth:`layer_cost`; TableError where it is negative or not finite."""
+        """Returns the cost of one layer, see :meth:`layer_cost`; TableError where it is negative or not finite."""
         cost = float(self.layer_cost(layer, bits))
         if not 0 <= cost < math.inf:
             raise TableError(f"expected the {self.name} of layer '{layer.name}' at {show(bits)} to be >= 0, got {cost}")
@@ -56,11 +50,13 @@ class BaseCostModel(metaclass=ABCMeta):
 
 
 def show(bits: Bits) -> str:
-    """Bits as tables name them: ``W4A8``, with 32 for float."""
-    return f'W{bits[0] or 32}A{bits[1] or 32}'
+    """Returns bits as tables name them: ``W4A8``, with 32 for float."""
+    return f'W{bits[0] or FLOAT_BITS}A{bits[1] or FLOAT_BITS}'
 
 
-FLOAT_BITS = 32
+def is_latency(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number of at least 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 @COST_MODELS.register_module()
@@ -80,8 +76,7 @@ class BitOperations(BaseCostModel):
     name, unit = 'bitops', 'bit operations'
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
-        weight_bits, activation_bits = bits
-        return float(layer.macs * (weight_bits or FLOAT_BITS) * (activation_bits or FLOAT_BITS))
+        return float(layer.macs * (bits[0] or FLOAT_BITS) * (bits[1] or FLOAT_BITS))
 
 
 @COST_MODELS.register_module()
@@ -113,21 +108,16 @@ class LatencyTable(BaseCostModel):
         row = self.layers.get(layer.name)
         if row is None:
             raise TableError(f"{self.path}: expected latencies of layer '{layer.name}', but the table has none")
-        value = row.get(show(bits))
+        where, value = f"{self.path}: expected the latency of layer '{layer.name}' at {show(bits)}", row.get(show(bits))
         if value is None:
-            raise TableError(
-                f"{self.path}: expected the latency of layer '{layer.name}' at {show(bits)}, but the table has only "
-                f'{", ".join(sorted(row)) or "nothing"}'
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise TableError(
-                f"{self.path}: expected the latency of layer '{layer.name}' at {show(bits)} to be a number >= 0, "
-                f'but got {value!r}'
-            )
+            raise TableError(f'{where}, but the table has only {", ".join(sorted(row)) or "nothing"}')
+        if not is_latency(value):
+            raise TableError(f'{where} to be a number >= 0, but got {value!r}')
         return float(value)
 
 
 @COST_MODELS.register_module()
+@dataclass(frozen=True)
 class BitSerialAccelerator(BaseCostModel):
     """Milliseconds of one image on an array of bit-serial multipliers, layer after layer.
 
@@ -153,44 +143,31 @@ class BitSerialAccelerator(BaseCostModel):
 
     name, unit = 'latency', 'ms'
 
-    def __init__(
-        self,
-        bit_operations_per_cycle: float = 16384,
-        frequency: float = 200e6,
-        off_chip_bandwidth: float = 4e9,
-        on_chip_bandwidth: float = 64e9,
-        on_chip_bytes: float = 1 << 20,
-        bit_granularity: int = 2,
-        overhead: float = 0.0,
-    ) -> None:
-        positive = {
-            'bit_operations_per_cycle': bit_operations_per_cycle, 'frequency': frequency,
-            'off_chip_bandwidth': off_chip_bandwidth, 'on_chip_bandwidth': on_chip_bandwidth,
-        }  # fmt: skip
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
+    bit_operations_per_cycle: float = 16384
+    frequency: float = 200e6
+    off_chip_bandwidth: float = 4e9
+    on_chip_bandwidth: float = 64e9
+    on_chip_bytes: float = 1 << 20
+    bit_granularity: int = 2
+    overhead: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ('bit_operations_per_cycle', 'frequency', 'off_chip_bandwidth', 'on_chip_bandwidth'):
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ConfigError(f'expected {name} of an accelerator to be a finite number > 0, but got {value!r}')
-        for name, value in {'on_chip_bytes': on_chip_bytes, 'overhead': overhead}.items():
-            if not 0 <= value < math.inf:
+        for name in ('on_chip_bytes', 'overhead'):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ConfigError(f'expected {name} of an accelerator to be a finite number >= 0, but got {value!r}')
-        if type(bit_granularity) is not int or bit_granularity < 1:
-            raise ConfigError(f'expected bit_granularity to be an integer >= 1, but got {bit_granularity!r}')
-        self.bit_operations_per_cycle, self.frequency = bit_operations_per_cycle, frequency
-        self.off_chip_bandwidth, self.on_chip_bandwidth = off_chip_bandwidth, on_chip_bandwidth
-        self.on_chip_bytes, self.bit_granularity, self.overhead = on_chip_bytes, bit_granularity, overhead
+        check_integer(self.bit_granularity, 1, 'bit_granularity')
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
-        weight_bits, activation_bits = (self._served(value) for value in bits)
+        granularity = self.bit_granularity
+        weight_bits, activation_bits = (math.ceil((b or FLOAT_BITS) / granularity) * granularity for b in bits)
         compute = layer.macs * weight_bits * activation_bits / (self.bit_operations_per_cycle * self.frequency)
-        weights = layer.weights * weight_bits / 8
-        off_chip = on_chip = weights
+        off_chip = on_chip = layer.weights * weight_bits / 8
         for call in layer.calls:
             moved = [prod(shape) * activation_bits / 8 for shape in (call.inputs, call.outputs)]
             on_chip += sum(moved) * call.times
             off_chip += sum(max(part - self.on_chip_bytes, 0) for part in moved) * call.times
         traffic = max(off_chip / self.off_chip_bandwidth, on_chip / self.on_chip_bandwidth)
         return 1e3 * (max(compute, traffic) + self.overhead)
-
-    def _served(self, bits: int | None) -> int:
-        """Bits that the array works on in the place of ``bits``."""
-        return math.ceil((bits or 32) / self.bit_granularity) * self.bit_granularity

@@ -1,4 +1,4 @@
-"""The choice of bits: the problem as tables, and what searches it."""
+"""The choice of bits: the problem as tables, and the searchers that solve it."""
 
 from mmbrecq.mixed_precision.search.bits import (
     SearchOptions,
@@ -6,7 +6,6 @@ from mmbrecq.mixed_precision.search.bits import (
     build_problem,
     check_budgets,
     describe_choice,
-    parse_budget,
     parse_budgets,
     write_bit_config,
 )
@@ -16,18 +15,6 @@ from mmbrecq.mixed_precision.search.nsga2 import NSGA2Searcher, find_front
 from mmbrecq.mixed_precision.search.problem import BitProblem, Cost
 
 __all__ = [
-    'BitProblem',
-    'Cost',
-    'GeneticSearcher',
-    'IntegerProgram',
-    'NSGA2Searcher',
-    'SearchOptions',
-    'SearchResult',
-    'build_problem',
-    'check_budgets',
-    'describe_choice',
-    'find_front',
-    'parse_budget',
-    'parse_budgets',
-    'write_bit_config',
-]
+    'BitProblem', 'Cost', 'GeneticSearcher', 'IntegerProgram', 'NSGA2Searcher', 'SearchOptions', 'SearchResult',
+    'build_problem', 'check_budgets', 'describe_choice', 'find_front', 'parse_budgets', 'write_bit_config',
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""From measured sensitivities and cost models to a problem, and from its solution to bits of layers."""
+"""Options of a search, the problem made of measured sensitivities and costs, and the chosen bits as files keep them."""
 
 from __future__ import annotations
 
@@ -15,36 +15,28 @@ import numpy as np
 
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
-from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost, Table
+from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
 from mmbrecq.schema import decode, encode
 
-_BUDGET = re.compile(r'(?P<number>[0-9.]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>[A-Za-z]*)', re.IGNORECASE)
+RESULT = 'search.json'
+"""File beside a written config that has what was chosen, and why."""
+_BUDGET = re.compile(r'([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*([A-Za-z]*)', re.IGNORECASE)
 _FACTORS = {
-    '': 1.0,
-    'b': 1.0,
-    'bytes': 1.0,
-    'kb': 1e3,
-    'mb': 1e6,
-    'gb': 1e9,
-    'ms': 1.0,
-    's': 1e3,
-    'k': 1e3,
-    'm': 1e6,
-    'g': 1e9,
-}
+    '': 1.0, 'b': 1.0, 'bytes': 1.0, 'kb': 1e3, 'mb': 1e6, 'gb': 1e9, 'ms': 1.0, 's': 1e3, 'k': 1e3, 'm': 1e6, 'g': 1e9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How bits are chosen.
+    """Options of a search, as a config gives them.
 
     Args:
         costs: Configs of the cost models; one for every name that has a budget.
         searcher: Config of the searcher.
         budgets: ``{name of a cost: budget}``, see :func:`parse_budget`.
-        result: A choice that has been made, as a file beside the config; then there is nothing to search.
+        result: Bits that have been chosen, as a file beside the config; then there is nothing to search.
         reuse: Whether ``tools/ptq.py`` takes the rounding that the analysis has learned for the chosen bits.
     """
 
@@ -55,25 +47,29 @@ class SearchOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.costs, Sequence) or not self.costs:
+        if not self.costs:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
-        if not isinstance(self.budgets, Mapping):
-            raise ConfigError(f'expected search.budgets to be a dict of budgets by name, but got {self.budgets!r}')
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:
-    """A budget in the unit of its cost.
+    """Returns a budget in the unit of its cost.
 
     Args:
-        text: A number, one with a unit (``'1.2MB'``, ``'3ms'``), or ``'0.1x'``: a share of what the float model costs.
-        float_cost: What the float model costs.
-        where: What has the budget, for the message.
+        text: A number, one with a unit (``'1.2MB'``, ``'3ms'``), or ``'0.1x'``: a share of the float model's cost.
+        float_cost: Cost of the float model.
+        where: Name of the cost, for the message.
 
     Raises:
         ConfigError: It is none of these, or not above 0.
+
+    Example:
+        >>> parse_budget('1.2MB', 44e6, 'size'), parse_budget('0.5x', 44e6, 'size')
+        (1200000.0, 22000000.0)
     """
-    value = _budget_value(str(text).strip(), float_cost)
-    if value is None or not 0 < value < math.inf:
+    found = _BUDGET.fullmatch(str(text).strip())
+    factor = {**_FACTORS, 'x': float_cost}.get(found[3].lower()) if found else None
+    value = 0.0 if found is None or factor is None else float(found[1] + (found[2] or '')) * factor
+    if not 0 < value < math.inf:
         raise ConfigError(
             f'expected the budget of {where} to be a number above 0, such as 1.2MB, 3ms or 0.1x of the float '
             f'model, but got {text!r}'
@@ -81,22 +77,8 @@ def parse_budget(text: str | float, float_cost: float, where: str) -> float:
     return value
 
 
-def _budget_value(text: str, float_cost: float) -> float | None:
-    found = _BUDGET.fullmatch(text)
-    if found is None:
-        return None
-    try:
-        number = float(found['number'])
-    except ValueError:
-        return None
-    unit = found['unit'].lower()
-    if unit == 'x':
-        return number * float_cost
-    return number * _FACTORS[unit] if unit in _FACTORS else None
-
-
 def parse_budgets(words: Sequence[str]) -> dict[str, str]:
-    """``['size=0.1x']`` as a dict; ConfigError where a word is no ``NAME=AMOUNT``, or a name comes twice."""
+    """Returns ``['size=0.1x']`` as a dict; ConfigError where a word is no ``NAME=AMOUNT``, or a name comes twice."""
     budgets: dict[str, str] = {}
     for word in words:
         name, equals, amount = word.partition('=')
@@ -106,9 +88,76 @@ def parse_budgets(words: Sequence[str]) -> dict[str, str]:
     return budgets
 
 
+def build_problem(
+    table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]
+) -> BitProblem:
+    """Builds the problem of the searched layers.
+
+    A layer whose input is not searched reads activations of the bits that it was prepared with. What is not searched
+    keeps its bits, and its cost is spent whatever is chosen.
+
+    Args:
+        table: Complete, see :meth:`SensitivityTable.check_complete`.
+        models: Cost models of different names.
+        budgets: See :func:`parse_budget`.
+
+    Raises:
+        ConfigError: A budget is no budget, or names a cost that no model has.
+    """
+    names = [model.name for model in models]
+    for name in budgets:
+        if name not in names:
+            raise ConfigError(f'expected budgets of the costs {", ".join(names)}, but got one of {name!r}')
+    if len(set(names)) < len(names):
+        raise ConfigError(f'expected cost models of different names, but got {", ".join(names)}')
+    costs = {model.name: _cost(table, model, budgets.get(model.name)) for model in models}
+    index = {name: i for i, name in enumerate(table.searched)}
+    choices = table.choices
+    weight_bits = np.array([weight for weight, _ in choices], float)
+    pairs = {}
+    for (first, second), row in table.pairs.items():
+        extra = np.zeros((len(choices), len(choices)))
+        for bits, value in row.items():
+            extra[np.ix_(weight_bits == bits, weight_bits == bits)] = value
+        pairs[index[first], index[second]] = extra
+    first_input = [activation == choices[0][1] for _, activation in choices]
+    # to a layer whose input is not searched, all of these are one
+    allowed = np.array([[True] * len(choices) if name in table.group_of else first_input for name in table.searched])
+    ties = [[index[layer] for layer in group.layers] for group in table.values.values()]
+    return BitProblem(table.searched, choices, table.losses(), pairs, costs, allowed, ties)
+
+
+def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
+    """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
+    zeros = dict.fromkeys([*table.candidates, *table.activation_candidates], 0.0)
+    of_weights, of_values = dict.fromkeys(table.searched, zeros), dict.fromkeys(table.values, zeros)
+    plain = replace(table, pairs={}, loss=of_weights, activation_loss=of_values)
+    build_problem(plain, models, budgets).check_budgets()
+
+
+def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
+    """Returns the cost of the float model."""
+    rest = table.other_bytes if isinstance(model, ModelSize) else 0
+    return rest + sum(model.cost(layer, (None, None)) for layer in table.layers)
+
+
+def _cost(table: SensitivityTable, model: BaseCostModel, budget: str | float | None) -> Cost:
+    """Costs of the searched layers, the sum of the others, and the budget."""
+    model.prepare(table.layers)
+    rows, fixed = [], float(table.other_bytes if isinstance(model, ModelSize) else 0)
+    for layer in table.layers:
+        if layer.name in table.searched:
+            own = layer.name in table.group_of
+            rows.append([model.cost(layer, (weight, bits if own else layer.bits[1])) for weight, bits in table.choices])
+        else:
+            fixed += model.cost(layer, layer.bits)
+    limit = np.inf if budget is None else parse_budget(budget, float_cost(table, model), model.name)
+    return Cost(np.array(rows), limit, fixed, model.unit)
+
+
 @dataclass
 class SearchResult:
-    """The chosen bits, what they are predicted to lose and what they cost.
+    """The chosen bits, their predicted loss and their costs; ``search.json`` keeps it.
 
     Attributes:
         kind: Of the loss, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`.
@@ -119,8 +168,8 @@ class SearchResult:
             is known.
         asked: Budgets as they were asked for, by the name of the cost.
         budgets: The same in the unit of the cost.
-        spent: Cost by name, with what does not depend on the choice.
-        float_costs: What the float model costs.
+        spent: Cost by name, with what does not depend on the bits.
+        float_costs: Cost of the float model.
         units: Unit of every cost.
         front_cost: Name of the cost of the front; empty where none was searched.
         front: Cost and loss of choices of which none is better in both than another, the cheapest first.
@@ -161,112 +210,31 @@ class SearchResult:
         return found
 
     def overrides(self) -> list[dict[str, object]]:
-        """The choice as the quantizer's ``overrides``."""
-        made = []
-        for name, number in self.bits.items():
-            override: dict[str, object] = {'pattern': name, 'weight_bits': 'float' if number is None else number}
-            if name in self.activation_bits:
-                override['activation_bits'] = self.activation_bits[name]
-            made.append(override)
-        return made
-
-
-def build_problem(
-    table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]
-) -> BitProblem:
-    """The problem of the searched layers.
-
-    A layer whose input is not searched reads activations of the bits that it was prepared with. What is not searched
-    keeps its bits, and its cost is spent whatever is chosen.
-
-    Args:
-        table: Complete, see :meth:`SensitivityTable.check_complete`.
-        models: Cost models of different names.
-        budgets: See :func:`~mmbrecq.mixed_precision.search.bits.parse_budget`.
-
-    Raises:
-        ConfigError: A budget is no budget, or names a cost that no model has.
-    """
-    names = [model.name for model in models]
-    for name in budgets:
-        if name not in names:
-            raise ConfigError(f'expected budgets of the costs {", ".join(names)}, but got one of {name!r}')
-    if len(set(names)) < len(names):
-        raise ConfigError(f'expected cost models of different names, but got {", ".join(names)}')
-    costs = {}
-    for model in models:
-        model.prepare(table.layers)
-        cost_table, fixed = _tables(table, model)
-        limit = np.inf
-        if model.name in budgets:
-            limit = parse_budget(budgets[model.name], float_cost(table, model), model.name)
-        costs[model.name] = Cost(cost_table, limit, fixed, model.unit)
-    index = {name: i for i, name in enumerate(table.searched)}
-    choices = table.choices
-    weight_bits = np.array([weight for weight, _ in choices], float)
-    pairs = {}
-    for (first, second), row in table.pairs.items():
-        extra = np.zeros((len(choices), len(choices)))
-        for bits, value in row.items():
-            extra[np.ix_(weight_bits == bits, weight_bits == bits)] = value
-        pairs[index[first], index[second]] = extra
-    read = {layer for group in table.values.values() for layer in group.layers}
-    first_input = [activation == choices[0][1] for _, activation in choices]
-    # to a layer whose input is not searched, all of these are one
-    allowed = np.array([[True] * len(choices) if name in read else first_input for name in table.searched])
-    ties = [[index[layer] for layer in group.layers] for group in table.values.values()]
-    return BitProblem(table.searched, choices, table.losses(), pairs, costs, allowed, ties)
-
-
-def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
-    """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
-    zeros = {bits: 0.0 for bits in table.candidates}
-    inputs = {bits: 0.0 for bits in table.activation_candidates}
-    unmeasured = replace(
-        table, pairs={}, loss=dict.fromkeys(table.searched, zeros), activation_loss=dict.fromkeys(table.values, inputs)
-    )
-    build_problem(unmeasured, models, budgets).check_budgets()
-
-
-def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
-    """What the float model costs."""
-    rest = table.other_bytes if isinstance(model, ModelSize) else 0
-    return rest + sum(model.cost(layer, (None, None)) for layer in table.layers)
+        """Returns the bits as the quantizer's ``overrides``."""
+        inputs = {name: {'activation_bits': bits} for name, bits in self.activation_bits.items()}
+        return [
+            {'pattern': name, 'weight_bits': 'float' if bits is None else bits, **inputs.get(name, {})}
+            for name, bits in self.bits.items()
+        ]
 
 
 def describe_choice(
     table: SensitivityTable, models: Sequence[BaseCostModel], problem: BitProblem, choice: Choices
 ) -> SearchResult:
-    """The solution ``choice`` of ``problem`` in words."""
+    """Describes the solution ``choice`` of ``problem`` by bits, losses and costs."""
     chosen = {name: table.choices[index] for name, index in zip(table.searched, choice, strict=True)}
-    read = {layer for group in table.values.values() for layer in group.layers}
     return SearchResult(
         kind=table.kind,
         bits={name: weight for name, (weight, _) in chosen.items()},
-        activation_bits={name: bits for name, (_, bits) in chosen.items() if name in read and bits is not None},
+        activation_bits={
+            name: bits for name, (_, bits) in chosen.items() if name in table.group_of and bits is not None
+        },
         predicted=float(problem.losses(choice)),
         budgets={name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)},
         spent={model.name: float(problem.spent(model.name, choice)) for model in models},
         float_costs={model.name: float_cost(table, model) for model in models},
         units={model.name: model.unit for model in models},
     )
-
-
-def _tables(table: SensitivityTable, model: BaseCostModel) -> tuple[Table, float]:
-    """Costs of the searched layers, and the sum of the others."""
-    rows, fixed = [], float(table.other_bytes if isinstance(model, ModelSize) else 0)
-    read = {layer for group in table.values.values() for layer in group.layers}
-    for layer in table.layers:
-        if layer.name in table.searched:
-            own = layer.name in read
-            rows.append([model.cost(layer, (weight, bits if own else layer.bits[1])) for weight, bits in table.choices])
-        else:
-            fixed += model.cost(layer, layer.bits)
-    return np.array(rows), fixed
-
-
-RESULT = 'search.json'
-"""File beside the config that has what was chosen, and why."""
 
 
 def write_bit_config(
@@ -277,30 +245,25 @@ def write_bit_config(
     overrides: Sequence[Mapping[str, Any]],
     comment: str,
 ) -> None:
-    """Writes a config that inherits ``base`` and that ``tools/ptq.py`` takes as it is.
+    """Writes a config that inherits ``base``, has the chosen bits, and runs in ``tools/ptq.py`` as it is.
 
     Args:
-        path: The file.
+        path: The file; ``search.json`` with the result is saved beside it.
         base: The config whose layers the bits are of; named relative to ``path``.
         float_checkpoint: Path from the working directory, or a URL.
-        result: What was chosen; it is saved beside the config, as ``search.json``.
+        result: What was chosen.
         overrides: Those of ``base``, which stay.
         comment: First line of the file.
     """
-    inherited = _relative(base, path)
+
     # a path within a config is looked for beside it, and the new one stands elsewhere
-    checkpoint = float_checkpoint if '://' in float_checkpoint else _relative(Path(float_checkpoint), path)
-    lines = [f'dict({_arguments(override)})' for override in [*overrides, *result.overrides()]]
-    body = ''.join(f'        {line},\n' for line in lines)
-    head = f'# {comment}\n_base_ = [{inherited!r}]\nfloat_checkpoint = {checkpoint!r}\n'
+    def relative(target: Path) -> str:
+        return os.path.relpath(target.resolve(), path.parent.resolve())
+
+    checkpoint = float_checkpoint if '://' in float_checkpoint else relative(Path(float_checkpoint))
+    lines = [', '.join(f'{key}={value!r}' for key, value in o.items()) for o in [*overrides, *result.overrides()]]
+    body = ''.join(f'        dict({line}),\n' for line in lines)
+    head = f'# {comment}\n_base_ = [{relative(base)!r}]\nfloat_checkpoint = {checkpoint!r}\n'
     search = f'search = dict(result={RESULT!r})\n'
     result.save(path.with_name(RESULT))
     write_text_atomic(f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n{search}', path)
-
-
-def _arguments(override: Mapping[str, Any]) -> str:
-    return ', '.join(f'{key}={value!r}' for key, value in override.items())
-
-
-def _relative(target: Path, path: Path) -> str:
-    return os.path.relpath(target.resolve(), path.parent.resolve())

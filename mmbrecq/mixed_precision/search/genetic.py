@@ -1,19 +1,22 @@
-"""The genetic search of the paper (Li et al., ICLR 2021, algorithm 2)."""
+"""The genetic search of the paper (Li et al., ICLR 2021, algorithm 2), and the local search that refines choices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmbrecq.building import check_integer
 from mmbrecq.errors import BudgetError, ConfigError
-from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Table
+from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
 
 @SEARCHERS.register_module()
+@dataclass(frozen=True)
 class GeneticSearcher:
     """Half of each generation from crossing two of the best, half from mutating one of them.
 
@@ -32,27 +35,20 @@ class GeneticSearcher:
         refine: Whether this is done.
     """
 
-    def __init__(
-        self,
-        population: int = 50,
-        iterations: int = 100,
-        mutation: float = 0.1,
-        parents: int = 10,
-        resampling: int = 20,
-        refine: bool = True,
-    ) -> None:
-        for name, value in (('population', population), ('iterations', iterations), ('parents', parents)):
-            if type(value) is not int or value < 1:
-                raise ConfigError(f'expected {name} of a search to be an integer >= 1, but got {value!r}')
-        if type(resampling) is not int or resampling < 0:
-            raise ConfigError(f'expected resampling of a search to be an integer >= 0, but got {resampling!r}')
-        if not 0 < mutation <= 1:
-            raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')
-        self.population, self.iterations, self.mutation = population, iterations, mutation
-        self.parents, self.resampling, self.refine = parents, resampling, refine
+    population: int = 50
+    iterations: int = 100
+    mutation: float = 0.1
+    parents: int = 10
+    resampling: int = 20
+    refine: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (('population', 1), ('iterations', 1), ('parents', 1), ('resampling', 0)):
+            check_integer(getattr(self, name), least, f'{name} of a search')
+        check_mutation(self.mutation)
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """The best choice found, ``(layers,)``; the same for the same seed.
+        """Returns the best choice found, ``(layers,)``; the same for the same seed.
 
         Raises:
             BudgetError: No choice keeps the budgets.
@@ -88,12 +84,7 @@ class GeneticSearcher:
 
 
 class _Draws:
-    """Random choices.
-
-    Args:
-        problem: Its candidates.
-        generator: Source of all draws.
-    """
+    """Draws choices of a problem from one generator."""
 
     def __init__(self, problem: BitProblem, generator: np.random.Generator) -> None:
         self._problem, self._options, self._generator = problem, problem.options, generator
@@ -131,18 +122,18 @@ def _best(problem: BitProblem, choices: Choices, count: int) -> Choices:
 
 
 def make_feasible(problem: BitProblem, choice: Choices) -> Choices:
-    """Changes a layer at a time until every budget is kept, each time the one that loses least for what it saves.
+    """Changes a layer at a time until every budget is kept, each time the one that loses least for its saving.
 
     Raises:
         BudgetError: Each budget can be kept, but this search finds no choice that keeps all of them.
     """
     choice = choice.copy()
     for _ in range(len(problem.layers) * len(problem.candidates)):
-        excess = _excess(problem, choice[None])[0]
+        excess = problem.excess(choice)
         if excess <= 0:
             return choice
         changes = single_changes(problem, choice)
-        saved = excess - _excess(problem, changes)
+        saved = excess - problem.excess(changes)
         lost = problem.losses(changes) - problem.losses(choice)
         helpful = np.flatnonzero(saved > 0)
         if not len(helpful):
@@ -172,13 +163,13 @@ def descend(problem: BitProblem, choice: Choices) -> Choices:
 
 
 def single_changes(problem: BitProblem, choice: Choices) -> Choices:
-    """Every choice that differs in one layer and those tied to it, ``(changes, layers)``."""
+    """Returns every choice that differs in one layer and those tied to it, ``(changes, layers)``."""
     layers, options = _moves(problem, choice)
     return _changed(problem, np.repeat(choice[None], len(layers), 0), layers, options)
 
 
 def _double_changes(problem: BitProblem, choice: Choices) -> Choices:
-    """Every choice that differs in two layers."""
+    """Returns every choice that differs in two layers."""
     layers, options = _moves(problem, choice)
     first, second = np.triu_indices(len(layers), 1)
     apart = layers[first] != layers[second]
@@ -188,27 +179,23 @@ def _double_changes(problem: BitProblem, choice: Choices) -> Choices:
 
 
 def _changed(problem: BitProblem, choices: Choices, layers: Choices, options: Choices) -> Choices:
-    """Each of the choices with one layer changed; those that are tied to it follow."""
+    """Changes one layer of each of the choices; those that are tied to it follow."""
     choices[np.arange(len(choices)), layers] = options
     for index, tie in enumerate(problem.ties):
-        for place, layer in enumerate(tie):
+        for member, layer in enumerate(tie):
             rows = np.flatnonzero(layers == layer)
-            choices[rows] = problem.follow(choices[rows], {index: np.full(len(rows), place)})
+            choices[rows] = problem.follow(choices[rows], {index: np.full(len(rows), member)})
     return choices
 
 
 def _moves(problem: BitProblem, choice: Choices) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Layer and new candidate of every change of one layer."""
+    """Returns layer and new candidate of every change of one layer."""
     moves = [(i, o) for i, options in enumerate(problem.options) for o in options if o != choice[i]]
     layers, options = np.array(moves, np.int64).reshape(-1, 2).T
     return layers, options
 
 
-def _excess(problem: BitProblem, choices: Choices) -> Table:
-    """By how much choices break the budgets: the sum of the excesses, each over its budget; 0 where all are kept."""
-    total = np.zeros(choices.shape[:-1])
-    for name, cost in problem.costs.items():
-        if np.isfinite(cost.budget):
-            over = problem.spent(name, choices) - cost.budget * (1 + 1e-12)
-            total += np.maximum(over, 0) / max(cost.budget, 1e-300)
-    return total
+def check_mutation(mutation: float) -> None:
+    """Raises ConfigError where a probability of mutation is none, or 0."""
+    if not 0 < mutation <= 1:
+        raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')

@@ -38,7 +38,7 @@ class IntegerProgram:
         self.time_limit = time_limit
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """The best choice, ``(layers,)``; ``seed`` plays no part.
+        """Returns the best choice, ``(layers,)``; ``seed`` plays no part.
 
         Raises:
             BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
@@ -57,7 +57,7 @@ class IntegerProgram:
             integrality=np.arange(size) < singles,
             bounds=Bounds(0, np.concatenate([upper.ravel(), np.ones(len(products))])),
             constraints=[
-                LinearConstraint(_matrix(rows, size), low, high) for rows, low, high in _constraints(problem, products)
+                LinearConstraint(_matrix(rows, size), *ends) for rows, *ends in _constraints(problem, products)
             ],
             options={'time_limit': self.time_limit, 'mip_rel_gap': 1e-9},
         )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mmbrecq.building import check_integer
 from mmbrecq.dependencies import require
-from mmbrecq.errors import BudgetError, ConfigError
-from mmbrecq.mixed_precision.search.genetic import descend
+from mmbrecq.errors import BudgetError
+from mmbrecq.mixed_precision.search.genetic import check_mutation, descend
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
+POINTS = 40
+"""Most points of the front that are refined, evenly over its length."""
+
 
 @SEARCHERS.register_module()
+@dataclass(frozen=True)
 class NSGA2Searcher:
     """NSGA-II (Deb et al., 2002) of pymoo, over the loss and every cost at once.
 
@@ -24,96 +29,82 @@ class NSGA2Searcher:
         mutation: Probability that a layer of a child is drawn anew.
     """
 
-    def __init__(self, population: int = 100, iterations: int = 200, mutation: float = 0.1) -> None:
-        for name, value in (('population', population), ('iterations', iterations)):
-            if type(value) is not int or value < 2:
-                raise ConfigError(f'expected {name} of a search to be an integer >= 2, but got {value!r}')
-        if not 0 < mutation <= 1:
-            raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')
+    population: int = 100
+    iterations: int = 200
+    mutation: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_integer(self.population, 2, 'population of a search')
+        check_integer(self.iterations, 2, 'iterations of a search')
+        check_mutation(self.mutation)
         require('pymoo')
-        self.population, self.iterations, self.mutation = population, iterations, mutation
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """The choice of the front that loses least, ``(layers,)``; see :meth:`front`."""
+        """Returns the choice of the front that loses least, ``(layers,)``; see :meth:`front`."""
         return np.asarray(self.front(problem, seed)[0])
 
     def front(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """Choices of which none is better in loss and all costs than another, ``(choices, layers)``, by their loss.
+        """Returns choices of which none is better in loss and all costs than another, ``(choices, layers)``, by loss.
 
         Raises:
             BudgetError: No choice keeps the budgets.
         """
+        from pymoo.algorithms.moo.nsga2 import NSGA2
+        from pymoo.core.mutation import Mutation
+        from pymoo.core.problem import Problem
+        from pymoo.operators.crossover.ux import UniformCrossover
+        from pymoo.optimize import minimize
+
         problem.check_budgets()
-        algorithm, tables, minimize = _pymoo(problem, self.population, self.mutation, np.random.default_rng(seed))
+        generator, probability = np.random.default_rng(seed), self.mutation
+        sizes = np.array([len(options) for options in problem.options])
+        limits = {name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)}
+
+        class Tables(Problem):  # type: ignore[misc]
+            def _evaluate(self, x: Any, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+                choices = _decode(problem, x)
+                spent = {name: problem.spent(name, choices) for name in problem.costs}
+                out['F'] = np.column_stack([problem.losses(choices), *spent.values()])
+                if limits:
+                    out['G'] = np.column_stack([spent[name] / limit - 1 - 1e-12 for name, limit in limits.items()])
+
+        class DrawAnew(Mutation):  # type: ignore[misc]
+            def _do(self, _: Any, genes: Any, **kwargs: Any) -> Any:
+                drawn = generator.random(genes.shape) < probability
+                return np.where(drawn, generator.integers(0, sizes, genes.shape), genes)
+
+        start = generator.integers(0, sizes, (self.population, len(sizes)))
+        # the ends of the front are hard to find from the middle
+        start[:2] = np.stack([np.zeros_like(sizes), sizes - 1])
+        algorithm = NSGA2(
+            self.population,
+            sampling=start,
+            crossover=UniformCrossover(),
+            mutation=DrawAnew(),
+            eliminate_duplicates=True,
+        )
+        counts = {'n_var': len(sizes), 'n_obj': 1 + len(problem.costs), 'n_ieq_constr': len(limits)}
+        tables = Tables(**counts, xl=np.zeros(len(sizes)), xu=sizes - 1)
         result = minimize(tables, algorithm, ('n_gen', self.iterations), seed=seed)
         if result.X is None:
             raise BudgetError('expected budgets that can be kept together, but found no choice that keeps all of them')
-        found = np.unique(decode(problem, np.atleast_2d(result.X)), axis=0)
+        found = np.unique(_decode(problem, np.atleast_2d(result.X)), axis=0)
         return np.asarray(found[np.argsort(problem.losses(found), kind='stable')])
 
 
-def decode(problem: BitProblem, genes: Any) -> Choices:
-    """Choices from positions in the lists of what each layer may have, ``(..., layers)``."""
+def _decode(problem: BitProblem, genes: Any) -> Choices:
+    """Turns positions in the lists of what each layer may have into choices, ``(..., layers)``."""
     columns = [options[genes[..., i].astype(int)] for i, options in enumerate(problem.options)]
     choices = np.stack(columns, -1)
     # layers that read the same values follow the first of them
     return problem.follow(choices, {index: np.zeros(choices.shape[:-1], int) for index in range(len(problem.ties))})
 
 
-def _pymoo(problem: BitProblem, population: int, mutation: float, generator: np.random.Generator) -> tuple[Any, ...]:
-    """The algorithm of pymoo, its view of the problem, and its ``minimize``; imported only when they are asked for."""
-    from pymoo.algorithms.moo.nsga2 import NSGA2
-    from pymoo.core.mutation import Mutation
-    from pymoo.core.problem import Problem
-    from pymoo.operators.crossover.ux import UniformCrossover
-    from pymoo.optimize import minimize
-
-    sizes = np.array([len(options) for options in problem.options])
-    limits = {name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)}
-
-    class Tables(Problem):  # type: ignore[misc]
-        def _evaluate(self, x: Any, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            choices = decode(problem, x)
-            spent = {name: problem.spent(name, choices) for name in problem.costs}
-            out['F'] = np.column_stack([problem.losses(choices), *spent.values()])
-            if limits:
-                out['G'] = np.column_stack([spent[name] / limit - 1 - 1e-12 for name, limit in limits.items()])
-
-    class DrawAnew(Mutation):  # type: ignore[misc]
-        def _do(self, _: Any, genes: Any, **kwargs: Any) -> Any:
-            drawn = generator.random(genes.shape) < mutation
-            return np.where(drawn, generator.integers(0, sizes, genes.shape), genes)
-
-    start = generator.integers(0, sizes, (population, len(sizes)))
-    # the ends of the front are hard to find from the middle
-    ends = np.stack([np.zeros_like(sizes), sizes - 1])
-    start[: len(ends)] = ends
-    algorithm = NSGA2(
-        pop_size=population,
-        sampling=start,
-        crossover=UniformCrossover(),
-        mutation=DrawAnew(),
-        eliminate_duplicates=True,
-    )
-    tables = Tables(
-        n_var=len(sizes), n_obj=1 + len(problem.costs), n_ieq_constr=len(limits), xl=np.zeros(len(sizes)), xu=sizes - 1
-    )
-    return algorithm, tables, minimize
-
-
-POINTS = 40
-"""So many points of the front are refined at most, evenly over its length."""
-
-
 def find_front(problem: BitProblem, name: str, seed: int = 0) -> list[list[float]]:
-    """Cost and loss of choices of which none is better in both than another, the cheapest first; budgets play no part.
+    """Returns cost ``name`` and loss of choices of which none is better in both than another, the cheapest first.
 
-    What NSGA-II finds is changed, point by point, in one layer or two as long as that gains within its cost.
-
-    Args:
-        problem: What is chosen from.
-        name: Of the cost.
-        seed: Of the search.
+    Budgets play no part. The choices of NSGA-II are changed, point by point, in one layer or two as long as that gains
+    within their cost.
 
     Raises:
         DependencyError: pymoo is not installed.
@@ -131,7 +122,7 @@ def find_front(problem: BitProblem, name: str, seed: int = 0) -> list[list[float
 
 
 def _best_for_their_cost(problem: BitProblem, name: str, choices: Choices) -> Choices:
-    """Choices that lose less than all cheaper ones, the cheapest first."""
+    """Returns the choices that lose less than all cheaper ones, the cheapest first."""
     costs, losses = problem.spent(name, choices), problem.losses(choices)
     order = np.lexsort((losses, costs))
     before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order][:-1]]))

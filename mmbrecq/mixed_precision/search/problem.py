@@ -1,9 +1,9 @@
-"""The choice of bits as a problem of tables: what each choice loses, and what it costs.
+"""The choice of bits as a problem of tables: the loss and the costs of every candidate of every layer.
 
     min_c  L(c)   subject to   H_k(c) <= budget_k
 
-``L(c) = sum_i loss[i, c_i] + sum_(i, j) pair[i, j][c_i, c_j]`` (Li et al., ICLR 2021, section 3.4): what each layer
-loses alone, and what two layers of one block lose beyond that together. Costs are sums over layers.
+``L(c) = sum_i loss[i, c_i] + sum_(i, j) pair[i, j][c_i, c_j]`` (Li et al., ICLR 2021, section 3.4): the loss of each
+layer alone, and the loss of two layers of one block together beyond that. Costs are sums over layers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a choice costs in one unit of measure, and how much it may.
-
-    Args:
-        table: ``(layers, candidates)``, finite, >= 0.
-        budget: Most that may be spent, with ``fixed``.
-        fixed: What is spent whatever is chosen.
-        unit: For messages.
-    """
+    """Costs ``(layers, candidates)``, finite, >= 0; the most that may be spent; the part of it that is always spent."""
 
     table: Table
     budget: float = math.inf
@@ -81,6 +74,14 @@ class BitProblem:
         if self.allowed is not None and not self.allowed.any(1).all():
             layer = self.layers[int(np.argmin(self.allowed.any(1)))]
             raise TableError(f"expected a candidate that layer '{layer}' may have, but it may have none")
+        tied = [i for tie in self.ties for i in tie]
+        if len(set(tied)) < len(tied):
+            raise TableError('expected every layer in one group of layers that read the same values at most')
+        numbers = {(first, second) for first, _ in self.candidates for _, second in self.candidates}
+        if self.ties and numbers != set(self.candidates):
+            raise TableError(f'expected all pairs of weight and input bits as candidates, but got {self.candidates}')
+        if self.allowed is not None and not self.allowed[tied].all():
+            raise TableError('expected layers that read the same values to have all candidates')
 
     def _check(self, what: str, table: Table, shape: tuple[int, int]) -> None:
         if table.shape != shape:
@@ -90,53 +91,48 @@ class BitProblem:
             layer = self.layers[int(bad[0][0])]
             raise TableError(f"expected finite numbers, but {what} of layer '{layer}' is {table[tuple(bad[0])]}")
 
-        tied = [i for tie in self.ties for i in tie]
-        if len(set(tied)) < len(tied):
-            raise TableError('expected every layer in one group of layers that read the same values at most')
-        pairs = {(first, second) for first, _ in self.candidates for _, second in self.candidates}
-        if self.ties and pairs != set(self.candidates):
-            raise TableError(f'expected all pairs of weight and input bits as candidates, but got {self.candidates}')
-        if self.allowed is not None and not self.allowed[tied].all():
-            raise TableError('expected layers that read the same values to have all candidates')
-
     @property
     def options(self) -> list[NDArray[np.int64]]:
         """Candidates that each layer may have, as indices."""
-        count = len(self.candidates)
-        if self.allowed is None:
-            return [np.arange(count) for _ in self.layers]
-        return [np.flatnonzero(row) for row in self.allowed]
+        everything = np.ones((len(self.layers), len(self.candidates)), bool)
+        return [np.flatnonzero(row) for row in (everything if self.allowed is None else self.allowed)]
 
     def losses(self, choices: Choices) -> Table:
-        """Predicted loss of ``(..., layers)`` choices, ``(...)``."""
+        """Returns the predicted loss of ``(..., layers)`` choices, ``(...)``."""
         total = np.asarray(self.loss[np.arange(len(self.layers)), choices].sum(-1))
         for (i, j), table in self.pairs.items():
             total = total + table[choices[..., i], choices[..., j]]
         return np.asarray(total)
 
     def spent(self, name: str, choices: Choices) -> Table:
-        """What choices cost by the name of the cost, ``(...)``."""
+        """Returns the cost ``name`` of choices, ``(...)``."""
         cost = self.costs[name]
         return np.asarray(cost.table[np.arange(len(self.layers)), choices].sum(-1) + cost.fixed)
 
     def feasible(self, choices: Choices) -> NDArray[np.bool_]:
-        """Whether choices keep every budget, ``(...)``."""
-        kept = np.ones(choices.shape[:-1], bool)
+        """Returns whether choices keep every budget, ``(...)``."""
+        return np.asarray(self.excess(choices) == 0)
+
+    def excess(self, choices: Choices) -> Table:
+        """Returns by how much choices exceed the budgets: the sum of the excesses, each over its budget, ``(...)``."""
+        total = np.zeros(choices.shape[:-1])
         for name, cost in self.costs.items():
-            kept &= self.spent(name, choices) <= cost.budget * (1 + 1e-12)
-        return kept
+            if np.isfinite(cost.budget):
+                over = self.spent(name, choices) - cost.budget * (1 + 1e-12)
+                total += np.maximum(over, 0) / max(cost.budget, 1e-300)
+        return total
 
     def follow(self, choices: Choices, leaders: Mapping[int, Choices]) -> Choices:
-        """Choices in which the layers of every tie have the second number of one of them, ``(..., layers)``.
+        """Returns choices in which the layers of every tie have the second number of one of them, ``(..., layers)``.
 
         Args:
             choices: Of all layers.
-            leaders: For ties, by index, the place within the tie of the layer that the others follow, ``(...)``.
+            leaders: For ties, by index, the index within the tie of the layer that the others follow, ``(...)``.
         """
         choices = choices.copy()
-        for index, places in leaders.items():
+        for index, members in leaders.items():
             tie = np.asarray(self.ties[index])
-            leader = np.take_along_axis(choices[..., tie], np.asarray(places)[..., None], -1)
+            leader = np.take_along_axis(choices[..., tie], np.asarray(members)[..., None], -1)
             choices[..., tie] = self._joined[choices[..., tie], leader]
         return choices
 

@@ -7,29 +7,36 @@ two layers together at the fewest bits; more bits hardly interact.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, measure_activations, output_loss
+from mmbrecq.mixed_precision.sensitivity.measure import (
+    FISHER,
+    OutputLoss,
+    loss_inputs,
+    measure_activations,
+    output_loss,
+)
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, AnalysisOptions, SensitivityTable, value_groups
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
-from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Callbacks, Progress
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult, layer_owners
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
+from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 
 STAGE = 'sensitivity'
@@ -40,14 +47,14 @@ class Analyzer:
     """Measures one model.
 
     Args:
-        prepare: Gives a task with the model prepared at a number of bits of weights, and one of activations or None for
-            the config's; its weights are calibrated.
+        prepare: Returns a task with the model prepared at a number of bits of weights, and one of activations or None
+            for the config's; its weights are calibrated.
         reconstructor: Learns the rounding of every unit; its first pass must be independent.
         options: See :class:`AnalysisOptions`.
-        folder: Where the table and the states are kept.
+        folder: Gets the table and the states.
         inputs: What the figures depend on.
-        callback: Is told of every unit that is reconstructed.
-        check: Is given the table before anything is measured, and may raise.
+        callback: Is called after every unit that is reconstructed.
+        check: Is called with the table before anything is measured, and may raise.
     """
 
     prepare: Callable[[int, int | None], Task]
@@ -79,21 +86,24 @@ class Analyzer:
             self.table.save(self.path)
         for bits in self.table.activation_candidates:
             if any(bits not in self.table.activation_loss.get(name, {}) for name in self.table.values):
-                measure_activations(self.prepare(candidates[0], bits), self.table, bits, self._inputs)
+                measure_activations(self.prepare(candidates[0], bits), self.table, bits)
                 self.table.save(self.path)
         return self.table
 
     def _begin(self, fewest: Task) -> None:
-        """Takes up the table of an earlier run, or starts one."""
+        """Loads the table of an earlier run, or starts one."""
         if self.path.exists():
             self.table = SensitivityTable.load(self.path)
-            self._check_inputs()
+            difference = first_difference(self.table.inputs, self.inputs)
+            if difference is not None:
+                raise ConfigError(
+                    f'{self.path} is of another analysis: {difference}; choose another --work-dir, or remove the file '
+                    'and the states beside it'
+                )
             return
         states = self.folder / 'states'
         if states.exists():
-            raise ConfigError(
-                f'expected {self.path} beside {states}, to tell what those states are of, but there is none'
-            )
+            raise ConfigError(f'expected {self.path} beside {states}, to tell their origin, but there is none')
         model, bits = fewest.model, self.options.bits
         self._check_loss(fewest)
         shapes = layer_shapes(model)
@@ -116,7 +126,7 @@ class Analyzer:
             self.table.values = {group.layers[0]: group for group in groups}
 
     def _check_loss(self, task: Task) -> None:
-        """A loss that cannot be had here is an error before any work."""
+        """Raises ConfigError where the loss that was asked for cannot be computed."""
         if self.options.loss != 'fisher':
             return
         if task.task_loss is None:
@@ -129,7 +139,7 @@ class Analyzer:
             )
 
     def _searched(self, model: QuantizedModel) -> list[str]:
-        """Layers whose bits the config does not fix: they have others when the default is another."""
+        """Returns the layers whose bits the config does not fix: they have others when the default is another."""
         fewest = self.options.bits[0]
         default = MAX_BITS if fewest < MAX_BITS else MIN_BITS
         others = {layer.name: layer.weight_bits for layer in self.prepare(default, None).model.layers}
@@ -139,86 +149,63 @@ class Analyzer:
             raise ConfigError('expected layers whose bits are to be chosen, but the config fixes those of all layers')
         return searched
 
-    def _check_inputs(self) -> None:
-        for key in sorted({*self.inputs, *self.table.inputs}):
-            if self.inputs.get(key) != self.table.inputs.get(key):
-                raise ConfigError(
-                    f'{self.path} is of another analysis: {key} was {self.table.inputs.get(key)} and is '
-                    f'{self.inputs.get(key)} now; choose another --work-dir, or remove the file and '
-                    'the states beside it'
-                )
-
     def _reconstruct(self, task: Task, bits: int) -> None:
         """Learns the rounding of every unit that has layers to choose bits for; finished ones are loaded."""
         done = set()
-        for part in task.model.graphs:
-            for unit in part.units:
-                path = state_path(self.folder / 'states', unit.name, bits)
-                if not set(unit.layers) & set(self.table.searched):
-                    done.add((STAGE, unit.name))
-                elif path.exists():
-                    load_layers(task.model.model, unit.layers, path)
-                    done.add((STAGE, unit.name))
-        keeper = _Keeper(task.model, lambda unit: state_path(self.folder / 'states', unit, bits))
+        for unit in (unit for graph in task.model.graphs for unit in graph.units):
+            path = state_path(self.folder / 'states', unit.name, bits)
+            searched = not set(unit.layers).isdisjoint(self.table.searched)
+            if searched and path.exists():
+                load_layers(task.model.model, unit.layers, path)
+            if not searched or path.exists():
+                done.add((STAGE, unit.name))
         task = replace(task, done=frozenset(done))
-        self.reconstructor.run(task, self.reconstructor.plan(task), Callbacks([keeper, self.callback]))
+        saver = _StateSaver(task.model.model, self.folder / 'states', bits)
+        self.reconstructor.run(task, self.reconstructor.plan(task), Callbacks([saver, self.callback]))
 
     def _measure(self, task: Task, bits: int) -> None:
-        """The loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
-        for part in task.model.graphs:
-            own = {layer.name for layer in part.layers} & set(self.table.searched)
-            missing = [name for name in self.table.searched if name in own]
-            missing = [name for name in missing if bits not in self.table.loss.get(name, {})]
-            pairs = list(self._pairs(part, own)) if self.options.pairs and bits == self.table.candidates[0] else []
+        """Measures the loss with each layer alone at these bits, and at the fewest with two layers of a unit."""
+        for graph in task.model.graphs:
+            own = {layer.name for layer in graph.layers}
+            searched = [name for name in self.table.searched if name in own]
+            missing = [name for name in searched if bits not in self.table.loss.get(name, {})]
+            units = graph.units if self.options.pairs and bits == self.table.candidates[0] else ()
+            pairs = [pair for unit in units for pair in combinations([n for n in searched if n in unit.layers], 2)]
             pairs = [pair for pair in pairs if bits not in self.table.pairs.get(pair, {})]
             if not missing and not pairs:
                 continue
-            loss = output_loss(task, part, self._inputs(task, part), self.table.kind == FISHER)
+            inputs = loss_inputs(task, graph, self.options.images)
+            loss = output_loss(task, graph, inputs, self.table.kind == FISHER)
             for name in track(missing, f'layers at {bits} bits'):
                 self.table.loss.setdefault(name, {})[bits] = loss.of({name})
             for first, second in track(pairs, f'pairs of layers at {bits} bits'):
                 alone = self.table.loss[first][bits] + self.table.loss[second][bits]
                 self.table.pairs.setdefault((first, second), {})[bits] = loss.of({first, second}) - alone
 
-    def _pairs(self, part: QuantizedGraph, layers: set[str]) -> Iterator[tuple[str, str]]:
-        for unit in part.units:
-            yield from combinations([name for name in self.table.searched if name in layers & set(unit.layers)], 2)
 
-    def _inputs(self, task: Task, part: QuantizedGraph) -> Tensor:
-        if not part.is_region:
-            return task.images[: self.options.images]
-        return task.regions.pairs(part, weights=False, activations=False)[0]
+@dataclass
+class _StateSaver(Callback):
+    """Writes the state of every finished unit of ``model`` into ``folder``, for :func:`load_layers`."""
 
-
-class _Keeper(Callback):
-    """Keeps the state of every unit that is done.
-
-    Args:
-        model: Whose units they are.
-        path_of: Where the state of a unit goes.
-    """
-
-    def __init__(self, model: QuantizedModel, path_of: Callable[[str], Path]) -> None:
-        self._model, self._path_of = model, path_of
+    model: nn.Module
+    folder: Path
+    bits: int
 
     def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        save_unit(self._model.model, unit, self._path_of(unit.name))
+        modules = {name: self.model.get_submodule(name) for name in unit.layers}
+        state = {name: {key: o.state_dict() for o, key in layer_owners(module)} for name, module in modules.items()}
+        save_atomic(state, state_path(self.folder, unit.name, self.bits))
 
 
 def state_path(folder: Path, unit: str, bits: int) -> Path:
-    """Where the state of a unit is kept; names that file systems mind are told apart by a hash."""
+    """Returns the file of a unit's state; names that file systems cannot hold are told apart by a hash."""
     safe = ''.join(c if c.isalnum() or c in '._-' else '_' for c in unit)
     mark = '' if safe == unit else '-' + hashlib.sha256(unit.encode()).hexdigest()[:8]
     return folder / f'{safe}{mark}-w{bits}.pth'
 
 
-def save_unit(model: nn.Module, unit: ReconstructionUnit, path: Path) -> None:
-    """Writes integers, scales and bias corrections of the layers of a unit."""
-    save_atomic({name: _state(model.get_submodule(name)) for name in unit.layers}, path)
-
-
 def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
-    """Puts what :func:`save_unit` wrote into layers prepared with the same bits.
+    """Loads integers, scales and bias corrections of a unit's layers into layers prepared with the same bits.
 
     Raises:
         CheckpointError: The file cannot be read, or is of other layers.
@@ -229,10 +216,5 @@ def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
             for owner, key in layer_owners(model.get_submodule(name)):
                 owner.load_state_dict(states[name][key])
     except Exception as error:
-        raise CheckpointError(
-            f'{path}: expected the state of a reconstructed unit, but it does not fit: {error}'
-        ) from error
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    return {key: owner.state_dict() for owner, key in layer_owners(module)}
+        message = f'{path}: expected the state of a reconstructed unit, but it does not fit: {error}'
+        raise CheckpointError(message) from error

@@ -1,8 +1,8 @@
-"""How far quantized layers take the outputs of a network from the float ones."""
+"""The loss of quantized layers and activations: the distance of the network's outputs from the float ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +33,7 @@ def quantizing(graph: QuantizedGraph, layers: Collection[str]) -> Iterator[None]
         for name, module, fake_quant in graph.weights():
             if name in layers:
                 fake_quant.enabled = True
-                correction = bias_correction(module)
-                if correction is not None:
+                if (correction := bias_correction(module)) is not None:
                     correction.enabled = True
         yield
 
@@ -98,10 +97,10 @@ class OutputLoss:
 
 
 def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool) -> OutputLoss:
-    """The loss of one graph of a task.
+    """Builds the loss of one graph of a task.
 
     Args:
-        task: With a task loss where ``fisher`` is asked for.
+        task: Has a task loss where ``fisher`` is asked for.
         graph: One of the graphs of the task's model.
         inputs (Tensor): Of the graph; the first images of the task's, or features of regions.
         fisher: Whether the annotations of the images weigh the errors.
@@ -115,7 +114,7 @@ def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool)
 def squared_gradients(
     model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss
 ) -> list[Tensor]:
-    """Squared gradients of the float network's task loss at each of its outputs, image by image.
+    """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
 
     Args:
         model: The prepared model.
@@ -126,10 +125,16 @@ def squared_gradients(
     Returns:
         ``[(N, ...)]``, of the shapes of the outputs.
     """
-    recorder = _Outputs(model.image_graph.compiled)
+    outputs: list[Tensor] = []
+
+    def record(inputs: Tensor) -> Any:
+        found = model.image_graph.compiled(inputs)
+        outputs[:] = _flat(found)
+        return found
+
     squares: list[list[Tensor]] = []
     start = 0
-    model.image_graph.traced.attach(recorder)
+    model.image_graph.traced.attach(record)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
@@ -137,8 +142,8 @@ def squared_gradients(
                     break
                 x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
                 # the batch may have more images than are asked for
-                loss = task_loss(_first(batch, len(x)), x) * len(x)
-                gradients = torch.autograd.grad(loss, recorder.last, allow_unused=True, materialize_grads=True)
+                loss = task_loss({key: batch[key][: len(x)] for key in ('inputs', 'data_samples')}, x) * len(x)
+                gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
                 squares.append([gradient.square() for gradient in gradients])
                 start += len(x)
     finally:
@@ -146,40 +151,27 @@ def squared_gradients(
     return [torch.cat(parts) for parts in zip(*squares, strict=True)]
 
 
-class _Outputs:
-    """Runs a graph and keeps what it returned last, flat."""
-
-    def __init__(self, graph: Callable[[Tensor], Any]) -> None:
-        self._graph = graph
-        self.last: list[Tensor] = []
-
-    def __call__(self, inputs: Tensor) -> Any:
-        outputs = self._graph(inputs)
-        self.last = _flat(outputs)
-        return outputs
-
-
 def _flat(outputs: Any) -> list[Tensor]:
     return list(flatten_outputs(outputs).values())
 
 
-def _first(batch: Any, count: int) -> dict[str, Any]:
-    """The first images of a batch, with their annotations."""
-    return {key: batch[key][:count] for key in ('inputs', 'data_samples')}
+def loss_inputs(task: Task, graph: QuantizedGraph, images: int | None) -> Tensor:
+    """Returns the inputs of a graph of a task that losses are measured on: the first ``images``, or all regions."""
+    if not graph.is_region:
+        return task.images[:images]
+    regions: Tensor = task.regions.pairs(graph, weights=False, activations=False)[0]
+    return regions
 
 
-def measure_activations(
-    task: Task, table: SensitivityTable, bits: int, inputs_of: Callable[[Task, QuantizedGraph], Tensor]
-) -> None:
+def measure_activations(task: Task, table: SensitivityTable, bits: int) -> None:
     """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
 
     Their grids are those of a calibration on float values; the loss is that with one group quantized, all else float.
 
     Args:
         task: The model prepared with activations of ``bits``.
-        table: Takes the losses.
+        table: Gets the losses.
         bits: Of the activations.
-        inputs_of: Gives the inputs of a graph that the losses are measured on.
     """
     calibrate_activations(task.model, task.images.split(BATCH))
     calibrate_regions(task.model, task.regions)
@@ -187,7 +179,7 @@ def measure_activations(
         own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
         missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
         if missing:
-            loss = output_loss(task, part, inputs_of(task, part), table.kind == FISHER)
+            loss = output_loss(task, part, loss_inputs(task, part, table.images), table.kind == FISHER)
             for name in track(missing, f'activations at {bits} bits'):
                 quantizers = table.values[name].quantizers
                 table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)

@@ -63,7 +63,7 @@ def test_every_layer_runs_in_integers(tmp_path: Path, name: str) -> None:
     model = packed(classifier(name), 'onnxruntime', 8, 8)
     backend = ONNXRuntimeBackend(ONNXExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
     kernels = backend.integer_kernels()
-    assert kernels.float_layers == []
+    assert kernels.float_layers == {}
     assert (
         kernels.integer
         == kernels.quantized

@@ -69,7 +69,7 @@ def test_every_layer_runs_in_integers(tmp_path: Path, name: str) -> None:
     model = packed(classifier(name), 'openvino', 8, 8)
     backend = OpenVINOBackend(OpenVINOExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
     kernels = backend.integer_kernels()
-    assert kernels.float_layers == []
+    assert kernels.float_layers == {}
     assert (
         kernels.integer
         == kernels.quantized
@@ -126,7 +126,7 @@ def test_values_below_zero_run_in_integers(tmp_path: Path, bits: tuple[int, int]
     assert any(q.zero_point.any() for q in model.image_graph.quantizers.values()) == (symmetric is None)
     x = images(8, seed=1)
     backend = OpenVINOBackend(path, num_threads=1)
-    assert backend.integer_kernels().float_layers == []
+    assert backend.integer_kernels().float_layers == {}
     assert moved_images(backend(x)[0], run(model, x)) <= 1
 
 
