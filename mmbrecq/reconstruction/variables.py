@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection, bias_correction
+from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
 from mmbrecq.reconstruction.schedules import constant, cosine
@@ -99,37 +98,43 @@ class Variables:
             quantizer.finish()
 
 
-@dataclass
 class _Layer:
-    """One layer.
+    """What is learned of one layer, see :class:`LearnedWeights`; ``weight`` and ``bias`` are leaves of autograd."""
 
-    Args:
-        module: The convolution or linear layer.
-        fake_quant: Fake quantizer of its weight.
-        soft: Its rounding, None where that is not learned.
-        values (Tensor): The quantized weight without ``gain``; not used where rounding is learned.
-        weight (Tensor): The quantized weight, a leaf of autograd.
-        correction: Correction of its bias, None where none is learned.
-        bias (Tensor | None): The corrected bias, a leaf of autograd.
-    """
-
-    module: nn.Module
-    fake_quant: WeightFakeQuantize
-    soft: SoftRounding | None
-    values: Tensor
-    weight: Tensor
-    correction: BiasCorrection | None
-    bias: Tensor | None
+    def __init__(
+        self,
+        module: nn.Module,
+        fake_quant: WeightFakeQuantize,
+        rounding: bool,
+        scale: bool,
+        bias: bool,
+        layout: torch.memory_format,
+        called: bool,
+    ) -> None:
+        self.module, self.fake_quant = module, fake_quant
+        self.soft: SoftRounding | None = None
+        self.bias: Tensor | None = None
+        if rounding and isinstance(fake_quant, AdaRound):
+            fake_quant.start(original_weight(module))
+            self.soft = learn_rounding(fake_quant, layout)
+        # a soft weight is written anew before it is multiplied, so it needs no second tensor
+        quantized = self.soft.weight if self.soft else fake_quant.quantized(original_weight(module))
+        self.values = laid_out(quantized, layout)
+        if scale:
+            fake_quant.start_scale(original_weight(module))
+        # whether all gradients are found from the output of the layer
+        self.by_output = self.soft is None and called and _is_per_output(fake_quant, module)
+        weight = torch.empty_like(self.values) if scale and not self.soft else self.values
+        self.weight = weight.detach().requires_grad_((scale or self.soft is not None) and not self.by_output)
+        self.correction = bias_correction(module) if bias else None
+        if self.correction is not None:
+            self.correction.offset.requires_grad_(True)
+            self.bias = _original_bias(module).clone().requires_grad_(not self.by_output)
 
     @property
     def gain(self) -> nn.Parameter | None:
         """The factor on its scale, None where none is learned."""
         return self.fake_quant.gain
-
-    @property
-    def by_output(self) -> bool:
-        """Whether all gradients are found from the output of the layer."""
-        return not self.weight.requires_grad
 
     def update(self) -> None:
         """Computes weight and bias anew, from what is learned."""
@@ -194,12 +199,8 @@ class LearnedWeights:
         called: Collection[nn.Module] = (),
     ) -> None:
         self._layers = [
-            _layer(
-                module, fq, rounding and isinstance(fq, AdaRound), scales,
-                bias_correction(module) if biases else None, layout, module in called,
-            )
-            for module, fq in weights
-        ]  # fmt: skip
+            _Layer(module, fq, rounding, scales, biases, layout, module in called) for module, fq in weights
+        ]
         self.update()
 
     @property
@@ -258,34 +259,6 @@ class LearnedWeights:
         """Fixes what was learned."""
         for layer in self._layers:
             layer.finish()
-
-
-def _layer(
-    module: nn.Module,
-    fake_quant: WeightFakeQuantize,
-    rounding: bool,
-    scale: bool,
-    correction: BiasCorrection | None,
-    layout: torch.memory_format,
-    called: bool,
-) -> _Layer:
-    """Begins the optimisation of a layer; see :class:`LearnedWeights`."""
-    soft = None
-    if rounding and isinstance(fake_quant, AdaRound):
-        fake_quant.start(original_weight(module))
-        soft = learn_rounding(fake_quant, layout)
-    values = soft.weight if soft else laid_out(fake_quant.quantized(original_weight(module)), layout)
-    if scale:
-        fake_quant.start_scale(original_weight(module))
-    by_output = soft is None and called and _is_per_output(fake_quant, module)
-    # a soft weight is written anew before it is multiplied, so it needs no second tensor
-    weight = (values if soft or not scale else torch.empty_like(values)).detach()
-    weight.requires_grad_((scale or soft is not None) and not by_output)
-    bias = None
-    if correction is not None:
-        correction.offset.requires_grad_(True)
-        bias = _original_bias(module).clone().requires_grad_(not by_output)
-    return _Layer(module, fake_quant, soft, values, weight, correction, bias)
 
 
 def _output_hook(layer: _Layer) -> Any:
