@@ -71,7 +71,7 @@ def optimize_unit(
     beta = LinearBeta(*options.beta, options.warmup)
     plateau = Plateau(options.plateau)
     # rounding is decided by what follows the warm-up
-    end = int(options.warmup * options.iterations) if variables.weights.alphas else options.iterations
+    end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
     # the position in the schedules is beyond the count where a plateau has skipped some
     position = count = 0
     losses = torch.zeros(options.iterations, device=device)
