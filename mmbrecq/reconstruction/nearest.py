@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -63,16 +63,12 @@ class NearestReconstructor(BaseReconstructor):
 def _mean_errors(model: QuantizedModel) -> Iterator[Errors]:
     """Sums up, by the path of the layer and per channel, what quantizing its weight takes from its outputs."""
     errors: Errors = {}
-    hooks = [
-        module.register_forward_hook(partial(_note_error, errors, name, fake_quant))
-        for name, module, fake_quant in model.weights()
-        if bias_correction(module) is not None
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module, fake_quant in model.weights():
+            if bias_correction(module) is not None:
+                hook = partial(_note_error, errors, name, fake_quant)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield errors
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _note_error(

@@ -15,7 +15,7 @@ from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
 from mmbrecq.reconstruction.schedules import constant, cosine
-from mmbrecq.reconstruction.soft_rounding import SoftRounding, learn_rounding
+from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import laid_out
 
@@ -135,7 +135,7 @@ class _Layer:
         self.bias: Tensor | None = None
         if stage.learns_rounding and isinstance(fake_quant, AdaRound):
             fake_quant.start(original_weight(module))
-            self.soft = learn_rounding(fake_quant, layout)
+            self.soft = SoftRounding(fake_quant, layout)
         # a soft weight is written anew before it is multiplied, so it needs no second tensor
         quantized = self.soft.weight if self.soft else fake_quant.quantized(original_weight(module))
         self.values = laid_out(quantized, layout)
