@@ -16,8 +16,7 @@ from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader, Dataset
 
 from mmbrecq.building import check_integer, parse_options
-from mmbrecq.data.data_errors import last_line
-from mmbrecq.data.source import build_source_datasets
+from mmbrecq.data.source import build_source_datasets, last_line
 from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter

@@ -57,13 +57,6 @@ def test_where_the_weights_are(tmp_path: Path, weights: Any, layout: str) -> Non
     assert_same(model, weights)
 
 
-def test_keys_are_revised_in_turn(tmp_path: Path, weights: Any) -> None:
-    torch.save({f'net.backbone.{name}': value for name, value in weights.items()}, tmp_path / 'a.pth')
-    model = make_model()
-    load_float_checkpoint(model, tmp_path / 'a.pth', revise_keys=[('^net', 'student'), (r'^student\.backbone\.', '')])
-    assert_same(model, weights)
-
-
 def test_half_precision_arrives_in_the_models_dtype(tmp_path: Path, weights: Any) -> None:
     torch.save(
         {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}, tmp_path / 'a'
