@@ -1,6 +1,6 @@
 """Prints, per unit and stage, the speed of the reconstruction and what it costs beside plain float training.
 
-A ratio is the time of an optimisation step over that of the unit's plain float forward and backward pass on the same
+A ratio is the time of an iteration over that of the unit's plain float forward and backward pass on the same
 batch of the same cached inputs: loss and gradients of the weights, no optimizer, tensors in torch's own order. Both
 run in turn, each several times, and the shortest time of each counts: whatever else a machine does only adds to it.
 Steps are timed without what a stage does once, before the first and after the last one: that is its set-up, in
@@ -36,9 +36,10 @@ from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, re
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor
+from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 from mmbrecq.reconstruction.losses import MSELoss
-from mmbrecq.reconstruction.optimize import UnitData, optimize_unit
+from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.values import MemoryValues
@@ -166,7 +167,7 @@ def measure(
         steps: Steps per measurement.
         repeats: Measurements of each kind.
     """
-    model, device = subject.model, subject.images.device
+    model, device = subject.model.image_graph, subject.images.device
     floats = in_torchs_order(data, device)
     weights, quantizers = model.unit_weights(unit), model.unit_quantizers(unit)
     parameters = [module.parametrizations.weight.original for module, _ in weights]
@@ -234,10 +235,10 @@ def main() -> None:
     """Prints a line per unit and the geometric means."""
     args = parse_args()
     subject = prepare(args.config, args.images, args.cfg_options)
-    model, device = subject.model, subject.images.device
+    model, device = subject.model.image_graph, subject.images.device
     names = [stage.name for stage in subject.stages]
-    for head in model.heads:
-        print(f'{head.traced.path} reads regions and is left out')
+    for head in subject.model.region_graphs:
+        print(f'{head.path} reads regions and is left out')
     cells = [f'{name} {what}' for name in names for what in ('it/s', 'ratio', 'set-up ms', 'caching')]
     print(f'on {device}, {args.steps} steps, {args.repeats} times')
     print('| unit | plain it/s | ' + ' | '.join(cells) + ' | peak MB |')

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import mmengine.registry
 from mmengine.registry import Registry
@@ -91,19 +93,54 @@ def parse_options(cls: type[T], values: Any, where: str, beside: Any = None, **d
 def _check_options(
     cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...], others: tuple[str, ...]
 ) -> None:
-    """Refuses options that ``cls`` does not have, switches that are no bool, and the lack of what it needs."""
+    """Refuses options that ``cls`` does not have or that are of another type, and the lack of what it needs."""
     parameters = inspect.signature(cls).parameters.values()
     named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}
     unknown = sorted(set(given) - {*named, *others})
     if unknown and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
         valid = ' or '.join([*(name for name in named if name not in supplied), *others]) or 'no option at all'
         raise ConfigError(f'unknown option {unknown[0]!r} of {owner}: expected {valid}')
+    hints = _hints(cls)
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in given and name not in supplied:
             raise ConfigError(f'expected option {name!r} of {owner}, but it was not given')
-        # any word is true in Python, 'False' too
-        if name in given and parameter.annotation in (bool, 'bool') and type(given[name]) is not bool:
-            raise ConfigError(f'expected option {name!r} of {owner} to be True or False, but got {given[name]!r}')
+        hint = hints.get(name, Any)
+        if name in given and not _fits(hint, given[name]):
+            raise ConfigError(f'expected option {name!r} of {owner} to be {_in_words(hint)}, but got {given[name]!r}')
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__ if inspect.isclass(cls) else cls)
+    except (NameError, TypeError):  # of a user's class, whose names are for type checkers alone
+        return {}
+
+
+_WORDS: dict[Any, str] = {
+    **dict.fromkeys((Mapping, dict), 'a dict'), **dict.fromkeys((Sequence, list), 'a list'),
+    bool: 'True or False', str: 'a string', types.NoneType: 'None',
+}  # fmt: skip
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type hint; numbers have ranges, which their owners check."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin in (types.UnionType, Union):
+        return any(_fits(arg, value) for arg in args)
+    if origin in (Sequence, list):
+        return isinstance(value, (list, tuple)) and all(_fits(args[0], item) for item in value if args)
+    if origin is str:
+        return isinstance(value, (str, os.PathLike))
+    # any word is true in Python, 'False' too
+    return not inspect.isclass(origin) or origin not in _WORDS or isinstance(value, origin)
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin in (types.UnionType, Union):
+        return ' or '.join(map(_in_words, args))
+    inner = get_origin(args[0]) or args[0] if args and origin in (Sequence, list) else None
+    return f'{_WORDS[origin]}{f", each item {_WORDS[inner]}" if inner in _WORDS else ""}'
 
 
 def check_integer(value: Any, least: int, where: str) -> None:

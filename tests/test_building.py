@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -77,6 +78,8 @@ def test_find_refuses_a_scope_that_does_not_exist() -> None:
 class Handle:
     length: int
     round: bool = True
+    spares: Sequence[Mapping[str, int]] | None = None
+    names: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,28 @@ def test_options_of_two_dataclasses_stand_side_by_side() -> None:
     ('values', 'message'),
     [
         (4, 'expected tool.handle to be a dict, but got 4'),
-        ({'lenght': 3}, "unknown option 'lenght' of tool.handle: expected length or round or weight"),
+        ({'lenght': 3}, "unknown option 'lenght' of tool.handle: expected length or round or spares or names or w"),
         ({'round': False}, "expected option 'length' of tool.handle, but it was not given"),
         (
             {'length': 3, 'round': 'False'},
             "expected option 'round' of tool.handle to be True or False, but got 'False'",
         ),
+        (
+            {'length': 3, 'spares': 'abc'},
+            "expected option 'spares' of tool.handle to be a list, each item a dict or None, but got 'abc'",
+        ),
+        (
+            {'length': 3, 'spares': [{}, 3]},
+            r"expected option 'spares' of tool.handle to be a list, each item a dict or None, but got \[{}, 3\]",
+        ),
+        (
+            {'length': 3, 'names': [3]},
+            r"expected option 'names' of tool.handle to be a list, each item a string, but got \[3\]",
+        ),
     ],
 )
 def test_options_that_are_refused(values: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=f'^{message}$'):
+    with pytest.raises(ConfigError, match=f'^{message}'):
         parse_options(Handle, values, 'tool.handle', beside=Head)
 
 

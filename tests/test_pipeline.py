@@ -61,9 +61,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
         return prepare(self, model, example)
 
     monkeypatch.setattr(BRECQQuantizer, 'prepare', broken)
-    with pytest.raises(
-        GraphError, match='expected the prepared graph to compute what Net does.*after last, in what fc reads'
-    ):
+    with pytest.raises(GraphError, match='to compute what Net does.*after last, in what fc reads'):
         pipeline.prepare(make(), images(), quantizer())
 
 

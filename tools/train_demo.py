@@ -15,7 +15,9 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmbrecq.building import explain_build_error
 from mmbrecq.engine.config import add_debug, run_tool
+from mmbrecq.errors import ConfigError
 from mmbrecq.version import __version__
 
 DEMO = Path(__file__).resolve().parents[1] / 'configs' / 'demo'
@@ -35,7 +37,10 @@ def train(cfg: Config) -> tuple[Runner, dict[str, float]]:
     with tempfile.TemporaryDirectory() as work_dir:
         cfg.work_dir = work_dir
         cfg.default_hooks = {'checkpoint': None}
-        runner = Runner.from_cfg(cfg)
+        try:
+            runner = Runner.from_cfg(cfg)
+        except Exception as error:
+            raise ConfigError(f'{cfg.filename}: {explain_build_error(error)}') from error
         runner.train()
         metrics = {name: float(value) for name, value in runner.val_loop.run().items()}
     return runner, metrics

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmbrecq.data.sampling import CalibrationSet
 from mmbrecq.distributed import largest
-from mmbrecq.errors import NonFiniteError
+from mmbrecq.errors import DataError, NonFiniteError, first_line
 from mmbrecq.progress import track
 
 Allocate = Callable[[Sequence[int], Tensor], Tensor]
@@ -79,5 +79,11 @@ def example_of(images: Tensor) -> Tensor:
 
 def _preprocess(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        inputs: Tensor = model.data_preprocessor(batch, False)['inputs']  # type: ignore[operator]
+        try:
+            inputs: Tensor = model.data_preprocessor(batch, False)['inputs']  # type: ignore[operator]
+        except Exception as error:
+            raise DataError(
+                f'{type(model.data_preprocessor).__name__} cannot take the calibration images as their pipeline gives '
+                f'them: {type(error).__name__}: {first_line(error)}'
+            ) from error
     return inputs

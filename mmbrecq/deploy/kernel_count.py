@@ -18,3 +18,9 @@ class KernelCount:
     quantized: int = 0
     integer: int = 0
     float_layers: dict[str, str] = field(default_factory=dict)
+
+    def describe(self, runtime: str) -> str:
+        """Returns the count in words, with the layers that run in float and why."""
+        floats = ', '.join(f'{name} ({why})' for name, why in self.float_layers.items())
+        words = f'{runtime} runs {self.integer} of {self.quantized} quantized layers in integers'
+        return f'{words}; in float: {floats}' if floats else words

@@ -37,7 +37,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
     'float_checkpoint': (str, 'a path or URL'),
     'seed': (int, 'an integer'),
-    'randomness': (Mapping, 'a dict'),
+    **dict.fromkeys(('randomness', 'env_cfg'), (Mapping, 'a dict')),
 }
 
 

@@ -48,7 +48,6 @@ from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.report import Summary, print_table
-from mmbrecq.report.summary import KernelCount
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
@@ -310,8 +309,8 @@ class PTQLoop(BaseLoop):
             for deviation in compare(model, paths, example):
                 self.runner.logger.info(str(deviation))
             deployed = DeployedModel(model.model, paths[0])
-            count = deployed.integer_kernels()
-            self.summary.integer_kernels[deployed.name] = KernelCount(count.quantized, count.integer)
+            count = self.summary.integer_kernels[deployed.name] = deployed.integer_kernels()
+            self.runner.logger.info(count.describe(deployed.name))
             if 'deployed' in self.evaluations:
                 deployed.attach()
                 metrics = self._measure(f'deployed in {deployed.name}')

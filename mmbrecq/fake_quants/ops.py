@@ -48,7 +48,7 @@ class FakeQuantizeFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
         ctx.qtype, ctx.bounds = qtype, code_bounds(zero_point, qtype)
-        compute = None if torch.onnx.is_in_onnx_export() else kernel('fake_quantize', *_given(x, keep))
+        compute = None if torch.onnx.is_in_onnx_export() else kernel('fake_quantize', x, keep)
         ctx.compiled = compute is not None and ctx.bounds is not None and scale.dim() == 0
         if compute is not None and ctx.compiled:
             out, ctx.size = torch.empty_like(x), scale.item()
@@ -112,10 +112,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         return grad_x, None
     total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
     return grad_x, total.div_(size.reshape(total.shape))
-
-
-def _given(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 def code_bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:

@@ -63,13 +63,13 @@ DISABLED: set[str] = set()
 Kernel = Callable[..., None]
 
 
-def kernel(operation: str, first: Tensor, *others: Tensor) -> Kernel | None:
+def kernel(operation: str, first: Tensor, *others: Tensor | None) -> Kernel | None:
     """Decides who does an operation: its compiled function, or torch, for which None is returned.
 
     Args:
         operation: One of :data:`OPERATIONS`.
         first (Tensor): The function is for float32 on the CPU, dense in memory.
-        *others: Tensors of the same shape and order in memory, float32 but for a mask of uint8.
+        *others: Tensors of the same shape and order in memory, float32 but for a mask of uint8; None for no tensor.
 
     Returns:
         A function of numbers and tensors, in the order of ``kernels.c``; tensors are written in place, and None stands
@@ -79,6 +79,8 @@ def kernel(operation: str, first: Tensor, *others: Tensor) -> Kernel | None:
     if not first.is_cpu or first.dtype is not torch.float32 or not is_dense(first) or operation in DISABLED:
         return None
     for other in others:
+        if other is None:
+            continue
         if not other.is_cpu or other.dtype not in (torch.float32, torch.uint8):
             return None
         if other.shape != first.shape or other.stride() != first.stride():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.graph.units import ReconstructionUnit
@@ -61,26 +63,12 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = tuple(callbacks)
+        for name in ('before_stage', 'before_unit', 'after_step', 'after_unit', 'after_stage'):
+            setattr(self, name, partial(self._call, name))
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress) -> None:
+    def _call(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            callback.before_stage(stage, units, progress)
-
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        for callback in self.callbacks:
-            callback.before_unit(stage, unit)
-
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        for callback in self.callbacks:
-            callback.after_step(stage, unit, step, loss)
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        for callback in self.callbacks:
-            callback.after_unit(stage, unit, result, progress)
-
-    def after_stage(self, stage: Stage) -> None:
-        for callback in self.callbacks:
-            callback.after_stage(stage)
+            getattr(callback, name)(*arguments)
 
 
 class Forecast:
@@ -109,18 +97,14 @@ class Forecast:
     def begin(self, units: Iterable[ReconstructionUnit], stage: Stage) -> Progress:
         """Begins a pass over units, and returns its progress."""
         self._count = sum(unit.is_quantized for unit in units)
-        return self.progress(stage.name)
+        return Progress(self._names.count(stage.name), self._count, self.left())
 
     def note(self, result: UnitResult) -> Progress:
         """Counts a unit that is done, and returns the progress of its pass."""
         self._work += self._left.pop((result.stage, result.name), 0.0)
         self._seconds += result.seconds
         self._names.append(result.stage)
-        return self.progress(result.stage)
-
-    def progress(self, stage: str) -> Progress:
-        """Returns how far a pass has come."""
-        return Progress(self._names.count(stage), self._count, self.left())
+        return Progress(self._names.count(result.stage), self._count, self.left())
 
     def left(self) -> float | None:
         """Returns the seconds that the units not done will take; None while none is done."""

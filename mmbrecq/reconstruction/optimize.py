@@ -74,13 +74,13 @@ def optimize_unit(
     # the position in the schedules is beyond the count where a plateau has skipped some
     position = count = 0
     losses = torch.zeros(options.iterations, device=device)
-    drop = _Dropping(quantizers, options.drop_prob, generator)
+    masks = RandomMasks(1 - options.drop_prob, generator) if options.drop_prob > 0 else None
     fitting = micro_batches or MicroBatches(name, min(options.batch_size, len(data.targets[0])))
-    batches = Batches(data, options.batch_size, options.iterations, generator, device, drop.masks is not None)
+    batches = Batches(data, options.batch_size, options.iterations, generator, device, masks is not None)
 
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
-        distance = part.loss(module(*drop.inputs(part)), loss)
+        distance = part.loss(module(*_mixed_inputs(part, masks)), loss)
         # the masks of this iteration are drawn
         batches.prefetch()
         return distance
@@ -90,7 +90,7 @@ def optimize_unit(
         return _backward(batches.current(), images, distance_of)
 
     casting = autocast([layer for layer, _ in weights], AUTOCAST[options.autocast] if options.autocast else None)
-    with torch.enable_grad(), drop, batches, variables.in_force(), casting:
+    with torch.enable_grad(), _dropping(quantizers, masks), batches, variables.in_force(), casting:
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()
@@ -148,28 +148,25 @@ def _check_finite(losses: Tensor, name: str) -> None:
         raise NonFiniteError(f"the loss of unit '{name}' is {float(losses[first])} at iteration {first}")
 
 
-class _Dropping:
-    """Random dropping of quantization, on the activations and on the inputs; a context manager."""
-
-    def __init__(self, quantizers: Sequence[FakeQuantize], prob: float, generator: torch.Generator) -> None:
-        self.quantizers = quantizers
-        self.masks = RandomMasks(1 - prob, generator) if prob > 0 else None
-
-    def __enter__(self) -> None:
-        for quantizer in self.quantizers:
-            quantizer.masks = self.masks
-
-    def __exit__(self, *exc: object) -> None:
-        for quantizer in self.quantizers:
+@contextmanager
+def _dropping(quantizers: Sequence[FakeQuantize], masks: RandomMasks | None) -> Iterator[None]:
+    """Makes quantizers pass the float value on wherever a mask has a zero, within the block."""
+    for quantizer in quantizers:
+        quantizer.masks = masks
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
             quantizer.masks = None
 
-    def inputs(self, batch: Batch) -> Sequence[Tensor]:
-        """Returns the inputs of the batch, quantized and float ones mixed element by element, in place."""
-        if self.masks is not None:
-            for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
-                if x is not floating:
-                    mix_(x, floating, self.masks.draw(x))
-        return batch.quantized_inputs
+
+def _mixed_inputs(batch: Batch, masks: RandomMasks | None) -> Sequence[Tensor]:
+    """Returns the inputs of the batch, quantized and float ones mixed element by element, in place."""
+    if masks is not None:
+        for x, floating in zip(batch.quantized_inputs, batch.float_inputs, strict=True):
+            if x is not floating:
+                mix_(x, floating, masks.draw(x))
+    return batch.quantized_inputs
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmbrecq.report.summary import KernelCount, MetricValues, Summary, UnitRecord
+from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.report.summary import MetricValues, Summary, UnitRecord
 
 RUNTIME_NAMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO', 'tensorrt': 'TensorRT'}
 UNKNOWN = '-'

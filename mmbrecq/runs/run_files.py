@@ -96,9 +96,7 @@ def rehearsal_text(found: pipeline.Rehearsal) -> str:
         f'{path} stays one call: {why}' for graph in found.model.graphs for path, why in graph.traced.opaque.items()
     ]
     lines += map(str, found.deviations)
-    for runtime, count in found.kernels.items():
-        others = f'; in float: {", ".join(count.float_layers)}' if count.float_layers else ''
-        lines.append(f'{runtime} runs {count.integer} of {count.quantized} quantized layers in integers{others}')
+    lines += [count.describe(runtime) for runtime, count in found.kernels.items()]
     lines += [str(found.plan)] if found.plan is not None else []
     if found.seconds is not None:
         lines.append(f'the reconstruction will take about {format_seconds(found.seconds)} on this machine')

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.data.images import collect_images, example_of
-from mmbrecq.errors import NonFiniteError
+from mmbrecq.errors import DataError, NonFiniteError
 
 
 class Drawn:
@@ -100,6 +100,14 @@ def test_images_of_one_size_are_not_padded() -> None:
     images = collect(Drawn([(4, 6)] * 3), 114)
     assert images.shape == (3, 3, 4, 6)
     assert images[:, 0, 0, 0].tolist() == [2, 4, 6]
+
+
+def test_what_the_preprocessor_cannot_take() -> None:
+    drawn = Drawn([(4, 4)] * 2)
+    drawn.batches = lambda: [{'image': drawn.images}]  # type: ignore[method-assign]
+    message = "^Preprocessor cannot take the calibration images as their pipeline gives them: KeyError: 'inputs'$"
+    with pytest.raises(DataError, match=message):
+        collect(drawn)
 
 
 def test_an_image_that_is_not_finite_is_named() -> None:

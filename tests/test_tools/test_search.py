@@ -221,7 +221,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
             'search.activation_candidates=[4,4]',
             r'activation_candidates to be different integers in 2..8, but got \[4, 4',
         ),
-        ('search.activation_candidates=8', 'activation_candidates to be different integers in 2..8, but got 8'),
+        ('search.activation_candidates=8', "expected option 'activation_candidates' of search to be a list, but got 8"),
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
         ('search.generations=3', "unknown option 'generations' of search: expected costs or searcher or "),
         ('search=3', "expected 'search' to be a dict, but got 3"),
@@ -233,7 +233,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
         ),
         ('search.searcher.type=Greedy', "unknown searcher type 'Greedy'"),
         ('search.costs=[]', r'expected search.costs to be a list of cost models, but got \[\]'),
-        ('search.budgets=3', 'expected search.budgets to be a dict of budgets by name, but got 3'),
+        ('search.budgets=3', "expected option 'budgets' of search to be a dict, but got 3"),
         ('search.reuse=3', "expected option 'reuse' of search to be True or False, but got 3"),
     ],
 )

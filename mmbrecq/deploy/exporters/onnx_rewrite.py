@@ -150,9 +150,9 @@ def _store_transposed(graph: Any) -> None:
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(integers.transpose(perm)), name))
             constants[name] = graph.initializer[-1]
         new = helper.make_node(
-            'DequantizeLinear', [name, *source.input[1:]], list(node.output), name=f'{node.name}/weight',
-            **({'axis': axes[0]} if axes else {}),
+            'DequantizeLinear', [name, *source.input[1:]], list(node.output), name=f'{node.name}/weight'
         )  # fmt: skip
+        new.attribute.extend(helper.make_attribute('axis', axis) for axis in axes)
         graph.node.remove(node)
         graph.node.insert(index, new)
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}

@@ -90,7 +90,10 @@ def _narrows_a_grid(graph: OnnxGraph, node: Node) -> bool:
 
 
 def check_residuals(graph: OnnxGraph) -> Iterator[Violation]:
-    """T5: a residual add reads one convolution directly, and everything else through Q/DQ."""
+    """T5: a residual add reads one convolution directly, and everything else through Q/DQ.
+
+    Without a Q behind it, or with an input in float, the sum is computed in float whatever else comes before it.
+    """
     quantized = {layer.node for layer in graph.layers() if layer.weight_dq is not None and layer.node.op in CONV_OPS}
     for add in graph.of_type('Add'):
         computed = [tensor for tensor in add.inputs if graph.constant(tensor) is None]
@@ -103,13 +106,19 @@ def check_residuals(graph: OnnxGraph) -> Iterator[Violation]:
             yield Violation('T5', add.name, message)
         elif sum(direct) == 1:
             shortcut = computed[direct.index(False)]
-            if graph.quantized_sources(shortcut) is None:
+            if graph.quantized_sources(shortcut) is None and _is_quantized(graph, add):
                 found = title(graph.producer(shortcut))
                 yield Violation('T5', add.name, f'expected Q/DQ on the shortcut, but it comes from {found}')
-        elif any(through):
+        elif any(through) and all(graph.quantized_sources(tensor) is not None for tensor in computed):
             conv = next(node for node in through if node is not None)
             message = f'expected no Q/DQ between {title(conv)} and the add'
             yield Violation('T5', add.name, f'{message}, but no input comes straight from a convolution')
+
+
+def _is_quantized(graph: OnnxGraph, node: Node) -> bool:
+    """Whether a Q reads the value, or what a fused operation makes of it."""
+    readers = graph.consumers(node.outputs[0])
+    return any(r.op == 'QuantizeLinear' or (r.op in FUSED_OPS and _is_quantized(graph, r)) for r in readers)
 
 
 def _conv_behind_qdq(graph: OnnxGraph, tensor: str, convs: set[Node]) -> Node | None:

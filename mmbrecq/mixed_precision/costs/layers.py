@@ -70,7 +70,7 @@ class LayerShape:
 
 
 def layer_shapes(model: QuantizedModel) -> list[LayerShape]:
-    """Returns the shapes of all quantized layers of a prepared model, for images like its example."""
+    """Returns the quantized layers in the order of their first call, for images like the model's example."""
     found = []
     for graph in model.graphs:
         calls = _calls(model, graph)

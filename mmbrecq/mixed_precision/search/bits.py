@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import ConfigError
+from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
-from mmbrecq.schema import load_json, save_json
+from mmbrecq.schema import decode, encode
 
 RESULT = 'search.json'
 """File beside a written config that has what was chosen, and why."""
@@ -46,10 +47,8 @@ class SearchOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.costs, Sequence) or not self.costs:
+        if not self.costs:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
-        if not isinstance(self.budgets, Mapping):
-            raise ConfigError(f'expected search.budgets to be a dict of budgets by name, but got {self.budgets!r}')
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:
@@ -131,9 +130,9 @@ def build_problem(
 def check_budgets(table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]) -> None:
     """Raises ConfigError or BudgetError where a budget is none, or below the least cost; no loss need be known yet."""
     zeros = dict.fromkeys([*table.candidates, *table.activation_candidates], 0.0)
-    loss, activation_loss = dict.fromkeys(table.searched, zeros), dict.fromkeys(table.values, zeros)
-    unmeasured = replace(table, pairs={}, loss=loss, activation_loss=activation_loss)
-    build_problem(unmeasured, models, budgets).check_budgets()
+    of_weights, of_values = dict.fromkeys(table.searched, zeros), dict.fromkeys(table.values, zeros)
+    plain = replace(table, pairs={}, loss=of_weights, activation_loss=of_values)
+    build_problem(plain, models, budgets).check_budgets()
 
 
 def float_cost(table: SensitivityTable, model: BaseCostModel) -> float:
@@ -197,12 +196,18 @@ class SearchResult:
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        save_json(self, path)
+        write_text_atomic(json.dumps(encode(self), indent=1) + '\n', path)
 
     @classmethod
     def load(cls, path: Path) -> SearchResult:
         """Reads the file; TableError where it is missing, or no such file."""
-        return load_json(cls, path, 'tools/search.py')
+        try:
+            found: SearchResult = decode(cls, json.loads(path.read_text(encoding='utf-8')), 'result')
+        except OSError as error:
+            raise TableError(f'{path}: cannot be read: {error.strerror}') from error
+        except (ValueError, ConfigError) as error:
+            raise TableError(f'{path}: expected what tools/search.py writes, but it is not: {error}') from error
+        return found
 
     def overrides(self) -> list[dict[str, object]]:
         """Returns the bits as the quantizer's ``overrides``."""

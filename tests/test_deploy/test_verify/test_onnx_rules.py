@@ -360,6 +360,21 @@ def test_broken_onnxruntime_rule(tmp_path: Path, case: int) -> None:
         assert {r for r, _ in found(model, tmp_path, 'onnxruntime')} <= {rule, 'C7'}
 
 
+@pytest.mark.parametrize('quantized', [True, False])
+def test_a_sum_of_a_convolution_and_a_float_value(tmp_path: Path, quantized: bool) -> None:
+    b = graphs.Builder(signed=True)
+    total = b.node('Add', [b.conv(b.qdq('x', 'in'), 'conv1'), b.node('Sigmoid', ['x'], 'gate')], 'add')
+    last = b.conv(b.qdq(total, 'a1'), 'conv2') if quantized else b.node('Sigmoid', [total], 'last')
+    assert found(b.model(last), tmp_path, 'tensorrt') == ({('T5', 'add')} if quantized else set())
+
+
+def test_a_convolution_that_another_layer_reads_and_a_float_value(tmp_path: Path) -> None:
+    b = graphs.Builder(signed=True)
+    first = b.qdq(b.conv(b.qdq('x', 'in'), 'conv1'), 'a1')
+    total = b.node('Add', [first, b.node('Sigmoid', [b.conv(first, 'conv2')], 'gate')], 'add')
+    assert found(b.model(total), tmp_path, 'tensorrt') == set()
+
+
 V_CASES: list[tuple[str, str, bool, Change]] = [
     ('V1', 'a1_Q', False, lambda m: graphs.set_tensor(m, 'a1_zero', np.uint16(0))),
     ('V2', 'a1_Q', True, lambda m: graphs.set_tensor(m, 'a1_zero', np.int8(5))),
