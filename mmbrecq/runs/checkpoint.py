@@ -21,7 +21,7 @@ _PREPROCESSOR = 'data_preprocessor.'
 _BATCH_COUNT = 'num_batches_tracked'
 
 
-def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads trained weights into ``model``, on the model's device and in its dtypes.
 
     The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's or mmcv's
@@ -35,16 +35,12 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dic
         model: The float model, wrapped for several processes or not.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
 
-    Returns:
-        The file's ``meta``, empty where it has none.
-
     Raises:
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
         NonFiniteError: A weight in the file is NaN or infinite.
     """
     model = _unwrapped(model)
-    checkpoint = read_checkpoint(path)
-    weights = _without_prefix(_weights_of(checkpoint, path))
+    weights = _without_prefix(_weights_of(read_checkpoint(path), path))
     own = model.state_dict()
     raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
     for key in [key for key in weights if key in raw_ema or key.startswith(_PREPROCESSOR)]:
@@ -58,18 +54,14 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dic
         misfit = _compare(own, weights, exact=False) or ' '.join(str(error).split())
     if misfit:
         raise CheckpointError(f'{path} does not fit the model: {misfit}')
-    return _meta_of(checkpoint)
 
 
-def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads the ``state_dict`` of a quantized checkpoint: same keys, same shapes, same dtypes, no exception.
 
     Args:
         model: The prepared model; it is left as it was where the file does not fit.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
-
-    Returns:
-        The file's ``meta``, empty where it has none.
 
     Raises:
         CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.
@@ -85,7 +77,6 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
         raise CheckpointError(f'{path} does not fit the quantized model: {misfit}')
     _check_finite(weights, path)
     model.load_state_dict(weights, strict=True)
-    return _meta_of(checkpoint)
 
 
 def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, exact: bool) -> str:
@@ -141,11 +132,6 @@ def _check_finite(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             count = int((~torch.isfinite(value)).sum())
             raise NonFiniteError(f'{name} in {path} holds {count} non-finite of {value.numel()} values')
-
-
-def _meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    meta = checkpoint.get('meta')
-    return dict(meta) if isinstance(meta, dict) else {}
 
 
 def _count(items: Collection[str], noun: str) -> str:
