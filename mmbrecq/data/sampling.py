@@ -101,7 +101,7 @@ class CalibrationSet(Dataset[Any]):
         return len(self.ids)
 
     def __getitem__(self, position: int) -> Any:
-        """Returns one image, or the error in its place: raised in a worker it would arrive as the text of a traceback."""
+        """Returns one image, or its error in its place: raised in a worker it would arrive as a traceback."""
         name = self.ids[position]
         try:
             data = self._images.load(self._indices[position])
