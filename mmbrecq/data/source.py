@@ -58,9 +58,9 @@ def _dataset_of(cfg: Config, loader: str) -> dict[str, Any] | None:
 
 
 def _type_name(cfg: Any) -> str:
-    """Returns the type of a dataset or transform, without its scope; an empty name where there is none."""
+    """Returns the type of a dataset or transform; an empty name where there is none."""
     kind = cfg.get('type') if isinstance(cfg, Mapping) else cfg
-    return kind.rsplit('.', 1)[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return kind if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def _unwrap(dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -154,9 +154,13 @@ def annotations_first(pipeline: Sequence[Any]) -> list[Any]:
     mmdet's test pipelines load them after the image was resized, as its evaluators want them: in the pixels of the
     file. A task loss needs boxes in the pixels that the network sees. The images are the same either way.
     """
-    loads = [transform for transform in pipeline if _type_name(transform).startswith('LoadAnnotations')]
+
+    def is_load_of(what: str, transform: Any) -> bool:
+        return _type_name(transform).rpartition('.')[2].startswith(f'Load{what}')
+
+    loads = [transform for transform in pipeline if is_load_of('Annotations', transform)]
     others = [transform for transform in pipeline if transform not in loads]
-    images = [index for index, transform in enumerate(others) if _type_name(transform).startswith('LoadImage')]
+    images = [index for index, transform in enumerate(others) if is_load_of('Image', transform)]
     start = images[-1] + 1 if images else 0
     return [*others[:start], *loads, *others[start:]]
 
