@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mmbrecq.graph.assignment import Assignments
+from mmbrecq.graph.dependence import dependence, evaluate
 from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS
-from mmbrecq.graph.tracer import UntraceableError, dependence, evaluate
 
 _PERMUTES = ('permute', 'transpose', 't', 'T', 'mT', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
 _SPLITS = ('chunk', 'split', 'tensor_split', 'split_with_sizes', 'unbind')
@@ -48,19 +48,9 @@ def switch_off_in_place(model: nn.Module, graph: fx.Graph, opaque: Container[str
                 setattr(module, 'inplace', False)  # noqa: B010 - no common base has it
 
 
-@contextmanager
-def _in_place(module: Any, state: bool) -> Iterator[None]:
-    before = getattr(module, 'inplace', state)
-    module.inplace = state
-    try:
-        yield
-    finally:
-        module.inplace = before
-
-
-class _Functionalizer:
+class _Functionalizer(Assignments):
     def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
-        self.model, self.graph, self.constants = model, graph, constants
+        super().__init__(model, graph, constants)
         self.nodes = list(graph.nodes)
         order = {node: index for index, node in enumerate(self.nodes)}
         self.last_use = {node: max((order[user] for user in node.users), default=-1) for node in self.nodes}
@@ -228,90 +218,6 @@ class _Functionalizer:
         items = [new if i == index else self._emit_function(operator.getitem, split, i) for i in range(count)]
         return self._emit_function(torch.stack if name == 'unbind' else torch.cat, items, dim)
 
-    def _assigned(self, base: fx.Node, index: Any, new: Any) -> fx.Node:
-        """What ``base`` holds after ``base[index] = new``."""
-        entries = [_listed(e) for e in (index if isinstance(index, tuple) else [index])]
-        lists = [e for e in entries if isinstance(e, list)]
-        if len(lists) > 1 or any(isinstance(_example(e), Tensor) for e in entries):
-            return self._scattered(base, entries, new)
-        shape = base.meta['example'].shape
-        used = [e for e in entries if e is not None and e is not Ellipsis]
-        if Ellipsis in [e for e in entries if not isinstance(e, fx.Node)]:
-            at = next(i for i, e in enumerate(entries) if e is Ellipsis)
-            entries[at : at + 1] = [slice(None)] * (len(shape) - len(used))
-        kept = [self._as_slice(e) for e in entries if e is not None]
-        selects = self._emit_function(operator.getitem, base, tuple(kept)) if kept else base
-        shown = self._emit_function(operator.getitem, base, index)
-        new = self._like(new, shown)
-        if shown.meta['example'].shape != selects.meta['example'].shape:
-            new = self._emit_method('reshape_as', new, selects)
-        return self._nested(base, 0, kept, new)
-
-    def _nested(self, base: fx.Node, axis: int, slices: list[Any], new: fx.Node) -> fx.Node:
-        """Replaces a block of ``base``, axis by axis."""
-        while axis < len(slices) and slices[axis] == slice(None):
-            axis += 1
-        if axis == len(slices):
-            return new
-        taken, size = slices[axis], base.meta['example'].shape[axis]
-        around = (slice(None),) * axis
-        inner = self._emit_function(operator.getitem, base, (*around, taken))
-        inner = self._nested(inner, axis + 1, slices, new)
-        if isinstance(taken, list) or taken.step not in (None, 1):
-            order = list(range(size))
-            places = taken if isinstance(taken, list) else order[taken]
-            for rank, place in enumerate(places):
-                order[place] = size + rank
-            both = self._emit_function(torch.cat, [base, inner], axis)
-            ranks = torch.tensor(order, device=base.meta['example'].device)
-            return self._emit_method('index_select', both, axis, self._constant(ranks))
-        start, stop, _ = slice(_example(taken.start), _example(taken.stop)).indices(size)
-        pieces = [inner]
-        if start > 0:
-            pieces.insert(0, self._emit_function(operator.getitem, base, (*around, slice(None, taken.start))))
-        if max(start, stop) < size:
-            end = taken.stop if stop >= start else taken.start
-            pieces.append(self._emit_function(operator.getitem, base, (*around, slice(end, None))))
-        return inner if len(pieces) == 1 else self._emit_function(torch.cat, pieces, axis)
-
-    def _scattered(self, base: fx.Node, entries: list[Any], new: Any) -> fx.Node:
-        """``base[entries] = new`` where indices are tensors."""
-        examples = [_example(e) for e in entries]
-        if len(entries) == 1 and isinstance(examples[0], Tensor) and examples[0].dtype == torch.bool:
-            mask, value = entries[0], new
-            if not isinstance(_example(value), Tensor) or _example(value).dim() == 0:
-                for _ in range(base.meta['example'].dim() - examples[0].dim()):
-                    mask = self._emit_method('unsqueeze', mask, -1)
-                value = self._like(value, base)
-                return self._emit_function(torch.where, mask, value, base)
-        if not all(isinstance(e, Tensor) for e in examples):
-            raise self._refusal('an assignment to a list of indices beside slices cannot be followed')
-        shown = self._emit_function(operator.getitem, base, tuple(entries))
-        return self._emit_function(torch.index_put, base, tuple(entries), self._like(new, shown))
-
-    def _like(self, value: Any, shown: fx.Node) -> fx.Node:
-        """``value`` with the shape and the type of ``shown``."""
-        example = _example(value)
-        if not isinstance(example, Tensor):
-            return self._emit_function(torch.full_like, shown, value)
-        wanted = shown.meta['example']
-        if example.dtype != wanted.dtype:
-            value = self._emit_method('to', value, wanted.dtype)
-        if example.shape == wanted.shape:
-            return value
-        for _ in range(example.dim() - wanted.dim()):
-            value = self._emit_method('squeeze', value, 0)
-        return self._emit_method('expand_as', value, shown)
-
-    def _as_slice(self, entry: Any) -> Any:
-        return entry if isinstance(entry, (slice, list)) else slice(entry, self._end(entry, 1))
-
-    def _end(self, start: Any, count: Any) -> Any:
-        if _example(start) < 0 and _example(start) + _example(count) == 0:
-            return None
-        is_symbolic = isinstance(start, fx.Node) or isinstance(count, fx.Node)
-        return self._emit_function(operator.add, start, count) if is_symbolic else start + count
-
     def _out_of_place(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """The node of the same result that writes nothing."""
         name = _name(node)
@@ -348,45 +254,11 @@ class _Functionalizer:
         node.args, node.kwargs = bound.args, bound.kwargs
         return True
 
-    def _example_of(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
-        if node.op == 'call_module':
-            with _in_place(self.model.get_submodule(str(node.target)), False):
-                return self.model.get_submodule(str(node.target))(*args, **kwargs)
-        return evaluate(node, args, kwargs)
-
-    def _emit_function(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        return self._emit('call_function', function, args, {})
-
-    def _emit_method(self, name: str, *args: Any) -> fx.Node:
-        return self._emit('call_method', name, args, {})
-
-    def _emit(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.create_node(op, target, args, kwargs)
-        node.meta.update(self.anchor.meta, writes=[], view=None)
-        node.meta['example'] = self._example_of(node)
-        node.meta['depends'] = dependence(node)
-        return node
-
-    def _constant(self, value: Tensor) -> fx.Node:
-        name = f'_order_constant{len(self.constants)}'
-        self.constants[name] = value
-        with self.graph.inserting_before(self.before):
-            node = self.graph.create_node('get_attr', name)
-        node.meta.update(self.anchor.meta, writes=[], view=None, example=value, depends=set())
-        return node
-
     def _below(self, node: fx.Node) -> Iterator[fx.Node]:
         """The node and the views of it."""
         yield node
         for view in self.views.get(node, ()):
             yield from self._below(view)
-
-    def _refusal(self, reason: str) -> UntraceableError:
-        is_opaque = self.anchor.op == 'call_module'
-        owner = self.anchor.meta['caller' if is_opaque else 'owner']
-        return UntraceableError(owner, f'{self.anchor.meta.get("line", self.anchor.name)}: {reason}')
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -410,18 +282,6 @@ def _probe(like: Tensor) -> Tensor:
     if 0 in like.stride():
         return numbers
     return torch.empty_strided(like.shape, like.stride(), dtype=torch.int64).copy_(numbers)
-
-
-def _example(value: Any) -> Any:
-    return value.meta['example'] if isinstance(value, fx.Node) else value
-
-
-def _listed(entry: Any) -> Any:
-    """An index that is a constant tensor as a list."""
-    example = _example(entry)
-    if not isinstance(example, Tensor) or 'values' in entry.meta['depends'] or example.dim() != 1:
-        return entry
-    return (example.nonzero().flatten() if example.dtype == torch.bool else example).tolist()
 
 
 def _name(node: fx.Node) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError, evaluate
+from mmbrecq.graph.dependence import evaluate
+from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
 
 _NUMBERS = (bool, int, float, str, type(None))

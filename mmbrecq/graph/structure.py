@@ -25,7 +25,8 @@ def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {name: value}
     if not isinstance(value, (tuple, list)):
-        raise GraphError(f'expected the outputs of the network to be tensors, but {name} is a {type(value).__name__}')
+        kind = 'dict' if isinstance(value, dict) else type(value).__name__
+        raise GraphError(f'expected the outputs of the network to be tensors, but {name} is a {kind}')
     flat: dict[str, Tensor] = {}
     for index, item in enumerate(value):
         flat.update(flatten_outputs(item, f'{name}_{index}'))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from types import FunctionType
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of
+from mmbrecq.graph.dependence import WatchedValues, dependence, evaluate, flat, shares_memory, tensors_in
 from mmbrecq.graph.symbolic import (
     IN_PLACE_OPERATORS,
     ConcreteProxy,
@@ -31,7 +32,6 @@ from mmbrecq.graph.symbolic import (
     caller,
     is_symbolic,
     stand_in,
-    value_dependent,
 )
 from mmbrecq.graph.units import is_below
 
@@ -40,15 +40,6 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspos
 
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """mmcv's and mmpretrain's own leaf modules that ``torch.nn`` has no class for."""
-
-_READS_SIZES = (
-    'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
-    'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
-    'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
-)  # fmt: skip
-"""Functions and methods whose result follows from the shape and the type of a tensor alone."""
-
-_READS_VALUES = ('__bool__', '__int__', '__float__', '__index__', '__contains__', 'item', 'tolist', 'numpy', 'equal')
 
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in IN_PLACE_OPERATORS))
 
@@ -169,7 +160,7 @@ class ConcreteTracer(fx.Tracer):
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
             return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
-            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in _flat((args, kwargs))):
+            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
@@ -219,11 +210,11 @@ class ConcreteTracer(fx.Tracer):
         result = self._result(node)
         node.meta['example'] = result
         node.meta['writes'] = list(dict.fromkeys(n for n, t, version in inputs if t._version != version))
-        node.meta['view'] = next((n for n, t, _ in inputs if _shares_memory(t, result)), None)
+        node.meta['view'] = next((n for n, t, _ in inputs if shares_memory(t, result)), None)
         node.meta['depends'] = set() if str(node.target) in self.constants else dependence(node)
         for written in node.meta['writes']:
             for other in node.graph.nodes:
-                if any(_shares_memory(t, other.meta.get('example')) for t in tensors_in(written.meta['example'])):
+                if any(shares_memory(t, other.meta.get('example')) for t in tensors_in(written.meta['example'])):
                     other.meta['depends'] |= node.meta['depends']
 
     def _result(self, node: fx.Node) -> Any:
@@ -237,8 +228,8 @@ class ConcreteTracer(fx.Tracer):
         if node.op != 'call_module':
             return evaluate(node, args, kwargs)
         path = str(node.target)
-        watch = _WatchedValues(list(tensors_in((args, kwargs))))
-        with self._noting_layers(node), watch if path in self.opaque else _Unwatched():
+        watch = WatchedValues(list(tensors_in((args, kwargs))))
+        with self._noting_layers(node), watch if path in self.opaque else nullcontext():
             result = self._model.get_submodule(path)(*args, **kwargs)
         if watch.are_read:
             self.value_dependent.add(path)
@@ -298,45 +289,20 @@ class _SymbolicSizes(TorchFunctionMode):
         if self._tracer.is_evaluating:
             return func(*args, **kwargs)
         name = str(getattr(func, '__name__', ''))
-        has_proxy = any(isinstance(value, fx.Proxy) for value in _flat((args, kwargs)))
+        has_proxy = any(isinstance(value, fx.Proxy) for value in flat((args, kwargs)))
         is_in_place = name.endswith('_') and (not name.startswith('__') or name in _WRITES)
         written = kwargs.get('out', args[0] if args and is_in_place else None)
         if isinstance(written, Tensor) and not isinstance(written, fx.Proxy):
             if has_proxy:
                 raise GraphError(f'{caller()}: expected constants to stay constant, but {name} writes into one')
             return func(*args, **kwargs)
-        if has_proxy or not any(map(is_symbolic, _flat((args, kwargs)))):
+        if has_proxy or not any(map(is_symbolic, flat((args, kwargs)))):
             return func(*args, **kwargs)
         if name == '__getitem__':
             return self._tracer.create_proxy('call_function', operator.getitem, args, kwargs)
         is_method = is_tensor_method_or_property(func)
         kind, target = ('call_method', name) if is_method else ('call_function', func)
         return self._tracer.create_proxy(kind, target, args, kwargs)
-
-
-class _WatchedValues(TorchFunctionMode):
-    """Tells whether Python reads values of tensors that follow from ``tensors``."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self.are_read = False
-        self._following = {id(t): t for t in tensors}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = str(getattr(func, '__name__', ''))
-        if name not in _READS_SIZES and any(id(t) in self._following for t in tensors_in((args, kwargs))):
-            self._following.update({id(t): t for t in tensors_in(result)})
-            self.are_read |= name in _READS_VALUES
-        return result
-
-
-class _Unwatched:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 @contextmanager
@@ -354,58 +320,6 @@ def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     for name, tensor, version in state:
         if tensor._version != version:
             raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
-
-
-def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a method or function."""
-    if node.op == 'call_method':
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def dependence(node: fx.Node) -> set[str]:
-    """What the result follows from: ``values`` of the input, its ``size``, the ``state`` of the model.
-
-    Raises:
-        ValueDependentError: It is a number that follows from values.
-    """
-    if node.op == 'placeholder':
-        return {'values'}
-    if node.op == 'get_attr':
-        return {'state'}
-    depends = {kind for n in node.all_input_nodes for kind in n.meta['depends']}
-    if node.op in ('output', 'call_module') or 'values' not in depends:
-        return depends
-    name = str(node.target if node.op == 'call_method' else getattr(node.target, '__name__', ''))
-    is_attribute = node.target is getattr and not isinstance(node.meta['example'], Tensor)
-    if is_attribute or name in _READS_SIZES:
-        return (depends - {'values'}) | {'size'}
-    if any(not isinstance(v, Tensor) for v in _flat(node.meta['example'])):
-        raise ValueDependentError(value_dependent(f'a result of {name}'))
-    return depends
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Tensors of nested sequences and dicts."""
-    return (leaf for leaf in _flat(tree) if isinstance(leaf, Tensor))
-
-
-def _flat(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, slice):
-        tree = (tree.start, tree.stop, tree.step)
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _flat(item)
-    elif tree is not None:
-        yield tree
-
-
-def _shares_memory(tensor: Tensor, result: Any) -> bool:
-    memory = tensor.untyped_storage().data_ptr()
-    return memory != 0 and any(t.untyped_storage().data_ptr() == memory for t in tensors_in(result))
 
 
 def _positional(

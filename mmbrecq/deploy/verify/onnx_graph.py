@@ -220,12 +220,23 @@ class OnnxGraph:
     def grid_clip(self, quantizer: Node) -> Node | None:
         """The Clip just before a Q that narrows the grid; None if there is none or it is an activation function.
 
-        Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there.
+        Where a Clip of integers narrows the grid, the one before the Q has no other reason to be there. Where the grids
+        of the model are known, a Clip before one that fills its container is an operation of the model.
         """
         node = self.producer(quantizer.input(0))
         if node is None or node.op != 'Clip' or self.integer_clip(quantizer) is not None:
             return None
-        return None if self.clip_bounds(node) in ACTIVATION_BOUNDS else node
+        fills = (self.grid_key(quantizer), self.zero_point_range(quantizer)) in self._known_grids()
+        return None if fills or self.clip_bounds(node) in ACTIVATION_BOUNDS else node
+
+    def grid_key(self, quantizer: Node) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Scales and zero-points of a Q, by which a grid of the model is found."""
+        scale, zero_point = self.scale(quantizer), self.zero_point(quantizer)
+        return tuple(() if scale is None else np.ravel(scale).tolist()), tuple(np.ravel(zero_point).tolist())
+
+    def _known_grids(self) -> set[tuple[object, object]]:
+        grids = () if self.expected is None else self.expected.activations or ()
+        return {(tuple(grid[:2]), (grid.low, grid.high)) for grid in grids}
 
 
 def _read_node(proto: Any, source: str) -> Node:

@@ -86,7 +86,7 @@ def _grid_fault(graph: OnnxGraph, node: Node, clip: Node | None) -> str | None:
     grids = None if graph.expected is None else graph.expected.activations
     if grids is None:
         return None
-    grid = Grid(tuple(np.ravel(scale).tolist()), tuple(np.ravel(zero_point).tolist()), *integers)
+    grid = Grid(*graph.grid_key(node), *integers)
     if grid in grids:
         return None
     meant = ' or '.join(f'{g.low}..{g.high}' for g in grids if g[:2] == grid[:2])

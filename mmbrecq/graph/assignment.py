@@ -1,0 +1,175 @@
+"""Assignments to parts of a tensor, written as operations that overwrite nothing."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mmbrecq.graph.dependence import dependence, evaluate
+from mmbrecq.graph.tracer import UntraceableError
+
+
+class Assignments:
+    """Adds nodes to a traced graph.
+
+    Args:
+        model: Owner of the modules that the graph calls.
+        graph: Its nodes carry what :class:`ConcreteTracer` notes.
+        constants: Gets the tensors that the new nodes read.
+
+    Attributes:
+        anchor: The node that is being replaced.
+        before: The node before which new ones are put.
+    """
+
+    anchor: fx.Node
+    before: fx.Node
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
+        self.model, self.graph, self.constants = model, graph, constants
+
+    def _assigned(self, base: fx.Node, index: Any, new: Any) -> fx.Node:
+        """What ``base`` holds after ``base[index] = new``."""
+        entries = [_listed(e) for e in (index if isinstance(index, tuple) else [index])]
+        lists = [e for e in entries if isinstance(e, list)]
+        if len(lists) > 1 or any(isinstance(example_of(e), Tensor) for e in entries):
+            return self._scattered(base, entries, new)
+        shape = base.meta['example'].shape
+        used = [e for e in entries if e is not None and e is not Ellipsis]
+        if Ellipsis in [e for e in entries if not isinstance(e, fx.Node)]:
+            at = next(i for i, e in enumerate(entries) if e is Ellipsis)
+            entries[at : at + 1] = [slice(None)] * (len(shape) - len(used))
+        kept = [self._as_slice(e) for e in entries if e is not None]
+        selects = self._emit_function(operator.getitem, base, tuple(kept)) if kept else base
+        shown = self._emit_function(operator.getitem, base, index)
+        new = self._like(new, shown)
+        if shown.meta['example'].shape != selects.meta['example'].shape:
+            new = self._emit_method('reshape_as', new, selects)
+        return self._nested(base, 0, kept, new)
+
+    def _nested(self, base: fx.Node, axis: int, slices: list[Any], new: fx.Node) -> fx.Node:
+        """Replaces a block of ``base``, axis by axis."""
+        while axis < len(slices) and slices[axis] == slice(None):
+            axis += 1
+        if axis == len(slices):
+            return new
+        taken, size = slices[axis], base.meta['example'].shape[axis]
+        around = (slice(None),) * axis
+        inner = self._emit_function(operator.getitem, base, (*around, taken))
+        inner = self._nested(inner, axis + 1, slices, new)
+        if isinstance(taken, list) or taken.step not in (None, 1):
+            order = list(range(size))
+            places = taken if isinstance(taken, list) else order[taken]
+            for rank, place in enumerate(places):
+                order[place] = size + rank
+            both = self._emit_function(torch.cat, [base, inner], axis)
+            ranks = torch.tensor(order, device=base.meta['example'].device)
+            return self._emit_method('index_select', both, axis, self._constant(ranks))
+        start, stop, _ = slice(example_of(taken.start), example_of(taken.stop)).indices(size)
+        pieces = [inner]
+        if start > 0:
+            pieces.insert(0, self._emit_function(operator.getitem, base, (*around, slice(None, taken.start))))
+        if max(start, stop) < size:
+            end = taken.stop if stop >= start else taken.start
+            pieces.append(self._emit_function(operator.getitem, base, (*around, slice(end, None))))
+        return inner if len(pieces) == 1 else self._emit_function(torch.cat, pieces, axis)
+
+    def _scattered(self, base: fx.Node, entries: list[Any], new: Any) -> fx.Node:
+        """``base[entries] = new`` where indices are tensors."""
+        examples = [example_of(e) for e in entries]
+        if len(entries) == 1 and isinstance(examples[0], Tensor) and examples[0].dtype == torch.bool:
+            mask, value = entries[0], new
+            if not isinstance(example_of(value), Tensor) or example_of(value).dim() == 0:
+                for _ in range(base.meta['example'].dim() - examples[0].dim()):
+                    mask = self._emit_method('unsqueeze', mask, -1)
+                value = self._like(value, base)
+                return self._emit_function(torch.where, mask, value, base)
+        if not all(isinstance(e, Tensor) for e in examples):
+            raise self._refusal('an assignment to a list of indices beside slices cannot be followed')
+        shown = self._emit_function(operator.getitem, base, tuple(entries))
+        return self._emit_function(torch.index_put, base, tuple(entries), self._like(new, shown))
+
+    def _like(self, value: Any, shown: fx.Node) -> fx.Node:
+        """``value`` with the shape and the type of ``shown``."""
+        example = example_of(value)
+        if not isinstance(example, Tensor):
+            return self._emit_function(torch.full_like, shown, value)
+        wanted = shown.meta['example']
+        if example.dtype != wanted.dtype:
+            value = self._emit_method('to', value, wanted.dtype)
+        if example.shape == wanted.shape:
+            return value
+        for _ in range(example.dim() - wanted.dim()):
+            value = self._emit_method('squeeze', value, 0)
+        return self._emit_method('expand_as', value, shown)
+
+    def _as_slice(self, entry: Any) -> Any:
+        return entry if isinstance(entry, (slice, list)) else slice(entry, self._end(entry, 1))
+
+    def _end(self, start: Any, count: Any) -> Any:
+        if example_of(start) < 0 and example_of(start) + example_of(count) == 0:
+            return None
+        is_symbolic = isinstance(start, fx.Node) or isinstance(count, fx.Node)
+        return self._emit_function(operator.add, start, count) if is_symbolic else start + count
+
+    def _example_of(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
+        if node.op == 'call_module':
+            with _in_place(self.model.get_submodule(str(node.target)), False):
+                return self.model.get_submodule(str(node.target))(*args, **kwargs)
+        return evaluate(node, args, kwargs)
+
+    def _emit_function(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self._emit('call_function', function, args, {})
+
+    def _emit_method(self, name: str, *args: Any) -> fx.Node:
+        return self._emit('call_method', name, args, {})
+
+    def _emit(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node(op, target, args, kwargs)
+        node.meta.update(self.anchor.meta, writes=[], view=None)
+        node.meta['example'] = self._example_of(node)
+        node.meta['depends'] = dependence(node)
+        return node
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        name = f'_order_constant{len(self.constants)}'
+        self.constants[name] = value
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node('get_attr', name)
+        node.meta.update(self.anchor.meta, writes=[], view=None, example=value, depends=set())
+        return node
+
+    def _refusal(self, reason: str) -> UntraceableError:
+        is_opaque = self.anchor.op == 'call_module'
+        owner = self.anchor.meta['caller' if is_opaque else 'owner']
+        return UntraceableError(owner, f'{self.anchor.meta.get("line", self.anchor.name)}: {reason}')
+
+
+@contextmanager
+def _in_place(module: Any, state: bool) -> Iterator[None]:
+    before = getattr(module, 'inplace', state)
+    module.inplace = state
+    try:
+        yield
+    finally:
+        module.inplace = before
+
+
+def example_of(value: Any) -> Any:
+    """The value of an argument for the example."""
+    return value.meta['example'] if isinstance(value, fx.Node) else value
+
+
+def _listed(entry: Any) -> Any:
+    """An index that is a constant tensor as a list."""
+    example = example_of(entry)
+    if not isinstance(example, Tensor) or 'values' in entry.meta['depends'] or example.dim() != 1:
+        return entry
+    return (example.nonzero().flatten() if example.dtype == torch.bool else example).tolist()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import classifier, conv, images, net, run
+from torch import Tensor, nn
+
+from mmbrecq.errors import GraphError
+from mmbrecq.graph.equality import check_equality, take_reference
+from mmbrecq.graph.traced_graph import trace_image_graph
+
+
+def test_a_prepared_graph_equals_its_model() -> None:
+    model = classifier('mobilenetv2')
+    reference = take_reference(model, images(2))
+    assert [tuple(batch.shape) for batch in reference.batches] == [(1, 3, 32, 32), (3, 3, 32, 32), (1, 3, 96, 64)]
+    traced = trace_image_graph(model, images(2))
+    assert len(traced.folded) > 10
+    assert check_equality(traced.compile(), reference) < 1e-8
+
+
+def test_the_reference_is_taken_before_the_model_changes() -> None:
+    model = net(lambda self, x: self.conv(x), conv=conv())
+    before = run(model, images(2))
+    reference = take_reference(model, images(2))
+    with torch.no_grad():
+        model.backbone.conv.weight.zero_()
+    torch.testing.assert_close(reference.outputs[1]['output'][:2], before, rtol=1e-5, atol=1e-6)
+
+
+def _chain(self: Any, x: Tensor) -> Tensor:
+    return self.last(self.act(self.middle(self.first(x))))
+
+
+def test_the_first_layer_that_differs_is_named() -> None:
+    model = net(_chain, first=conv(), middle=conv(4, 4), act=nn.ReLU(), last=conv(4, 2))
+    reference = take_reference(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    with torch.no_grad():
+        model.backbone.middle.weight *= 1.5
+    with pytest.raises(
+        GraphError,
+        match=r'compute what Net does, but for images of 1 x 3 x 32 x 32 it is off by .* of the variance of its '
+        r'outputs, first after backbone.middle, in what backbone.act reads$',
+    ):
+        check_equality(traced.compile(), reference)
+
+
+def test_another_course_for_one_image_is_found() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y * 2.0 if x.shape[0] > 1 else y)
+
+    model = net(forward, first=conv(), last=conv(4, 2))
+    reference = take_reference(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    with pytest.raises(GraphError, match='for images of 1 x 3 x 32 x 32 .* in what backbone.last reads'):
+        check_equality(traced.compile(), reference)
+
+
+def test_another_height_and_width_counts_where_it_is_free() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.conv(x) * (1.0 if x.shape[3] == 32 else 2.0)
+
+    model = net(forward, conv=conv())
+    reference = take_reference(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    assert not traced.free_size
+    check_equality(traced.compile(), reference, traced.free_size)
+    traced.frozen = []
+    with pytest.raises(GraphError, match='for images of 1 x 3 x 96 x 64'):
+        check_equality(traced.compile(), reference, traced.free_size)
+
+
+def test_a_dict_is_no_output() -> None:
+    model = net(lambda self, x: {'maps': self.conv(x)}, conv=conv())
+    with pytest.raises(GraphError, match='expected the outputs of the network to be tensors, but output is a dict'):
+        trace_image_graph(model, images(2))
