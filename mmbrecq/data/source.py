@@ -154,15 +154,12 @@ def annotations_first(pipeline: Sequence[Any]) -> list[Any]:
     mmdet's test pipelines load them after the image was resized, as its evaluators want them: in the pixels of the
     file. A task loss needs boxes in the pixels that the network sees. The images are the same either way.
     """
-
-    def is_load_of(what: str, transform: Any) -> bool:
-        return _type_name(transform).rpartition('.')[2].startswith(f'Load{what}')
-
-    loads = [transform for transform in pipeline if is_load_of('Annotations', transform)]
-    others = [transform for transform in pipeline if transform not in loads]
-    images = [index for index, transform in enumerate(others) if is_load_of('Image', transform)]
-    start = images[-1] + 1 if images else 0
-    return [*others[:start], *loads, *others[start:]]
+    named = [(_type_name(transform).rpartition('.')[2], transform) for transform in pipeline]
+    loads = [transform for name, transform in named if name.startswith('LoadAnnotations')]
+    others = [(name, transform) for name, transform in named if not name.startswith('LoadAnnotations')]
+    start = max((index + 1 for index, (name, _) in enumerate(others) if name.startswith('LoadImage')), default=0)
+    rest = [transform for _, transform in others]
+    return [*rest[:start], *loads, *rest[start:]]
 
 
 def has_annotations(batches: Iterable[Mapping[str, Any]]) -> bool:
