@@ -162,6 +162,7 @@ class BRECQQuantizer:
         if position_bits is None:
             return []
         name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
+        position_bits = MAX_BITS if position.joins else position_bits
         path = self._add_quantizer(
             traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
             position.per_channel,
