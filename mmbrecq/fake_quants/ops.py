@@ -314,11 +314,16 @@ class OutputGradient(torch.autograd.Function):
             output, out_grad = output.reshape(-1, output.shape[-1]), grad.reshape(-1, grad.shape[-1])
         else:
             out_grad = grad
-        # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
-        zeros = output.new_zeros(output.shape[1]) if bias is None else bias
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            out_grad, output, None, None, None, zeros, torch.ones_like(zeros), True, 0.0, [False, True, True]
-        )
+        mean = output.new_zeros(output.shape[1]) if bias is None else bias
+        if grad.device.type == 'cpu':
+            # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
+            _, product, total = torch.ops.aten.native_batch_norm_backward(
+                out_grad, output, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+            )
+        else:
+            others = [axis for axis in range(output.dim()) if axis != 1]
+            total = out_grad.sum(others)
+            product = (out_grad * output).sum(others) - mean * total
         grad_gain = None
         if ctx.needs_input_grad[1]:
             grad_gain = (product if gain.numel() > 1 else product.sum()).reshape(gain.shape) / gain
