@@ -210,7 +210,7 @@ def collect(images: Tensor | Iterable[Any], device: torch.device) -> Tensor:
         if not isinstance(batch, Tensor) or batch.dim() < 2 or batch.shape[1:] != batches[0].shape[1:]:
             found = f'{tuple(batch.shape)}' if isinstance(batch, Tensor) else f'a {type(batch).__name__}'
             raise DataError(f'expected batches of images of one size, (N, C, H, W), but got {found}')
-    joined = torch.cat([batch.detach().to(device) for batch in batches])
+    joined = torch.cat([batch.detach() for batch in batches]).to(device)
     if not bool(torch.isfinite(joined).all()):
         raise NonFiniteError('expected finite pixels, but got NaN or infinity among the calibration images')
     if not len(joined):
