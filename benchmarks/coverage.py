@@ -41,6 +41,7 @@ from mmbrecq.errors import MMBrecqError, first_line
 from mmbrecq.graph.components import head_file
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.pipeline import prepare
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedGraph, QuantizedModel
 
 CONTEXT = multiprocessing.get_context('fork')
@@ -217,7 +218,7 @@ def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
         step = 'prepare'
         observer = {'type': 'MinMaxObserver'}
         options = {'bits': 8, 'observer': observer}
-        prepared = BRECQQuantizer(options, options, preset).prepare(model, images[:2])
+        prepared = prepare(model, images, BRECQQuantizer(options, options, preset))
         row.remarks, row.units = remarks(prepared), sum(len(graph.units) for graph in prepared.graphs)
         row.quantized = sum(layer.weight_bits is not None for layer in prepared.layers)
         step = 'calibrate'

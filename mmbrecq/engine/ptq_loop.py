@@ -198,7 +198,7 @@ class PTQLoop(BaseLoop):
         if obstacle is not None:
             self.runner.logger.info(f'every unit is reconstructed again: {obstacle}')
             return task
-        task = self.chosen.take_up(task, stage)
+        task = self.chosen.load_rounding(task, stage)
         self.runner.logger.info(f'the rounding of {len(task.done)} units is that of the analysis')
         return task
 

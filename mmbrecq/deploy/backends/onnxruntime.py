@@ -144,12 +144,14 @@ class ONNXRuntimeBackend(BaseBackend):
         maker = graph.producer(layer.data)
         if graph.quantized_sources(layer.data) is None:
             return f'its input, from {"the input" if maker is None else maker.op} of the graph, is not quantized'
-        if maker is not None and maker.op != 'DequantizeLinear':
-            return f'{maker.op} stands between the quantization of its input and the layer'
         readers = graph.consumers(layer.node.outputs[0])
+        if layer.node.op == 'Gemm' and layer.node.input(2):
+            return 'its bias is not added apart from a result in float'
         if layer.node.op == 'Conv' and not any(reader.op == 'QuantizeLinear' for reader in readers):
             found = readers[0].op if readers else 'the caller'
             return f'its output goes to {found} in float'
+        if maker is not None and maker.op != 'DequantizeLinear':
+            return f'{maker.op} stands between the quantization of its input and the layer'
         return f'{self.name} has no integer kernel for this {layer.node.op}'
 
     def _integer_names(self, model: bytes) -> set[str]:

@@ -45,7 +45,9 @@ class ONNXExporter(BaseExporter):
 
 
 def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
-    """The packed model as an ``onnx.ModelProto``; the batch axis is free, height and width where outputs have them.
+    """The packed model as an ``onnx.ModelProto``.
+
+    The batch axis is free, height and width where outputs and graph follow them.
 
     Raises:
         ExportError: An operator has no ONNX form.
@@ -66,7 +68,8 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
             warnings.simplefilter('ignore')
             torch.onnx.export(
                 compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
-                dynamic_axes=_free_axes(outputs), opset_version=opset, do_constant_folding=False, **options,
+                dynamic_axes=_free_axes(outputs, graph.traced.free_size), opset_version=opset,
+                do_constant_folding=False, **options,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(f'the graph cannot be written as ONNX: {first_line(error)}') from error
@@ -86,13 +89,13 @@ def _expect_standard_operations(proto: Any) -> None:
             raise ExportError(f'the graph cannot be written as ONNX: no standard operation does what {operation} does')
 
 
-def _free_axes(outputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+def _free_axes(outputs: Mapping[str, Tensor], free_size: bool) -> dict[str, dict[int, str]]:
     """Names of the axes that may have any length in the file.
 
-    A classifier's scores say nothing of height and width; the maps of a detector follow them.
+    A classifier's scores say nothing of height and width; the maps of a detector follow them, where the graph does.
     """
     axes = {name: {0: 'batch'} for name in (INPUT_NAME, *outputs)}
-    maps = [name for name, output in outputs.items() if output.dim() == 4]
+    maps = [name for name, output in outputs.items() if output.dim() == 4 and free_size]
     for name in maps:
         axes[name].update({2: f'{name}_height', 3: f'{name}_width'})
     if maps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
 from mmbrecq.presets import Preset
 
 
@@ -17,10 +18,15 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     them share a zero-point.
     """
     _drop_aliases(proto.graph)
+    if preset.folds_channel_scales:
+        fold_channel_scales(proto)
+    if not preset.integer_clip:
+        clip_signed_values(proto)
     _store_transposed(proto.graph)
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
         _keep_rank(proto)
+        _give_biases(proto)
         clip_signed_values(proto)
     if preset.bias_apart == 'all':
         _split_bias(proto.graph, ('Conv', 'ConvTranspose', 'Gemm'))
@@ -91,25 +97,60 @@ def _keep_rank(proto: Any) -> None:
     _drop_unread(graph)
 
 
+def _give_biases(proto: Any) -> None:
+    """Gives every quantized convolution without a bias one of the smallest float, which changes no sum.
+
+    Where several operations read such a convolution, OpenVINO (seen with 2026.4) returns wrong numbers: its scales are
+    applied to some of them only. It takes a bias of zeros for none.
+    """
+    import numpy as np
+    from onnx import numpy_helper
+
+    from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, OnnxGraph
+
+    view = OnnxGraph(proto, 'the exported graph')
+    makers = {node.output[0]: node for node in proto.graph.node}
+    for layer in view.layers():
+        node, bias = layer.node, view.constant(layer.node.input(2))
+        computed = bias is None and node.input(2)
+        if layer.weight_dq is None or node.op not in CONV_OPS or computed or (bias is not None and bias.any()):
+            continue
+        shape = np.shape(view.constant(layer.weight_dq.input(0)))
+        channels = shape[0] if node.op == 'Conv' else shape[1] * node.attributes.get('group', 1)
+        name = f'{node.name}/bias'
+        proto.graph.initializer.append(
+            numpy_helper.from_array(np.full(channels, np.finfo(np.float32).tiny, np.float32), name)
+        )
+        made = makers[node.outputs[0]]
+        made.input[:] = [*made.input[:2], name]
+    _drop_unread(proto.graph)
+
+
 def _drop_aliases(graph: Any) -> None:
-    """Lets the readers of a copy of an initializer read the initializer.
+    """Lets the readers of a copy read what was copied.
 
     Torch shares equal initializers by an Identity, and a quantizer that is called twice reads its scale the second time
-    through a Cast to the type that it has.
+    through a Cast to the type that it has. A Dropout of no value, which OpenVINO refuses in training mode, is a copy.
     """
     types, outputs = {t.name: t.data_type for t in graph.initializer}, {value.name for value in graph.output}
+    zeros = {n.output[0] for n in graph.node if n.op_type == 'Constant' and _is_zero(n.attribute[0])}
     aliases: dict[str, str] = {}
     for node in list(graph.node):
         source = aliases.get(node.input[0], node.input[0]) if node.input else ''
-        if source not in types or node.output[0] in outputs:
-            continue
         casts = [a.i for a in node.attribute if node.op_type == 'Cast' and a.name == 'to']
-        if node.op_type == 'Identity' or casts == [types[source]]:
+        same = source in types and (node.op_type == 'Identity' or casts == [types[source]])
+        if (same or (node.op_type == 'Dropout' and node.input[1] in zeros)) and node.output[0] not in outputs:
             aliases[node.output[0]] = source
             graph.node.remove(node)
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = aliases.get(name, name)
+
+
+def _is_zero(attribute: Any) -> bool:
+    from onnx import numpy_helper
+
+    return attribute.name == 'value' and not numpy_helper.to_array(attribute.t).any()
 
 
 def _own_zero_points(graph: Any) -> None:
@@ -155,9 +196,6 @@ def _store_transposed(graph: Any) -> None:
         new.attribute.extend(helper.make_attribute('axis', axis) for axis in axes)
         graph.node.remove(node)
         graph.node.insert(index, new)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
-        graph.node.remove(node)
     _drop_unread(graph)
 
 
@@ -186,7 +224,10 @@ def _quantize_behind_moves(proto: Any) -> None:
 
 
 def _drop_unread(graph: Any) -> None:
-    """Removes the initializers that no node reads."""
+    """Removes the initializers that no node reads, and before them the DequantizeLinear nodes."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
+        graph.node.remove(node)
     read = {name for node in graph.node for name in node.input}
     for tensor in [t for t in graph.initializer if t.name not in read]:
         graph.initializer.remove(tensor)

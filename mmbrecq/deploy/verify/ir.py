@@ -45,9 +45,11 @@ def verify_ir(operations: list[Any]) -> Iterator[Violation]:
         for result in (reader for reader in _reached(op, integers, MOVE_OPS) if reader.get_type_name() == 'Result'):
             output = result.get_friendly_name()
             yield Violation('V6', name, f'expected a float network output, but it quantizes output {output!r}')
-        largest = max((_constant(end) for end in _inputs(op)[1:5]), key=np.size)
-        size, readers = largest.size, _reached(op, integers, CHANNEL_OPS)
-        if size != 1 and not (largest.shape[1:2] == (size,) and all(map(_keeps_channels, readers))):
+        # OpenVINO folds what is multiplied and added before it into the range that it reads
+        largest = max((_constant(end) for end in _inputs(op)[3:5]), key=np.size)
+        size, readers = largest.size, list(_reached(op, integers, CHANNEL_OPS))
+        by_channel = largest.shape[1:2] == (size,) or not any(r.get_type_name() in LAYERS for r in readers)
+        if size != 1 and not (by_channel and all(map(_keeps_channels, readers))):
             message = 'expected one range per tensor, or depthwise convolutions that read its channels'
             yield Violation('V5', name, f'{message}, but got {size}')
     layers = (op for op in operations if op.get_type_name() in LAYERS)
