@@ -12,17 +12,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mmbrecq import pipeline
 from mmbrecq.building import build
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.kernels import native
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
-from mmbrecq.reconstruction import BRECQReconstructor, MSELoss, QDropReconstructor, Stage, optimize
+from mmbrecq.reconstruction import BRECQReconstructor, MSELoss, QDropReconstructor, Stage, Task, optimize
 from mmbrecq.reconstruction.batches import Batches, UnitData
 from mmbrecq.reconstruction.results import load_unit_state, unit_state
 from mmbrecq.reconstruction.values import laid_out, memory_format
@@ -132,8 +132,7 @@ def main() -> None:
     weight = {'bits': 2, 'rounding': {'type': 'AdaRound'}}
     config = {'type': 'BRECQQuantizer', 'preset': 'academic', 'weight': weight, 'activation': {'bits': 4}}
     quantized = pipeline.prepare(model, images, build(QUANTIZERS, config))
-    calibrate_weights(quantized)
-    calibrate_activations(quantized, [images[:8]])
+    pipeline.calibrate(Task(quantized, images[:8], list, None, 0, Path()))
     graph = quantized.image_graph
     recorder = Recorder(graph.compiled)
     with torch.no_grad(), graph.quantization(False, False):

@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq import pipeline
 from mmbrecq.building import build
-from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.data import build_calibration_set
 from mmbrecq.data.images import collect_images
 from mmbrecq.engine.config import add_cfg_options, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction import QDropReconstructor
+from mmbrecq.reconstruction import QDropReconstructor, Task
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 from mmbrecq.reconstruction.losses import MSELoss
@@ -104,10 +104,10 @@ def prepare(config: str, images: int, options: dict[str, Any] | None = None) -> 
     # puts the model on the device that mmengine finds
     runner = build_runner(cfg, config, loop)
     load_float_checkpoint(runner.model, resolve_checkpoint(cfg.float_checkpoint, config))
-    batch = collect_images(runner.model, build_calibration_set(cfg, dict(cfg.calibration)))
-    model = build(QUANTIZERS, dict(cfg.quantizer)).prepare(runner.model, batch[:2])
-    calibrate_weights(model)
-    calibrate_activations(model, batch.split(64))
+    drawn = build_calibration_set(cfg, dict(cfg.calibration))
+    batch = collect_images(runner.model, drawn)
+    model = pipeline.prepare(runner.model, batch, build(QUANTIZERS, dict(cfg.quantizer)))
+    pipeline.calibrate(Task(model, batch, drawn.batches, None, 0, Path(cfg.work_dir)))
     stages = [s for s in build(RECONSTRUCTORS, dict(cfg.reconstructor)).stages if s.granularity is None]
     if all(stage.name != 'joint' for stage in stages):
         # as many images in a step, and bits in its products, as the other stages have

@@ -115,7 +115,9 @@ def _give_biases(proto: Any) -> None:
         computed = bias is None and node.input(2)
         if layer.weight_dq is None or node.op not in CONV_OPS or computed or (bias is not None and bias.any()):
             continue
-        shape = view.constants[layer.weight_dq.input(0)].shape
+        weight = view.constant(layer.weight_dq.input(0))
+        assert weight is not None
+        shape = weight.shape
         channels = shape[0] if node.op == 'Conv' else shape[1] * node.attributes.get('group', 1)
         name = f'{node.name}/bias'
         proto.graph.initializer.append(
