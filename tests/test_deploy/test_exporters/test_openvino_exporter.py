@@ -60,7 +60,7 @@ def test_depthwise_convolutions_with_a_scale_per_channel_run_in_integers(
     shapes = [tuple(quantizer.scale.shape) for quantizer in model.image_graph.quantizers.values()]
     assert shapes == [(), (8,), (), (), ()]
     backend = OpenVINOBackend(OpenVINOExporter().export(model.image_graph, images(2), tmp_path), num_threads=1)
-    assert backend.integer_kernels().float_layers == []
+    assert backend.integer_kernels().float_layers == {}
     assert moved_images(backend(images(8))[0], run(model, images(8))) <= 1
 
 
