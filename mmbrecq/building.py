@@ -123,7 +123,7 @@ _WORDS: dict[Any, str] = {
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type hint; numbers have ranges, which their owners check."""
+    """Returns whether a value is of a type hint; numbers have ranges, which their owners check."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (types.UnionType, Union):
         return any(_fits(arg, value) for arg in args)
@@ -150,7 +150,7 @@ def check_integer(value: Any, least: int, where: str) -> None:
 
 
 def explain_build_error(error: BaseException) -> str:
-    """Says in one line what went wrong while one of mmengine's registries built a config.
+    """Describes in one line an error of one of mmengine's registries that built a config.
 
     Args:
         error: From a registry, or from the constructor of what it built.

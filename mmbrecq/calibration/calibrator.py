@@ -1,4 +1,4 @@
-"""Calibration: grids of weights from their values, grids of activations from observing calibration images."""
+"""Finds the grids of weights from their values, and the grids of activations by observing calibration images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 OBSERVED = 64
-"""Images per batch whose activations are observed."""
+"""Default number of images per batch whose activations are observed."""
 
 
 def calibrate_weights(model: QuantizedModel) -> None:
@@ -44,7 +44,7 @@ def calibrate_weights(model: QuantizedModel) -> None:
 def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: int | None = 0) -> Iterator[None]:
     """Observes all values that pass the quantizers within the block, and sets their grids at its end.
 
-    Several processes observe the values of their images, and all find the grid of what was seen together.
+    Several processes observe the values of their images, and all find the grid of the values of all processes.
 
     Args:
         model: The prepared model.
@@ -57,11 +57,11 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
         quantizer.observer.first = first
     try:
         yield
-        merge_observers([quantizer.observer for quantizer in quantizers])
-        for quantizer in quantizers:
-            assert quantizer.observer is not None
+        observers = [quantizer.observer for quantizer in quantizers if quantizer.observer is not None]
+        merge_observers(observers)
+        for quantizer, observer in zip(quantizers, observers, strict=True):
             try:
-                quantizer.set_grid(*quantizer.observer.compute())
+                quantizer.set_grid(*observer.compute())
             except DataError as error:
                 raise DataError(f"activation '{names[id(quantizer)]}': {error}") from error
     finally:
@@ -79,13 +79,12 @@ def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObser
     return build_observer(dict(model.observers['activation']), qtype)
 
 
-def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
-    """Gives every observer what those of the other processes have seen, in the order of the processes."""
+def merge_observers(observers: Sequence[BaseObserver]) -> None:
+    """Merges the statistics of all processes into every observer, in the order of the processes."""
     if process_count() == 1:
         return
-    seen = gather([observer.state() for observer in observers if observer is not None])
-    for observer, *states in zip((o for o in observers if o is not None), *seen, strict=True):
-        first, *others = states
+    seen = gather([observer.state() for observer in observers])
+    for observer, first, *others in zip(observers, *seen, strict=True):
         other = copy.deepcopy(observer)
         observer.load_state(first)
         for state in others:
@@ -94,11 +93,11 @@ def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
 
 
 def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch: int = 0) -> None:
-    """Finds the grid of every activation of the heads of a two-stage detector; without heads there is nothing to do.
+    """Finds the grid of every activation of the heads of a two-stage detector, if the model has heads.
 
     Args:
         model: The prepared detector.
-        capture: Runs it.
+        capture: Runs the detector.
         first_batch: Number of the first batch of calibration images, among those of all processes.
 
     Raises:
@@ -142,7 +141,7 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
 def raise_weight_scales(graph: QuantizedGraph) -> None:
     """Raises calibrated weight scales with which a bias would not fit int32, see :func:`raise_weight_scale`.
 
-    A quarter of what fits, since the reconstruction may go on to lower the scales and to raise the biases.
+    The limit is a quarter of int32's, since the reconstruction may lower the scales and raise the biases.
     """
     read = graph.read_quantizers()
     for name, module, fake_quant in graph.weights():

@@ -1,4 +1,4 @@
-"""Features of regions, captured from a running two-stage detector: what its heads are calibrated on."""
+"""Captures the features of regions on which the heads of a two-stage detector are calibrated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REGIONS_PER_IMAGE = 32
 
 
 class RegionCapture:
-    """Runs a detector over the calibration images and takes the inputs of its heads.
+    """Runs a detector over the calibration images and captures the inputs of its heads.
 
     Args:
         model: The prepared detector.
         images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
-        batches: Gives the calibration data again, in the order of ``images``.
-        seed: Of the draw of regions.
+        batches: Returns the calibration data, in the order of ``images``.
+        seed: Seed of the draw of regions.
         first: Number of the first image among those of all processes.
     """
 
@@ -36,21 +36,21 @@ class RegionCapture:
         self._heads = {head.path: head for head in region_heads(model.model)}
 
     def observe(self) -> None:
-        """Runs the float detector, so that whatever observes its heads sees all that its RPN proposes."""
+        """Runs the float detector, so that observers of its heads see all regions that its RPN proposes."""
         with torch.no_grad(), self.model.quantization(weights=False, activations=False):
             for images, samples in self._data():
                 self._predict(images, samples)
 
     def pairs(self, head: QuantizedGraph, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
-        """Features of the same regions in the float and in the quantized stream.
+        """Returns features of the same regions in the float and in the quantized stream.
 
-        The regions are those that the quantized detector proposes, as they will be; the float features are cut out of
-        the float feature maps at the same places, so that both streams of a head are about the same thing.
+        The regions are those that the quantized detector proposes; the float features are cut out of the float feature
+        maps at the same coordinates, so that both streams of a head describe the same objects.
 
         Args:
-            head: Whose input it is.
+            head: The head that reads the features.
             weights: Whether weights are quantized in the quantized stream.
-            activations: Whether activations are.
+            activations: Whether activations are quantized in it.
 
         Returns:
             Float and quantized features, both ``(R, C, h, w)``, R at most :data:`REGIONS_PER_IMAGE` times N.
@@ -59,8 +59,7 @@ class RegionCapture:
             DataError: No region is proposed on any image.
             GraphError: The head reads something else than the features that were cut out.
         """
-        path = head.path
-        done = self.first
+        path, done = head.path, self.first
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, samples in self._data():
@@ -76,7 +75,8 @@ class RegionCapture:
                     found.append((floats, features[chosen]))
         if not found:
             raise no_regions(head)
-        return torch.cat([floats for floats, _ in found]), torch.cat([quantized for _, quantized in found])
+        floats, quantized = map(torch.cat, zip(*found, strict=True))
+        return floats, quantized
 
     def _data(self) -> Iterator[tuple[Tensor, Any]]:
         start = 0
@@ -126,13 +126,12 @@ class RegionCapture:
 
 
 def no_regions(head: QuantizedGraph) -> DataError:
-    """What to raise where the input of a head is not to be had."""
-    path = head.path
-    return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
+    """Returns the error to raise where a head has no input."""
+    return DataError(f"expected regions for '{head.path}', but the detector proposes none on any calibration image")
 
 
 def _draw(image_of: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
+    """Returns the indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
     drawn = []
     for image, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -142,5 +141,5 @@ def _draw(image_of: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def _seed(seed: int, path: str, image: int) -> int:
-    """Of an image alone, so that its regions are the same whichever process has it."""
+    """Returns a seed for one image, so that its regions are the same in every process."""
     return int.from_bytes(hashlib.sha256(f'{seed}/{path}/{image}'.encode()).digest()[:7], 'big')
