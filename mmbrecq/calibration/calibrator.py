@@ -123,7 +123,7 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
     Args:
         model: The prepared model.
         images: Batches of preprocessed images.
-        first: Number of the first batch, among those of all processes.
+        first: Number of the first batch among those of all processes.
 
     Raises:
         NonFiniteError: An activation is NaN or infinite.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,18 @@ def has_annotations(batches: Iterable[Mapping[str, Any]]) -> bool:
     """Returns whether any image has a class label, or an object with its box."""
     samples = (sample for batch in batches for sample in batch['data_samples'])
     return any('gt_label' in sample or len(sample.get('gt_instances', ())) > 0 for sample in samples)
+
+
+@contextmanager
+def explained_data_errors() -> Iterator[None]:
+    """Raises what :func:`explain_data_error` makes of an exception within the block, where that is an error."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_data_error(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def explain_data_error(exc: BaseException) -> DataError | None:

@@ -51,9 +51,6 @@ class ImageForward(nn.Module):
     """Computes all that follows from the image alone, as a module of one argument.
 
     For a two-stage detector it returns the feature maps that the heads read, and the outputs of the RPN head.
-
-    Args:
-        model: An OpenMMLab model, or any whose ``forward`` takes images alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,12 +70,7 @@ class ImageForward(nn.Module):
 
 
 class RegionForward(nn.Module):
-    """Computes one head of a two-stage detector, as a module of one argument.
-
-    Args:
-        model: The detector.
-        path: Path of the head below it.
-    """
+    """Computes the head ``path`` of a two-stage detector, as a module of one argument."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__()

@@ -24,12 +24,7 @@ _RANDOM = ('bernoulli_',)
 
 
 def functionalize(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
-    """Replaces the in-place operations of a traced graph, which is changed in place.
-
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The graph, whose nodes carry what :class:`ConcreteTracer` notes.
-        constants: Receives the tensors that the new nodes read.
+    """Replaces the in-place operations of a traced graph; ``constants`` receives the tensors that the new nodes read.
 
     Raises:
         UntraceableError: An operation has no form that overwrites nothing.
