@@ -47,13 +47,7 @@ OPTIONAL = {
 
 
 def require(name: str) -> ModuleType:
-    """Imports a package and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
-
-    Args:
-        name: Import name.
-
-    Returns:
-        The imported module.
+    """Imports and returns a package, and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
 
     Raises:
         DependencyError: The package is missing, broken, or of a version that mmbrecq does not accept.

@@ -35,12 +35,7 @@ _STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> None:
     """Joins the processes of a launcher, on GPUs as mmengine does, on CPUs through gloo.
 
-    Args:
-        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
-        options: The config's ``env_cfg.dist_cfg``: backend, timeout in seconds.
-
-    Raises:
-        ConfigError: The launcher did not start this process.
+    ``options`` are the config's ``env_cfg.dist_cfg``; ConfigError if the launcher did not start this process.
     """
     if launcher == 'none' or torch_dist.is_initialized():
         return

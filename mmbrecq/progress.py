@@ -16,12 +16,7 @@ T = TypeVar('T')
 
 
 class ProgressBar:
-    """Shows one bar, as a context manager.
-
-    Args:
-        title: Text before the bar.
-        total: Number of items.
-    """
+    """Shows one bar of ``total`` items, as a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
         console = Console(stderr=True)

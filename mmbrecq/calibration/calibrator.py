@@ -95,13 +95,7 @@ def merge_observers(observers: Sequence[BaseObserver]) -> None:
 def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch: int = 0) -> None:
     """Finds the grid of every activation of the heads of a two-stage detector, if the model has heads.
 
-    Args:
-        model: The prepared detector.
-        capture: Runs the detector.
-        first_batch: Number of the first batch of calibration images, among those of all processes.
-
-    Raises:
-        DataError: No region is proposed on any image.
+    ``first_batch`` is the number of the first batch among those of all processes; DataError if no region is proposed.
     """
     if not any(head.quantizers for head in model.region_graphs):
         return

@@ -32,15 +32,7 @@ SMALLEST = 0.01
 def equalize_parts(
     model: QuantizedModel, images: Tensor, regions: RegionCapture, at_once: int = OBSERVED, first_batch: int = 0
 ) -> int:
-    """Equalises a model and its heads, see :func:`equalize`.
-
-    Args:
-        model: The prepared model.
-        images: Preprocessed calibration images.
-        regions: Runs the heads.
-        at_once: Images per pass.
-        first_batch: Number of the first batch that the heads are run on, among those of all processes.
-    """
+    """Equalises a model, by passes over ``at_once`` images, and its heads, see :func:`equalize`."""
 
     def run() -> None:
         for part in track(aligned_batches(len(images), at_once, regions.first), 'ranges of channels'):

@@ -182,14 +182,7 @@ def explained_data_errors() -> Iterator[None]:
 
 
 def explain_data_error(exc: BaseException) -> DataError | None:
-    """Translates an exception of a data loader, raised in this process or passed on from a worker.
-
-    Args:
-        exc: What building or iterating a loader raised.
-
-    Returns:
-        The error to raise instead, or None where ``exc`` is not about missing or unreadable images.
-    """
+    """Returns the error that an exception of a data loader means, None if it is not about missing or bad images."""
     message = last_line(exc)
     if isinstance(exc, DataError):
         return exc if message == str(exc) else DataError(message)

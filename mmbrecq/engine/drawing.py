@@ -82,13 +82,7 @@ def build_visualizer(scope: str) -> Any:
 
 
 class ReportPictures:
-    """Draws the pictures of a run's report: predictions of the float and of the quantized model.
-
-    Args:
-        dataset: The test set.
-        scope: The config's ``default_scope``; a scope without a visualizer has no pictures.
-        folder: Folder of the run.
-    """
+    """Draws the predictions of the float and of the quantized model for a run's report, if its scope can be drawn."""
 
     def __init__(self, dataset: Any, scope: str, folder: Path) -> None:
         self._drawing = None

@@ -30,11 +30,7 @@ SHOWN_METRICS = 3
 
 
 def render_table(summary: Summary) -> str:
-    """Returns the result table as plain text: title, Markdown table, sizes; no colour, no line is wrapped.
-
-    Args:
-        summary: The run; stages not evaluated yet are left out.
-    """
+    """Returns the result table as plain text: title, Markdown table, sizes; no colour, no line is wrapped."""
     console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
     with console.capture() as capture:
         console.print(_build_table(summary, box.MARKDOWN))
@@ -44,12 +40,7 @@ def render_table(summary: Summary) -> str:
 
 
 def print_table(summary: Summary, console: Console | None = None) -> None:
-    """Prints the result table, styled on a terminal and as :func:`render_table` has it elsewhere.
-
-    Args:
-        summary: The run.
-        console: The console to print on; standard output by default.
-    """
+    """Prints the result table, styled on a terminal and as :func:`render_table` has it elsewhere."""
     console = console or Console()
     if not console.is_terminal:
         console.file.write(render_table(summary))
