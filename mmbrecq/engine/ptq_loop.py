@@ -137,7 +137,7 @@ class PTQLoop(BaseLoop):
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
         if self.dry_run or not self.journal.units:
-            on_main(partial(self._rehearse, images))
+            self._rehearse(images)
         if self.dry_run:
             return {}
         self._evaluate('float')
@@ -214,12 +214,15 @@ class PTQLoop(BaseLoop):
         """Refuses within seconds a model that the target cannot run; a dry run prints a forecast of the work."""
         start = time.perf_counter()
         forecast = self.reconstructor if self.dry_run else None
-        found = pipeline.rehearse(self.runner.model, images, self.quantizer, self.exporters, forecast)
+        # all processes rehearse alike, since calibration brings together what each of them has seen
+        few = on_main(lambda: images[:4].cpu()).to(images.device)
+        model, count = self.runner.model, len(images)
+        found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         for deviation in found.deviations:
             self.runner.logger.info(f'rehearsed: {deviation}')
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
-            print(rehearsal_text(found))
+            master_only(print)(rehearsal_text(found))
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
