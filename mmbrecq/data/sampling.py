@@ -139,15 +139,12 @@ class CalibrationSet(Dataset[Any]):
         Raises:
             DataError: An image cannot be read or holds a non-finite value.
         """
+        parts = aligned_batches(len(self), self.batch_size, self.first)
+        # without a generator of its own every pass would draw from the global one
         loader = DataLoader(
-            self,
-            batch_sampler=[
-                [*range(part.start, part.stop)] for part in aligned_batches(len(self), self.batch_size, self.first)
-            ],
-            num_workers=self.num_workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # else every pass would draw from the global one
-        )
+            self, batch_sampler=[[*range(part.start, part.stop)] for part in parts], num_workers=self.num_workers,
+            collate_fn=_collate, generator=torch.Generator(),
+        )  # fmt: skip
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch

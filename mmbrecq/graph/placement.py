@@ -59,8 +59,10 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         # what a target computes of them between folded scales is float, and rounded as it is here
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
         full_scale = full_scale and not (per_channel and preset.folds_channel_scales)
-        values = (group[0].name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel)
-        positions.append(QuantizerPosition(*values))
+        name = group[0].name
+        positions.append(
+            QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel)
+        )
     return positions
 
 

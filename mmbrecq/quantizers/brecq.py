@@ -153,11 +153,8 @@ class BRECQQuantizer:
         position_bits = self._position_bits(position.layers, bits)
         if position_bits is None:
             return []
-        name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
-        path = self._add_quantizer(
-            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
-            position.per_channel,
-        )  # fmt: skip
+        name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
+        path = self._add_quantizer(traced.model, name, position, position_bits)
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
@@ -171,26 +168,17 @@ class BRECQQuantizer:
             return self.activation_bits
         return max((b for b in (bits[layer][1] for layer in layers) if b is not None), default=None)
 
-    def _add_quantizer(
-        self,
-        model: nn.Module,
-        name: str,
-        bits: int,
-        non_negative: bool,
-        node: fx.Node | None = None,
-        full_scale: bool = False,
-        per_channel: bool = False,
-    ) -> str:
-        options = self.activation
-        qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
+    def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
+        options, node = self.activation, position.nodes[0] if position.nodes else None
+        qtype = self.preset.activation_qtype(bits, position.non_negative, options.symmetric, options.per_channel)
         folds = self.preset.folds_channel_scales
         # OpenVINO has signed integers below 8 bits cut as real values, by one pair of bounds
-        if per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
+        if position.per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
             qtype = replace(qtype, ch_axis=1)
         channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
-            integer_clip=self.preset.integer_clip or (per_channel and folds), full_scale=full_scale,
+            integer_clip=self.preset.integer_clip or (position.per_channel and folds), full_scale=position.full_scale,
         )  # fmt: skip
         # its gradient would need the first layer's backward pass down to the images, and 256 levels gain nothing by it
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
@@ -203,11 +191,10 @@ class BRECQQuantizer:
         for layer, (_, activation_bits) in bits.items():
             if activation_bits is None or not any(is_below(layer, path) for path in traced.opaque):
                 continue
-            name = layer.replace('.', '_') + '_input'
-            paths[layer] = self._add_quantizer(traced.model, name, activation_bits, non_negative=False)
+            position = QuantizerPosition(layer.replace('.', '_') + '_input', (), (layer,), non_negative=False)
+            paths[layer] = self._add_quantizer(traced.model, position.name, position, activation_bits)
             quantizer = traced.model.get_submodule(paths[layer])
-            module = traced.model.get_submodule(layer)
-            module.register_forward_pre_hook(partial(_quantize_first, quantizer))
+            traced.model.get_submodule(layer).register_forward_pre_hook(partial(_quantize_first, quantizer))
         return paths
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
