@@ -25,11 +25,7 @@ OBSERVED = 64
 
 
 def calibrate_weights(model: QuantizedModel) -> None:
-    """Finds the grid of every quantized weight and rounds it to nearest.
-
-    Raises:
-        NonFiniteError: A weight is NaN or infinite; its layer is named.
-    """
+    """Finds the grid of every quantized weight and rounds it to nearest; NonFiniteError names a layer with NaN."""
     for name, module, fake_quant in model.weights():
         weight = original_weight(module)
         observer = build_observer(dict(model.observers['weight']), fake_quant.qtype)

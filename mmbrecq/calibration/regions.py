@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import DataError, GraphError
-from mmbrecq.graph.components import RegionHead, region_heads, set_forward
+from mmbrecq.graph.components import region_heads, set_forward
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS_PER_IMAGE = 32
@@ -39,7 +39,7 @@ class RegionCapture:
         """Runs the float detector, so that observers of its heads see all regions that its RPN proposes."""
         with torch.no_grad(), self.model.quantization(weights=False, activations=False):
             for images, samples in self._data():
-                self._predict(images, samples)
+                self.model.model(images, samples, mode='predict')
 
     def pairs(self, head: QuantizedGraph, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
         """Returns features of the same regions in the float and in the quantized stream.
@@ -60,19 +60,19 @@ class RegionCapture:
             GraphError: The head reads something else than the features that were cut out.
         """
         path, done = head.path, self.first
+        extractor: Any = self.model.model.get_submodule(self._heads[path].extractor)
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, samples in self._data():
                 with self.model.quantization(weights=False, activations=False):
-                    float_maps = self.model.image_graph(images)
+                    float_maps: Any = self.model.image_graph(images)
                 with self.model.quantization(weights, activations), self._recording(path) as calls:
-                    self._predict(images, samples)
+                    self.model.model(images, samples, mode='predict')
                 seeds = [_seed(self.seed, path, done + image) for image in range(len(images))]
                 done += len(images)
                 for regions, features in calls:
                     chosen = _draw(regions[:, 0], seeds)
-                    floats = self._extract(self._heads[path], float_maps, regions[chosen])
-                    found.append((floats, features[chosen]))
+                    found.append((extractor(float_maps[0][: extractor.num_inputs], regions[chosen]), features[chosen]))
         if not found:
             raise no_regions(head)
         floats, quantized = map(torch.cat, zip(*found, strict=True))
@@ -87,14 +87,6 @@ class RegionCapture:
             for sample in samples:
                 sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
             yield images, samples
-
-    def _predict(self, images: Tensor, samples: Any) -> None:
-        self.model.model(images, samples, mode='predict')
-
-    def _extract(self, head: RegionHead, outputs: Any, regions: Tensor) -> Tensor:
-        extractor: Any = self.model.model.get_submodule(head.extractor)
-        features: Tensor = extractor(outputs[0][: extractor.num_inputs], regions)
-        return features
 
     @contextmanager
     def _recording(self, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -53,11 +53,7 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
 
 
 def check_classes(model: nn.Module, dataset: Any) -> None:
-    """Compares the classes of the test data with its annotations, and with those of the model.
-
-    Raises:
-        ConfigError: They differ in number; both numbers are named.
-    """
+    """Compares the number of classes of the test data with its annotations' and the model's; ConfigError names both."""
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if classes is None:
         return
@@ -82,11 +78,7 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
-    """Returns the metrics of ``model`` over all images, those of other processes included.
-
-    Raises:
-        DataError: An image cannot be read.
-    """
+    """Returns the metrics of ``model`` over all images of all processes; DataError for an unreadable image."""
     for metric in evaluator.metrics:
         # through the processes themselves: the default meets in a folder of the working directory
         metric.collect_device = 'gpu'

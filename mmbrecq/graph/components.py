@@ -96,8 +96,7 @@ def is_two_stage(model: nn.Module) -> bool:
 def region_heads(model: nn.Module) -> list[RegionHead]:
     """Returns the heads of a two-stage detector that read features of regions, in the order in which they run.
 
-    Raises:
-        GraphError: The features of regions pass another module before they reach a head.
+    GraphError is raised if the features of regions pass another module before they reach a head.
     """
     if not is_two_stage(model):
         return []
@@ -135,11 +134,7 @@ def components_of(model: nn.Module) -> list[nn.Module]:
 
 
 def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
-    """Makes ``model`` compute ``arithmetic`` instead of its ``forward``, or of those of its components.
-
-    Raises:
-        GraphError: An OpenMMLab model has none of the known components.
-    """
+    """Makes ``model`` compute ``arithmetic`` instead of its ``forward``, or of those of its components."""
     if not has_modes(model):
         set_forward(model, arithmetic)
         return

@@ -26,8 +26,7 @@ _RANDOM = ('bernoulli_',)
 def functionalize(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
     """Replaces the in-place operations of a traced graph; ``constants`` receives the tensors that the new nodes read.
 
-    Raises:
-        UntraceableError: An operation has no form that overwrites nothing.
+    UntraceableError is raised for an operation without a form that overwrites nothing.
     """
     _Functionalizer(model, graph, constants).run()
 

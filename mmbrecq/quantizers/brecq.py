@@ -142,7 +142,8 @@ class BRECQQuantizer:
 
         def cut(granularity: str) -> list[ReconstructionUnit]:
             units = cut_units(model, traced.graph, quantized, set(quantizers), blocks, traced.path, granularity)
-            return [_with_opaque_inputs(unit, opaque_inputs) for unit in units]
+            more = [tuple(opaque_inputs[n] for n in unit.layers if n in opaque_inputs) for unit in units]
+            return [replace(unit, quantizers=unit.quantizers + own) for unit, own in zip(units, more, strict=True)]
 
         units = cut(self.granularity)
         layers = _list_layers(traced, bits, units)
@@ -214,11 +215,6 @@ def _moves(stays: frozenset[fx.Node], user: fx.Node) -> bool:
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (quantizer(args[0]), *args[1:])
-
-
-def _with_opaque_inputs(unit: ReconstructionUnit, opaque_inputs: Mapping[str, str]) -> ReconstructionUnit:
-    more = tuple(opaque_inputs[layer] for layer in unit.layers if layer in opaque_inputs)
-    return replace(unit, quantizers=unit.quantizers + more)
 
 
 def _called_layers(traced: TracedGraph) -> list[str]:

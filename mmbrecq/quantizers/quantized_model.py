@@ -116,13 +116,15 @@ class QuantizedGraph:
 
     def pack(self) -> None:
         """Replaces float weights by integers, and switches all quantization on for good."""
-        inputs, read = self._input_quantizers() if self.preset.bias_rounded else {}, self.read_quantizers()
+        sources, read = self._sources(), self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
             scales = [self.quantizers[path].scale for path in read.get(name, ())]
             raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
-            if name in inputs and isinstance(module, CONVOLUTIONS):
-                round_bias(module, scale_read(module, inputs[name].scale) * fake_quant.scale)
+            # a layer that reads several values has no single scale of its input
+            source = next(iter(sources[name])) if len(sources.get(name, ())) == 1 else None
+            if self.preset.bias_rounded and source in self.quantizers and isinstance(module, CONVOLUTIONS):
+                round_bias(module, scale_read(module, self.quantizers[source].scale) * fake_quant.scale)
             pack_weight(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True
@@ -132,14 +134,6 @@ class QuantizedGraph:
         """Returns the paths of the quantizers of every layer's inputs; a layer that is called often has several."""
         read = {layer: sources & set(self.quantizers) for layer, sources in self._sources().items()}
         return {**read, **{layer: {path} for layer, path in self.opaque_inputs.items()}}
-
-    def _input_quantizers(self) -> dict[str, FakeQuantize]:
-        """Returns the quantizer of the input of every layer; a layer that reads several values has none."""
-        return {
-            layer: self.quantizers[source]
-            for layer, (source, *others) in self._sources().items()
-            if source in self.quantizers and not others
-        }
 
     def _sources(self) -> dict[str, set[str]]:
         """Returns the names of the values that every layer reads."""
