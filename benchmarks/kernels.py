@@ -71,8 +71,8 @@ def network(name: str) -> tuple[nn.Module, int]:
     from mmpretrain.models import MobileNetV2, ResNet
 
     if name == 'retinanet_head':
-        return RetinaNetHead().eval(), 256
-    return (ResNet(18, out_indices=(3,)) if name == 'resnet18' else MobileNetV2()).eval(), 3
+        return RetinaNetHead(), 256
+    return ResNet(18, out_indices=(3,)) if name == 'resnet18' else MobileNetV2(), 3
 
 
 class Recorder(torch.fx.Interpreter):
@@ -126,6 +126,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, channels = network(args.network)
+    # mmpretrain's own eval() returns nothing
+    model.eval()
     images = torch.rand(2 * args.batch_size, channels, args.size, args.size)
     weight = {'bits': 2, 'rounding': {'type': 'AdaRound'}}
     config = {'type': 'BRECQQuantizer', 'preset': 'academic', 'weight': weight, 'activation': {'bits': 4}}

@@ -73,7 +73,7 @@ def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: 
             result.save(Path(folder) / 'search.json')
             choice = ChosenBits(Path(folder) / 'search.json', reuse=True)
             task = loop.prepare(table.candidates[0], None, result.overrides())
-            task = choice.take_up(task, loop.reconstructor.stages[0])
+            task = choice.load_rounding(task, loop.reconstructor.stages[0])
             assert len(task.done) == len({table.units[name] for name in table.searched})
             losses.append(choice.measure(task))
     return losses

@@ -151,7 +151,7 @@ def largest(value: int) -> int:
     return max(gather(value))
 
 
-def take_from_main(model: nn.Module) -> None:
+def copy_from_main(model: nn.Module) -> None:
     """Copies the first process's model into that of every process: kinds of processors differ in last bits."""
     if process_count() > 1:
         model.load_state_dict(on_main(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))

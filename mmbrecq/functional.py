@@ -77,3 +77,23 @@ def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, 
     if not qtype.symmetric:
         zero_point = (qtype.quant_min - torch.round(zero_point / scale)).clamp(qtype.quant_min, qtype.quant_max)
     return scale, zero_point
+
+
+def shared_affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
+    """Scales of channels that share their zero-point; the rest as in :func:`affine_from_range`, of ``(C,)`` each.
+
+    Of all zero-points it takes the one whose scales, squared and each over what its channel alone would have, have the
+    least sum. No scale is below 2^-16 of the largest: other numbers are divided by it.
+    """
+    alone, zero_point = affine_from_range(low, high, qtype)
+    floor = alone.max() * 2.0**-16
+    if not qtype.symmetric:
+        low, high, alone = low.clamp(max=0), high.clamp(min=0), alone.maximum(floor)
+        offsets = torch.arange(qtype.levels, device=low.device, dtype=low.dtype)[:, None]
+        # 0 / 0 where neither the channel nor the grid has values on that side
+        scales = torch.maximum(
+            (-low / offsets).nan_to_num(0, torch.inf), (high / offsets.flip(0)).nan_to_num(0, torch.inf)
+        )
+        best = (scales / alone).square().sum(1).argmin()
+        alone, zero_point = scales[best], torch.full_like(low, float(best) + qtype.quant_min)
+    return alone.maximum(floor), zero_point

@@ -32,7 +32,7 @@ from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.deploy.kernel_count import KernelCount
-from mmbrecq.distributed import aligned_batches, take_from_main
+from mmbrecq.distributed import aligned_batches, copy_from_main
 from mmbrecq.errors import CheckpointError, PatternError
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, take_reference
@@ -103,7 +103,7 @@ def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activat
         images = (task.images[batch] for batch in track(batches, 'calibration'))
         calibrate_activations(model, images, task.first // at_once)
         calibrate_regions(model, task.regions, first_batch)
-    take_from_main(model.model)
+    copy_from_main(model.model)
     return count
 
 

@@ -35,6 +35,8 @@ class Preset:
             which is coarse at low bits; it leaves a bias alone that is added apart.
         bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does.
         depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
+        folds_channel_scales: Such scales become part of the layers around, since the target computes with one scale per
+            tensor; the channels then share their zero-point.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Preset:
     bias_apart: Literal['none', 'linear', 'all'] = 'none'
     bias_rounded: bool = False
     depthwise_per_channel: bool = False
+    folds_channel_scales: bool = False
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
         """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
@@ -96,6 +99,8 @@ _ALL = (
         spare_weight_bit=True,
         bias_apart='linear',
         bias_rounded=True,
+        depthwise_per_channel=True,
+        folds_channel_scales=True,
     ),
     Preset(
         'openvino',
@@ -111,6 +116,8 @@ _ALL = (
         fuses=_RELU,
         add_operands='shortcut',
         integer_clip=False,
+        depthwise_per_channel=True,
+        folds_channel_scales=True,
     ),
 )
 

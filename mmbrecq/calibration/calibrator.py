@@ -16,6 +16,7 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import LARGEST_BIAS, raise_weight_scale
 from mmbrecq.fake_quants.weight import original_weight
 from mmbrecq.observers import BaseObserver, MinMaxObserver, build_observer
+from mmbrecq.observers.base import SharedZeroPointObserver
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
@@ -74,7 +75,7 @@ def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObser
     A search for every channel would cost a histogram of each, and gain little where no channel shares its scale.
     """
     if qtype.ch_axis is not None and model.preset.depthwise_per_channel:
-        return MinMaxObserver(qtype)
+        return SharedZeroPointObserver(qtype) if model.preset.folds_channel_scales else MinMaxObserver(qtype)
     return build_observer(dict(model.observers['activation']), qtype)
 
 

@@ -16,8 +16,7 @@ from mmengine.dataset import pseudo_collate
 from torch.utils.data import DataLoader, Dataset
 
 from mmbrecq.building import check_integer, parse_options
-from mmbrecq.data.data_errors import last_line
-from mmbrecq.data.source import build_source_datasets
+from mmbrecq.data.source import build_source_datasets, last_line
 from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
@@ -102,17 +101,17 @@ class CalibrationSet(Dataset[Any]):
         return len(self.ids)
 
     def __getitem__(self, position: int) -> Any:
-        """Loads one image; a :class:`_Failure` stands for one that does not load."""
+        """Returns one image, or its error in its place: raised in a worker it would arrive as a traceback."""
         name = self.ids[position]
         try:
             data = self._images.load(self._indices[position])
         except Exception as error:  # a transform may raise anything; the image has to be named with it
-            return _Failure(_explain(error, name))
+            return DataError(_explain(error, name))
         if data is None:
-            return _Failure(f'image {name} cannot be read: the pipeline returned nothing for it')
+            return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
         inputs = data.get('inputs') if isinstance(data, dict) else None
         if isinstance(inputs, torch.Tensor) and not bool(torch.isfinite(inputs).all()):
-            return _Failure(f'image {name} holds non-finite values')
+            return DataError(f'image {name} holds non-finite values')
         return data
 
     def share(self) -> CalibrationSet:
@@ -150,16 +149,9 @@ class CalibrationSet(Dataset[Any]):
             generator=torch.Generator(),  # else every pass would draw from the global one
         )
         for batch in loader:
-            if isinstance(batch, _Failure):
-                raise DataError(batch.reason)
+            if isinstance(batch, DataError):
+                raise batch
             yield batch
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why an image did not load; a value, since an exception leaves a worker process as the text of a traceback."""
-
-    reason: str
 
 
 class _Images:
@@ -205,7 +197,7 @@ class _Images:
 
 
 def _collate(samples: list[Any]) -> Any:
-    return next((sample for sample in samples if isinstance(sample, _Failure)), None) or pseudo_collate(samples)
+    return next((sample for sample in samples if isinstance(sample, DataError)), None) or pseudo_collate(samples)
 
 
 def _explain(error: Exception, name: str) -> str:
@@ -217,6 +209,6 @@ def _explain(error: Exception, name: str) -> str:
 
 
 def _name_order(name: str) -> tuple[list[str | int], str]:
-    """Sorts by file name with numbers as numbers; text and numbers alternate, so like meets like."""
+    """Returns the key that sorts by file name, numbers as numbers; text and numbers alternate, so like meets like."""
     parts = re.split(r'(\d+)', os.path.basename(name))
     return [int(part) if part.isdigit() else part for part in parts], name

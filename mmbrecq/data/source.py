@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmbrecq.building import explain_build_error
-from mmbrecq.data.data_errors import explain_data_error, last_line
 from mmbrecq.errors import ConfigError, DataError, MMBrecqError
 
 # What a dataset config may say without choosing other files by it
@@ -23,6 +23,10 @@ _SAME_FILES = frozenset({
     'with_label', 'return_classes',
 })
 # fmt: on
+_NOT_DECODED = re.compile(r'failed to load image: (.+)')
+_NO_FILES = re.compile(r"Found 0 files in subfolders of: (?:\{'\w+': )?'?([^'}]*)'?\}?\. Supported")
+_NO_SUCH_FILE = re.compile(r"No such file or directory: '(.+)'")
+_NO_DATA = 'Test time pipline should not get `None`'  # the spelling is mmengine's
 
 
 def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline: list[Any] | None) -> list[Any]:
@@ -54,9 +58,9 @@ def _dataset_of(cfg: Config, loader: str) -> dict[str, Any] | None:
 
 
 def _type_name(cfg: Any) -> str:
-    """Returns the type of a dataset or transform, without its scope; an empty name where there is none."""
+    """Returns the type of a dataset or transform; an empty name where there is none."""
     kind = cfg.get('type') if isinstance(cfg, Mapping) else cfg
-    return kind.rsplit('.', 1)[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return kind if isinstance(kind, str) else getattr(kind, '__name__', '')
 
 
 def _unwrap(dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -150,14 +154,50 @@ def annotations_first(pipeline: Sequence[Any]) -> list[Any]:
     mmdet's test pipelines load them after the image was resized, as its evaluators want them: in the pixels of the
     file. A task loss needs boxes in the pixels that the network sees. The images are the same either way.
     """
-    loads = [transform for transform in pipeline if _type_name(transform).startswith('LoadAnnotations')]
-    others = [transform for transform in pipeline if transform not in loads]
-    images = [index for index, transform in enumerate(others) if _type_name(transform).startswith('LoadImage')]
-    start = images[-1] + 1 if images else 0
-    return [*others[:start], *loads, *others[start:]]
+    named = [(_type_name(transform).rpartition('.')[2], transform) for transform in pipeline]
+    loads = [transform for name, transform in named if name.startswith('LoadAnnotations')]
+    others = [(name, transform) for name, transform in named if not name.startswith('LoadAnnotations')]
+    start = max((index + 1 for index, (name, _) in enumerate(others) if name.startswith('LoadImage')), default=0)
+    rest = [transform for _, transform in others]
+    return [*rest[:start], *loads, *rest[start:]]
 
 
 def has_annotations(batches: Iterable[Mapping[str, Any]]) -> bool:
     """Whether any image has a class label, or an object with its box."""
     samples = (sample for batch in batches for sample in batch['data_samples'])
     return any('gt_label' in sample or len(sample.get('gt_instances', ())) > 0 for sample in samples)
+
+
+def explain_data_error(exc: BaseException) -> DataError | None:
+    """Translates an exception of a data loader, raised in this process or passed on from a worker.
+
+    Args:
+        exc: What building or iterating a loader raised.
+
+    Returns:
+        The error to raise in its place, or None where ``exc`` does not tell of missing or unreadable images.
+    """
+    message = last_line(exc)
+    if isinstance(exc, DataError):
+        return exc if message == str(exc) else DataError(message)
+    if match := _NOT_DECODED.search(message):
+        return DataError(f'image {match[1]} cannot be read: it is no image, or damaged')
+    if match := _NO_FILES.search(message):
+        return DataError(f'no images found in the folders of {match[1]}')
+    if match := _NO_SUCH_FILE.search(message):
+        return DataError(f'{match[1]} does not exist')
+    if isinstance(exc, OSError) and exc.filename is not None:
+        return DataError(f'{exc.filename} cannot be read: {exc.strerror}')
+    if _NO_DATA in message:
+        return DataError('an image cannot be read: the pipeline returned nothing for it')
+    if 'imdecode' in message or 'cannot identify image file' in message:
+        return DataError(f'an image cannot be decoded: {message}')
+    return None
+
+
+def last_line(exc: BaseException) -> str:
+    """The message of ``exc``; of one from a worker process, whose message is a traceback, the original message."""
+    lines = str(exc).strip().splitlines() or [type(exc).__name__]
+    if not lines[0].startswith('Caught '):
+        return ' '.join(line.strip() for line in lines)
+    return re.sub(r'^[\w.]+: ', '', lines[-1].strip())

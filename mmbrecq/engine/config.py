@@ -19,7 +19,7 @@ from mmengine.config.config import DELETE_KEY
 from mmengine.registry import init_default_scope
 
 from mmbrecq.building import explain_build_error
-from mmbrecq.data.data_errors import explain_data_error
+from mmbrecq.data.source import explain_data_error
 from mmbrecq.distributed import leave_processes
 from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError

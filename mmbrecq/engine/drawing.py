@@ -12,7 +12,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import VISUALIZERS
 from torch import nn
 
-from mmbrecq.data.data_errors import explain_data_error
+from mmbrecq.data.source import explain_data_error
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.traced_graph import evaluation_mode
 

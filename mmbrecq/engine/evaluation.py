@@ -9,7 +9,7 @@ from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.data.data_errors import explain_data_error
+from mmbrecq.data.source import explain_data_error
 from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
 from mmbrecq.graph.components import ImageForward
 from mmbrecq.graph.traced_graph import evaluation_mode

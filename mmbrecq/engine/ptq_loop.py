@@ -212,7 +212,7 @@ class PTQLoop(BaseLoop):
         if obstacle is not None:
             self.runner.logger.info(f'every unit is reconstructed again: {obstacle}')
             return task
-        task = self.choice.take_up(task, stage)
+        task = self.choice.load_rounding(task, stage)
         self.runner.logger.info(f'the rounding of {len(task.done)} units is that of the analysis')
         return task
 

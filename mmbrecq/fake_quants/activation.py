@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.masks import RandomMasks
-from mmbrecq.fake_quants.ops import Clip, FakeQuantizeFunction
+from mmbrecq.fake_quants.ops import Clip, fake_quantize
 from mmbrecq.functional import short_scale
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
@@ -38,6 +38,8 @@ class FakeQuantize(nn.Module):
         self.masks: RandomMasks | None = None
         # whether the step size stays as observed even where this type learns it
         self.fixed = False
+        # bounds of the activation function that a unit in training leaves to its quantizer
+        self.rectifier: tuple[float, float] | None = None
         shape = () if qtype.ch_axis is None else (channels,)
         self._register_scale(torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=qtype.container))
@@ -72,8 +74,7 @@ class FakeQuantize(nn.Module):
             clip = self._clip()
         elif self.masks is not None and torch.is_grad_enabled():
             keep = self.masks.draw(x)
-        result: Tensor = FakeQuantizeFunction.apply(x, self.scale, self.zero_point, self.qtype, clip, keep)
-        return result
+        return fake_quantize(x, self.scale, self.zero_point, self.qtype, clip, keep, self.rectifier)
 
     def _clip(self) -> Clip | None:
         """Returns the cut that an export needs, None where the bounds of the container are the grid's."""

@@ -70,6 +70,13 @@ def round_bias(module: Any, step: Tensor) -> None:
             module.bias.copy_(torch.round(module.bias / step) * step)
 
 
+def scale_read(module: Any, scale: Tensor) -> Tensor:
+    """Returns the input scale, one per output channel of a depthwise convolution; else the largest of its channels."""
+    if scale.dim() and getattr(module, 'groups', 1) == len(scale):
+        return scale.detach().repeat_interleave(module.out_channels // len(scale))
+    return scale.detach().max()
+
+
 def raise_weight_scale(
     module: Any, fake_quant: WeightFakeQuantize, weight: Tensor, inputs: Sequence[Tensor], largest: float
 ) -> None:
@@ -88,8 +95,8 @@ def raise_weight_scale(
     """
     if module.bias is None or not inputs:
         return
-    # only OpenVINO reads a scale per channel, and it adds biases in float
-    step = torch.stack([scale.detach().max() for scale in inputs]).min()
+    steps = [scale_read(module, scale) for scale in inputs]
+    step = torch.stack(list(torch.broadcast_tensors(*steps))).amin(0)
     needed = module.bias.detach().abs() / (step * largest)
     scale = torch.maximum(fake_quant.scale, needed if fake_quant.scale.dim() else needed.max())
     if not torch.equal(scale, fake_quant.scale):

@@ -6,6 +6,7 @@ for the backward pass; a function here keeps what its gradient needs and no more
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,70 @@ class Clip:
     on_integers: bool
 
 
+UNBOUNDED = (-math.inf, math.inf)
+"""Bounds of a rectifier that changes nothing."""
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qtype: QType,
+    clip: Clip | None = None,
+    keep: Tensor | None = None,
+    rectifier: tuple[float, float] | None = None,
+) -> Tensor:
+    """Fake-quantizes activations by a compiled kernel where it can, else by :class:`FakeQuantizeFunction`.
+
+    Args:
+        x (Tensor): Any shape.
+        scale (Tensor): ``()``, or ``(C,)`` where the grid has one scale per channel.
+        zero_point (Tensor): Same shape.
+        qtype: The grid.
+        clip: How an exported grid is cut.
+        keep (Tensor | None): A mask of bytes; the float value is passed on where it is 0.
+        rectifier: Bounds of the activation function before, which costs no pass of its own over memory here.
+
+    Example:
+        >>> x = torch.tensor([-0.3, 0.1, 0.34, 9.0])
+        >>> fake_quantize(x, torch.tensor(0.25), torch.tensor(0), QType(4))
+        tensor([-0.2500,  0.0000,  0.2500,  1.7500])
+    """
+    compute = None if torch.onnx.is_in_onnx_export() else kernel('fake_quantize', x, keep)
+    bounds = None if compute is None or scale.dim() > 0 else code_bounds(zero_point, qtype)
+    if compute is not None and bounds is not None:
+        call = (compute, scale.item(), bounds, keep, rectifier or UNBOUNDED)
+        compiled: Tensor = _CompiledFakeQuantize.apply(x, scale, call)
+        return compiled
+    rectified = x if rectifier is None else torch.nn.functional.hardtanh(x, *rectifier)
+    result: Tensor = FakeQuantizeFunction.apply(rectified, scale, zero_point, qtype, clip, keep)
+    return result
+
+
+class _CompiledFakeQuantize(torch.autograd.Function):
+    """The same outputs and gradients as :class:`FakeQuantizeFunction`, with one pass over memory each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, call: tuple[Any, ...]) -> Tensor:
+        compute, size, bounds, keep, rectifier = call
+        out = torch.empty_like(x)
+        compute(x, keep, out, size, *bounds, *rectifier)
+        ctx.call = call
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (x, out), (_, size, (low, high), keep, rectifier) = grads, ctx.saved_tensors, ctx.call
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        compute = kernel('fake_quantize_gradient', x, grad)
+        assert compute is not None
+        grad_x, sums = torch.empty_like(x), torch.empty(max(1, -(-x.numel() // BLOCK)), dtype=torch.float64)
+        compute(grad, x, out, keep, grad_x, sums, (low - 0.5) * size, (high + 0.5) * size, *rectifier)
+        return grad_x, torch.full((), sums[0].item() / size) if ctx.needs_input_grad[1] else None, None
+
+
 class FakeQuantizeFunction(torch.autograd.Function):
     """Fake quantization of activations: straight-through gradient for ``x``, LSQ's gradient for ``scale``.
 
@@ -48,13 +113,6 @@ class FakeQuantizeFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType, clip: Clip | None, keep: Tensor | None
     ) -> Tensor:
         ctx.qtype, ctx.bounds = qtype, code_bounds(zero_point, qtype)
-        compute = None if torch.onnx.is_in_onnx_export() else kernel('fake_quantize', x, keep)
-        ctx.compiled = compute is not None and ctx.bounds is not None and scale.dim() == 0
-        if compute is not None and ctx.compiled:
-            out, ctx.size = torch.empty_like(x), scale.item()
-            compute(x, keep, out, ctx.size, *ctx.bounds)
-            ctx.save_for_backward(x, out, keep)
-            return out
         keep = None if keep is None else keep.to(x.dtype)
         size = expand(scale.to(x.dtype), x.dim(), qtype.ch_axis)
         offset = None if ctx.bounds is not None else expand(zero_point.to(x.dtype), x.dim(), qtype.ch_axis)
@@ -71,7 +129,20 @@ class FakeQuantizeFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x, grad_scale = (_compiled_gradients if ctx.compiled else _gradients)(ctx, *grads)
+        (grad,) = grads
+        x, out, keep, size, offset = ctx.saved_tensors
+        qtype: QType = ctx.qtype
+        low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
+        ratio = x / size
+        if offset is not None:
+            ratio.add_(offset)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low - 0.5, high + 0.5, grad_input=ratio)
+        if keep is not None:
+            torch.lerp(grad, grad_x, keep, out=grad_x)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
+            grad_scale = total.div_(size.reshape(total.shape))
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, *[None] * 4
 
     @staticmethod
@@ -84,34 +155,6 @@ class FakeQuantizeFunction(torch.autograd.Function):
         if clip is not None and clip.on_integers:
             codes = g.op('Clip', codes, *bounds)
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
-
-
-def _compiled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    x, out, keep = ctx.saved_tensors
-    if grad.stride() != x.stride():
-        grad = torch.empty_like(x).copy_(grad)
-    low, high = ((bound + half) * ctx.size for bound, half in zip(ctx.bounds, (-0.5, 0.5), strict=True))
-    grad_x, sums = torch.empty_like(x), torch.empty(max(1, -(-x.numel() // BLOCK)), dtype=torch.float64)
-    compute = kernel('fake_quantize_gradient', x, grad)
-    assert compute is not None
-    compute(grad, x, out, keep, grad_x, sums, low, high)
-    return grad_x, torch.full((), sums[0].item() / ctx.size) if ctx.needs_input_grad[1] else None
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    x, out, keep, size, offset = ctx.saved_tensors
-    qtype: QType = ctx.qtype
-    low, high = (qtype.quant_min, qtype.quant_max) if ctx.bounds is None else ctx.bounds
-    ratio = x / size
-    if offset is not None:
-        ratio.add_(offset)
-    grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, low - 0.5, high + 0.5, grad_input=ratio)
-    if keep is not None:
-        torch.lerp(grad, grad_x, keep, out=grad_x)
-    if not ctx.needs_input_grad[1]:
-        return grad_x, None
-    total = _inner(grad, out, qtype.ch_axis).sub_(_inner(grad_x, x, qtype.ch_axis))
-    return grad_x, total.div_(size.reshape(total.shape))
 
 
 def code_bounds(zero_point: Tensor, qtype: QType) -> tuple[float, float] | None:
@@ -271,11 +314,16 @@ class OutputGradient(torch.autograd.Function):
             output, out_grad = output.reshape(-1, output.shape[-1]), grad.reshape(-1, grad.shape[-1])
         else:
             out_grad = grad
-        # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
-        zeros = output.new_zeros(output.shape[1]) if bias is None else bias
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            out_grad, output, None, None, None, zeros, torch.ones_like(zeros), True, 0.0, [False, True, True]
-        )
+        mean = output.new_zeros(output.shape[1]) if bias is None else bias
+        if grad.device.type == 'cpu':
+            # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
+            _, product, total = torch.ops.aten.native_batch_norm_backward(
+                out_grad, output, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+            )
+        else:
+            others = [axis for axis in range(output.dim()) if axis != 1]
+            total = out_grad.sum(others)
+            product = (out_grad * output).sum(others) - mean * total
         grad_gain = None
         if ctx.needs_input_grad[1]:
             grad_gain = (product if gain.numel() > 1 else product.sum()).reshape(gain.shape) / gain

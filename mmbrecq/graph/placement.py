@@ -48,16 +48,19 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     """Returns the positions of a graph in the order of its nodes."""
     quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
+    by_channel = _with_channel_scales([group[0] for group in groups if len(group) == 1], roles, preset)
     positions = []
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
         readers = frozenset(u for n in group for u in n.users if _reads_float(u, n, roles, preset))
+        per_channel = group[0] in by_channel
+        # what a target computes of them between folded scales is float, and rounded as it is here
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
-        by_channel = preset.depthwise_per_channel and len(group) == 1 and _is_read_by_channel(group[0], roles)
+        full_scale = full_scale and not (per_channel and preset.folds_channel_scales)
         name = group[0].name
         positions.append(
-            QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale, by_channel)
+            QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel)
         )
     return positions
 
@@ -100,11 +103,41 @@ def _readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
             yield consumer
 
 
-def _is_read_by_channel(node: fx.Node, roles: Roles) -> bool:
-    """Whether layers read the value, depthwise convolutions all of them, with its channels where they are."""
-    layers = [reader for reader in roles.consumers(node) if roles.is_weighted(reader)]
+def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset) -> set[fx.Node]:
+    """Values whose channels have a scale each.
+
+    Where scales are folded, those are also the outputs of convolutions of which the others are computed.
+    """
+    if not preset.depthwise_per_channel:
+        return set()
+    read = {node for node in quantized if _is_read_by_channel(node, roles, preset)}
+    if preset.folds_channel_scales:
+        read |= {node for node in quantized if roles.is_convolution(node) and _becomes(node, read, roles)}
+    return read
+
+
+def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    """Whether layers read the value, depthwise convolutions all of them, with its channels where they are.
+
+    Where scales are folded, nothing else reads it on its grid, and the target computes it in float or as the output of
+    a convolution.
+    """
+    readers = list(roles.consumers(node))
+    if not preset.folds_channel_scales:
+        readers = [reader for reader in readers if roles.is_weighted(reader)]
+    elif roles.kind(node) in (preset.fuses or ()):
+        return False
+    else:
+        readers = [r for r in readers if not (r in node.users and _reads_float(r, node, roles, preset))]
     within = set(_pixel_readers(node, roles))
-    return bool(layers) and all(roles.is_depthwise(layer) and layer in within for layer in layers)
+    return bool(readers) and all(roles.is_depthwise(reader) and reader in within for reader in readers)
+
+
+def _becomes(node: fx.Node, read: set[fx.Node], roles: Roles) -> bool:
+    """Whether nothing but functions in float reads the value, and some of ``read`` is what they compute."""
+    if any(roles.is_weighted(u) or roles.is_add(u) or roles.moves_only(u) or u.op == 'output' for u in node.users):
+        return False
+    return any(user in read or _becomes(user, read, roles) for user in node.users)
 
 
 def _pixel_readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:

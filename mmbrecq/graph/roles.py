@@ -94,10 +94,14 @@ class Roles:
         subtracted = node.all_input_nodes[1:] if self._calls(node, (operator.sub, torch.sub, 'sub')) else ()
         return any(self._calls(n, _MEAN_CALLS) and node.all_input_nodes[0] in n.all_input_nodes for n in subtracted)
 
+    def is_convolution(self, node: fx.Node) -> bool:
+        """A convolution that is not transposed."""
+        return isinstance(self.module(node), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
     def is_depthwise(self, node: fx.Node) -> bool:
         """A convolution of which every output channel reads one input channel."""
-        module = self.module(node)
-        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == module.in_channels > 1
+        module: Any = self.module(node)
+        return self.is_convolution(node) and bool(module.groups == module.in_channels > 1)
 
     def moves_pixels(self, node: fx.Node) -> bool:
         """Moves values within their channels."""

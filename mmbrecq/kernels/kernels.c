@@ -144,8 +144,9 @@ int rounding_gradient(int64_t rows, struct array alphas, struct array grids, str
     return 0;
 }
 
-/* out = clamp(round(x / scale), low, high) * scale; x itself where keep is there and 0. */
-int fake_quantize(struct array xs, struct array keeps, struct array outs, float scale, float low, float high) {
+/* out = clamp(round(y / scale), low, high) * scale of y = clamp(x, floor, ceiling); y itself where keep is there and 0. */
+int fake_quantize(struct array xs, struct array keeps, struct array outs, float scale, float low, float high,
+                  float floor, float ceiling) {
     const int64_t count = xs.count;
     const float *restrict x = xs.data;
     const uint8_t *restrict keep = keeps.data;
@@ -155,20 +156,23 @@ int fake_quantize(struct array xs, struct array keeps, struct array outs, float 
     if (!keep) {
 #pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
         for (int64_t i = 0; i < count; i++)
-            out[i] = clamped(rintf(x[i] / scale), low, high) * scale;
+            out[i] = clamped(rintf(clamped(x[i], floor, ceiling) / scale), low, high) * scale;
         return 0;
     }
 #pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
     for (int64_t i = 0; i < count; i++) {
-        const float quantized = clamped(rintf(x[i] / scale), low, high) * scale;
-        out[i] = keep[i] ? quantized : x[i];
+        const float y = clamped(x[i], floor, ceiling);
+        const float quantized = clamped(rintf(y / scale), low, high) * scale;
+        out[i] = keep[i] ? quantized : y;
     }
     return 0;
 }
 
-/* grad_x = grad where low < x < high, or keep is there and 0, else 0; <grad, out> - <grad_x, x> to the first sum. */
+/* grad_y = grad where low < y < high, or keep is there and 0, grad_x = grad_y where floor < x < ceiling, and both are
+   else 0; <grad, out> - <grad_y, y> to the first sum. */
 int fake_quantize_gradient(struct array grads, struct array xs, struct array outs, struct array keeps,
-                           struct array grads_x, struct array blocks, float low, float high) {
+                           struct array grads_x, struct array blocks, float low, float high, float floor,
+                           float ceiling) {
     const int64_t count = xs.count;
     const float *restrict grad = grads.data, *restrict x = xs.data, *restrict out = outs.data;
     const uint8_t *restrict keep = keeps.data;
@@ -184,16 +188,18 @@ int fake_quantize_gradient(struct array grads, struct array xs, struct array out
         if (keep) {
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = start; i < end; i++) {
-                const float g = ((x[i] > low) & (x[i] < high)) | !keep[i] ? grad[i] : 0.0f;
-                grad_x[i] = g;
-                sum += grad[i] * out[i] - g * x[i];
+                const float y = clamped(x[i], floor, ceiling);
+                const float g = ((y > low) & (y < high)) | !keep[i] ? grad[i] : 0.0f;
+                grad_x[i] = (x[i] > floor) & (x[i] < ceiling) ? g : 0.0f;
+                sum += grad[i] * out[i] - g * y;
             }
         } else {
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = start; i < end; i++) {
-                const float g = (x[i] > low) & (x[i] < high) ? grad[i] : 0.0f;
-                grad_x[i] = g;
-                sum += grad[i] * out[i] - g * x[i];
+                const float y = clamped(x[i], floor, ceiling);
+                const float g = (y > low) & (y < high) ? grad[i] : 0.0f;
+                grad_x[i] = (x[i] > floor) & (x[i] < ceiling) ? g : 0.0f;
+                sum += grad[i] * out[i] - g * y;
             }
         }
         sums[block] = sum;

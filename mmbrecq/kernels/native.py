@@ -47,10 +47,10 @@ class Curve(ctypes.Structure):
 _DTYPES = (torch.float32, torch.float64, torch.int16, torch.uint8)
 _F32, _F64, _I16, _U8 = _DTYPES
 OPERATIONS: dict[str, tuple[Any, ...]] = {
-    # x, keep, out; scale, low, high
-    'fake_quantize': (_F32, _U8, _F32, _NUMBER, _NUMBER, _NUMBER),
-    # grad, x, out, keep, grad_x, sums; low, high
-    'fake_quantize_gradient': (_F32, _F32, _F32, _U8, _F32, _F64, _NUMBER, _NUMBER),
+    # x, keep, out; scale, low, high, floor, ceiling
+    'fake_quantize': (_F32, _U8, _F32, *[_NUMBER] * 5),
+    # grad, x, out, keep, grad_x, sums; low, high, floor, ceiling
+    'fake_quantize_gradient': (_F32, _F32, _F32, _U8, _F32, _F64, *[_NUMBER] * 4),
     # rows; alpha, grid, scale, gain, weight; curve
     'soft_weight': (_COUNT, _F32, _I16, _F32, _F32, _F32, Curve),
     # rows; alpha, grid, scale, gain, grad, alpha_grad, gain_grad; curve, power, factor

@@ -66,7 +66,7 @@ class ChosenBits:
                     "take 'search' out of the config"
                 )
 
-    def take_up(self, task: Task, stage: Stage) -> Task:
+    def load_rounding(self, task: Task, stage: Stage) -> Task:
         """Loads the rounding of the analysis into a task's model; units that have all of it are done in this pass."""
         done = set(task.done)
         for unit in (unit for graph in task.model.graphs for unit in graph.units):

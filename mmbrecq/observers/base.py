@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, DataError, NonFiniteError
-from mmbrecq.functional import affine_from_range
+from mmbrecq.functional import affine_from_range, shared_affine_from_range
 from mmbrecq.qtype import QType
 from mmbrecq.registry import OBSERVERS
 
@@ -143,6 +143,13 @@ class BaseObserver:
 @OBSERVERS.register_module()
 class MinMaxObserver(BaseObserver):
     """Covers every value seen: the range is the minimum and maximum over all batches."""
+
+
+class SharedZeroPointObserver(MinMaxObserver):
+    """Covers every value seen, with one zero-point for all channels."""
+
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return shared_affine_from_range(low, high, self.qtype)
 
 
 @OBSERVERS.register_module()

@@ -104,7 +104,8 @@ class BRECQQuantizer:
         bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
         graphs = [self._quantize(graph, bits) for graph in (traced, *heads)]
-        model.requires_grad_(False)
+        # fake quantizers are made on the CPU
+        model.requires_grad_(False).to(example.device)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(model, graphs, observers, self.equalization)
 
@@ -190,13 +191,14 @@ class BRECQQuantizer:
     ) -> str:
         options = self.activation
         qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
-        # signed integers below 8 bits are cut as real values, by one pair of bounds
-        if per_channel and not (qtype.signed and bits < MAX_BITS):
+        folds = self.preset.folds_channel_scales
+        # OpenVINO has signed integers below 8 bits cut as real values, by one pair of bounds
+        if per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
             qtype = replace(qtype, ch_axis=1)
         channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
-            integer_clip=self.preset.integer_clip, full_scale=full_scale,
+            integer_clip=self.preset.integer_clip or (per_channel and folds), full_scale=full_scale,
         )  # fmt: skip
         # a gradient for it alone would take the first layer's backward pass down to the images: 256 levels do without
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8

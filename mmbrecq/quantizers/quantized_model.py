@@ -16,6 +16,7 @@ from mmbrecq.fake_quants.bias import (
     bias_correction,
     raise_weight_scale,
     round_bias,
+    scale_read,
 )
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
@@ -122,7 +123,7 @@ class QuantizedGraph:
             scales = [self.quantizers[path].scale for path in read.get(name, ())]
             raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
             if name in inputs and isinstance(module, CONVOLUTIONS):
-                round_bias(module, inputs[name].scale * fake_quant.scale)
+                round_bias(module, scale_read(module, inputs[name].scale) * fake_quant.scale)
             pack_weight(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True

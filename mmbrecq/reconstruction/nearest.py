@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,11 +50,12 @@ class NearestReconstructor(BaseReconstructor):
                 with task.model.quantization(weights=False, activations=False):
                     for batch in aligned_batches(len(task.images), plan.observed or OBSERVED, task.first):
                         task.model(task.images[batch])
-        for name, seen in _of_all_processes(errors).items():
+        everywhere = gather(errors)
+        for name in {name: None for seen in everywhere for name in seen}:
+            sums, counts = zip(*(seen[name] for seen in everywhere if name in seen), strict=True)
             correction = bias_correction(task.model.model.get_submodule(name))
-            count = sum(c for _, c in seen)
-            if correction is not None and count:
-                correction.offset.data.copy_(torch.stack([s for s, _ in seen]).sum(0) / count)
+            if correction is not None and sum(counts):
+                correction.offset.data.copy_(torch.stack(sums).sum(0) / sum(counts))
         yield from ()
 
 
@@ -62,16 +63,12 @@ class NearestReconstructor(BaseReconstructor):
 def _mean_errors(model: QuantizedModel) -> Iterator[Errors]:
     """Sums up, by the path of the layer and per channel, what quantizing its weight takes from its outputs."""
     errors: Errors = {}
-    hooks = [
-        module.register_forward_hook(partial(_note_error, errors, name, fake_quant))
-        for name, module, fake_quant in model.weights()
-        if bias_correction(module) is not None
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module, fake_quant in model.weights():
+            if bias_correction(module) is not None:
+                hook = partial(_note_error, errors, name, fake_quant)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield errors
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _note_error(
@@ -86,11 +83,3 @@ def _note_error(
     rows = difference.movedim(axis, 0).flatten(1)
     total, count = errors.get(name, (0, 0))
     errors[name] = (total + rows.sum(1), count + rows.shape[1])
-
-
-def _of_all_processes(errors: Errors) -> dict[str, list[tuple[Tensor, int]]]:
-    joined: dict[str, list[tuple[Tensor, int]]] = {}
-    for seen in gather(errors):
-        for name, pair in seen.items():
-            joined.setdefault(name, []).append(pair)
-    return joined

@@ -15,6 +15,7 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
+from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.schedules import LinearBeta, Plateau
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
@@ -70,7 +71,7 @@ def optimize_unit(
     beta = LinearBeta(*options.beta, options.warmup)
     plateau = Plateau(options.plateau)
     # rounding is decided by what follows the warm-up
-    end = int(options.warmup * options.iterations) if variables.weights.alphas else options.iterations
+    end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
     # the position in the schedules is beyond the count where a plateau has skipped some
     position = count = 0
     losses = torch.zeros(options.iterations, device=device)
@@ -80,7 +81,7 @@ def optimize_unit(
 
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
-        distance = part.loss(module(*_mixed_inputs(part, masks)), loss)
+        distance = part.loss(network(*_mixed_inputs(part, masks)), loss)
         # the masks of this iteration are drawn
         batches.prefetch()
         return distance
@@ -90,7 +91,14 @@ def optimize_unit(
         return _backward(batches.current(), images, distance_of)
 
     casting = autocast([layer for layer, _ in weights], AUTOCAST[options.autocast] if options.autocast else None)
-    with torch.enable_grad(), _dropping(quantizers, masks), batches, variables.in_force(), casting:
+    with (
+        torch.enable_grad(),
+        _dropping(quantizers, masks),
+        batches,
+        variables.in_force(),
+        casting,
+        rectified(module) as network,
+    ):
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()

@@ -47,10 +47,11 @@ class Values(Protocol):
     """What can be read: :class:`CachedValues`, and a plain tensor where the model runs."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: Tensor | slice, /) -> Tensor: ...
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
+        """Reads the values of the images ``index``, ``(n, ...)`` in float32 on the device of the model."""
 
 
-class CachedValues(Protocol):
+class CachedValues(Values, Protocol):
     """One value of the graph for all calibration images, ``(N, ...)``.
 
     Args:
@@ -58,11 +59,6 @@ class CachedValues(Protocol):
     """
 
     sample_shape: torch.Size
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Tensor | slice, /) -> Tensor:
-        """Reads the values of the images ``index``, ``(n, ...)`` in float32 on the device of the model."""
 
     def write(self, start: int, batch: Tensor) -> None:
         """Sets the values of the images from ``start`` on."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import BiasCorrection, bias_correction
+from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
 from mmbrecq.reconstruction.schedules import constant, cosine
-from mmbrecq.reconstruction.soft_rounding import SoftRounding, learn_rounding
+from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import laid_out
 
@@ -30,15 +29,22 @@ Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
 class Variables:
     """The variables of one unit in one pass.
 
+    Plain tensors stand in the place of quantized weights and biases, computed anew after every iteration. Autograd goes
+    no further than these: :meth:`collect_gradients` carries their gradients on to what is learned. Where the rounding
+    of a layer is not learned, its weight has no gradient at all, and those of scale and bias come from the output of
+    the layer.
+
     Args:
-        module: The unit.
+        module: The unit; the layers that its graph calls are known to be seen.
         weights: Modules with a quantized weight and their fake quantizers.
         quantizers: Activation quantizers.
         stage: What is learned, and how.
-        layout: Order in memory of the unit's activations.
+        layout: Order in memory of the unit's activations and of the weights of its convolutions.
 
     Attributes:
-        weights (LearnedWeights): The variables of the layers.
+        alphas: Variables of the rounding.
+        gains: Factors on the scales of weights.
+        offsets: Corrections of the biases.
         groups: What is optimised, none of them empty.
     """
 
@@ -50,86 +56,104 @@ class Variables:
         stage: Stage,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        options = stage.options
-        self._options = options
-        self.weights = LearnedWeights(
-            weights, stage.learns_rounding, options.weight_scale_lr > 0, options.bias_lr > 0, layout, _called(module)
-        )
+        self._options, called = stage.options, _called(module)
+        self._layers = [_Layer(layer, fq, stage, layout, layer in called) for layer, fq in weights]
+        self.alphas = [layer.soft.alpha for layer in self._layers if layer.soft is not None]
+        self.gains = [layer.gain for layer in self._layers if layer.gain is not None]
+        self.offsets = [layer.correction.offset for layer in self._layers if layer.correction is not None]
         self._quantizers = [q for q in quantizers if not q.fixed] if stage.learns_scale else []
         scales = [p for q in self._quantizers for p in q.start()]
         groups: list[Group] = [
-            (self.weights.alphas, options.lr, constant),
-            (self.weights.gains, options.weight_scale_lr, cosine),
-            (self.weights.offsets, options.bias_lr, cosine),
-            (scales, options.activation_lr, cosine),
+            (self.alphas, self._options.lr, constant),
+            (self.gains, self._options.weight_scale_lr, cosine),
+            (self.offsets, self._options.bias_lr, cosine),
+            (scales, self._options.activation_lr, cosine),
         ]
         self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]
+        self.update()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that is optimised."""
         return [parameter for parameters, _, _ in self.groups for parameter in parameters]
 
-    def in_force(self) -> AbstractContextManager[None]:
-        """Makes the unit compute with the variables, within the block."""
-        return self.weights.in_force()
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Makes the unit compute with the variables, within the block; they stay where they are in memory."""
+        with ExitStack() as stack, parametrize.cached():
+            for layer in self._layers:
+                stack.callback(layer.release)
+                layer.fake_quant.learned = layer.weight
+                if layer.correction is not None:
+                    layer.correction.learned = layer.bias
+                if layer.by_output and (layer.gain is not None or layer.correction is not None):
+                    stack.callback(layer.module.register_forward_hook(_output_hook(layer)).remove)
+            yield
 
     def drop_gradients(self) -> None:
         """Forgets the gradients of the iteration before, or of a failed attempt."""
-        self.weights.drop_gradients()
-        for parameter in self.parameters:
-            parameter.grad = None
+        leaves = [x for layer in self._layers for x in (layer.weight, layer.bias) if x is not None]
+        for tensor in (*leaves, *self.parameters):
+            tensor.grad = None
 
     def collect_gradients(self, beta: float | None) -> None:
         """Completes the gradients after a backward pass; ``beta`` is the regulariser's exponent, None for none."""
-        self.weights.collect(beta, self._options.round_weight)
+        with torch.no_grad():
+            for layer in self._layers:
+                layer.collect(beta, self._options.round_weight)
 
     def update(self) -> None:
         """Computes with what the optimiser has changed; no scale of an activation gets to 0 or below."""
         with torch.no_grad():
             for scale, floor in self._floors:
                 torch.maximum(scale, floor, out=scale)
-        self.weights.update()
+            for layer in self._layers:
+                layer.update()
 
     def finish(self) -> None:
         """Fixes what was learned."""
-        self.weights.finish()
+        for layer in self._layers:
+            layer.finish()
         for quantizer in self._quantizers:
             quantizer.finish()
 
 
-@dataclass
 class _Layer:
-    """One layer.
+    """What is learned of one layer; its ``weight`` and ``bias`` are leaves of autograd."""
 
-    Args:
-        module: The convolution or linear layer.
-        fake_quant: Fake quantizer of its weight.
-        soft: Its rounding, None where that is not learned.
-        values (Tensor): The quantized weight without ``gain``; not used where rounding is learned.
-        weight (Tensor): The quantized weight, a leaf of autograd.
-        correction: Correction of its bias, None where none is learned.
-        bias (Tensor | None): The corrected bias, a leaf of autograd.
-    """
-
-    module: nn.Module
-    fake_quant: WeightFakeQuantize
-    soft: SoftRounding | None
-    values: Tensor
-    weight: Tensor
-    correction: BiasCorrection | None
-    bias: Tensor | None
+    def __init__(
+        self,
+        module: nn.Module,
+        fake_quant: WeightFakeQuantize,
+        stage: Stage,
+        layout: torch.memory_format,
+        called: bool,
+    ) -> None:
+        self.module, self.fake_quant, scale = module, fake_quant, stage.options.weight_scale_lr > 0
+        self.soft: SoftRounding | None = None
+        self.bias: Tensor | None = None
+        if stage.learns_rounding and isinstance(fake_quant, AdaRound):
+            fake_quant.start(original_weight(module))
+            self.soft = SoftRounding(fake_quant, layout)
+        # a soft weight is written anew before it is multiplied, so it needs no second tensor
+        quantized = self.soft.weight if self.soft else fake_quant.quantized(original_weight(module))
+        self.values = laid_out(quantized, layout)
+        if scale:
+            fake_quant.start_scale(original_weight(module))
+        # whether all gradients are found from the output of the layer
+        self.by_output = self.soft is None and called and _is_per_output(fake_quant, module)
+        weight = torch.empty_like(self.values) if scale and not self.soft else self.values
+        self.weight = weight.detach().requires_grad_((scale or self.soft is not None) and not self.by_output)
+        self.correction = bias_correction(module) if stage.options.bias_lr > 0 else None
+        if self.correction is not None:
+            self.correction.offset.requires_grad_(True)
+            self.bias = _original_bias(module).clone().requires_grad_(not self.by_output)
 
     @property
     def gain(self) -> nn.Parameter | None:
         """The factor on its scale, None where none is learned."""
         return self.fake_quant.gain
-
-    @property
-    def by_output(self) -> bool:
-        """Whether all gradients are found from the output of the layer."""
-        return not self.weight.requires_grad
 
     def update(self) -> None:
         """Computes weight and bias anew, from what is learned."""
@@ -166,126 +190,6 @@ class _Layer:
         if self.correction is not None:
             self.correction.offset.requires_grad_(False)
             self.correction.offset.grad = None
-
-
-class LearnedWeights:
-    """Plain tensors in the place of quantized weights and biases, computed anew after every iteration.
-
-    Autograd goes no further than these tensors: :meth:`collect` carries their gradients on to what is learned. Where
-    the rounding of a layer is not learned, its weight has no gradient at all, and those of scale and bias come from the
-    output of the layer.
-
-    Args:
-        weights: Modules with a quantized weight and their fake quantizers.
-        rounding: Whether rounding is learned, where it can be.
-        scales: Whether a factor on every scale is learned.
-        biases: Whether corrections of biases are learned.
-        layout: Order in memory of the weights of convolutions.
-        called: Modules known to be called, so that their outputs are seen.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[tuple[nn.Module, WeightFakeQuantize]],
-        rounding: bool,
-        scales: bool,
-        biases: bool,
-        layout: torch.memory_format = torch.contiguous_format,
-        called: Collection[nn.Module] = (),
-    ) -> None:
-        self._layers = [
-            _layer(
-                module, fq, rounding and isinstance(fq, AdaRound), scales,
-                bias_correction(module) if biases else None, layout, module in called,
-            )
-            for module, fq in weights
-        ]  # fmt: skip
-        self.update()
-
-    @property
-    def alphas(self) -> list[nn.Parameter]:
-        """Variables of the rounding of all layers."""
-        return [layer.soft.alpha for layer in self._layers if layer.soft is not None]
-
-    @property
-    def gains(self) -> list[nn.Parameter]:
-        """Factors on the scales."""
-        return [layer.gain for layer in self._layers if layer.gain is not None]
-
-    @property
-    def offsets(self) -> list[nn.Parameter]:
-        """Corrections of the biases."""
-        return [layer.correction.offset for layer in self._layers if layer.correction is not None]
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Makes the modules use the learned tensors, within the block; what is learned stays where it is in memory."""
-        with ExitStack() as stack, parametrize.cached():
-            for layer in self._layers:
-                stack.callback(layer.release)
-                layer.fake_quant.learned = layer.weight
-                if layer.correction is not None:
-                    layer.correction.learned = layer.bias
-                if layer.by_output and (layer.gain is not None or layer.correction is not None):
-                    stack.callback(layer.module.register_forward_hook(_output_hook(layer)).remove)
-            yield
-
-    def update(self) -> None:
-        """Computes weights and biases anew, from what is learned."""
-        with torch.no_grad():
-            for layer in self._layers:
-                layer.update()
-
-    def drop_gradients(self) -> None:
-        """Forgets gradients that were not collected."""
-        for layer in self._layers:
-            layer.weight.grad = None
-            if layer.bias is not None:
-                layer.bias.grad = None
-
-    def collect(self, beta: float | None, round_weight: float) -> None:
-        """Carries the gradients of the last backward pass on to what is learned, that of the regulariser added.
-
-        Args:
-            beta: Exponent of the regulariser; None for no regulariser.
-            round_weight: Its weight.
-        """
-        with torch.no_grad():
-            for layer in self._layers:
-                layer.collect(beta, round_weight)
-
-    def finish(self) -> None:
-        """Fixes what was learned."""
-        for layer in self._layers:
-            layer.finish()
-
-
-def _layer(
-    module: nn.Module,
-    fake_quant: WeightFakeQuantize,
-    rounding: bool,
-    scale: bool,
-    correction: BiasCorrection | None,
-    layout: torch.memory_format,
-    called: bool,
-) -> _Layer:
-    """Begins the optimisation of a layer; see :class:`LearnedWeights`."""
-    soft = None
-    if rounding and isinstance(fake_quant, AdaRound):
-        fake_quant.start(original_weight(module))
-        soft = learn_rounding(fake_quant, layout)
-    values = soft.weight if soft else laid_out(fake_quant.quantized(original_weight(module)), layout)
-    if scale:
-        fake_quant.start_scale(original_weight(module))
-    by_output = soft is None and called and _is_per_output(fake_quant, module)
-    # a soft weight is written anew before it is multiplied, so it needs no second tensor
-    weight = (values if soft or not scale else torch.empty_like(values)).detach()
-    weight.requires_grad_((scale or soft is not None) and not by_output)
-    bias = None
-    if correction is not None:
-        correction.offset.requires_grad_(True)
-        bias = _original_bias(module).clone().requires_grad_(not by_output)
-    return _Layer(module, fake_quant, soft, values, weight, correction, bias)
 
 
 def _output_hook(layer: _Layer) -> Any:

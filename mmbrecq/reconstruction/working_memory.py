@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -84,13 +84,13 @@ def measure_footprint(
             kept[_storage(tensor)] = tensor.untyped_storage()
         return tensor
 
-    hooks = [layer.register_forward_hook(lambda _module, _inputs, output: note(output)) for layer in layers]
-    try:
-        with _with_gradients(module), torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs = module(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack, torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda _module, _inputs, output: note(output)).remove)
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not parameter.requires_grad:
+                stack.callback(parameter.requires_grad_(True).requires_grad_, False)
+        outputs = module(*inputs)
     count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
     sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
     return Footprint(
@@ -130,20 +130,13 @@ def working_memory(
             (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
             outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(graph))
-            passing = gradient_bytes(footprint, outputs, max(images, FISHER_BATCH))
-            needed.append((_with_headroom(passing), network.name))
+            each = footprint.saved + PASSING * footprint.largest + footprint.inputs + 3 * outputs
+            needed.append((_with_headroom(max(images, FISHER_BATCH) * each), network.name))
     return needed
 
 
 def iteration_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
-    """Returns the most bytes that an iteration takes, with the variables and the state of the optimizer.
-
-    Args:
-        unit: Sizes of the unit.
-        stage: What is learned, and how.
-        images: Images of an iteration.
-        fisher: Whether the loss has Fisher weights.
-    """
+    """Returns the most bytes that an iteration takes, with the variables and the state of the optimizer."""
     dropping = stage.options.drop_prob > 0
     batch = unit.inputs * (2 if dropping else 1) + unit.outputs * (2 if fisher else 1)
     of_loss = unit.outputs * (OF_LOSS + (OF_FISHER if fisher else 0))
@@ -198,57 +191,22 @@ def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], i
 
 
 def observing_bytes(unit: Footprint, quantizers: int, images: int) -> int:
-    """Returns the most bytes that tensors take in a pass whose activations are observed.
-
-    Args:
-        unit: Sizes of the unit.
-        quantizers: Number of its quantizers that observe.
-        images: Images of the pass.
-    """
+    """Returns the most bytes that tensors take in a pass whose activations so many quantizers observe."""
     largest = images * unit.largest
     passing = images * (unit.inputs + unit.outputs) + OF_OBSERVING * largest
     return passing + quantizers * min(KEPT, largest) + min(OF_HISTOGRAM, 3 * largest)
 
 
 def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:
-    """Returns how many images are observed at once: 64, and half as many until there is room for all units.
-
-    Args:
-        observed: The units.
-        room: Bytes that are free.
-    """
+    """Returns how many images are observed at once: 64, and half as many until all units have ``room`` bytes."""
     images = OBSERVED
     while images > 1 and any(unit.bytes_of(images) > room for unit in observed):
         images //= 2
     return images
 
 
-def gradient_bytes(network: Footprint, outputs: int, images: int) -> int:
-    """Returns the most bytes that a pass takes which finds the Fisher weights of all units.
-
-    Args:
-        network: Sizes of the network as one unit.
-        outputs: Bytes per image of the outputs of all units.
-        images: Images of a pass.
-    """
-    return images * (network.saved + PASSING * network.largest + network.inputs + 3 * outputs)
-
-
 def _with_headroom(tensors: int) -> int:
     return BASE + int(HEADROOM * tensors)
-
-
-@contextmanager
-def _with_gradients(module: nn.Module) -> Iterator[None]:
-    """Makes all floating-point parameters ask for gradients, within the block."""
-    fixed = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in fixed:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in fixed:
-            parameter.requires_grad_(False)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -22,12 +21,7 @@ _PREPROCESSOR = 'data_preprocessor.'
 _BATCH_COUNT = 'num_batches_tracked'
 
 
-def load_float_checkpoint(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    revise_keys: Sequence[tuple[str, str]] = ((r'^module\.', ''),),
-) -> dict[str, Any]:
+def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads trained weights into ``model``, on the model's device and in its dtypes.
 
     The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's or mmcv's
@@ -40,19 +34,13 @@ def load_float_checkpoint(
     Args:
         model: The float model, wrapped for several processes or not.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
-        revise_keys: Pairs of a regular expression and its replacement, applied to every key of the file in turn. By
-            default the prefix that ``DistributedDataParallel`` adds is taken off.
-
-    Returns:
-        The file's ``meta``, empty where it has none.
 
     Raises:
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
         NonFiniteError: A weight in the file is NaN or infinite.
     """
     model = _unwrapped(model)
-    checkpoint = read_checkpoint(path)
-    weights = _renamed(_weights_of(checkpoint, path), revise_keys)
+    weights = _without_prefix(_weights_of(read_checkpoint(path), path))
     own = model.state_dict()
     raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
     for key in [key for key in weights if key in raw_ema or key.startswith(_PREPROCESSOR)]:
@@ -66,18 +54,14 @@ def load_float_checkpoint(
         misfit = _compare(own, weights, exact=False) or ' '.join(str(error).split())
     if misfit:
         raise CheckpointError(f'{path} does not fit the model: {misfit}')
-    return _meta_of(checkpoint)
 
 
-def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads the ``state_dict`` of a quantized checkpoint: same keys, same shapes, same dtypes, no exception.
 
     Args:
         model: The prepared model; it is left as it was where the file does not fit.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
-
-    Returns:
-        The file's ``meta``, empty where it has none.
 
     Raises:
         CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.
@@ -93,7 +77,6 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
         raise CheckpointError(f'{path} does not fit the quantized model: {misfit}')
     _check_finite(weights, path)
     model.load_state_dict(weights, strict=True)
-    return _meta_of(checkpoint)
 
 
 def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, exact: bool) -> str:
@@ -136,18 +119,11 @@ def _weights_of(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dic
     return weights
 
 
-def _renamed(weights: dict[str, Any], revise_keys: Sequence[tuple[str, str]]) -> OrderedDict[str, Any]:
-    """Returns a copy with the keys rewritten, and with them the module versions that torch attaches to the dict."""
-
-    def rename(key: str) -> str:
-        for pattern, replacement in revise_keys:
-            key = re.sub(pattern, replacement, key)
-        return key
-
-    renamed: Any = OrderedDict((rename(key), value) for key, value in weights.items())
-    versions = getattr(weights, '_metadata', None)
-    if versions is not None:
-        renamed._metadata = OrderedDict((rename(key), value) for key, value in versions.items())
+def _without_prefix(weights: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Takes the prefix of ``DistributedDataParallel`` off the keys, and off the module versions that torch attaches."""
+    renamed: Any = OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
+    versions = getattr(weights, '_metadata', {})
+    renamed._metadata = OrderedDict((key.removeprefix('module.'), value) for key, value in versions.items())
     return cast('OrderedDict[str, Any]', renamed)
 
 
@@ -158,17 +134,12 @@ def _check_finite(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> N
             raise NonFiniteError(f'{name} in {path} holds {count} non-finite of {value.numel()} values')
 
 
-def _meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    meta = checkpoint.get('meta')
-    return dict(meta) if isinstance(meta, dict) else {}
-
-
 def _count(items: Collection[str], noun: str) -> str:
     return f'{len(items)} {noun}{"" if len(items) == 1 else "s"}'
 
 
-def _first(keys: Iterable[Any], number: int = 2) -> str:
-    return ', '.join(str(key) for key in list(keys)[:number]) or 'none'
+def _first(keys: Iterable[Any]) -> str:
+    return ', '.join(str(key) for key in list(keys)[:2]) or 'none'
 
 
 _WEIGHT = '.parametrizations.weight.0'

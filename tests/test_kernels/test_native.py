@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mmbrecq.fake_quants.ops import (
-    FakeQuantizeFunction,
+    UNBOUNDED,
     Sigmoid,
     add_regulariser_gradient_,
+    fake_quantize,
     regulariser_factor,
     soft_weight_,
     through_sigmoid_,
@@ -115,10 +117,17 @@ def test_rounding_gradients(compiled: dict[str, Kernel], shape: tuple[int, ...],
 
 
 @needs_compiler
+@pytest.mark.parametrize('rectifier', [None, (0.0, math.inf), (0.0, 0.9)])
 @pytest.mark.parametrize('dropping', [True, False])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('size', [5, 40])
-def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch.memory_format, dropping: bool) -> None:
+def test_fake_quantize(
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    layout: torch.memory_format,
+    dropping: bool,
+    rectifier: tuple[float, float] | None,
+) -> None:
     """The same bits as torch's operations give, and sums that are more exact."""
     qtype, zero_point = QType(3, symmetric=False, signed=False), torch.tensor(2)
     shape = (4, 6, size, size)
@@ -131,7 +140,7 @@ def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch
     for disabled in (set(), {'fake_quantize'}):
         monkeypatch.setattr(native, 'DISABLED', disabled)
         a, scale = x.clone().requires_grad_(True), torch.tensor(0.25, requires_grad=True)
-        out = FakeQuantizeFunction.apply(a, scale, zero_point, qtype, None, keep)
+        out = fake_quantize(a, scale, zero_point, qtype, None, keep, rectifier)
         out.backward(upstream)
         results.append((out.detach(), a.grad, scale.grad))
     (ours, grad, total), (expected, expected_grad, expected_total) = results
@@ -144,7 +153,7 @@ def test_fake_quantize(monkeypatch: pytest.MonkeyPatch, size: int, layout: torch
 @needs_compiler
 def test_a_gradient_may_lie_in_memory_in_any_way() -> None:
     x, scale = normal((3, 4), 0).requires_grad_(True), torch.tensor(0.25)
-    out = FakeQuantizeFunction.apply(x, scale, torch.tensor(0), QType(4), None, None)
+    out = fake_quantize(x, scale, torch.tensor(0), QType(4))
     (grad,) = torch.autograd.grad(out, x, normal((4, 3), 1).t())
     inside = ((x / scale).abs() < 7.5) & (x / scale > -8.5)
     assert torch.equal(grad, normal((4, 3), 1).t() * inside)
@@ -160,7 +169,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(compiled: dict[str, Kernel]
             torch.set_num_threads(count)
             for _ in range(5):
                 sums = torch.empty(-(-len(x) // BLOCK), dtype=torch.float64)
-                compiled['fake_quantize_gradient'](grad, x, out, None, torch.empty_like(x), sums, -1.0, 1.0)
+                compiled['fake_quantize_gradient'](grad, x, out, None, torch.empty_like(x), sums, -1.0, 1.0, *UNBOUNDED)
                 totals.add(float(sums[0]))
     finally:
         torch.set_num_threads(threads)
@@ -173,7 +182,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(compiled: dict[str, Kernel]
 @needs_compiler
 def test_nan_propagates(compiled: dict[str, Kernel]) -> None:
     out = torch.empty(3)
-    compiled['fake_quantize'](torch.tensor([float('nan'), float('inf'), 0.3]), None, out, 0.1, -8, 7)
+    compiled['fake_quantize'](torch.tensor([float('nan'), float('inf'), 0.3]), None, out, 0.1, -8, 7, *UNBOUNDED)
     assert torch.isnan(out[0])
     assert out[1:].tolist() == pytest.approx([0.7, 0.3])
 
@@ -182,7 +191,7 @@ def test_nan_propagates(compiled: dict[str, Kernel]) -> None:
 def test_arrays_that_do_not_fit_are_refused(compiled: dict[str, Kernel]) -> None:
     x = torch.zeros(4, 6)
     with pytest.raises(AssertionError, match='^expected arrays of the same length for fake_quantize, but got other'):
-        compiled['fake_quantize'](x, None, torch.zeros(5), 0.1, -8, 7)
+        compiled['fake_quantize'](x, None, torch.zeros(5), 0.1, -8, 7, *UNBOUNDED)
     with pytest.raises(AssertionError, match='same length for soft_weight'):
         compiled['soft_weight'](4, x, x.short(), torch.zeros(3), torch.ones(1), x.clone(), TABLE_CURVE)
     with pytest.raises(AssertionError, match='same length for rounding_gradient'):
@@ -191,11 +200,11 @@ def test_arrays_that_do_not_fit_are_refused(compiled: dict[str, Kernel]) -> None
         )
     sums = torch.zeros(0, dtype=torch.float64)
     with pytest.raises(AssertionError, match='same length for fake_quantize_gradient'):
-        compiled['fake_quantize_gradient'](x, x, x, None, x.clone(), sums, -1.0, 1.0)
+        compiled['fake_quantize_gradient'](x, x, x, None, x.clone(), sums, -1.0, 1.0, *UNBOUNDED)
     with pytest.raises(AssertionError, match=r'^expected dense torch.float32 on the CPU, but got torch.float64$'):
-        compiled['fake_quantize'](x.double(), None, x, 0.1, -8, 7)
+        compiled['fake_quantize'](x.double(), None, x, 0.1, -8, 7, *UNBOUNDED)
     with pytest.raises(AssertionError, match='dense'):
-        compiled['fake_quantize'](x[:, ::2], None, torch.zeros(12), 0.1, -8, 7)
+        compiled['fake_quantize'](x[:, ::2], None, torch.zeros(12), 0.1, -8, 7, *UNBOUNDED)
 
 
 @pytest.mark.usefixtures('fresh')

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import math
 
@@ -59,3 +61,12 @@ def test_the_best_so_far_counts() -> None:
 def test_nothing_ends_it_by_default(loss: float) -> None:
     plateau = Plateau(0.0)
     assert not any(plateau.reached(loss) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['fake_quants.masks', 'fake_quants.ops', *(f'reconstruction.{m}' for m in ('callbacks', 'methods', 'schedules'))],
+)
+def test_examples_of_docstrings_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f'mmbrecq.{name}'))
+    assert result.attempted > 0 and result.failed == 0

@@ -18,7 +18,7 @@ from mmbrecq.kernels.native import kernels
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import LearnedWeights, Variables
+from mmbrecq.reconstruction.variables import Variables
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -151,6 +151,14 @@ def weights_of(block: nn.Module) -> list[tuple[nn.Module, WeightFakeQuantize]]:
     return [(m, fq) for m, fq in pairs if fq is not None]
 
 
+def learning_of(
+    block: nn.Module, rounding: bool = True, layout: torch.memory_format = torch.contiguous_format, called: bool = True
+) -> Variables:
+    """The variables of a block; where it is not known what is called, nothing is found from the outputs of layers."""
+    stage = Stage('weights', StageOptions(round_weight=ROUND_WEIGHT), rounding, False)
+    return Variables(block if called else nn.Identity(), weights_of(block), [], stage, layout)
+
+
 def loss_of(block: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 4, 6, 6, generator=generator, dtype=torch.float64)
@@ -186,11 +194,10 @@ def _vector(tensors: list[Tensor]) -> Tensor:
 def test_gradients_are_those_of_autograd(rounding: Any, learn: bool, beta: float | None, called: bool) -> None:
     expected = by_autograd(rounding, learn, beta)
     block = block_of(rounding)
-    modules = [m for m, _ in weights_of(block)]
-    weights = LearnedWeights(weights_of(block), learn, True, True, called=modules if called else ())
+    weights = learning_of(block, learn, called=called)
     with weights.in_force():
         loss_of(block).backward()
-        weights.collect(beta, ROUND_WEIGHT)
+        weights.collect_gradients(beta)
     for name, gradient in expected.items():
         ours = _vector([p.grad for p in getattr(weights, name)])
         torch.testing.assert_close(ours, gradient, rtol=1e-7, atol=1e-9)
@@ -200,11 +207,11 @@ def test_channels_innermost_change_no_gradient() -> None:
     gradients: list[list[Any]] = []
     for layout in (torch.contiguous_format, torch.channels_last):
         block = block_of(AdaRound)
-        weights = LearnedWeights(weights_of(block), True, True, True, layout)
+        weights = learning_of(block, layout=layout)
         with weights.in_force():
             assert weights_of(block)[0][0].weight.is_contiguous(memory_format=layout)
             loss_of(block).backward()
-            weights.collect(BETA, ROUND_WEIGHT)
+            weights.collect_gradients(BETA)
         assert all(a.is_contiguous(memory_format=layout) for a in weights.alphas if a.dim() == 4)
         gradients.append([alpha.grad for alpha in weights.alphas])
     for ours, expected in zip(*gradients, strict=True):
@@ -218,13 +225,13 @@ def test_compiled_kernels_change_no_gradient(monkeypatch: pytest.MonkeyPatch, la
     for disabled in (set(), {'soft_weight', 'rounding_gradient'}):
         monkeypatch.setattr('mmbrecq.kernels.native.DISABLED', disabled)
         block = block_of(AdaRound).float()
-        weights = LearnedWeights(weights_of(block), True, True, True, layout)
+        weights = learning_of(block, layout=layout)
         move(weights)
         weights.update()
         x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(1))
         with weights.in_force():
             block(x).square().sum().backward()
-            weights.collect(BETA, ROUND_WEIGHT)
+            weights.collect_gradients(BETA)
             results.append([m.weight.detach().clone() for m, _ in weights_of(block)])
         results[-1] += [p.grad for p in (*weights.alphas, *weights.gains, *weights.offsets)]
     for ours, expected in zip(*results, strict=True):
@@ -232,19 +239,18 @@ def test_compiled_kernels_change_no_gradient(monkeypatch: pytest.MonkeyPatch, la
 
 
 @pytest.fixture(params=[AdaRound, NearestRounding])
-def learning(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, LearnedWeights]]:
+def learning(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Variables]]:
     block = block_of(request.param)
-    modules = [m for m, _ in weights_of(block)]
-    yield block, LearnedWeights(weights_of(block), True, True, True, called=modules)
+    yield block, learning_of(block)
 
 
-def move(weights: LearnedWeights) -> None:
+def move(weights: Variables) -> None:
     generator = torch.Generator().manual_seed(3)
     for parameter in (*weights.alphas, *weights.gains, *weights.offsets):
         parameter.data.add_(0.3 * torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, LearnedWeights]) -> None:
+def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, Variables]) -> None:
     """The tensors in force are the values of the fake quantizers' own formulas."""
     block, weights = learning
     move(weights)
@@ -257,7 +263,7 @@ def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, Learne
             assert not torch.equal(old, new)
 
 
-def test_everything_is_let_go(learning: tuple[nn.Module, LearnedWeights]) -> None:
+def test_everything_is_let_go(learning: tuple[nn.Module, Variables]) -> None:
     block, weights = learning
     with pytest.raises(ZeroDivisionError), weights.in_force():
         assert all(fq.learned is not None for _, fq in weights_of(block))
@@ -273,10 +279,10 @@ def test_everything_is_let_go(learning: tuple[nn.Module, LearnedWeights]) -> Non
 
 def test_a_layer_that_is_not_called_keeps_its_rounding() -> None:
     block = block_of(AdaRound)
-    weights = LearnedWeights(weights_of(block), True, True, True)
+    weights = learning_of(block, called=False)
     with weights.in_force():
         block.plain(torch.randn(1, 4, 2, 2, dtype=torch.float64)).sum().backward()  # type: ignore[operator]
-        weights.collect(None, ROUND_WEIGHT)
+        weights.collect_gradients(None)
     first, second = (alpha.grad for alpha in weights.alphas[:2])
     assert first is not None and not first.any()
     assert second is not None and second.any()

@@ -53,14 +53,7 @@ def test_where_the_weights_are(tmp_path: Path, weights: Any, layout: str) -> Non
     else:
         torch.save(weights if layout == 'bare' else {layout: weights, 'meta': meta}, path)
     model = make_model()
-    assert load_float_checkpoint(model, path) == ({} if layout == 'bare' else meta)
-    assert_same(model, weights)
-
-
-def test_keys_are_revised_in_turn(tmp_path: Path, weights: Any) -> None:
-    torch.save({f'net.backbone.{name}': value for name, value in weights.items()}, tmp_path / 'a.pth')
-    model = make_model()
-    load_float_checkpoint(model, tmp_path / 'a.pth', revise_keys=[('^net', 'student'), (r'^student\.backbone\.', '')])
+    load_float_checkpoint(model, path)
     assert_same(model, weights)
 
 
@@ -155,7 +148,7 @@ def quantized(tmp_path: Path) -> Path:
 def test_quantized_goes_round_bit_for_bit(quantized: Path) -> None:
     model = make_model()
     model.register_buffer('grid', torch.zeros(2, dtype=torch.int8))
-    assert load_quantized_checkpoint(model, quantized) == {'bits': 2}
+    load_quantized_checkpoint(model, quantized)
     assert_same(model, read_checkpoint(quantized)['state_dict'])
 
 
@@ -239,8 +232,7 @@ def test_averaged_weights_of_a_real_training(tmp_path: Path) -> None:
     averaged = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model.module.state_dict()
     assert not torch.equal(averaged['fc.weight'], runner.model.state_dict()['fc.weight'])
     model = Regression()
-    meta = load_float_checkpoint(model, tmp_path / 'epoch_2.pth')
-    assert meta['epoch'] == 2
+    load_float_checkpoint(model, tmp_path / 'epoch_2.pth')
     assert_same(model, averaged)
 
 

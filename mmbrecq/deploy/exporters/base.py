@@ -102,15 +102,13 @@ def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
         path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
         for path, module in packed.items()
     }
-    grids = [
-        Grid(
-            tuple(quantizer.scale.detach().reshape(-1).double().tolist()),
-            tuple(quantizer.zero_point.reshape(-1).tolist()),
-            quantizer.qtype.quant_min,
-            quantizer.qtype.quant_max,
-        )
-        for quantizer in graph.quantizers.values()
-    ]
+    grids = []
+    for quantizer in graph.quantizers.values():
+        scales = tuple(quantizer.scale.detach().reshape(-1).double().tolist())
+        zero_points = tuple(quantizer.zero_point.reshape(-1).tolist())
+        if quantizer.scale.dim() and graph.preset.folds_channel_scales:
+            scales, zero_points = (1.0,), zero_points[:1]
+        grids.append(Grid(scales, zero_points, quantizer.qtype.quant_min, quantizer.qtype.quant_max))
     return ExpectedQuantization(count_quantized_calls(graph), weights, frozenset(grids))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
 from mmbrecq.presets import Preset
 
 
@@ -17,6 +18,10 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     them share a zero-point.
     """
     _drop_aliases(proto.graph)
+    if preset.folds_channel_scales:
+        fold_channel_scales(proto)
+    if not preset.integer_clip:
+        clip_signed_values(proto)
     _store_transposed(proto.graph)
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
@@ -191,9 +196,6 @@ def _store_transposed(graph: Any) -> None:
         new.attribute.extend(helper.make_attribute('axis', axis) for axis in axes)
         graph.node.remove(node)
         graph.node.insert(index, new)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
-        graph.node.remove(node)
     _drop_unread(graph)
 
 
@@ -222,7 +224,10 @@ def _quantize_behind_moves(proto: Any) -> None:
 
 
 def _drop_unread(graph: Any) -> None:
-    """Removes the initializers that no node reads."""
+    """Removes the initializers that no node reads, and before them the DequantizeLinear nodes."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
+        graph.node.remove(node)
     read = {name for node in graph.node for name in node.input}
     for tensor in [t for t in graph.initializer if t.name not in read]:
         graph.initializer.remove(tensor)

@@ -141,14 +141,14 @@ class MeasuredLatency(BaseCostModel):
 
 
 def shape_key(layer: LayerShape, call: Call) -> str:
-    """What a latency depends on, in words: layers that share it share their figure."""
+    """Names what a latency depends on: layers that share it share their figure."""
     options = ', '.join(f'{name} {value}' for name, value in layer.options)
     sizes = ['x'.join(map(str, shape)) for shape in (layer.weight, (call.times, *call.inputs))]
     return f'{layer.kind} {sizes[0]} of {sizes[1]}' + (f' ({options})' if options else '')
 
 
 def cpu_name() -> str:
-    """Name of this machine's processor."""
+    """Returns the name of this machine's processor."""
     try:
         found = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
     except OSError:
@@ -171,22 +171,19 @@ ACTIVATION_SCALE, WEIGHT_SCALE, OUTPUT_SCALE = 0.02, 0.01, 0.05
 
 
 def copies_of(layer: LayerShape, call: Call) -> int:
-    """How often the graph of :func:`layer_graph` has the layer."""
+    """Returns how often the graph of :func:`layer_graph` has the layer."""
     own = 4 * (layer.weights + prod(call.outputs) * call.times)
     return int(max(1, min(COPIES, COPIED_BYTES // own)))
 
 
 def layer_graph(layer: LayerShape, call: Call, integer: bool) -> Any:
-    """Copies of the layer, each with weights of its own, all of them reading one input.
+    """Returns an ``onnx.ModelProto`` of copies of a layer, each with its own weights, that read the float ``input``.
 
     Args:
         layer: A convolution, transposed convolution or linear layer.
         call: Its input ``(...)`` without the batch axis; the batch is ``call.times``.
         integer: Input, weights and outputs of 8 bits by QuantizeLinear and DequantizeLinear, with outputs that stay
             integers, as they do between two layers of a network; else all is float.
-
-    Returns:
-        An ``onnx.ModelProto`` with the float input ``input``.
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 
@@ -222,30 +219,26 @@ def layer_graph(layer: LayerShape, call: Call, integer: bool) -> Any:
             result = add('QuantizeLinear', [result, *output_grid], f'output{i}')
         kind = TensorProto.UINT8 if integer else TensorProto.FLOAT
         outputs.append(helper.make_tensor_value_info(result, kind, [call.times, *call.outputs]))
-    graph = helper.make_graph(
-        nodes, 'layer', [helper.make_tensor_value_info('input', TensorProto.FLOAT, shape)], outputs, constants
-    )
+    inputs = [helper.make_tensor_value_info('input', TensorProto.FLOAT, shape)]
+    graph = helper.make_graph(nodes, 'layer', inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=8)
     checker.check_model(model)
     return model
 
 
 def _operator(layer: LayerShape, rank: int) -> tuple[str, dict[str, Any], int]:
-    """ONNX operator of a layer, its attributes, and the axis of its weight's output channels."""
+    """Returns the ONNX operator of a layer, its attributes, and the axis of its weight's output channels."""
     options = dict(layer.options)
     if 'Linear' in layer.kind:
         return ('Gemm', {'transB': 1}, 0) if rank == 2 else ('MatMul', {}, 1)
     spatial = len(layer.weight) - 2
-    strides, dilations = (_per_axis(options.get(name, 1), spatial) for name in ('stride', 'dilation'))
-    attributes = {'strides': strides, 'dilations': dilations, 'group': options.get('groups', 1)}
-    if options.get('padding') == 'same':
+    padding = options.get('padding', 0)
+    names = (('strides', 'stride'), ('dilations', 'dilation'))
+    attributes = {name: np.broadcast_to(options.get(own, 1), spatial).tolist() for name, own in names}
+    attributes['group'] = options.get('groups', 1)
+    if padding == 'same':
         attributes['auto_pad'] = 'SAME_LOWER'
-    elif options.get('padding') != 'valid':
-        padding = _per_axis(options.get('padding', 0), spatial)
-        attributes['pads'] = [*padding, *padding]
+    elif padding != 'valid':
+        attributes['pads'] = np.broadcast_to(padding, spatial).tolist() * 2
     transposed = 'Transpose' in layer.kind
     return ('ConvTranspose' if transposed else 'Conv'), attributes, int(transposed)
-
-
-def _per_axis(value: Any, axes: int) -> list[int]:
-    return list(value) if isinstance(value, (tuple, list)) else [value] * axes

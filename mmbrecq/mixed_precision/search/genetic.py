@@ -71,7 +71,7 @@ class GeneticSearcher:
         return np.asarray(_best(problem, best, 1)[0])
 
     def _feasible(self, problem: BitProblem, count: int, make: Callable[[int], Choices]) -> Choices:
-        """Choices that keep the budgets: drawn by ``make``, drawn again where they do not, and at last mended."""
+        """Returns choices that keep the budgets: drawn by ``make``, drawn again where they do not, at last mended."""
         members = make(count)
         for _ in range(self.resampling):
             broken = np.flatnonzero(~problem.feasible(members))
@@ -90,17 +90,17 @@ class _Draws:
         self._problem, self._options, self._generator = problem, problem.options, generator
 
     def anew(self, count: int) -> Choices:
-        """Every layer at random."""
+        """Draws every layer at random."""
         return self._tied(self._draw(count))
 
     def crossed(self, parents: Choices, count: int) -> Choices:
-        """Each layer from one of two parents."""
+        """Takes each layer from one of two parents."""
         mothers, fathers = self._generator.integers(len(parents), size=(2, count))
         from_mother = self._generator.random((count, parents.shape[1])) < 0.5
         return self._tied(np.where(from_mother, parents[mothers], parents[fathers]))
 
     def mutated(self, parents: Choices, probability: float, count: int) -> Choices:
-        """One parent, each of its layers drawn anew with ``probability``."""
+        """Draws each layer of one parent anew with ``probability``."""
         chosen = parents[self._generator.integers(len(parents), size=count)]
         drawn = self._generator.random(chosen.shape) < probability
         return self._tied(np.where(drawn, self._draw(count), chosen))
@@ -109,14 +109,14 @@ class _Draws:
         return np.stack([self._generator.choice(options, count) for options in self._options], 1)
 
     def _tied(self, choices: Choices) -> Choices:
-        """Layers that read the same values follow a random one of them."""
+        """Lets layers that read the same values follow a random one of them."""
         ties = self._problem.ties
         leaders = {index: self._generator.integers(len(tie), size=len(choices)) for index, tie in enumerate(ties)}
         return self._problem.follow(choices, leaders)
 
 
 def _best(problem: BitProblem, choices: Choices, count: int) -> Choices:
-    """The ``count`` choices of least loss, each once."""
+    """Returns the ``count`` choices of least loss, each once."""
     distinct = np.unique(choices, axis=0)
     return np.asarray(distinct[np.argsort(problem.losses(distinct), kind='stable')[:count]])
 

@@ -143,7 +143,7 @@ class BitProblem:
         return np.array([[index[first[0], second[1]] for second in self.candidates] for first in self.candidates])
 
     def cheapest(self, name: str) -> Choices:
-        """The choice that costs least, ``(layers,)``."""
+        """Returns the choice that costs least, ``(layers,)``."""
         return self._least(self.costs[name].table)
 
     @property
@@ -152,7 +152,7 @@ class BitProblem:
         return self._least(self.loss)
 
     def _least(self, table: Table) -> Choices:
-        """The choice with the least sum over a table."""
+        """Returns the choice with the least sum over a table."""
         chosen = np.array([options[np.argmin(table[i, options])] for i, options in enumerate(self.options)])
         seconds = [second for _, second in self.candidates]
         for tie in self.ties:

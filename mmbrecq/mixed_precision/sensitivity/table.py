@@ -43,13 +43,13 @@ class AnalysisOptions:
     loss: str = 'outputs'
 
     def __post_init__(self) -> None:
-        numbers = [b for b in self.candidates if b != FLOAT] if _distinct(self.candidates) else []
-        if not numbers or len(self.candidates) < 2 or not _all_bits(numbers):
+        numbers = [b for b in self.candidates if b != FLOAT]
+        if not numbers or len(self.candidates) < 2 or not _are_bits(numbers) or self.candidates.count(FLOAT) > 1:
             raise ConfigError(
                 f'expected search.candidates to be two or more different integers in {MIN_BITS}..{MAX_BITS}, one of '
                 f"which may be '{FLOAT}', but got {self.candidates!r}"
             )
-        if not _distinct(self.activation_candidates) or not _all_bits(self.activation_candidates):
+        if not _are_bits(self.activation_candidates):
             raise ConfigError(
                 f'expected search.activation_candidates to be different integers in {MIN_BITS}..{MAX_BITS}, but got '
                 f'{self.activation_candidates!r}'
@@ -65,12 +65,9 @@ class AnalysisOptions:
         return sorted(b for b in self.candidates if isinstance(b, int))
 
 
-def _distinct(values: Any) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str) and len(set(values)) == len(values)
-
-
-def _all_bits(values: Sequence[Any]) -> bool:
-    return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values)
+def _are_bits(values: Sequence[Any]) -> bool:
+    """Whether all values are numbers of bits, each of them once."""
+    return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values) and len({*values}) == len(values)
 
 
 @dataclass(frozen=True)
