@@ -27,8 +27,7 @@ from mmbrecq.engine.config import build_runner, load_config, run_tool
 from mmbrecq.engine.evaluation import evaluate
 from mmbrecq.errors import ConfigError
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.graph.components import components_of
-from mmbrecq.graph.modules import set_forward
+from mmbrecq.graph.components import components_of, set_forward
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.pipeline import load
 

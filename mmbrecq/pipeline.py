@@ -169,6 +169,7 @@ def rehearse(
     quantizer: BRECQQuantizer,
     exporters: Sequence[BaseExporter],
     reconstructor: BaseReconstructor | None = None,
+    count: int | None = None,
 ) -> Rehearsal:
     """Does the whole work once on a copy and a few images, so that what cannot be done is told before hours are spent.
 
@@ -182,11 +183,12 @@ def rehearse(
         exporters: Write the files, which are removed again.
         reconstructor: Memory and time of its passes are forecast, the time from a few iterations of the first unit;
             None for no forecast.
+        count: Number of calibration images that the forecast is for; None for that of ``images``.
 
     Raises:
         MMBrecqError: The model, the preset and the runtime do not go together; the first obstacle is named.
     """
-    count, images = len(images), images[:4]
+    count, images = len(images) if count is None else count, images[:4]
     quantized = prepare(copy.deepcopy(model), images, quantizer)
     observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)

@@ -39,7 +39,8 @@ def test_reconstruction_prints_speed_and_ratio_for_every_unit_and_stage() -> Non
         # one measurement of each: the speeds are rounded to whole iterations
         for speed, ratio in zip(speeds[1:], ratios, strict=True):
             assert ratio == pytest.approx(speeds[0] / speed, rel=0.01 + 0.5 / speed + 0.5 / speeds[0], abs=0.01)
-        assert all(0 < float(cell.removesuffix(' %')) < 100 for cell in row[5:-1:4])
+        # a share of nearly nothing, or on a busy machine of nearly all, is rounded
+        assert all(0 <= float(cell.removesuffix(' %')) <= 100 for cell in row[5:-1:4])
         assert float(row[-1]) > 100
     assert rows[-1][0] == 'geometric mean'
     means = [float(cell) for cell in rows[-1][3:-1:4]]

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmbrecq.functional import affine_from_range, dequantize, expand, fake_quantize, quantize, short_scale
+from mmbrecq.functional import (
+    affine_from_range,
+    dequantize,
+    expand,
+    fake_quantize,
+    quantize,
+    shared_affine_from_range,
+    short_scale,
+)
 from mmbrecq.qtype import QType
 
 ASYMMETRIC, SIGNED = QType(4, symmetric=False, signed=False), QType(4)
@@ -141,3 +149,20 @@ def test_a_range_of_zero_gives_a_usable_grid(qtype: QType) -> None:
     assert (scale > 0).all()
     assert torch.isfinite(scale).all()
     assert fake_quantize(torch.zeros(()), scale[0], zero[0], qtype) == 0
+
+
+@pytest.mark.parametrize('qtype', [g for g in GRIDS if not g.symmetric])
+def test_channels_share_the_zero_point_that_costs_least(qtype: QType) -> None:
+    low, high = -torch.tensor([0.3, 0.2, 4.0, 0.0]), torch.tensor([9.0, 0.1, 5.0, 0.0])
+    scale, zero = shared_affine_from_range(low, high, qtype)
+    assert zero.unique().numel() == 1 and (scale > 0).all()
+    costs = []
+    for offset in range(qtype.quant_min + 1, qtype.quant_max):
+        sides = zip((offset - qtype.quant_min, qtype.quant_max - offset), (-low[:3], high[:3]), strict=True)
+        needed = np.maximum(*[side.numpy() / levels for levels, side in sides])
+        costs.append(float((needed / (high - low)[:3].numpy()) @ (needed / (high - low)[:3].numpy())))
+        if offset == zero[0]:
+            np.testing.assert_allclose(scale[:3], needed, rtol=1e-6)
+    assert int(zero[0]) == qtype.quant_min + 1 + int(np.argmin(costs))
+    # the channel without values
+    assert float(scale[3]) == pytest.approx(float((high - low).max()) / (qtype.levels - 1) * 2**-16)

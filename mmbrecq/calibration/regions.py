@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import DataError, GraphError
-from mmbrecq.graph.components import RegionHead, region_heads
-from mmbrecq.graph.modules import set_forward
+from mmbrecq.graph.components import RegionHead, region_heads, set_forward
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS_PER_IMAGE = 32

@@ -1,4 +1,4 @@
-"""The loops that quantize and test, the hooks around every reconstructed unit, and what the tools share."""
+"""Registers the loops that quantize and test, and the hooks around every reconstructed unit."""
 
 from mmbrecq.dependencies import check_dependencies
 from mmbrecq.engine.analysis_loop import AnalysisLoop
@@ -7,18 +7,13 @@ from mmbrecq.engine.hooks import (
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
-)
+)  # fmt: skip
 from mmbrecq.engine.ptq_loop import PTQLoop
 from mmbrecq.engine.test_loop import QuantizedTestLoop
 
 check_dependencies()
 
 __all__ = [
-    'AnalysisLoop',
-    'PTQLoop',
-    'QuantizedTestLoop',
-    'ReconstructionHook',
-    'ReconstructionLoggerHook',
-    'ReconstructionProgressHook',
-    'ReconstructionScalarsHook',
-]
+    'AnalysisLoop', 'PTQLoop', 'QuantizedTestLoop', 'ReconstructionHook', 'ReconstructionLoggerHook',
+    'ReconstructionProgressHook', 'ReconstructionScalarsHook',
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The analysis of sensitivities as a loop of mmengine's."""
+"""Runs the analysis of sensitivities as a loop of mmengine's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from mmbrecq.building import build, parse_options
 from mmbrecq.data import build_calibration_set
 from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
-from mmbrecq.engine.evaluation import check_classes, check_runs
+from mmbrecq.engine.evaluation import check_classes, check_runs, task_loss_of
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
-from mmbrecq.engine.task_loss import task_loss_of
 from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
 from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -36,13 +35,12 @@ class AnalysisLoop(BaseLoop):
     Args:
         runner: mmengine's runner.
         dataloader: The test data, whose classes are compared with the model's; no image of it is read.
-        evaluator: Of the test data; mmengine hands it to every loop, this one has no use for it.
+        evaluator: The test evaluator, which mmengine passes to every loop; it is not used.
         float_checkpoint: Path or URL of the float weights.
         quantizer: Config of the quantizer.
-        reconstructor: Config of the reconstructor; its first pass gives the options of the reconstruction.
+        reconstructor: Config of the reconstructor, whose first pass has the options of the reconstruction.
         calibration: Options of the calibration images.
-        search: Options of :class:`~mmbrecq.mixed_precision.sensitivity.AnalysisOptions`, and of
-            :class:`~mmbrecq.mixed_precision.search.SearchOptions`, whose budgets are checked.
+        search: Options of :class:`AnalysisOptions`, and of :class:`SearchOptions`, whose budgets are checked.
     """
 
     def __init__(
@@ -61,11 +59,10 @@ class AnalysisLoop(BaseLoop):
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
         self.options = parse_options(AnalysisOptions, search, 'search', beside=SearchOptions)
-        self.choice = parse_options(SearchOptions, search, 'search', beside=AnalysisOptions)
-        build(SEARCHERS, dict(self.choice.searcher))
-        passes = ('weights', 'joint')
-        steps: Mapping[str, Any] = next((reconstructor[name] for name in passes if name in reconstructor), {})
-        options = parse_options(StageOptions, {**steps, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
+        self.search_options = parse_options(SearchOptions, search, 'search', beside=AnalysisOptions)
+        build(SEARCHERS, dict(self.search_options.searcher))
+        first: Mapping[str, Any] = reconstructor.get('weights', reconstructor.get('joint', {}))
+        options = parse_options(StageOptions, {**first, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
         shared = ('loss', 'mirror', 'cache', 'cache_dtype', 'memory_limit')
         common = {key: reconstructor[key] for key in shared if key in reconstructor}
         self.reconstructor = BaseReconstructor([Stage(STAGE, options, True, False, independent=True)], **common)
@@ -73,7 +70,7 @@ class AnalysisLoop(BaseLoop):
             runner.register_hook(hook())
 
     def run(self) -> SensitivityTable:
-        """Returns what was measured."""
+        """Returns the measured sensitivities, which ``sensitivity.json`` holds too."""
         self.load()
         count = len(self.images)
         inputs = {
@@ -84,10 +81,10 @@ class AnalysisLoop(BaseLoop):
             'loss': self.options.loss,
             'images': f'{self.options.images or count} of {count}',
         }
-        folder = Path(self.runner.work_dir)
         analyzer = Analyzer(
-            self.prepare, self.reconstructor, self.options, folder, inputs, HookCaller(self.runner), self._check_budgets
-        )
+            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), inputs,
+            HookCaller(self.runner), self._check_budgets,
+        )  # fmt: skip
         table = analyzer.run()
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
         return table
@@ -105,24 +102,25 @@ class AnalysisLoop(BaseLoop):
         self._annotated = asked and has_annotations(self._set.batches())
 
     def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
-        """A copy of the model, prepared, its weights calibrated, after :meth:`load`.
+        """Returns a copy of the model that :meth:`load` read, prepared, with calibrated weights.
 
         Args:
-            bits: Of weights.
-            activation_bits: Of activations; None for the config's.
+            bits: Bits of weights.
+            activation_bits: Bits of activations; None for the config's.
             overrides: Bits of layers, beside the config's.
         """
         model = copy.deepcopy(self.runner.model)
-        changed: dict[str, Any] = {'weight': {**self.quantizer['weight'], 'bits': bits}}
-        changed['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
+        config = {**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': bits}}
+        config['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
         if activation_bits is not None:
-            changed['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
-        prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, {**self.quantizer, **changed}))
+            config['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
+        prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, config))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
         pipeline.calibrate(task, activations=False)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:
-        """A budget that cannot be kept is an error before the work, not after it."""
-        check_budgets(table, [build(COST_MODELS, dict(model)) for model in self.choice.costs], self.choice.budgets)
+        """Refuses a budget that cannot be kept before the work, not after it."""
+        options = self.search_options
+        check_budgets(table, [build(COST_MODELS, dict(model)) for model in options.costs], options.budgets)

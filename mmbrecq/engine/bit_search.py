@@ -1,4 +1,4 @@
-"""Mixed precision as the tools run it: measure sensitivities, choose bits, write the config that has them."""
+"""Runs mixed precision for the tools: measures sensitivities, chooses bits, writes the config that has them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_fro
 from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
 from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
-from mmbrecq.report.bits import choice_text
 from mmbrecq.report.html import write_sensitivities
+from mmbrecq.report.table import choice_text
 
 TABLE = 'sensitivity.json'
 
 FOLDER = 'search'
-"""In the work dir of a run that searches."""
+"""Folder of a search in the work dir of a run."""
 
 
 def search_options(cfg: Config) -> SearchOptions:
-    """Returns the options of the search in the config's ``search``; ConfigError where it has an unknown option."""
+    """Returns the options of the search in the config's ``search``; ConfigError for an unknown option."""
     return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
-    """Measures the sensitivities of the config at ``path`` into its work dir, or goes on with what is there.
+    """Measures the sensitivities of the config at ``path`` into its work dir, or continues an interrupted analysis.
 
     Raises:
-        ConfigError: It is started in several processes.
+        ConfigError: The tool is started in several processes.
     """
     if process_count() > 1:
         raise ConfigError(
@@ -62,9 +62,9 @@ def choose_bits(
     Args:
         cfg: The config.
         path: Its file.
-        budgets: Those of the command line, which override those of the config.
+        budgets: Budgets of the command line, which override those of the config.
         table_path: The table of the analysis.
-        out: The config to write; ``search.json`` comes beside it.
+        out: The config to write; ``search.json`` is written beside it.
     """
     options = search_options(cfg)
     budgets = {**options.budgets, **budgets}
@@ -97,7 +97,7 @@ def choose_bits(
 def chosen_bits(cfg: Config, path: str) -> Path | None:
     """Returns the file of the bits that were chosen for a run, None where the config asks for none.
 
-    Where it asks for a search, the sensitivities are measured and the bits chosen here, and ``cfg`` gets them.
+    Where it asks for a search, the sensitivities are measured and the bits chosen here, and set in ``cfg``.
     """
     options = search_options(cfg)
     if options.result:
@@ -107,7 +107,7 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
         return found
     if not options.budgets:
         return None
-    build_exporters(cfg.get('exporters', ()))  # what they need is missed now, not after the search
+    build_exporters(cfg.get('exporters', ()))  # a missing package is found now, not after the search
     own = cfg.copy()
     own.work_dir = str(Path(cfg.work_dir) / FOLDER)
     analyze(own, path)

@@ -1,4 +1,4 @@
-"""From a config file to a runner, with errors in one sentence."""
+"""Reads a config file and builds a runner from it, with errors in one sentence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _KINDS: dict[str, tuple[type, str]] = {
 
 
 class _Options(DictAction):  # type: ignore[misc]
-    """``KEY=VALUE`` pairs; mmengine's parser breaks on what it does not know, such as ``[dict(a=1, b=2)]``."""
+    """Parses ``KEY=VALUE`` pairs; mmengine's parser fails on values such as ``[dict(a=1, b=2)]``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for value in values:
@@ -53,7 +53,7 @@ class _Options(DictAction):  # type: ignore[misc]
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that all tools share."""
+    """Adds the arguments that all tools share."""
     parser.add_argument('--work-dir', help='folder for results and logs; never emptied (default: work_dirs/CONFIG)')
     add_cfg_options(parser)
     add_debug(parser)
@@ -63,12 +63,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """The argument that :func:`run_tool` looks for."""
+    """Adds the argument that :func:`run_tool` reads."""
     parser.add_argument('--debug', action='store_true', help='print the traceback of an error before its sentence')
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """The argument that overrides keys of the config."""
+    """Adds the argument that overrides keys of the config."""
     parser.add_argument(
         '--cfg-options', nargs='+', action=_Options, metavar='KEY=VALUE',
         help='override keys of the config, for example quantizer.weight.bits=4 or seed=1',
@@ -79,7 +79,7 @@ def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None)
     """Reads a config file.
 
     Raises:
-        ConfigError: It is missing, does not parse, lacks a key, or has one that looks like a misspelt one.
+        ConfigError: The file is missing, does not parse, lacks a key, or has a misspelt one.
     """
     if not Path(path).is_file():
         raise ConfigError(f'{path}: expected a config file, but there is none')
@@ -106,7 +106,7 @@ def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None)
 
 
 def _drop_delete_keys(value: Any) -> None:
-    """Takes out mmengine's ``_delete_``, which it leaves where there was nothing to delete, so also in what is new."""
+    """Removes mmengine's ``_delete_``, which stays in values that replace nothing."""
     if isinstance(value, dict):
         # unbound: a ConfigDict's own methods would import what a lazy config names
         dict.pop(value, DELETE_KEY, None)
@@ -126,7 +126,7 @@ def _check_keys(cfg: Config, path: str) -> None:
 
 
 def resolve_checkpoint(checkpoint: str, config: str) -> str:
-    """A path below the working directory or beside the config file, or a URL as it is."""
+    """Returns a path below the working directory or beside the config file, or a URL as it is."""
     if '://' in checkpoint or os.path.exists(checkpoint):
         return checkpoint
     beside = Path(config).parent / checkpoint
@@ -134,7 +134,7 @@ def resolve_checkpoint(checkpoint: str, config: str) -> str:
 
 
 def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
-    """A runner whose test loop is ``loop``; nothing for training is built.
+    """Returns a runner whose test loop is ``loop``; nothing for training is built.
 
     Raises:
         ConfigError: A type or an argument is unknown.
@@ -142,13 +142,10 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
         StorageError: The work dir cannot be made or written.
     """
     runner_cfg = cfg.copy()
-    for phase in ('train', 'val'):
-        for part in ('dataloader', 'cfg', 'evaluator'):
-            if f'{phase}_{part}' in runner_cfg:
-                runner_cfg[f'{phase}_{part}'] = None
-    for part in ('optim_wrapper', 'param_scheduler', 'load_from'):
-        if part in runner_cfg:
-            runner_cfg[part] = None
+    unused = [f'{phase}_{part}' for phase in ('train', 'val') for part in ('dataloader', 'cfg', 'evaluator')]
+    for key in (*unused, 'optim_wrapper', 'param_scheduler', 'load_from'):
+        if key in runner_cfg:
+            runner_cfg[key] = None
     runner_cfg.resume = False
     runner_cfg.test_cfg = loop
     try:
@@ -171,8 +168,8 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
 
 
 def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
-    """What a user can mend of a failure to build the runner."""
-    # a file that does not open has a name; the system's refusal to take more bytes, of the log for one, has none
+    """Returns the error that a failure to build the runner means for a user."""
+    # a file that does not open has a name; a failure to write, such as that of the log, has none
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return StorageError(f'cannot write to {cfg.work_dir}: {error.strerror}')
     return explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}')
@@ -181,12 +178,12 @@ def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
 def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
     """Runs a tool; returns its exit status.
 
-    What a user can mend is one sentence and status 2, after the traceback where ``--debug`` asks for it. Ctrl-C is 130
-    and SIGTERM 143, what was done is saved then.
+    An error that a user can mend is printed as one sentence, after its traceback with ``--debug``, and returns 2.
+    Ctrl-C returns 130 and SIGTERM 143; finished work is saved then.
 
     Args:
         main: Does the work; may return a status.
-        advice: What to do after an interruption.
+        advice: Text that is printed after an interruption.
     """
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     with warnings.catch_warnings(), silent_logging_failures():
@@ -202,26 +199,24 @@ def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
                 return 143 if _TERMINATED else 130
             if '--debug' in sys.argv:
                 traceback.print_exc()
-            # the first process speaks for those that fail alike
+            # processes often fail alike, so the first one's error has no number
             process = os.environ.get('RANK', '0')
-            prefix = 'error: ' if process == '0' else f'error in process {process}: '
-            if isinstance(error, MMBrecqError):
-                print(f'{prefix}{error}', file=sys.stderr)
-                return 2
-            if isinstance(error, OSError):
+            reason = str(error)
+            if isinstance(error, OSError) and not isinstance(error, MMBrecqError):
                 reason = f'{error.filename or "a file"} cannot be used: {error.strerror or error}'
-                print(f'{prefix}{reason}', file=sys.stderr)
-                return 2
-            raise
+            elif not isinstance(error, MMBrecqError):
+                raise
+            print(f'error{"" if process == "0" else f" in process {process}"}: {reason}', file=sys.stderr)
+            return 2
     return status
 
 
 _TERMINATED: list[int] = []
-"""Signals that have ended the work: a library may answer the exception of one with an exception of its own."""
+"""Signals that have ended the work: a library may replace the exception of one by an exception of its own."""
 
 
 def _terminate(tool: int, number: int, frame: object) -> None:
-    """Ends the work as Ctrl-C does; a second signal must not end what is written then."""
+    """Ends the work as Ctrl-C does; a second signal must not interrupt the writing of files."""
     if os.getpid() != tool:
         # a worker of a data loader, which inherits the handler
         os._exit(128 + number)
@@ -231,7 +226,7 @@ def _terminate(tool: int, number: int, frame: object) -> None:
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind ``error``: some libraries answer it with an exception of their own."""
+    """Returns whether Ctrl-C caused ``error``: some libraries replace it by an exception of their own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

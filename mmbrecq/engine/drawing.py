@@ -1,4 +1,4 @@
-"""Predictions of the float and of the quantized model, drawn side by side."""
+"""Draws predictions of the float and of the quantized model side by side."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.traced_graph import evaluation_mode
 
 SHOWN, REPORTED = 10, 4
-"""Images that are drawn, and those that a report shows, evenly spread over the dataset: many are sorted by class."""
+"""Numbers of images that are drawn, and that a report shows, spread evenly over the dataset: many are sorted."""
 
 VISUALIZER_TYPES = {'mmpretrain': 'mmpretrain.UniversalVisualizer', 'mmdet': 'mmdet.DetLocalVisualizer'}
 
 HEADER, SMALLEST = 24, 224
-"""Pixels: height of the line above an image, and the least that its longer side is drawn with."""
+"""Height of the line above an image, and the least length of its longer side, in pixels."""
 
 
 class SideBySide:
-    """Draws what two models say of the same images.
+    """Draws the predictions of two models for the same images.
 
     Args:
         dataset: The test set.
-        visualizer: Of :func:`build_visualizer`.
-        folder: Where the pictures are written; made where it is missing.
-        count: Number of images, at most.
+        visualizer: A visualizer of :func:`build_visualizer`.
+        folder: Folder of the pictures; made where it is missing.
+        count: Largest number of images.
 
     Raises:
         DataError: An image cannot be read.
@@ -51,7 +51,7 @@ class SideBySide:
             raise explained from error
 
     def predict(self, model: nn.Module) -> list[Any]:
-        """What ``model`` says of the images, a data sample each."""
+        """Returns the predictions of ``model``, a data sample for each image."""
         with evaluation_mode(model):
             return [model.test_step(pseudo_collate([data]))[0].cpu() for data in self.data]  # type: ignore[operator]
 
@@ -83,11 +83,7 @@ class SideBySide:
 
 
 def build_visualizer(scope: str) -> Any:
-    """The visualizer of predictions that belongs to ``scope``, the config's ``default_scope``.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Returns the visualizer of predictions for ``scope``, the config's ``default_scope``; ConfigError for others."""
     if scope not in VISUALIZER_TYPES:
         known = ' or '.join(map(repr, VISUALIZER_TYPES))
         raise ConfigError(f'expected the default_scope of what is drawn to be {known}, but got {scope!r}')
@@ -95,12 +91,12 @@ def build_visualizer(scope: str) -> Any:
 
 
 class ReportPictures:
-    """Pictures for a run's report: what the float model said first, and the quantized one in the end.
+    """Draws the pictures of a run's report: predictions of the float and of the quantized model.
 
     Args:
         dataset: The test set.
-        scope: The config's ``default_scope``; there are no pictures where nothing draws its predictions.
-        folder: The run's.
+        scope: The config's ``default_scope``; a scope without a visualizer has no pictures.
+        folder: Folder of the run.
     """
 
     def __init__(self, dataset: Any, scope: str, folder: Path) -> None:
@@ -110,7 +106,7 @@ class ReportPictures:
         self._float: list[Any] = []
 
     def note_float(self, model: nn.Module) -> None:
-        """Takes the predictions of the float model."""
+        """Keeps the predictions of the float model."""
         if self._drawing is not None:
             self._float = self._drawing.predict(model)
 
@@ -138,7 +134,7 @@ def _load(dataset: Any, path: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _image_of(dataset: Any, data: Any, sample: Any) -> np.ndarray[Any, Any]:
-    """The image, ``(H, W, 3)`` RGB: the file itself where there is one, since boxes are in its pixels."""
+    """Returns the image, ``(H, W, 3)`` RGB: the file itself where there is one, since boxes are in its pixels."""
     path = sample.metainfo.get('img_path')
     image = _load(dataset, path)
     if image is None:

@@ -1,4 +1,4 @@
-"""Evaluation with the config's own data loader and evaluator."""
+"""Evaluates a model with the config's own data loader and evaluator, and computes the loss of its training."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
 from mmbrecq.graph.components import ImageForward
 from mmbrecq.graph.traced_graph import evaluation_mode
 from mmbrecq.progress import track, without_chatter
+from mmbrecq.reconstruction.losses import TaskLoss
 
 _OTHER_IMAGES = 'Results do not correspond to current coco set'
-"""What COCO's evaluator says of images that its annotation file does not have."""
-
+"""Message of COCO's evaluator about images that its annotation file does not have."""
 
 _ANSWERS = ('predict', 'predict_by_feat')
 """Methods by which OpenMMLab's heads turn features into results."""
 
 
+def task_loss_of(model: Any) -> TaskLoss:
+    """Returns ``loss(batch, images)``: the loss that ``model`` was trained with, a scalar, of a batch of data.
+
+    Args:
+        model: An OpenMMLab model; the forward passes of its components at the time of the call compute the loss.
+    """
+
+    def loss(batch: Any, images: Tensor) -> Tensor:
+        samples = model.data_preprocessor(batch, False)['data_samples']
+        for sample in samples:
+            # the images may have been padded further than those of this batch alone
+            sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
+        total: Tensor
+        total, _ = model.parse_losses(model.loss(images, samples))
+        return total
+
+    return loss
+
+
 def check_runs(model: nn.Module, images: Tensor) -> None:
-    """Runs ``model`` once, before all that takes long.
+    """Runs ``model`` once, before any long work.
 
     Args:
         model: An OpenMMLab model.
@@ -42,10 +61,10 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
 
 
 def check_classes(model: nn.Module, dataset: Any) -> None:
-    """Holds the classes of the test data against its annotations, and against those that the model tells apart.
+    """Compares the classes of the test data with its annotations, and with those of the model.
 
     Raises:
-        ConfigError: They differ in number; what differs and both numbers are named.
+        ConfigError: They differ in number; both numbers are named.
     """
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if classes is None:
@@ -71,9 +90,7 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
-    """Metrics of ``model`` over all images, named as the evaluator names them.
-
-    Several processes have a share of the images each, and all get the metrics of all images.
+    """Returns the metrics of ``model`` over all images, those of other processes included.
 
     Raises:
         DataError: An image cannot be read.

@@ -1,6 +1,6 @@
-"""Hooks around every reconstructed unit, of mmengine's kind: they observe a reconstruction and show it.
+"""Defines hooks of mmengine's kind that observe a reconstruction and show it.
 
-A hook in the config's ``custom_hooks`` may define any of :class:`ReconstructionHook`'s points beside mmengine's own.
+A hook in the config's ``custom_hooks`` may define any method of :class:`ReconstructionHook` beside mmengine's own.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 
 
 class ReconstructionHook(Hook):
-    """Base of the hooks around a reconstruction; every point does nothing."""
+    """Base of the hooks around a reconstruction; its methods do nothing, and mmengine's runner calls them."""
 
     def before_reconstruct_stage(
         self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
     ) -> None:
-        """Is called before a pass over all units."""
+        """Runs before a pass over all units."""
 
     def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
-        """Is called before a unit is optimised."""
+        """Runs before a unit is optimised."""
 
     def after_reconstruct_step(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
     ) -> None:
-        """Is called after every hundredth iteration; ``loss`` is the mean reconstruction loss since the last call."""
+        """Runs after every hundredth iteration; ``loss`` is the mean reconstruction loss since the last call."""
 
     def after_reconstruct_unit(
         self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
     ) -> None:
-        """Is called after a unit is done and its outputs are handed on."""
+        """Runs after a unit is done and its outputs are computed for the next units."""
 
     def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
-        """Is called after a pass over all units."""
+        """Runs after a pass over all units."""
 
     def after_reconstruct(self, runner: Runner) -> None:
-        """Is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
+        """Runs after the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
 
 
 @HOOKS.register_module()
@@ -79,7 +79,7 @@ class ReconstructionLoggerHook(ReconstructionHook):
 
 @HOOKS.register_module()
 class ReconstructionScalarsHook(ReconstructionHook):
-    """Hands losses and metrics to the backends of the config's visualizer, TensorBoard among them.
+    """Passes losses to the backends of the config's visualizer, such as TensorBoard.
 
     ``<stage>/<unit>`` is the loss over the iterations of a unit. ``<stage>/before`` and ``<stage>/after`` are the
     losses of all units, in their order, relative to the power of their outputs.
@@ -136,7 +136,7 @@ class ReconstructionProgressHook(ReconstructionHook):
 
 
 class HookCaller(Callback):
-    """Passes what a reconstruction tells on to the hooks of the runner."""
+    """Calls the hooks of the runner for every event of a reconstruction."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner

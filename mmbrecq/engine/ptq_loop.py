@@ -1,4 +1,4 @@
-"""The whole job: float evaluation, preparation, calibration, reconstruction, export, deployed evaluation, report."""
+"""Quantizes a model as a loop of mmengine's: drives :mod:`mmbrecq.pipeline`, evaluates, reports."""
 
 from __future__ import annotations
 
@@ -24,21 +24,15 @@ from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
-from mmbrecq.distributed import (
-    check_same_bits,
-    gather,
-    on_main,
-    process_count,
-)
+from mmbrecq.distributed import check_same_bits, gather, on_main, process_count
 from mmbrecq.engine.drawing import ReportPictures
-from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate
+from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
 from mmbrecq.engine.hooks import (
     HookCaller,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
-)
-from mmbrecq.engine.task_loss import task_loss_of
+)  # fmt: skip
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -55,15 +49,11 @@ from mmbrecq.runs.measure import model_size, peak_memory, versions
 from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
-"""What a run may measure, in this order."""
+"""Names of the evaluations that a run may make, in this order."""
 
 JOURNAL = 'reconstruction.pth'
 
-DEFAULT_HOOKS = (
-    ReconstructionLoggerHook,
-    ReconstructionScalarsHook,
-    ReconstructionProgressHook,
-)
+DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionScalarsHook, ReconstructionProgressHook)
 
 
 @LOOPS.register_module()
@@ -79,11 +69,11 @@ class PTQLoop(BaseLoop):
         reconstructor: Config of the reconstructor.
         calibration: Options of :class:`~mmbrecq.data.sampling.CalibrationOptions`.
         exporters: Configs of the exporters.
-        evaluations: What is measured, among :data:`EVALUATIONS`.
-        config_name: For the report.
-        search_result: What a search wrote, whose bits ``quantizer`` has; None where none was made.
-        reuse_states: Whether the rounding that its analysis has learned is taken.
-        resume: Whether to go on with an interrupted run of the same work dir.
+        evaluations: The evaluations to make, among :data:`EVALUATIONS`.
+        config_name: Path of the config in the report.
+        search_result: File of a search, whose bits ``quantizer`` has; None without a search.
+        reuse_states: Whether to start from the rounding that the analysis of the search has learned.
+        resume: Whether to continue an interrupted run of the same work dir.
         dry_run: Whether to stop after the rehearsal and to print what it found.
     """
 
@@ -113,22 +103,18 @@ class PTQLoop(BaseLoop):
         self.float_checkpoint, self.evaluations = float_checkpoint, tuple(evaluations)
         self.quantizer_config = dict(quantizer)
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))
-        self.model: QuantizedModel
         self.reconstructor = build(RECONSTRUCTORS, dict(reconstructor))
         self.exporters = build_exporters(exporters)
         self.calibration = dict(calibration)
         self.folder = Path(runner.work_dir)
-        # formatting it takes a good part of a second: once, not for every checkpoint
+        # the formatting needs a good part of a second: once, not for every checkpoint
         self.config_text = runner.cfg.pretty_text
         self.summary = Summary(
-            config=config_name,
-            model=type(runner.model).__name__,
-            preset=self.quantizer.preset.name,
-            seed=runner.seed,
-            versions=versions(),
-        )
-        self.choice = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
-        self.summary.search = None if self.choice is None else self.choice.result
+            config=config_name, model=type(runner.model).__name__, preset=self.quantizer.preset.name,
+            seed=runner.seed, versions=versions(),
+        )  # fmt: skip
+        self.chosen = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
+        self.summary.search = None if self.chosen is None else self.chosen.result
         self.resume, self.dry_run = resume, dry_run
         self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
@@ -138,7 +124,7 @@ class PTQLoop(BaseLoop):
                 runner.register_hook(hook())
 
     def run(self) -> dict[str, float]:
-        """Does the whole job; returns the metrics of the quantized model."""
+        """Runs the pipeline from the float weights to the report; returns the metrics of the quantized model."""
         start = time.perf_counter()
         self.runner.call_hook('before_test')
         check_classes(self.runner.model, self.dataloader.dataset)
@@ -151,15 +137,15 @@ class PTQLoop(BaseLoop):
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
         if self.dry_run or not self.journal.units:
-            on_main(partial(self._rehearse, images))
+            self._rehearse(images)
         if self.dry_run:
             return {}
         self._evaluate('float')
         pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = task_loss_of(self.runner.model) if self._has_task_loss(share) else None
-        if self.choice is not None:
-            self.choice.check_annotations(annotated=task_loss is not None)
+        if self.chosen is not None:
+            self.chosen.check_annotations(annotated=task_loss is not None)
         task = Task(model, images, share.batches, task_loss, self.runner.seed or 0, self.folder, first=share.first)
         task.resumed, task.observed = dict(self.journal.units), self.journal.observed
         self.summary.loss = self.reconstructor.describe_loss(task)
@@ -167,14 +153,14 @@ class PTQLoop(BaseLoop):
         self.journal.observed = plan.observed
         self.runner.logger.info(str(plan))
         self._calibrate(task, plan.observed, share.first_batch)
-        task = self._take_up(task, inputs)
+        task = self._with_learned_rounding(task, inputs)
         if plan.place == 'disk' and images.device.type == 'cpu':
             images = images_on_disk(images, self.folder)
             task = replace(task, images=images)
         self.files.write_inputs(model, calibration.ids)
         self.journal.save()
         self._reconstruct(task, plan)
-        self._measure_choice(task, last=True)
+        self._measure_chosen(task, last=True)
         example = example_of(images)
         del images, task
         self._finish(model)
@@ -189,7 +175,7 @@ class PTQLoop(BaseLoop):
         return self.summary.metrics.quantized
 
     def _open_journal(self, inputs: Mapping[str, str]) -> None:
-        """Starts the record of what is done, or goes on with that of an interrupted run."""
+        """Starts the record of finished units, or continues that of an interrupted run."""
         identity = describe_config(self.runner.cfg)
         identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
@@ -203,50 +189,53 @@ class PTQLoop(BaseLoop):
             self.summary.add_unit(unit.result)
         self.runner.logger.info(f'resumed: {len(self.journal.units)} units are done')
 
-    def _take_up(self, task: Task, inputs: Mapping[str, str]) -> Task:
-        """The task with the rounding that the analysis of a search has learned, where there is one that fits."""
-        if self.choice is None:
+    def _with_learned_rounding(self, task: Task, inputs: Mapping[str, str]) -> Task:
+        """Returns the task with the rounding that the analysis of a search has learned, if it fits this run."""
+        if self.chosen is None:
             return task
         stage = self.reconstructor.stages[0]
-        obstacle = self.choice.obstacle(stage, inputs)
+        obstacle = self.chosen.obstacle(stage, inputs)
         if obstacle is not None:
             self.runner.logger.info(f'every unit is reconstructed again: {obstacle}')
             return task
-        task = self.choice.load_rounding(task, stage)
+        task = self.chosen.load_rounding(task, stage)
         self.runner.logger.info(f'the rounding of {len(task.done)} units is that of the analysis')
         return task
 
-    def _measure_choice(self, task: Task, last: bool) -> None:
-        """Measures what a choice of bits was predicted to lose, as soon as all that was searched is quantized."""
-        if self.choice is None or self.choice.result.measured is not None:
+    def _measure_chosen(self, task: Task, last: bool) -> None:
+        """Measures the predicted loss of chosen bits, as soon as all layers of the search are quantized."""
+        if self.chosen is None or self.chosen.result.measured is not None:
             return
-        if last or not self.choice.result.activation_bits:
-            self.choice.result.measured = self.choice.measure(task)
+        if last or not self.chosen.result.activation_bits:
+            self.chosen.result.measured = self.chosen.measure(task)
             self.files.write_summary()
 
     def _rehearse(self, images: Tensor) -> None:
-        """Tells within seconds what the target cannot have; a dry run prints what the work will be."""
+        """Refuses within seconds a model that the target cannot run; a dry run prints a forecast of the work."""
         start = time.perf_counter()
         forecast = self.reconstructor if self.dry_run else None
-        found = pipeline.rehearse(self.runner.model, images, self.quantizer, self.exporters, forecast)
+        # all processes rehearse alike, since calibration brings together what each of them has seen
+        few = on_main(lambda: images[:4].cpu()).to(images.device)
+        model, count = self.runner.model, len(images)
+        found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         for deviation in found.deviations:
             self.runner.logger.info(f'rehearsed: {deviation}')
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
-            print(rehearsal_text(found))
+            master_only(print)(rehearsal_text(found))
 
     def _prepare(self, images: Tensor) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
             example = on_main(lambda: example_of(images).cpu()).to(images.device)
-            self.model = model = pipeline.prepare(self.runner.model, example, self.quantizer)
+            model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:
             self.runner.logger.warning(line)
         for line in model.image_graph.traced.frozen:
             self.runner.logger.info(f'height and width are fixed by {line}')
-        if self.choice is not None:
-            self.choice.check(model)
+        if self.chosen is not None:
+            self.chosen.check(model)
         return model
 
     def _calibrate(self, task: Task, at_once: int, first_batch: int) -> None:
@@ -275,14 +264,13 @@ class PTQLoop(BaseLoop):
         self.summary.seconds.reconstruct = seconds
         kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
         if kept:
-            self.summary.warnings.append(
-                f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
-            )
+            text = f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
+            self.summary.warnings.append(text)
         self.files.write_summary()
 
     def _measure_weights(self, task: Task) -> None:
         """Measures learned weights with float activations, before another pass fits them to quantized ones."""
-        self._measure_choice(task, last=False)
+        self._measure_chosen(task, last=False)
         if task.model.quantizes_activations:
             with task.model.quantization(weights=True, activations=False):
                 self._evaluate('weights')
@@ -298,11 +286,9 @@ class PTQLoop(BaseLoop):
         self.files.write_summary()
 
     def _deploy(self, model: QuantizedModel, example: Tensor) -> None:
+        folder = self.folder / 'deploy'
         with self._timed('export'):
-            exports = [
-                on_main(partial(pipeline.export, model, exporter, example, self.folder / 'deploy'))
-                for exporter in self.exporters
-            ]
+            exports = [on_main(partial(pipeline.export, model, e, example, folder)) for e in self.exporters]
         for paths in exports:
             for path in paths:
                 self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
@@ -313,8 +299,7 @@ class PTQLoop(BaseLoop):
             self.runner.logger.info(count.describe(deployed.name))
             if 'deployed' in self.evaluations:
                 deployed.attach()
-                metrics = self._measure(f'deployed in {deployed.name}')
-                self.summary.metrics.deployed[deployed.name] = metrics
+                self.summary.metrics.deployed[deployed.name] = self._measure(f'deployed in {deployed.name}')
                 model.attach()
 
     def _evaluate(self, name: str) -> None:
@@ -333,12 +318,12 @@ class PTQLoop(BaseLoop):
         return metrics
 
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
-        """Whether a loss asks for the task loss, which is to be had where images are annotated."""
-        asked = self.reconstructor.loss.needs_fisher or (self.choice is not None and self.choice.needs_task_loss)
+        """Returns whether a loss needs the task loss and the images are annotated, so that it can be computed."""
+        asked = self.reconstructor.loss.needs_fisher or (self.chosen is not None and self.chosen.needs_task_loss)
         return asked and all(gather(has_annotations(calibration.batches())))
 
     @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        setattr(self.summary.seconds, step, time.perf_counter() - start)
+        setattr(self.summary.seconds, phase, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""mmengine's runner, quiet at its start and without a file in the work dir before the loop has one to write."""
+"""Adapts mmengine's runner: it prints little at its start, and writes no file before the loop does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class ToolRunner(Runner):
-    """A runner whose long account of environment, config and hooks goes to the log file alone."""
+    """A runner that writes environment, config and hooks to the log file alone."""
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Builds mmengine's logger; it prints warnings alone until :meth:`log_environment`."""
@@ -31,16 +31,16 @@ class ToolRunner(Runner):
             handler.setLevel(level)
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
-        """The model on its device, never in DistributedDataParallel: no step of it is a training step of the model."""
+        """Returns the model on its device, never in DistributedDataParallel, since the model is not trained."""
         return model.to(get_device())
 
     def dump_config(self) -> None:
-        """Writes nothing: the config of an earlier run stays until the loop knows that this one has good input."""
+        """Writes nothing: the config of an earlier run stays until the loop has checked its input."""
 
 
 @contextmanager
 def silent_logging_failures() -> Iterator[None]:
-    """Keeps a log file that cannot be written, the disk being full, from filling the terminal with tracebacks."""
+    """Prevents a log file that cannot be written, on a full disk, from filling the terminal with tracebacks."""
     before = logging.raiseExceptions
     logging.raiseExceptions = False
     try:

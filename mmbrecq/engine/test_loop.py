@@ -1,4 +1,4 @@
-"""Evaluation of a quantized checkpoint or of an exported file."""
+"""Evaluates a quantized checkpoint or an exported file as a loop of mmengine's."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DEPLOYED_SUFFIXES = ('.onnx', '.xml')
 
 @LOOPS.register_module()
 class QuantizedTestLoop(BaseLoop):
-    """Measures what a run has left; no calibration data is read.
+    """Measures the results of a run; no calibration data is read.
 
     Args:
         runner: mmengine's runner.
         dataloader: The test data.
         evaluator: The test evaluator.
         checkpoint: ``quantized.pth``, or an exported ``.onnx`` or ``.xml``.
-        quantizer: Config of the quantizer that made it.
-        own_bits: Whether the checkpoint says which bits layers have: a search chose them, so the config does not.
+        quantizer: Config of the quantizer that prepared it.
+        own_bits: Whether layers have the bits that the checkpoint names, since a search chose them.
         float_checkpoint: Path or URL of the float weights, for ``show_dir``.
-        show_dir: Where predictions of the float and of the quantized model are drawn side by side; None draws nothing.
+        show_dir: Folder of pictures of both models' predictions; None draws nothing.
     """
 
     def __init__(

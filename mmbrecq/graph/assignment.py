@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mmbrecq.graph.dependence import dependence, evaluate
+from mmbrecq.graph.symbolic import dependence, evaluate
 from mmbrecq.graph.tracer import UntraceableError
 
 
@@ -19,12 +18,12 @@ class Assignments:
 
     Args:
         model: Owner of the modules that the graph calls.
-        graph: Its nodes carry what :class:`ConcreteTracer` notes.
-        constants: Gets the tensors that the new nodes read.
+        graph: The graph, whose nodes carry what :class:`ConcreteTracer` notes.
+        constants: Receives the tensors that the new nodes read.
 
     Attributes:
         anchor: The node that is being replaced.
-        before: The node before which new ones are put.
+        before: The node before which new ones are inserted.
     """
 
     anchor: fx.Node
@@ -34,16 +33,14 @@ class Assignments:
         self.model, self.graph, self.constants = model, graph, constants
 
     def _assigned(self, base: fx.Node, index: Any, new: Any) -> fx.Node:
-        """What ``base`` holds after ``base[index] = new``."""
+        """Returns the node of what ``base`` holds after ``base[index] = new``."""
         entries = [_listed(e) for e in (index if isinstance(index, tuple) else [index])]
         lists = [e for e in entries if isinstance(e, list)]
         if len(lists) > 1 or any(isinstance(example_of(e), Tensor) for e in entries):
             return self._scattered(base, entries, new)
-        shape = base.meta['example'].shape
-        used = [e for e in entries if e is not None and e is not Ellipsis]
-        if Ellipsis in [e for e in entries if not isinstance(e, fx.Node)]:
-            at = next(i for i, e in enumerate(entries) if e is Ellipsis)
-            entries[at : at + 1] = [slice(None)] * (len(shape) - len(used))
+        used = sum(e is not None and e is not Ellipsis for e in entries)
+        for at in [i for i, e in enumerate(entries) if e is Ellipsis]:
+            entries[at : at + 1] = [slice(None)] * (base.meta['example'].dim() - used)
         kept = [self._as_slice(e) for e in entries if e is not None]
         selects = self._emit_function(operator.getitem, base, tuple(kept)) if kept else base
         shown = self._emit_function(operator.getitem, base, index)
@@ -64,9 +61,8 @@ class Assignments:
         inner = self._nested(inner, axis + 1, slices, new)
         if isinstance(taken, list) or taken.step not in (None, 1):
             order = list(range(size))
-            places = taken if isinstance(taken, list) else order[taken]
-            for rank, place in enumerate(places):
-                order[place] = size + rank
+            for rank, index in enumerate(taken if isinstance(taken, list) else order[taken]):
+                order[index] = size + rank
             both = self._emit_function(torch.cat, [base, inner], axis)
             ranks = torch.tensor(order, device=base.meta['example'].device)
             return self._emit_method('index_select', both, axis, self._constant(ranks))
@@ -80,22 +76,21 @@ class Assignments:
         return inner if len(pieces) == 1 else self._emit_function(torch.cat, pieces, axis)
 
     def _scattered(self, base: fx.Node, entries: list[Any], new: Any) -> fx.Node:
-        """``base[entries] = new`` where indices are tensors."""
+        """Returns the node of what ``base`` holds after ``base[entries] = new`` where indices are tensors."""
         examples = [example_of(e) for e in entries]
-        if len(entries) == 1 and isinstance(examples[0], Tensor) and examples[0].dtype == torch.bool:
-            mask, value = entries[0], new
-            if not isinstance(example_of(value), Tensor) or example_of(value).dim() == 0:
-                for _ in range(base.meta['example'].dim() - examples[0].dim()):
-                    mask = self._emit_method('unsqueeze', mask, -1)
-                value = self._like(value, base)
-                return self._emit_function(torch.where, mask, value, base)
+        is_mask = len(entries) == 1 and isinstance(examples[0], Tensor) and examples[0].dtype == torch.bool
+        if is_mask and (not isinstance(example_of(new), Tensor) or example_of(new).dim() == 0):
+            mask = entries[0]
+            for _ in range(base.meta['example'].dim() - examples[0].dim()):
+                mask = self._emit_method('unsqueeze', mask, -1)
+            return self._emit_function(torch.where, mask, self._like(new, base), base)
         if not all(isinstance(e, Tensor) for e in examples):
             raise self._refusal('an assignment to a list of indices beside slices cannot be followed')
         shown = self._emit_function(operator.getitem, base, tuple(entries))
         return self._emit_function(torch.index_put, base, tuple(entries), self._like(new, shown))
 
     def _like(self, value: Any, shown: fx.Node) -> fx.Node:
-        """``value`` with the shape and the type of ``shown``."""
+        """Returns the node of ``value`` with the shape and the type of ``shown``."""
         example = example_of(value)
         if not isinstance(example, Tensor):
             return self._emit_function(torch.full_like, shown, value)
@@ -119,10 +114,7 @@ class Assignments:
 
     def _example_of(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
-        if node.op == 'call_module':
-            with _in_place(self.model.get_submodule(str(node.target)), False):
-                return self.model.get_submodule(str(node.target))(*args, **kwargs)
-        return evaluate(node, args, kwargs)
+        return evaluate(node, args, kwargs, self.model)
 
     def _emit_function(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self._emit('call_function', function, args, {})
@@ -152,23 +144,13 @@ class Assignments:
         return UntraceableError(owner, f'{self.anchor.meta.get("line", self.anchor.name)}: {reason}')
 
 
-@contextmanager
-def _in_place(module: Any, state: bool) -> Iterator[None]:
-    before = getattr(module, 'inplace', state)
-    module.inplace = state
-    try:
-        yield
-    finally:
-        module.inplace = before
-
-
 def example_of(value: Any) -> Any:
-    """The value of an argument for the example."""
+    """Returns the value of an argument for the example input."""
     return value.meta['example'] if isinstance(value, fx.Node) else value
 
 
 def _listed(entry: Any) -> Any:
-    """An index that is a constant tensor as a list."""
+    """Returns an index that is a constant tensor as a list; others as they are."""
     example = example_of(entry)
     if not isinstance(example, Tensor) or 'values' in entry.meta['depends'] or example.dim() != 1:
         return entry

@@ -22,19 +22,18 @@ def attend(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns what ``module(query, key, value, ...)`` returns in evaluation mode; same arguments, batched.
+    """Returns what ``module(query, key, value, ...)`` returns in evaluation mode, for batched arguments.
 
     Raises:
-        GraphError: It is of a form that is not written out here.
+        GraphError: The module or a mask has a form that is not written out here.
     """
     if key_padding_mask is not None or module.bias_k is not None or module.add_zero_attn or query.dim() != 3:
         raise GraphError('expected attention over batches without padding masks or added keys')
     heads, width = module.num_heads, module.head_dim
-    projected = []
-    for x in _projections(module, query, key, value):
-        x = x if module.batch_first else x.transpose(0, 1)
-        projected.append(x.reshape(x.shape[0], x.shape[1], heads, width).transpose(1, 2))
-    q, k, v = projected
+    q, k, v = (
+        x.reshape(x.shape[0], x.shape[1], heads, width).transpose(1, 2)
+        for x in (p if module.batch_first else p.transpose(0, 1) for p in _projections(module, query, key, value))
+    )
     mask = None if attn_mask is None else _additive(attn_mask, q)
     weights = None
     if need_weights:
@@ -53,17 +52,15 @@ def _projections(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
     if module._qkv_same_embed_dim and query is key and key is value:
         return F.linear(query, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
     if module._qkv_same_embed_dim:
-        parts = [module.in_proj_weight[i * module.embed_dim : (i + 1) * module.embed_dim] for i in range(3)]
+        parts = module.in_proj_weight.chunk(3)
     else:
         parts = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
-    biases = [None] * 3
-    if module.in_proj_bias is not None:
-        biases = [module.in_proj_bias[i * module.embed_dim : (i + 1) * module.embed_dim] for i in range(3)]
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     return [F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases, strict=True)]
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:
-    """The mask, ``(L, S)`` or ``(N * heads, L, S)``, as numbers to add to the scores ``(N, heads, L, S)``."""
+    """Returns a mask, ``(L, S)`` or ``(N * heads, L, S)``, as numbers to add to the scores ``(N, heads, L, S)``."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
     return mask.reshape(q.shape[0], q.shape[1], mask.shape[1], mask.shape[2]) if mask.dim() == 3 else mask

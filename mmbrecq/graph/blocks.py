@@ -1,7 +1,7 @@
 """Finding the blocks of a network by the structure of its graph.
 
 A block is a module with branches that meet again: a residual block, an inverted residual, a layer of a transformer, an
-Inception module. It is told by what its nodes compute, never by the name of its class.
+Inception module. It is recognised by what its nodes compute, never by the name of its class.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mmbrecq.errors import PatternError
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.symbolic import tensors_in
 from mmbrecq.graph.units import is_below
 
 MAX_LAYERS = 10
@@ -53,11 +54,11 @@ def _named_blocks(model: nn.Module, entries: tuple[str, ...]) -> set[str]:
 
 
 def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """Modules in which values of different layers meet, and the other modules of their types.
+    """Returns the modules in which values of different layers meet, and the other modules of their types.
 
-    Either has one output and 2 to :data:`MAX_LAYERS` layers, but not all of the graph. The first kind does not read the
-    input of the graph, for a network that is written as one module does so; the second kind are the inverted residuals
-    without a shortcut, for one.
+    Each has one output and 2 to :data:`MAX_LAYERS` layers, but not all of the graph. Modules of the first kind do not
+    read the input of the graph, as a network that is written as one module does; inverted residuals without a shortcut
+    are of the second kind.
     """
     regions: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
@@ -79,12 +80,12 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
 
 
 def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
-    """Sums, products and concatenations of values that went through different layers."""
+    """Yields sums, products and concatenations of values that went through different layers."""
     roles = Roles(model, graph)
     passed: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         sources = [passed[n] for n in node.all_input_nodes if n in passed]
-        if node.op == 'placeholder' or (sources and _has_tensors(node.meta['example'])):
+        if node.op == 'placeholder' or (sources and _has_tensors(node)):
             passed[node] = frozenset(node.meta.get('layers', ())).union(*sources)
         is_product = node.op != 'call_module' and node.target in _MULTIPLY
         if len(set(sources)) > 1 and (roles.is_add(node) or roles.is_concat(node) or is_product):
@@ -92,7 +93,7 @@ def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _ancestors(path: str) -> Iterator[str]:
-    """``path`` and the paths above it, the innermost first."""
+    """Yields ``path`` and the paths above it, the innermost first."""
     while path:
         yield path
         path = path.rpartition('.')[0]
@@ -100,14 +101,12 @@ def _ancestors(path: str) -> Iterator[str]:
 
 
 def _has_one_output(region: set[fx.Node]) -> bool:
-    return sum(_has_tensors(n.meta['example']) and not region.issuperset(n.users) for n in region) == 1
+    return sum(_has_tensors(n) and not region.issuperset(n.users) for n in region) == 1
 
 
 def _reads_input(region: set[fx.Node]) -> bool:
     return any(source.op == 'placeholder' for node in region for source in node.all_input_nodes)
 
 
-def _has_tensors(example: object) -> bool:
-    if isinstance(example, (tuple, list)):
-        return any(_has_tensors(item) for item in example)
-    return isinstance(example, Tensor)
+def _has_tensors(node: fx.Node) -> bool:
+    return any(True for _ in tensors_in(node.meta['example']))

@@ -1,4 +1,4 @@
-"""Which values of a graph share their channels, and which layers write and read them.
+"""Finds the values of a graph that share their channels, and the layers that write and read them.
 
 Where every operation between layers is positively homogeneous in each channel (ReLU, pooling, adding), channel ``c`` of
 a value may be divided by any ``r_c > 0`` if the layers that write it divide their output channel by ``r_c`` and the
@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.tracer import TRANSPOSED
 
 _HOMOGENEOUS = (
     nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
@@ -45,7 +46,7 @@ class ChannelGroup:
 
 
 def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
-    """The groups of a graph whose channels can be scaled without changing what it computes."""
+    """Returns the groups of a graph whose channels can be scaled without changing what it computes."""
     return _Finder(roles).groups()
 
 
@@ -58,8 +59,7 @@ class _Finder:
         self.fixed: set[Any] = set()
 
     def groups(self) -> list[ChannelGroup]:
-        nodes = list(self.roles.graph.nodes)
-        for node in nodes:
+        for node in self.roles.graph.nodes:
             self._connect(node)
         fixed = {self._find(key) for key in self.fixed}
         groups: dict[Any, ChannelGroup] = {}
@@ -84,15 +84,15 @@ class _Finder:
         elif sources and self._keeps_channels(node, sources):
             for source in sources:
                 self._join(node, source)
-        elif not _is_size(node.meta.get('example')):
+        elif not isinstance(node.meta.get('example'), (int, torch.Size)):
+            # a size tells nothing of what is in its source
             self.fixed.update([node, *sources])
 
     def _scales_by_channel(self, node: fx.Node) -> bool:
-        """Whether axis 1 of the values is axis 1, or 0, of the weight."""
+        """Returns whether axis 1 of the values is axis 1, or 0, of the weight."""
         module = self.roles.module(node)
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            return False
-        return not isinstance(module, nn.Linear) or bool(node.meta['example'].dim() == 2)
+        is_plain = not isinstance(module, TRANSPOSED)
+        return is_plain and (not isinstance(module, nn.Linear) or bool(node.meta['example'].dim() == 2))
 
     def _keeps_channels(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         if not self.roles.is_tensor(node):
@@ -100,8 +100,7 @@ class _Finder:
         homogeneous = isinstance(self.roles.module(node), _HOMOGENEOUS)
         if node.op in ('call_function', 'call_method'):
             homogeneous = node.target in _HOMOGENEOUS_CALLS
-        shapes = [n.meta['example'].shape[:2] for n in (node, *sources)]
-        same = all(shape == shapes[0] for shape in shapes)
+        same = len({n.meta['example'].shape[:2] for n in (node, *sources)}) == 1
         return same and (self.roles.is_add(node) or (homogeneous and len(sources) == 1))
 
     def _find(self, key: Any) -> Any:
@@ -112,8 +111,3 @@ class _Finder:
 
     def _join(self, a: Any, b: Any) -> None:
         self.leader[self._find(a)] = self._find(b)
-
-
-def _is_size(example: Any) -> bool:
-    """Whether the value of a node is a size, which tells nothing of what is in its source."""
-    return isinstance(example, (int, torch.Size))

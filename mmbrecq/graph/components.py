@@ -1,30 +1,31 @@
-"""Which modules of a model hold its arithmetic, and how a graph takes their place.
+"""Finds the modules that hold the arithmetic of a model, and lets graphs run instead of them.
 
-Any model whose ``forward`` takes images is replaced as a whole. An OpenMMLab model has components: each (backbone,
+Any model whose ``forward`` reads images is replaced as a whole. An OpenMMLab model has components: each (backbone,
 neck, head) goes on owning its parameters and its ``predict``, ``loss`` and post-processing; only its ``forward`` is
-replaced. The components that follow from the image alone are one graph: the first computes it all,
-the others hand its result through. The heads of a two-stage detector, which read what was cut out of the features along
-the way, are one graph each.
+replaced. The components that follow from the image alone are one graph: the first computes it all, the others return
+its result. The heads of a two-stage detector, which read what was cut out of the features, are one graph each.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.modules import set_forward
 
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
 
 REGION_KINDS = ('bbox', 'mask')
-"""What a RoI head has a head and an extractor of features for."""
+"""Kinds of heads and extractors of features that a RoI head has."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class RegionHead:
     """A head that reads features of regions.
 
     Args:
-        path: Of the head below the model.
-        extractor: Path of what cuts its input out of the feature maps.
+        path: Path of the head below the model.
+        extractor: Path of the module that cuts its input out of the feature maps.
     """
 
     path: str
@@ -41,21 +42,15 @@ class RegionHead:
 
 
 class Features(tuple[Tensor, ...]):
-    """Feature maps that bring the outputs of the RPN head along."""
+    """Feature maps, and the outputs of the RPN head as an attribute."""
 
     rpn_outputs: Any
 
-    @classmethod
-    def of(cls, features: Iterable[Tensor], rpn_outputs: Any) -> Features:
-        made = cls(features)
-        made.rpn_outputs = rpn_outputs
-        return made
-
 
 class ImageForward(nn.Module):
-    """All that follows from the image alone, as a module of one argument.
+    """Computes all that follows from the image alone, as a module of one argument.
 
-    Of a two-stage detector these are the feature maps that its heads read, and the outputs of the RPN head.
+    For a two-stage detector it returns the feature maps that the heads read, and the outputs of the RPN head.
 
     Args:
         model: An OpenMMLab model, or any whose ``forward`` takes images alone.
@@ -66,7 +61,7 @@ class ImageForward(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> Any:
-        """From preprocessed images, ``(N, 3, H, W)``, to raw outputs."""
+        """Returns raw outputs for preprocessed images, ``(N, 3, H, W)``."""
         model: Any = self.model
         if not has_modes(model):
             return model(inputs)
@@ -78,11 +73,11 @@ class ImageForward(nn.Module):
 
 
 class RegionForward(nn.Module):
-    """One head of a two-stage detector as a module of one argument.
+    """Computes one head of a two-stage detector, as a module of one argument.
 
     Args:
         model: The detector.
-        path: Of the head below it.
+        path: Path of the head below it.
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
@@ -90,24 +85,24 @@ class RegionForward(nn.Module):
         self.model, self.path = model, path
 
     def forward(self, inputs: Tensor) -> Any:
-        """From features of regions, ``(R, C, h, w)``, to raw outputs."""
+        """Returns raw outputs for features of regions, ``(R, C, h, w)``."""
         return self.model.get_submodule(self.path)(inputs)
 
 
 def has_modes(model: nn.Module) -> bool:
-    """Whether ``forward`` has the modes of an OpenMMLab model, of which ``tensor`` is the arithmetic."""
+    """Returns whether ``forward`` has the modes of an OpenMMLab model, of which ``tensor`` is the arithmetic."""
     mode = inspect.signature(type(model).forward).parameters.get('mode')
     return mode is not None and mode.default in (inspect.Parameter.empty, 'tensor')
 
 
 def is_two_stage(model: nn.Module) -> bool:
-    """Whether regions that an RPN head proposes are looked at by heads of their own."""
+    """Returns whether regions that an RPN head proposes are read by heads of their own."""
     heads = [getattr(model, name, None) for name in ('rpn_head', 'roi_head')]
     return has_modes(model) and all(isinstance(head, nn.Module) for head in heads)
 
 
 def region_heads(model: nn.Module) -> list[RegionHead]:
-    """The heads of a two-stage detector that read features of regions, in the order in which they run.
+    """Returns the heads of a two-stage detector that read features of regions, in the order in which they run.
 
     Raises:
         GraphError: The features of regions pass another module before they reach a head.
@@ -129,7 +124,7 @@ def region_heads(model: nn.Module) -> list[RegionHead]:
 
 
 def region_shape(model: nn.Module, head: RegionHead) -> tuple[int, int, int]:
-    """Shape of the features of one region, ``(C, h, w)``."""
+    """Returns the shape of the features of one region, ``(C, h, w)``."""
     extractor: Any = model.get_submodule(head.extractor)
     size = extractor.roi_layers[0].output_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -137,18 +132,18 @@ def region_shape(model: nn.Module, head: RegionHead) -> tuple[int, int, int]:
 
 
 def head_file(image_file: Path, path: str) -> Path:
-    """Where the head ``path`` is exported to: beside the graph that reads images, its path in the name."""
+    """Returns the file of the head ``path``: beside the graph that reads images, with the path in its name."""
     return image_file.with_name(f'{image_file.stem}.{path}{image_file.suffix}')
 
 
 def components_of(model: nn.Module) -> list[nn.Module]:
-    """The components that follow from the image alone, in the order in which they run."""
+    """Returns the components that follow from the image alone, in the order in which they run."""
     found = [getattr(model, name, None) for name in COMPONENTS] if has_modes(model) else []
     return [component for component in found if isinstance(component, nn.Module)]
 
 
 def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
-    """Makes ``model`` compute ``arithmetic`` in place of its ``forward``, or of those of its components.
+    """Makes ``model`` compute ``arithmetic`` instead of its ``forward``, or of those of its components.
 
     Raises:
         GraphError: An OpenMMLab model has none of the known components.
@@ -158,19 +153,66 @@ def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
         return
     if not components_of(model):
         raise GraphError(f'expected {type(model).__name__} to have one of {list(COMPONENTS)}, but found none')
+    two_stage = is_two_stage(model)
+
+    def compute(inputs: Tensor) -> Any:
+        if not two_stage:
+            return arithmetic(inputs)
+        maps, rpn_outputs = arithmetic(inputs)
+        features = Features(maps)
+        features.rpn_outputs = rpn_outputs
+        return features
+
     first, *others = components_of(model)
-    if is_two_stage(model):
-        set_forward(first, lambda inputs: Features.of(*arithmetic(inputs)))
-    else:
-        set_forward(first, lambda inputs: arithmetic(inputs))
+    set_forward(first, compute)
     for component in others:
-        is_rpn = is_two_stage(model) and component is model.rpn_head
-        set_forward(component, _rpn_outputs if is_rpn else _hand_through)
+        is_rpn = two_stage and component is model.rpn_head
+        set_forward(component, (lambda features: features.rpn_outputs) if is_rpn else (lambda value: value))
 
 
-def _hand_through(value: Any) -> Any:
-    return value
+@contextmanager
+def pre_hooks(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], object]) -> Iterator[None]:
+    """Calls ``note(path, args)`` before every forward pass of a module within the block."""
+
+    def call(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        note(path, args)
+
+    hooks = [module.register_forward_pre_hook(partial(call, path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _rpn_outputs(features: Features) -> Any:
-    return features.rpn_outputs
+class _Running(threading.local):
+    """Counts the graphs that run within each other on this thread."""
+
+    depth = 0
+
+
+_running = _Running()
+
+
+def graph_module(model: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """Returns a module of the class ``name`` that runs ``graph`` on the modules of ``model``."""
+    module = fx.GraphModule(model, graph, class_name=name)
+    module.register_forward_pre_hook(lambda *_: _move(1))
+    module.register_forward_hook(lambda *_: _move(-1), always_call=True)
+    return module
+
+
+def _move(by: int) -> None:
+    _running.depth += by
+
+
+def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Makes ``module`` compute ``forward``, except where a graph calls it: a component that could not be traced."""
+    present = vars(module).get('forward')
+    own = getattr(present, 'own', present) or partial(type(module).forward, module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (own if _running.depth else forward)(*args, **kwargs)
+
+    setattr(call, 'own', own)  # noqa: B010 - a function's attribute
+    object.__setattr__(module, 'forward', call)

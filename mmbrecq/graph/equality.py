@@ -1,7 +1,7 @@
 """Compares a prepared graph with the float model that it was made from.
 
-The model is changed by its preparation, so its outputs are taken before, with sums of what every layer reads: these
-tell where the two part.
+The preparation changes the model, so its outputs are computed before, with sums of what every layer reads: these tell
+where the two first differ.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.components import ImageForward
+from mmbrecq.graph.components import ImageForward, pre_hooks
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.traced_graph import evaluation_mode, other_size
 
@@ -24,20 +23,20 @@ TOLERANCE = 1e-5
 """Largest squared error, of the variance of the outputs over images."""
 
 _ROUNDING = 1e-7
-"""What float32 may lose, of the outputs' power: where images hardly differ, that is more."""
+"""Squared error that float32 may cause, of the outputs' power: where images hardly differ, that is more."""
 
 Read = tuple[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a float model computes for some images.
+    """Holds what a float model computes for some images.
 
     Args:
         model: The model, which may change later on.
         batches: Images of several batch sizes, those of another height and width last.
         outputs: Tensors by name for each batch that the model runs on.
-        reads: For each batch, path of every layer that was called, and sums of what it read.
+        reads: For each batch, the path of every layer that was called, and sums of what it read.
     """
 
     model: nn.Module
@@ -52,7 +51,7 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
     Args:
         model: The model, not prepared yet.
         images (Tensor): Preprocessed images, ``(N, 3, H, W)``, or features of regions.
-        forward: Computes the outputs; None for what follows from images.
+        forward: Computes the outputs; None for :class:`ImageForward`.
 
     Raises:
         GraphError: An output is no tensor.
@@ -76,22 +75,22 @@ def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size
 
     Args:
         run: The prepared graph, its quantization off.
-        reference: Of the float model.
+        reference: What the float model computed.
         free_size: Whether the graph has to be right at another height and width.
 
     Returns:
         The largest squared error of an output, of its power.
 
     Raises:
-        GraphError: It does not; the sentence names the first layer whose input or output differs.
+        GraphError: It differs; the sentence names the first layer whose input or output does.
     """
     worst = 0.0
     for batch, wanted, reads in zip(reference.batches, reference.outputs, reference.reads, strict=False):
         if batch.shape[2:] != reference.batches[0].shape[2:] and not free_size:
             continue
-        # branches that are merged are gone
-        called = {path for path, _ in reads}
-        layers = {path: module for path, module in reference.model.named_modules() if path in called}
+        # merged branches are gone
+        present = dict(reference.model.named_modules())
+        layers = {path: present[path] for path, _ in reads if path in present}
         found, own = _run(reference.model, run, batch, layers)
         error = max((_error(found.get(name), output) for name, output in wanted.items()), default=0.0)
         if not error <= TOLERANCE or list(found) != list(wanted):
@@ -108,22 +107,17 @@ def _run(
     model: nn.Module, forward: Callable[[Tensor], Any], batch: Tensor, layers: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Tensor], list[Read]]:
     reads: list[Read] = []
-    hooks = [module.register_forward_pre_hook(partial(_note, reads, path)) for path, module in layers.items()]
-    try:
-        with evaluation_mode(model):
-            # a model may write into its input
-            return flatten_outputs(forward(batch.clone())), reads
-    finally:
-        for hook in hooks:
-            hook.remove()
 
+    def note(path: str, args: tuple[Any, ...]) -> None:
+        """Notes the shape of an input, the sum of its absolute values, and a sum weighted by the index."""
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            values = args[0].detach().flatten()
+            weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device)
+            reads.append((path, (*map(float, args[0].shape), float(values.abs().sum()), float(values @ weights))))
 
-def _note(reads: list[Read], path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Notes the shape of an input, the sum of its absolute values, and a sum with weights that tell places apart."""
-    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-        values = args[0].detach().flatten()
-        weights = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device)
-        reads.append((path, (*map(float, args[0].shape), float(values.abs().sum()), float(values @ weights))))
+    with evaluation_mode(model), pre_hooks(layers, note):
+        # a model may write into its input
+        return flatten_outputs(forward(batch.clone())), reads
 
 
 def _first_difference(found: list[Read], wanted: list[Read]) -> str:
@@ -143,7 +137,7 @@ def _first_difference(found: list[Read], wanted: list[Read]) -> str:
 
 
 def _error(found: Tensor | None, wanted: Tensor) -> float:
-    """Squared error, of the variance over images and of what rounding may cost."""
+    """Returns the squared error, of the variance over images and of what rounding may cause."""
     if found is None or found.shape != wanted.shape:
         return float('inf')
     if not wanted.is_floating_point():

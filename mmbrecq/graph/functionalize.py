@@ -1,13 +1,12 @@
 """Gives in-place operations a form that overwrites nothing, with the effect that they had.
 
 An operation that writes into a tensor changes every other view of the same memory. Here it becomes one that computes
-the new value; the tensors that it was a view of are put together anew, and the other views are taken again where they
-are read. The graph then has a value for each node, so it can be cut anywhere and values can be cached.
+the new value; the tensors that it was a view of are assembled anew, and the other views are recomputed where they are
+read. The graph then has a value for each node, so it can be cut anywhere and values can be cached.
 """
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Container, Iterator
 from typing import Any
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.graph.assignment import Assignments
-from mmbrecq.graph.dependence import dependence, evaluate
-from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS
+from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS, bind, dependence, evaluate
 
 _PERMUTES = ('permute', 'transpose', 't', 'T', 'mT', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
 _SPLITS = ('chunk', 'split', 'tensor_split', 'split_with_sizes', 'unbind')
@@ -26,21 +24,21 @@ _RANDOM = ('bernoulli_',)
 
 
 def functionalize(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
-    """Replaces the in-place operations of a traced graph.
+    """Replaces the in-place operations of a traced graph, which is changed in place.
 
     Args:
         model: Owner of the modules that the graph calls.
-        graph: Changed in place; its nodes carry what :class:`ConcreteTracer` notes.
-        constants: Gets the tensors that the new nodes read.
+        graph: The graph, whose nodes carry what :class:`ConcreteTracer` notes.
+        constants: Receives the tensors that the new nodes read.
 
     Raises:
-        UntraceableError: An operation has no such form.
+        UntraceableError: An operation has no form that overwrites nothing.
     """
     _Functionalizer(model, graph, constants).run()
 
 
 def switch_off_in_place(model: nn.Module, graph: fx.Graph, opaque: Container[str]) -> None:
-    """Makes modules that are one operation of a functionalized graph write to nothing."""
+    """Makes modules that are one operation of a functionalized graph overwrite nothing."""
     for node in graph.nodes:
         if node.op == 'call_module' and str(node.target) not in opaque:
             module = model.get_submodule(str(node.target))
@@ -78,7 +76,7 @@ class _Functionalizer(Assignments):
             self.graph.erase_node(node)
 
     def value(self, node: fx.Node) -> fx.Node:
-        """The node that holds what ``node`` holds at this point of the graph."""
+        """Returns the node that holds what ``node`` holds at this point of the graph."""
         if node not in self.stale:
             return self.values.get(node, node)
         self.stale.discard(node)
@@ -98,7 +96,7 @@ class _Functionalizer(Assignments):
         return copy
 
     def _replace(self, node: fx.Node) -> None:
-        """Gives a node that writes a form that does not, and makes its effect seen."""
+        """Gives a node that writes a form that does not, and makes later readers see its effect."""
         written = self._written(node)
         if node.op == 'call_module' and not hasattr(self.model.get_submodule(str(node.target)), 'inplace'):
             self._shield(node, written)
@@ -123,7 +121,7 @@ class _Functionalizer(Assignments):
         self.stale.discard(node)
 
     def _written(self, node: fx.Node) -> list[fx.Node]:
-        """The arguments that an operation writes into, as the nodes were before any was replaced."""
+        """Returns the arguments that an operation writes into, as the nodes were before any was replaced."""
         args, kwargs = self.calls[node]
         if node.op == 'call_module' or 'out' in kwargs:
             return [kwargs['out']] if isinstance(kwargs.get('out'), fx.Node) else node.meta['writes']
@@ -167,7 +165,7 @@ class _Functionalizer(Assignments):
             self.stale.discard(node)
 
     def _put_back(self, view: fx.Node, base: fx.Node, new: fx.Node) -> fx.Node:
-        """The tensor ``base`` with the elements that ``view`` shows replaced by ``new``."""
+        """Returns the node of ``base`` with the elements that ``view`` shows replaced by ``new``."""
         shape, name = view.meta['example'].shape, _name(view)
         index = self._slices(view, name)
         if index is not None:
@@ -186,12 +184,10 @@ class _Functionalizer(Assignments):
     def _run(self, view: fx.Node, probe: Tensor) -> Any:
         base = view.meta['view']
         args, kwargs = fx.node.map_arg(self.calls[view], lambda n: probe if n is base else n.meta['example'])
-        if view.op == 'call_module':
-            return self.model.get_submodule(str(view.target))(*args, **kwargs)
-        return evaluate(view, args, kwargs)
+        return evaluate(view, args, kwargs, self.model)
 
     def _slices(self, view: fx.Node, name: str) -> Any:
-        """The index by which a view selects, None where it does not."""
+        """Returns the index by which a view selects, None where it does not."""
         args, kwargs = fx.node.map_arg(self.calls[view], self.value)
         if view.target is operator.getitem:
             return args[1]
@@ -199,14 +195,13 @@ class _Functionalizer(Assignments):
             return None
         given = dict(zip(('dim', 'index' if name == 'select' else 'start', 'length'), args[1:], strict=False))
         given.update(kwargs)
-        axis = given['dim'] % view.meta['view'].meta['example'].dim()
+        around = (slice(None),) * (given['dim'] % view.meta['view'].meta['example'].dim())
         if name == 'select':
-            return (slice(None),) * axis + (given['index'],)
-        start = given['start']
-        return (slice(None),) * axis + (slice(start, self._end(start, given['length'])),)
+            return (*around, given['index'])
+        return (*around, slice(given['start'], self._end(given['start'], given['length'])))
 
     def _joined(self, part: fx.Node, parts: fx.Node, new: fx.Node) -> fx.Node:
-        """The tensor that was split into ``parts``, of which ``part`` is replaced by ``new``."""
+        """Returns the node of the tensor that was split into ``parts``, of which ``part`` is replaced by ``new``."""
         base, name = parts.meta['view'], _name(parts)
         if name not in _SPLITS or base is None or not isinstance(base.meta['example'], Tensor):
             raise self._refusal(f'the effect of a write into a result of {name} cannot be followed')
@@ -219,13 +214,12 @@ class _Functionalizer(Assignments):
         return self._emit_function(torch.stack if name == 'unbind' else torch.cat, items, dim)
 
     def _out_of_place(self, node: fx.Node, target: fx.Node) -> fx.Node:
-        """The node of the same result that writes nothing."""
+        """Returns the node of the same result that overwrites nothing."""
         name = _name(node)
         if node.op == 'call_module':
             pass  # `switch_off_in_place` does it when nothing is traced any more
         elif name in ('copy_', 'fill_', 'zero_'):
-            value = 0 if name == 'zero_' else node.args[1]
-            return self._like(value, self.value(target))
+            return self._like(0 if name == 'zero_' else node.args[1], self.value(target))
         elif name in _RANDOM:
             raise self._refusal(f'{name} draws random numbers')
         elif 'out' in node.kwargs:
@@ -243,19 +237,16 @@ class _Functionalizer(Assignments):
         return node
 
     def _switch_off(self, node: fx.Node) -> bool:
-        """Sets the argument ``inplace`` of a function to False."""
-        try:
-            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            return False
-        if not bound.arguments.get('inplace', False):
+        """Sets the argument ``inplace`` of a function to False; returns whether it has one."""
+        bound = bind(node)
+        if bound is None or not bound.arguments.get('inplace', False):
             return False
         bound.arguments['inplace'] = False
         node.args, node.kwargs = bound.args, bound.kwargs
         return True
 
     def _below(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The node and the views of it."""
+        """Yields the node and all views of it."""
         yield node
         for view in self.views.get(node, ()):
             yield from self._below(view)
@@ -268,16 +259,15 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _is_same(view: fx.Node) -> bool:
-    """Whether a view shows all of its base as it lies."""
-    shown, base = view.meta['example'], view.meta['view'].meta['example']
-    if not isinstance(shown, Tensor) or not isinstance(base, Tensor):
+    """Returns whether a view shows all of its base in the same layout."""
+    both = [view.meta['example'], view.meta['view'].meta['example']]
+    if not all(isinstance(t, Tensor) for t in both):
         return False
-    layouts = [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in (shown, base)]
-    return layouts[0] == layouts[1]
+    return len({(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in both}) == 1
 
 
 def _probe(like: Tensor) -> Tensor:
-    """A number for each element, in memory that is laid out as that of ``like``."""
+    """Returns a number for each element, in the memory layout of ``like``."""
     numbers = torch.arange(like.numel(), dtype=torch.int64).reshape(like.shape)
     if 0 in like.stride():
         return numbers
@@ -291,5 +281,5 @@ def _name(node: fx.Node) -> str:
 
 
 def _home(name: str) -> Any:
-    """The module of torch that has the function that writes nothing."""
+    """Returns the module of torch that has the function that overwrites nothing."""
     return torch if hasattr(torch, name.removesuffix('_')) else F

@@ -1,10 +1,9 @@
-"""Plain convolutions and linear layers in the place of whatever computes one with a constant weight."""
+"""Turns whatever computes a convolution or a linear layer with a constant weight into a plain layer."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mmbrecq.graph.modules import replace_module
+from mmbrecq.graph.components import pre_hooks
+from mmbrecq.graph.symbolic import sources_of
 from mmbrecq.graph.tracer import WEIGHTED
 
 _CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
@@ -30,24 +30,20 @@ _FORWARDS = {kind.forward for kind in WEIGHTED}
 def bake_weights(model: nn.Module, run: Callable[[], Any]) -> frozenset[str]:
     """Replaces every layer that computes its weight from constants alone by a plain layer with that weight.
 
-    Weight standardisation, spectral and weight normalisation, parametrizations.
+    Such are weight standardisation, spectral and weight normalisation, and parametrizations.
 
     Args:
-        model: Changed in place.
-        run: Runs it.
+        model: The model, changed in place.
+        run: Runs the model once.
 
     Returns:
-        Paths of the layers that compute something else than a plain layer, and are not to be taken for one.
+        Paths of the layers that compute something else than a plain layer, and must not be treated as one.
     """
     odd = {path: module for path, module in model.named_modules() if isinstance(module, WEIGHTED) and _is_odd(module)}
     inputs: dict[str, tuple[Any, ...]] = {}
-    hooks = [m.register_forward_pre_hook(partial(_note_input, inputs, path)) for path, m in odd.items()]
-    try:
-        if odd:
+    if odd:
+        with pre_hooks(odd, inputs.setdefault):
             run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     computing = set()
     for path, values in inputs.items():
         baked = _plain_layer(odd[path], *values)
@@ -58,14 +54,16 @@ def bake_weights(model: nn.Module, run: Callable[[], Any]) -> frozenset[str]:
     return frozenset(computing)
 
 
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Sets ``module`` at ``path`` below ``model``."""
+    parent, _, name = path.rpartition('.')
+    setattr(model.get_submodule(parent), name, module)
+
+
 def _is_odd(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
     plain = type(module).forward in _FORWARDS and 'forward' not in vars(module)
     return not plain or 'weight' not in own or (module.bias is not None and 'bias' not in own)
-
-
-def _note_input(inputs: dict[str, tuple[Any, ...]], path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    inputs.setdefault(path, args)
 
 
 class _Calls(TorchFunctionMode):
@@ -83,7 +81,7 @@ class _Calls(TorchFunctionMode):
 
 
 def _plain_layer(module: Any, *inputs: Any) -> nn.Module | None:
-    """The module itself where its own weight is applied as it is, a plain layer, or None where none does the same."""
+    """Returns the module itself if it applies its own weight, else a plain layer, or None where none does the same."""
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return None
     seen = []
@@ -93,10 +91,9 @@ def _plain_layer(module: Any, *inputs: Any) -> nn.Module | None:
         if len(calls.calls) != 1 or calls.calls[0][2] is not result:
             return None
         seen.append((calls.calls[0][0], calls.calls[0][1], x))
-    function, options, x = seen[0]
+    (function, options, x), (_, others, _) = seen
     if options['weight'] is module.weight and options.get('bias') is module.bias:
         return module  # type: ignore[no-any-return]
-    others = seen[1][1]
     same = all(torch.equal(options[n], others[n]) for n in ('weight', 'bias') if options.get(n) is not None)
     return _make_layer(function, options) if same and options['input'] is x else None
 
@@ -108,10 +105,9 @@ def _named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 def _make_layer(function: Any, options: Mapping[str, Any]) -> nn.Module:
     kind, names = _FUNCTIONS[function]
     weight, bias = options['weight'].detach(), options.get('bias')
-    groups = options.get('groups', 1)
-    sizes = [weight.shape[1] * groups, weight.shape[0]]
+    sizes = [weight.shape[1] * options.get('groups', 1), weight.shape[0]]
     if names is _TRANSPOSED:
-        sizes = sizes[::-1]
+        sizes.reverse()
     more = {name: options[name] for name in names[3:] if name in options}
     shape = [] if kind is nn.Linear else [tuple(weight.shape[2:])]
     layer: Any = nn.utils.skip_init(kind, *sizes, *shape, bias=bias is not None, **more)
@@ -123,23 +119,20 @@ def _make_layer(function: Any, options: Mapping[str, Any]) -> nn.Module:
 def make_layers(model: nn.Module, graph: fx.Graph) -> None:
     """Turns calls of ``F.linear``, ``F.conv2d`` and the like on constant weights into calls of layers.
 
-    A layer takes the place of the module that owns the weight where that is called nowhere; else it lies below the
-    module whose ``forward`` makes the call, under the name of the node.
-
-    Args:
-        model: Gets the layers.
-        graph: Changed in place.
+    A layer replaces the module that owns the weight where that is called nowhere; else it lies below the module whose
+    ``forward`` makes the call, under the name of the node. ``model`` and ``graph`` are changed in place.
     """
     made: dict[Any, str] = {}
     for node in list(graph.nodes):
         if node.op not in ('call_function', 'call_method'):
             continue
         function, options = _call_of(node)
-        if function is None or not isinstance(options['input'], fx.Node) or _is_constant(options['input']):
+        if function is None or _is_constant(options['input']):
             continue
-        if not all(_is_constant(value) for name, value in options.items() if name != 'input'):
+        own = {name: value for name, value in options.items() if name != 'input'}
+        if not all(map(_is_constant, own.values())):
             continue
-        key = (function, *((name, value) for name, value in options.items() if name != 'input'))
+        key = (function, *own.items())
         values = {name: v.meta['example'] if isinstance(v, fx.Node) else v for name, v in options.items()}
         if node.target in _PRODUCTS:
             values['weight'] = values['weight'].t()
@@ -159,7 +152,7 @@ def make_layers(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:
-    """The function of a layer that ``node`` calls, None for another, and its arguments by name."""
+    """Returns the function of a layer that ``node`` calls, None for another, and its arguments by name."""
     if node.target in _FUNCTIONS:
         return node.target, _named(node.target, node.args, node.kwargs)
     if node.target in _PRODUCTS and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
@@ -170,21 +163,13 @@ def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether no input has a part in the value."""
-    if not isinstance(value, fx.Node):
-        return True
-    seen, stack = set(), [value]
-    while stack:
-        node = stack.pop()
-        if node.op in ('placeholder', 'call_module'):
-            return False
-        stack += [n for n in node.all_input_nodes if n not in seen]
-        seen.add(node)
-    return True
+    """Returns whether the value follows from no input."""
+    sources = sources_of(value) if isinstance(value, fx.Node) else ()
+    return all(node.op not in ('placeholder', 'call_module') for node in sources)
 
 
 def _path(model: nn.Module, graph: fx.Graph, node: fx.Node, weight: fx.Node) -> str:
-    """Where the layer goes: to the owner of the weight if that is a plain layer without another use, else beside it."""
+    """Returns the path of a new layer: that of the weight's owner if it is plain and has no other use, else its own."""
     owner, _, name = str(weight.target).rpartition('.') if weight.op == 'get_attr' else ('', '', '')
     module = model.get_submodule(owner)
     if name == 'weight' and isinstance(module, WEIGHTED) and not _is_odd(module):

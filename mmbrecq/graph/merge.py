@@ -1,7 +1,6 @@
-"""Merging the branches of modules that have a merged form for deployment (RepVGG, MobileOne, RepLKNet and others).
+"""Merges the branches of modules that have a merged form for deployment (RepVGG, MobileOne, RepLKNet and others).
 
-Branches that are quantized one by one would be so many layers at run time; merged first, they are the one layer that
-the network is deployed with.
+Branches that are quantized one by one would be as many layers at run time; merged first, they are one layer.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ IN_PLACE = ('switch_to_deploy', 'merge_kernel', 'reparameterize')
 """Methods without arguments by which OpenMMLab's and timm's modules merge their branches; the first one is called."""
 
 REPLACING = 'fuse'
-"""A method of timm's that returns the module to put in its place, or merges in place; often but a BatchNorm goes."""
+"""A method of timm's that returns a module to replace its owner with, or merges in place; often only a BatchNorm."""
 
 
 def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
     """Merges the branches of all modules of ``model`` that have a method for it, and compares the outputs.
 
     Args:
-        model: Changed in place, and put into evaluation mode; a module that is merged already stays as it is.
+        model: The model, changed in place and put into evaluation mode; a merged module stays as it is.
         example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
 
     Returns:
@@ -53,7 +52,7 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
 
 
 def _merge(module: nn.Module, path: str) -> list[str]:
-    """Merges what lies in ``module``, outermost modules first: they merge what lies in them."""
+    """Merges the modules below ``module``, outermost first: they merge what they own."""
     merged = []
     method = _merging_method(module)
     if method in IN_PLACE:
@@ -93,7 +92,7 @@ def _count_layers(module: nn.Module) -> int:
 
 
 def _merging_method(module: nn.Module) -> str:
-    """Name of the method that merges the branches of ``module``; empty if there is none."""
+    """Returns the name of the method that merges the branches of ``module``; empty if there is none."""
     for name in (*IN_PLACE, REPLACING):
         method = getattr(module, name, None)
         if inspect.ismethod(method) and not inspect.signature(method).parameters:

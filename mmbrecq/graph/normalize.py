@@ -1,8 +1,7 @@
-"""Rewrites that make a traced graph safe to cut and to quantize, without moving its result."""
+"""Rewrites a traced graph so that it is safe to cut and to quantize, without a change of its result."""
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
 from typing import Any
@@ -13,14 +12,18 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.modules import replace_module
-from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.graph.layers import replace_module
+from mmbrecq.graph.symbolic import bind
+from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_IDENTITIES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
-    """Removes what does nothing in evaluation, identities and dropout, and values that nothing reads."""
+    """Removes identities and dropout, which do nothing in evaluation, and values that nothing reads."""
     for node in list(graph.nodes):
         if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
@@ -52,15 +55,10 @@ def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
         return False
     if node.op == 'call_module':
-        return isinstance(model.get_submodule(str(node.target)), (nn.modules.dropout._DropoutNd, nn.Identity))
-    if node.op != 'call_function':
-        return False
-    try:
-        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    # functions that draw random numbers while a model is trained take this argument, and batch_norm
-    is_off = arguments.arguments.get('training') is False
+        return isinstance(model.get_submodule(str(node.target)), _IDENTITIES)
+    # functions that draw random numbers while a model is trained have this argument, and batch_norm
+    bound = bind(node)
+    is_off = bound is not None and bound.arguments.get('training') is False
     return is_off and torch.equal(node.meta['example'], source.meta['example'])
 
 
@@ -69,10 +67,10 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
 
     ``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The BatchNorm is
     replaced by an identity in ``model`` and its node erased. It stays where it normalises another axis than the output
-    channels of the layer, or where one of the two is used by others too.
+    channels of the layer, or where one of the two has other users.
 
     Returns:
-        Paths of the layers that took a BatchNorm in.
+        Paths of the layers into which a BatchNorm was folded.
 
     Raises:
         GraphError: A BatchNorm normalises by the statistics of the batch.
@@ -81,14 +79,12 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     uses = _uses_per_module(graph)
     for node in list(graph.nodes):
         _check_statistics(model, node)
-        if node.op != 'call_module' or not isinstance(node.args[0] if node.args else None, fx.Node):
+        source = node.args[0] if node.op == 'call_module' and node.args else None
+        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
             continue
-        norm, source = model.get_submodule(str(node.target)), node.args[0]
-        if not isinstance(norm, _BatchNorm):
+        norm, layer = (model.get_submodule(str(n.target)) for n in (node, source))
+        if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS:
             continue
-        if type(norm).forward not in _FORWARDS or source.op != 'call_module' or len(source.users) > 1:
-            continue
-        layer = model.get_submodule(str(source.target))
         if not _owns_channels(layer, source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
         _fold(layer, norm)
@@ -114,7 +110,7 @@ def _check_statistics(model: nn.Module, node: fx.Node) -> None:
 
 
 def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
-    """Whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
+    """Returns whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
     if not isinstance(layer, WEIGHTED):
         return False
     axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
@@ -131,20 +127,19 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
         bias = bias * factor + (norm.bias.double() if norm.affine else 0)
         weight = layer.weight.double()
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        if isinstance(layer, TRANSPOSED):
             groups = weight.reshape(layer.groups, -1, *weight.shape[1:])
             shape = (layer.groups, 1, -1) + (1,) * (weight.dim() - 2)
             weight = (groups * factor.reshape(shape)).reshape(weight.shape)
         else:
             weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-        dtype = layer.weight.dtype
-        # a new one, for another layer may share the weight
-        layer.weight = nn.Parameter(weight.to(dtype))
-        layer.bias = nn.Parameter(bias.to(dtype))
+        # new ones, for another layer may share the weight
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+        layer.weight = nn.Parameter(weight.to(layer.weight.dtype))
 
 
 def _uses_per_module(graph: fx.Graph) -> Counter[str]:
-    """How often a module is called, alone or by an opaque one, or has one of its parameters read."""
+    """Counts how often each module is called, alone or by an opaque one, or has one of its parameters read."""
     uses: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == 'call_module':

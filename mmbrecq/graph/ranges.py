@@ -1,6 +1,6 @@
-"""Bounds of values that hold whatever the input is, by interval arithmetic over a graph.
+"""Computes bounds of values that hold for any input, by interval arithmetic over a graph.
 
-What is not known here has no bounds, so a bound that is given can be relied upon. Constants are looked at.
+Operations that are not listed here have no bounds. Constants have those of their values.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mmbrecq.graph.symbolic import bind
+
 Range = tuple[float, float]
 
 ANY: Range = (-math.inf, math.inf)
@@ -21,7 +23,7 @@ _POSITIVE: Range = (0.0, math.inf)
 _ZERO: Range = (0.0, 0.0)
 _UNIT: Range = (0.0, 1.0)
 
-# the least values of SiLU, GELU, Mish and Hardswish are rounded down
+# the smallest values of SiLU, GELU, Mish and Hardswish are rounded down
 _FIXED: Mapping[Any, Range] = {
     **dict.fromkeys((F.relu, torch.relu, 'relu', F.softplus, torch.exp, 'exp', nn.ReLU, nn.Softplus), _POSITIVE),
     **dict.fromkeys((torch.abs, 'abs', operator.abs, torch.square, 'square', torch.sqrt, 'sqrt'), _POSITIVE),
@@ -46,13 +48,13 @@ _CONVEX_MODES = ('nearest', 'nearest-exact', 'linear', 'bilinear', 'trilinear', 
 
 
 def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module | None, moves: bool) -> Range:
-    """Bounds of the value of a node; of a tuple, those of all its tensors.
+    """Returns the bounds of the value of a node; of a tuple, those of all its tensors.
 
     Args:
         node: The node.
         known: The bounds of the nodes before it.
         module: The module that it calls.
-        moves: Whether it only moves values about, and zeros among them.
+        moves: Whether it only moves its inputs' values, or adds zeros to them.
     """
     if node.op == 'get_attr':
         return _operand(node.meta.get('example'), known)
@@ -65,7 +67,7 @@ def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module
         found = _FIXED[operation]
     elif moves or operation in _MEANS:
         found = _hull(_ZERO, *_leaves(node.args, known))
-    elif operation in _SELECTIONS or _resizes(node, module):
+    elif operation in _SELECTIONS or resize_mode(node, module) in _CONVEX_MODES:
         found = _hull(*_leaves(node.args, known))
     elif isinstance(module, nn.Hardtanh):
         found = float(module.min_val), float(module.max_val)
@@ -98,7 +100,7 @@ def _operand(value: Any, known: Mapping[fx.Node, Range]) -> Range:
 
 
 def _leaves(tree: Any, known: Mapping[fx.Node, Range]) -> Iterator[Range]:
-    """Bounds of the tensors among nested arguments."""
+    """Yields the bounds of the tensors among nested arguments."""
     if isinstance(tree, (tuple, list)):
         for item in tree:
             yield from _leaves(item, known)
@@ -110,11 +112,12 @@ def _hull(*parts: Range) -> Range:
     return min(low for low, _ in parts), max(high for _, high in parts)
 
 
-def _resizes(node: fx.Node, module: nn.Module | None) -> bool:
+def resize_mode(node: fx.Node, module: nn.Module | None) -> str | None:
+    """Returns the mode by which a node resizes its input, None where it does not."""
     if isinstance(module, nn.Upsample):
-        return module.mode in _CONVEX_MODES
-    mode = node.args[3] if len(node.args) > 3 else node.kwargs.get('mode', 'nearest')
-    return node.target is F.interpolate and mode in _CONVEX_MODES
+        return str(module.mode)
+    bound = bind(node) if node.target is F.interpolate else None
+    return None if bound is None else str(bound.arguments.get('mode', 'nearest'))
 
 
 def _multiplied(a: Range, b: Range) -> Range:

@@ -1,4 +1,4 @@
-"""What a node of the graph does, as far as quantization cares. Told by type and operator, never by name."""
+"""Classifies the nodes of a graph for quantization, by type and operator and never by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mmbrecq.graph.ranges import Range, value_range
+from mmbrecq.graph.ranges import Range, resize_mode, value_range
+from mmbrecq.graph.symbolic import bind
 from mmbrecq.graph.tracer import WEIGHTED
 
 _ADD = (operator.add, torch.add, 'add')
@@ -20,7 +21,7 @@ _ACTIVATION_CALLS = (
     torch.relu, torch.sigmoid, torch.tanh, F.sigmoid, 'relu', 'sigmoid', 'tanh',
 )  # fmt: skip
 _ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
-# these move values about without computing new ones, so what lies on a grid stays on it
+# these move values without computing new ones, so values on a grid stay on it
 _MOVES = (nn.MaxPool2d, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ChannelShuffle)
 _MOVES_CALLS = (
     torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.chunk,
@@ -67,53 +68,53 @@ class Roles:
         self._ranges: dict[fx.Node, Range] | None = None
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that ``node`` calls, None for a function."""
+        """Returns the module that ``node`` calls, None for a function."""
         return self.model.get_submodule(str(node.target)) if node.op == 'call_module' else None
 
     def is_tensor(self, node: fx.Node) -> bool:
-        """Whether the value is a floating-point tensor."""
+        """Returns whether the value is a floating-point tensor."""
         example = node.meta.get('example')
         return isinstance(example, Tensor) and example.is_floating_point() and node.op not in ('get_attr', 'output')
 
     def is_weighted(self, node: fx.Node) -> bool:
-        """A convolution or linear layer."""
+        """Returns whether ``node`` is a convolution or linear layer."""
         return isinstance(self.module(node), WEIGHTED)
 
     def is_add(self, node: fx.Node) -> bool:
-        """An addition of two feature maps."""
+        """Returns whether ``node`` adds two feature maps."""
         return self._calls(node, _ADD) and sum(self.is_tensor(n) for n in node.all_input_nodes) == 2
 
     def is_affine(self, node: fx.Node) -> bool:
-        """Adds a constant to a feature map, or multiplies it by one."""
+        """Returns whether ``node`` adds a constant to a feature map, or multiplies it by one."""
         return self._calls(node, _AFFINE_CALLS) and sum(self.is_tensor(n) for n in node.all_input_nodes) == 1
 
     def is_norm(self, node: fx.Node) -> bool:
-        """A normalisation, or the operation that one which is written out starts with."""
+        """Returns whether ``node`` is a normalisation, or the first operation of one that is written out."""
         if isinstance(self.module(node), _NORMS) or self._calls(node, (*_NORM_CALLS, *_SPREAD_CALLS)):
             return True
         subtracted = node.all_input_nodes[1:] if self._calls(node, (operator.sub, torch.sub, 'sub')) else ()
         return any(self._calls(n, _MEAN_CALLS) and node.all_input_nodes[0] in n.all_input_nodes for n in subtracted)
 
     def is_convolution(self, node: fx.Node) -> bool:
-        """A convolution that is not transposed."""
+        """Returns whether ``node`` is a convolution that is not transposed."""
         return isinstance(self.module(node), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def is_depthwise(self, node: fx.Node) -> bool:
-        """A convolution of which every output channel reads one input channel."""
+        """Returns whether ``node`` is a convolution of which every output channel reads one input channel."""
         module: Any = self.module(node)
         return self.is_convolution(node) and bool(module.groups == module.in_channels > 1)
 
     def moves_pixels(self, node: fx.Node) -> bool:
-        """Moves values within their channels."""
+        """Returns whether ``node`` moves values within their channels alone."""
         within = isinstance(self.module(node), _MOVES_PIXELS) or self._calls(node, _MOVES_PIXELS_CALLS)
         return within and self.moves_only(node)
 
     def is_concat(self, node: fx.Node) -> bool:
-        """A concatenation."""
+        """Returns whether ``node`` is a concatenation."""
         return self._calls(node, _CONCAT)
 
     def is_activation(self, node: fx.Node) -> bool:
-        """An element-wise activation function."""
+        """Returns whether ``node`` is an element-wise activation function."""
         module = self.module(node)
         if module is not None:
             known = type(module).__module__ == 'torch.nn.modules.activation'
@@ -121,19 +122,20 @@ class Roles:
         return self._calls(node, _ACTIVATION_CALLS)
 
     def moves_only(self, node: fx.Node) -> bool:
-        """Moves or selects values: max-pooling, reshaping, concatenation, resizing to nearest, padding by zeros."""
-        moves = isinstance(self.module(node), _MOVES) or self._calls(node, _MOVES_CALLS)
-        return moves or self._resizes_to_nearest(node) or self._pads_with_zeros(node)
+        """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""
+        module = self.module(node)
+        moves = isinstance(module, _MOVES) or self._calls(node, _MOVES_CALLS)
+        return moves or resize_mode(node, module) in _NEAREST or self._pads_with_zeros(node)
 
     def kind(self, node: fx.Node) -> str:
-        """Class name of the module, or name of the function."""
+        """Returns the class name of the module, or the name of the function."""
         module = self.module(node)
         if module is not None:
             return type(module).__name__
         return str(getattr(node.target, '__name__', node.target))
 
     def non_negative(self, node: fx.Node) -> bool:
-        """Whether the operators show that no value can be negative, whatever the input."""
+        """Returns whether the operators show that no value can be negative, whatever the input."""
         if self._ranges is None:
             self._ranges = {}
             for each in self.graph.nodes:
@@ -141,7 +143,7 @@ class Roles:
         return self._ranges[node][0] >= 0
 
     def consumers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Nodes that compute with the value, found through those that only move it."""
+        """Yields the nodes that compute with the value, found through those that only move it."""
         for user in node.users:
             if self.moves_only(user):
                 yield from self.consumers(user)
@@ -149,28 +151,18 @@ class Roles:
                 yield user
 
     def sources(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Nodes that compute what ``node`` reads, found through those that only move it."""
+        """Yields the nodes that compute what ``node`` reads, found through those that only move it."""
         for source in node.all_input_nodes:
             if self.moves_only(source):
                 yield from self.sources(source)
             else:
                 yield source
 
-    def _resizes_to_nearest(self, node: fx.Node) -> bool:
-        module = self.module(node)
-        if isinstance(module, nn.Upsample):
-            return str(module.mode) in _NEAREST
-        if not self._calls(node, (F.interpolate,)):
-            return False
-        mode = node.args[3] if len(node.args) > 3 else node.kwargs.get('mode', 'nearest')
-        return mode in _NEAREST
-
     def _pads_with_zeros(self, node: fx.Node) -> bool:
-        if not self._calls(node, (F.pad,)):
+        bound = bind(node) if node.target is F.pad else None
+        if bound is None:
             return False
-        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get('mode', 'constant')
-        value = node.args[3] if len(node.args) > 3 else node.kwargs.get('value')
-        return mode != 'constant' or value in (None, 0)
+        return bound.arguments.get('mode', 'constant') != 'constant' or bound.arguments.get('value') in (None, 0)
 
     def _calls(self, node: fx.Node, targets: tuple[Any, ...]) -> bool:
         return node.op in ('call_function', 'call_method') and node.target in targets

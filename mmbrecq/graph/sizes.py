@@ -1,7 +1,7 @@
-"""Tells which numbers of a graph follow from which sizes of the input, by tracing at several.
+"""Finds the numbers of a graph that follow from sizes of the input, by tracing at several sizes.
 
-Python reads sizes as plain numbers, and a graph keeps what they were for the example. Two traces of different batch
-sizes differ in just these numbers: each is replaced by an expression of the batch size, or refused.
+Python reads sizes as plain numbers, and a graph keeps those of the example. Two traces of different batch sizes differ
+in just these numbers: each is replaced by an expression of the batch size, or refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mmbrecq.graph.dependence import evaluate
+from mmbrecq.graph.symbolic import evaluate
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
 
@@ -30,16 +30,16 @@ def resolve_sizes(
 ) -> list[str]:
     """Makes the graph of ``base`` right for any batch size, and for any height and width where that can be.
 
-    What follows from sizes alone, and is the same for all sizes that the graph serves, becomes a constant.
+    Values that follow from sizes alone, and are the same for all sizes that the graph serves, become constants.
 
     Args:
-        base: Has traced the graph, which is changed in place.
-        more: Has traced the same with another batch size.
-        wider: Has traced the same with another height and width; None where the model has only one.
+        base: Tracer of the graph, which is changed in place.
+        more: Tracer of the same model with another batch size.
+        wider: Tracer of the same model with another height and width; None where the model has only one.
         keep_free: Whether height and width are to stay free even where the graph computes with them.
 
     Returns:
-        What binds the graph to one height and width, each as ``path: file:line``; empty where they are free.
+        The lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
 
     Raises:
         UntraceableError: The operations follow from the batch size.
@@ -97,7 +97,7 @@ class _BatchSize:
 def _matched(
     graph: fx.Graph, other: fx.Graph, batch: _BatchSize | None
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, Any]]:
-    """The node of ``other`` for each of ``graph``, and arguments that are right for both batch sizes."""
+    """Returns the node of ``other`` for each of ``graph``, and arguments that are right for both batch sizes."""
     ours, theirs = list(graph.nodes), list(other.nodes)
     same = dict(zip(theirs, ours, strict=False))
     arguments = {}
@@ -138,7 +138,7 @@ def _merged(a: Any, b: Any, same: dict[fx.Node, fx.Node], batch: _BatchSize | No
 
 
 def _first_different(ours: list[fx.Node], theirs: list[fx.Node]) -> str | None:
-    """Path of the outermost module that calls other operations in the two graphs; the first of several."""
+    """Returns the path of the outermost module that calls other operations in the two graphs; the first of several."""
     calls: list[dict[str, list[Any]]] = [{}, {}]
     for found, nodes in zip(calls, (ours, theirs), strict=True):
         for node in nodes:
@@ -148,12 +148,12 @@ def _first_different(ours: list[fx.Node], theirs: list[fx.Node]) -> str | None:
 
 
 def _owner(node: fx.Node) -> str:
-    """Path of the module whose ``forward`` makes the call."""
+    """Returns the path of the module whose ``forward`` makes the call."""
     return str(node.meta['caller' if node.op == 'call_module' else 'owner'])
 
 
 def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
-    """The value of each node that follows from sizes alone."""
+    """Returns the value of each node that follows from sizes alone."""
     values: dict[fx.Node, Any] = {}
 
     def value(node: fx.Node) -> Any:
@@ -169,7 +169,7 @@ def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
 
 
 def _values_in(traced: ConcreteTracer, nodes: dict[fx.Node, fx.Node]) -> dict[fx.Node, Any]:
-    """What the nodes, whose counterparts are given, are in another graph."""
+    """Returns the values of nodes in another graph, where their counterparts are given."""
     values = _sizes(traced)
     return {ours: values.get(theirs) for ours, theirs in nodes.items()}
 

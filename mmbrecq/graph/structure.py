@@ -1,12 +1,12 @@
-"""Nested outputs as a flat list of named tensors, and back.
+"""Flattens nested outputs to a list of named tensors, and back.
 
 A detector's head returns tuples of lists, one tensor per pyramid level. A file has a flat list of outputs, so each is
-named by its place: ``output_0_2`` is ``outputs[0][2]``; a single tensor is ``output``.
+named by its indices: ``output_0_2`` is ``outputs[0][2]``; a single tensor is ``output``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +17,10 @@ OUTPUT_NAME = 'output'
 
 
 def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
-    """Tensors of nested sequences by name, in their order.
+    """Returns the tensors of nested sequences by name, in their order.
 
     Raises:
-        GraphError: Something in it is neither a sequence nor a tensor.
+        GraphError: Something among them is neither a sequence nor a tensor.
     """
     if isinstance(value, Tensor):
         return {name: value}
@@ -34,20 +34,15 @@ def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
 
 
 def nest_outputs(named: Mapping[str, Tensor]) -> Any:
-    """The nested tuples of lists whose :func:`flatten_outputs` is ``named``, in any order of names.
-
-    The outermost sequence is a tuple, as a head returns it; all in it are lists.
-    """
-    if list(named) == [OUTPUT_NAME]:
-        return named[OUTPUT_NAME]
-    places = {tuple(map(int, name.removeprefix(OUTPUT_NAME).strip('_').split('_'))): v for name, v in named.items()}
-    return tuple(_nest(places, ()))
+    """Returns the nested tuple of lists whose :func:`flatten_outputs` is ``named``, in any order of names."""
+    tensors = {tuple(map(int, name.split('_')[1:])): tensor for name, tensor in named.items()}
+    nested = _nest(tensors, ())
+    return tuple(nested) if isinstance(nested, list) else nested
 
 
-def _nest(places: Mapping[tuple[int, ...], Tensor], prefix: tuple[int, ...]) -> Any:
-    if prefix in places:
-        return places[prefix]
+def _nest(tensors: Mapping[tuple[int, ...], Tensor], prefix: tuple[int, ...]) -> Any:
+    if prefix in tensors:
+        return tensors[prefix]
     depth = len(prefix)
-    count = 1 + max(place[depth] for place in places if place[:depth] == prefix)
-    items: Sequence[Any] = [_nest(places, (*prefix, index)) for index in range(count)]
-    return items
+    count = 1 + max(indices[depth] for indices in tensors if indices[:depth] == prefix)
+    return [_nest(tensors, (*prefix, index)) for index in range(count)]

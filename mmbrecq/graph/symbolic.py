@@ -1,20 +1,23 @@
-"""What stands for the values of a graph while it is traced.
+"""Represents the values of a graph while it is traced, and tells what they follow from.
 
 Tensors are proxies. Sizes and the numbers computed from them are numbers that remember their node: Python and torch
-take them for what they are, so whatever a model does with a size runs, and arithmetic with them is recorded.
+compute with them as with any number, so whatever a model does with a size runs, and the arithmetic is recorded.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from mmbrecq.errors import GraphError
 
@@ -22,7 +25,16 @@ IN_PLACE_OPERATORS = {
     getattr(operator, f'i{name.strip("_")}'): getattr(operator, name)
     for name in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'and_', 'or_', 'xor', 'lshift', 'rshift')
 }
-"""Augmented assignments, each with the operator that writes to nothing."""
+"""Augmented assignments, each with the operator that overwrites nothing."""
+
+_READS_SIZES = (
+    'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
+    'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
+    'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
+)  # fmt: skip
+"""Functions and methods whose result follows from the shape and the type of a tensor alone."""
+
+_READS_VALUES = ('__bool__', '__int__', '__float__', '__index__', '__contains__', 'item', 'tolist', 'numpy', 'equal')
 
 _INNER = (str(Path(torch.__file__).parent) + '/', str(Path(__file__).parent) + '/')
 
@@ -32,7 +44,7 @@ class ValueDependentError(GraphError):
 
 
 def stand_in(node: fx.Node, tracer: Any) -> Any:
-    """What the model's code gets for the result of ``node``."""
+    """Returns the value that the model's code gets for the result of ``node``."""
     example = node.meta['example']
     if isinstance(example, torch.Size):
         return SymbolicSize(node, tracer)
@@ -46,7 +58,7 @@ def stand_in(node: fx.Node, tracer: Any) -> Any:
 
 
 def is_symbolic(value: Any) -> bool:
-    """Whether a value has a node."""
+    """Returns whether a value has a node."""
     return issubclass(type(value), (fx.Proxy, _Symbolic))
 
 
@@ -160,7 +172,7 @@ class SymbolicSize(_Symbolic, tuple[Any, ...]):
         return made
 
     def numel(self) -> Any:
-        """Number of elements."""
+        """Returns the number of elements."""
         return math.prod(self)
 
 
@@ -174,24 +186,120 @@ def _recorded(plain: Callable[..., Any], function: Callable[..., Any], reflected
     return compute
 
 
+_METHODS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'neg')},
+    'floor': math.floor, 'ceil': math.ceil, 'round': round,
+}  # fmt: skip
 for _kind in (SymbolicInt, SymbolicFloat):
-    for _name in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow'):
-        for _prefix in ('', 'r'):
-            _method = f'__{_prefix}{_name}__'
-            setattr(_kind, _method, _recorded(getattr(_kind, _method), getattr(operator, _name), bool(_prefix)))
-    for _function in (operator.neg, math.floor, math.ceil, round):
-        _method = f'__{_function.__name__}__'
-        setattr(_kind, _method, _recorded(getattr(_kind, _method), _function, False))
+    for _name, _function in _METHODS.items():
+        for _method, _reflected in ((f'__{_name}__', False), (f'__r{_name}__', True)):
+            if hasattr(int, _method):
+                setattr(_kind, _method, _recorded(getattr(_kind, _method), _function, _reflected))
 
 
 def value_dependent(what: str) -> str:
-    """The sentence that refuses to read values."""
+    """Returns the sentence that refuses to read values."""
     return f'{caller()}: expected Python to read no values of tensors, but {what} follows from the input'
 
 
 def caller() -> str:
-    """File and line of the model's code that is being traced."""
+    """Returns file and line of the model's code that is being traced."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
         frame = frame.f_back
     return f'{Path(frame.f_code.co_filename).name}:{frame.f_lineno}'
+
+
+class WatchedValues(TorchFunctionMode):
+    """Notes whether Python reads values of tensors that follow from ``tensors``."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.are_read = False
+        self._following = {id(t): t for t in tensors}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(getattr(func, '__name__', ''))
+        if name not in _READS_SIZES and any(id(t) in self._following for t in tensors_in((args, kwargs))):
+            self._following.update({id(t): t for t in tensors_in(result)})
+            self.are_read |= name in _READS_VALUES
+        return result
+
+
+def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module | None = None) -> Any:
+    """Returns the result of a method or function, or that of a module of ``model``, which overwrites nothing."""
+    if node.op == 'call_method':
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Any = node.target
+    if model is not None and node.op == 'call_module':
+        function = copy(model.get_submodule(function))
+        function.inplace = False
+    return function(*args, **kwargs)
+
+
+def bind(node: fx.Node) -> inspect.BoundArguments | None:
+    """Returns the arguments of a call of a function by name; None where its signature is unknown."""
+    try:
+        function: Any = node.target
+        return inspect.signature(function).bind(*node.args, **node.kwargs) if node.op == 'call_function' else None
+    except (TypeError, ValueError):
+        return None
+
+
+def sources_of(node: fx.Node) -> set[fx.Node]:
+    """Returns the node and all nodes that its value is computed from."""
+    found, stack = {node}, [node]
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(new)
+        stack += new
+    return found
+
+
+def dependence(node: fx.Node) -> set[str]:
+    """Returns what the result follows from: ``values`` of the input, its ``size``, the ``state`` of the model.
+
+    Raises:
+        ValueDependentError: It is a number that follows from values.
+    """
+    if node.op == 'placeholder':
+        return {'values'}
+    if node.op == 'get_attr':
+        return {'state'}
+    depends = {kind for n in node.all_input_nodes for kind in n.meta['depends']}
+    if node.op in ('output', 'call_module') or 'values' not in depends:
+        return depends
+    name = str(node.target if node.op == 'call_method' else getattr(node.target, '__name__', ''))
+    is_attribute = node.target is getattr and not isinstance(node.meta['example'], Tensor)
+    if is_attribute or name in _READS_SIZES:
+        return (depends - {'values'}) | {'size'}
+    if any(not isinstance(v, Tensor) for v in flat(node.meta['example'])):
+        raise ValueDependentError(value_dependent(f'a result of {name}'))
+    return depends
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors of nested sequences and dicts."""
+    return (leaf for leaf in flat(tree) if isinstance(leaf, Tensor))
+
+
+def flat(tree: Any) -> Iterator[Any]:
+    """Yields the values of nested sequences, dicts and slices, except for None."""
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from flat(item)
+    elif tree is not None:
+        yield tree
+
+
+def shares_memory(tensor: Tensor, result: Any) -> bool:
+    """Returns whether a tensor of ``result`` lies in the memory of ``tensor``."""
+    memory = tensor.untyped_storage().data_ptr()
+    return memory != 0 and any(t.untyped_storage().data_ptr() == memory for t in tensors_in(result))

@@ -1,7 +1,4 @@
-"""The arithmetic of an OpenMMLab model as graphs, run in place of its components.
-
-The same call runs the float graph, the quantized graph or a deployed file.
-"""
+"""Traces the arithmetic of a model into graphs, which run instead of its components."""
 
 from __future__ import annotations
 
@@ -17,10 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
-from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, attach, region_shape
+from mmbrecq.graph.components import (
+    ImageForward,
+    RegionForward,
+    RegionHead,
+    attach,
+    graph_module,
+    region_shape,
+    set_forward,
+)  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, make_layers
-from mmbrecq.graph.modules import graph_module, set_forward
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
@@ -29,16 +33,16 @@ from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 
 @dataclass
 class TracedGraph:
-    """A traced part of a model.
+    """Holds a traced graph of a model.
 
     Args:
         model: Owner of all modules that the graph calls.
-        graph: From its input to raw outputs; every node carries ``meta['example']`` and ``meta['owner']``.
-        path: Of the head of a two-stage detector that the graph stands for; empty for all that follows from the image.
+        graph: The nodes from the input to raw outputs, with ``meta['example']`` and ``meta['owner']``.
+        path: Path of the head of a two-stage detector that the graph computes; empty for the graph of the images.
         opaque: Paths of the modules that are one call of the graph, each with the reason.
-        folded: Paths of the layers that took a BatchNorm in.
+        folded: Paths of the layers into which a BatchNorm was folded.
         value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
-        frozen: What binds the graph to one height and width, each as ``path: file:line``; empty where they are free.
+        frozen: Lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
     """
 
     model: nn.Module
@@ -61,19 +65,19 @@ class TracedGraph:
         return example
 
     def attach(self, run: Callable[[Tensor], Any]) -> None:
-        """Makes the model compute ``run`` wherever it would have run the modules that the graph stands for."""
+        """Makes the model compute ``run`` instead of the modules from which the graph was traced."""
         if self.path:
             set_forward(self.model.get_submodule(self.path), run)
         else:
             attach(self.model, run)
 
     def example_outputs(self) -> dict[str, Tensor]:
-        """The outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
+        """Returns the outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
         output = next(n for n in self.graph.nodes if n.op == 'output')
         return flatten_outputs(fx.node.map_arg(output.args[0], lambda n: n.meta['example']))
 
     def compile(self) -> fx.GraphModule:
-        """A module that runs the graph as it stands now, on the modules of the model."""
+        """Returns a module that runs the present graph on the modules of the model."""
         module = graph_module(self.model, self.graph, 'TracedGraph')
         if not self.free_size:
             module.register_forward_pre_hook(partial(_expect_size, tuple(self.example.shape[1:])))
@@ -81,14 +85,14 @@ class TracedGraph:
 
 
 def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
-    """Traces what follows from the image alone and folds its BatchNorms.
+    """Traces all that follows from the image alone and folds its BatchNorms.
 
     Args:
-        model: An OpenMMLab model; put into evaluation mode, its BatchNorms are replaced by identities.
+        model: A model; it is put into evaluation mode, and its BatchNorms are replaced by identities.
         example (Tensor): Preprocessed images, ``(N, 3, H, W)`` with N >= 2, so that the batch size stays symbolic.
 
     Raises:
-        GraphError: It cannot be traced.
+        GraphError: The model cannot be traced.
     """
     return _trace(model, ImageForward(model), example, type(model).__name__, resize=True)
 
@@ -158,12 +162,12 @@ def _trace_at_sizes(
 
 
 def other_size(images: Tensor) -> Tensor:
-    """The images, repeated at their borders to another height and width."""
+    """Returns the images, repeated at their borders to another height and width."""
     return F.pad(images, (0, 32, 0, 64), mode='replicate')
 
 
 def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> None:
-    """Gives the model a constant of the graph as a buffer that no checkpoint holds."""
+    """Registers a constant of the graph as a buffer of the model that no checkpoint holds."""
     nodes = [n for n in graph.nodes if n.op == 'get_attr' and n.target == target]
     if nodes:
         name = next(f'traced_constant{i}' for i in count() if not hasattr(model, f'traced_constant{i}'))
@@ -181,7 +185,7 @@ def _expect_size(shape: tuple[int, ...], module: nn.Module, args: tuple[Any, ...
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; both are put back."""
+    """Switches to evaluation mode without gradients within the block."""
     was_training = model.training
     model.eval()
     try:

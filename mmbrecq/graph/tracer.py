@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -23,23 +22,30 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.attention import attend
-from mmbrecq.graph.components import components_of
-from mmbrecq.graph.dependence import WatchedValues, dependence, evaluate, flat, shares_memory, tensors_in
+from mmbrecq.graph.components import components_of, pre_hooks
 from mmbrecq.graph.symbolic import (
     IN_PLACE_OPERATORS,
     ConcreteProxy,
     ValueDependentError,
+    WatchedValues,
     caller,
+    dependence,
+    evaluate,
+    flat,
     is_symbolic,
+    shares_memory,
     stand_in,
-)
+    tensors_in,
+)  # fmt: skip
 from mmbrecq.graph.units import is_below
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
 
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
-"""mmcv's and mmpretrain's own leaf modules that ``torch.nn`` has no class for."""
+"""Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
 
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in IN_PLACE_OPERATORS))
 
@@ -49,7 +55,7 @@ class UntraceableError(GraphError):
 
     Args:
         owner: Path of the module; empty where it is the model.
-        reason: What is in the way.
+        reason: The obstacle.
         by_size: Whether its calls follow from the batch size.
     """
 
@@ -61,19 +67,19 @@ class UntraceableError(GraphError):
 class ConcreteTracer(fx.Tracer):
     """Traces the arithmetic of a model without its pre- and post-processing.
 
-    The ``meta`` of every node gets ``example``, its value for ``example``; ``owner``, the dotted path of the module
+    The ``meta`` of every node has ``example``, its value for ``example``; ``owner``, the dotted path of the module
     whose ``forward`` made it; ``depends``, see :func:`dependence`; ``writes``, the nodes whose tensors the operation
-    overwrote; and ``view``, the input in whose memory the result lies. The call of a module gets ``layers``, the paths
+    overwrote; and ``view``, the input in whose memory the result lies. The call of a module has ``layers``, the paths
     of the convolutions and linear layers that it ran.
 
     Args:
-        example (Tensor): The input, preprocessed images ``(N, 3, H, W)`` for one.
+        example (Tensor): The input, such as preprocessed images ``(N, 3, H, W)``.
         forced: Paths of modules to be recorded as one call, each with the reason.
         computing: Paths of convolutions and linear layers that compute something else than their class does.
 
     Attributes:
         opaque: Paths of the modules that are one call of the graph, each with the reason.
-        value_dependent: Those among them whose Python follows from the values of tensors.
+        value_dependent: Paths of the opaque modules whose Python reads values of tensors.
         constants: Tensors that the graph reads and the model does not have.
     """
 
@@ -95,7 +101,7 @@ class ConcreteTracer(fx.Tracer):
 
         Args:
             model: Owner of all modules.
-            entry: Computes with them; its one attribute that is a module, ``model``, is theirs.
+            entry: Module that computes with them; its attribute ``model`` is the owner.
 
         Raises:
             UntraceableError: The model changes its own state.
@@ -117,9 +123,8 @@ class ConcreteTracer(fx.Tracer):
             yield
         finally:
             for component, forward in zip(components, before, strict=True):
-                if forward is None:
-                    del component.forward
-                else:
+                del component.forward
+                if forward is not None:
                     object.__setattr__(component, 'forward', forward)
 
     def _recorded(self, component: nn.Module) -> Callable[..., Any]:
@@ -227,16 +232,27 @@ class ConcreteTracer(fx.Tracer):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
         if node.op != 'call_module':
             return evaluate(node, args, kwargs)
-        path = str(node.target)
+        path, module = str(node.target), self._model.get_submodule(str(node.target))
+        # an opaque module may own layers that it does not run
+        layers = {
+            name: layer
+            for name, layer in module.named_modules(prefix=path)
+            if isinstance(layer, WEIGHTED) and name not in self.computing
+        }
+        called: dict[str, None] = {}
         watch = WatchedValues(list(tensors_in((args, kwargs))))
-        with self._noting_layers(node), watch if path in self.opaque else nullcontext():
-            result = self._model.get_submodule(path)(*args, **kwargs)
+        with (
+            pre_hooks(layers, lambda name, _: called.setdefault(name)),
+            watch if path in self.opaque else nullcontext(),
+        ):
+            result = module(*args, **kwargs)
+        node.meta['layers'] = list(called)
         if watch.are_read:
             self.value_dependent.add(path)
         return result
 
     def _attribute(self, target: str) -> Any:
-        """The attribute of the model, or the constant that was met on the way; a copy that may be overwritten."""
+        """Returns an attribute of the model, or a constant of its code; tensors as copies that may be overwritten."""
         if target not in self._attributes:
             is_constant = hasattr(self.root, target)
             value = getattr(self.root, target) if is_constant else operator.attrgetter(target)(self._model)
@@ -244,22 +260,6 @@ class ConcreteTracer(fx.Tracer):
                 self.constants[target] = value.detach().clone()
             self._attributes[target] = value.detach().clone() if isinstance(value, Tensor) else value
         return self._attributes[target]
-
-    @contextmanager
-    def _noting_layers(self, node: fx.Node) -> Iterator[None]:
-        """Notes which layers the call runs: an opaque module may own some that it does not."""
-        target, called = str(node.target), node.meta.setdefault('layers', [])
-        layers = [
-            (name, module)
-            for name, module in self._model.get_submodule(target).named_modules(prefix=target)
-            if isinstance(module, WEIGHTED) and name not in self.computing
-        ]
-        hooks = [m.register_forward_pre_hook(partial(_note, called, name)) for name, m in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def proxy(self, node: fx.Node) -> Any:
         return stand_in(node, self)
@@ -276,7 +276,7 @@ class ConcreteTracer(fx.Tracer):
 
 
 class _SymbolicSizes(TorchFunctionMode):
-    """Records what torch computes from constants and sizes of the input alone: no proxy of a tensor takes part."""
+    """Records what torch computes from constants and sizes of the input alone, without any proxy of a tensor."""
 
     def __init__(self, tracer: ConcreteTracer) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class _SymbolicSizes(TorchFunctionMode):
 
 @contextmanager
 def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
-    """Puts back the attributes that tracing sets; parameters and buffers must not change at all."""
+    """Restores the attributes that tracing sets; parameters and buffers must not change at all."""
     # buffers and caches that are set lie in dicts
     attributes = [(m, {k: copy(v) if type(v) is dict else v for k, v in vars(m).items()}) for m in entry.modules()]
     state = [(name, t, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
@@ -325,7 +325,7 @@ def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
 def _positional(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, by position where they have one."""
+    """Returns the arguments of a call, by position where they have one."""
     try:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     except TypeError:
@@ -333,13 +333,8 @@ def _positional(
     return bound.args[1:], bound.kwargs
 
 
-def _note(called: list[str], name: str, *call: Any) -> None:
-    if name not in called:
-        called.append(name)
-
-
 def _unpacked(value: Any) -> Any:
-    """The tensors of nested sequences each as a node: only tensors cross from unit to unit."""
+    """Returns nested sequences with a node for each tensor: only tensors cross from unit to unit."""
     if not isinstance(value, fx.Proxy) or not isinstance(value.example, (list, tuple)):
         return value
     items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]

@@ -1,6 +1,6 @@
-"""Cutting a graph into reconstruction units.
+"""Cuts a graph into reconstruction units.
 
-A unit is a run of consecutive nodes, so any cut is executable in order and a unit may have several inputs and outputs.
+A unit consists of consecutive nodes, so any cut is executable in order; it may have several inputs and outputs.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import ConfigError
-from mmbrecq.graph.modules import graph_module
+from mmbrecq.graph.components import graph_module
 
 GRANULARITIES = ('layer', 'block', 'stage', 'net')
 
 
 @dataclass(frozen=True)
 class ReconstructionUnit:
-    """A named run of nodes.
+    """Holds consecutive nodes that are reconstructed together.
 
     Args:
         name: Path of the block, or of the layer.
         module: Computes the unit: ``module(*inputs) -> tuple`` of its outputs.
-        inputs: Names of the values it reads.
+        inputs: Names of the values that it reads.
         outputs: Names of the values that others read, or that leave the network.
         layers: Paths of its quantized convolutions and linear layers.
         quantizers: Names of its activation quantizers.
@@ -38,12 +38,12 @@ class ReconstructionUnit:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether anything in it is."""
+        """Whether it has a quantized layer or a quantizer."""
         return bool(self.layers or self.quantizers)
 
 
 def is_below(path: str, ancestor: str) -> bool:
-    """Whether ``path`` is ``ancestor`` or lies below it; all lies below the empty path."""
+    """Returns whether ``path`` is ``ancestor`` or lies below it; all paths lie below the empty one."""
     return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
@@ -64,32 +64,27 @@ def cut_units(
         layers: Paths of the quantized layers.
         quantizers: Module paths of the activation quantizers.
         blocks: Paths of the blocks.
-        path: Of the head that the graph stands for, empty for the graph of the images; units without a name of their
-            own are named after it, so that no two graphs have units of one name.
+        path: Path of the head that the graph computes, empty for the graph of the images; units without a name of
+            their own are named after it, so that no two graphs have units of one name.
         granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
             ``net`` (everything).
     """
     if granularity not in GRANULARITIES:
         raise ConfigError(f'expected granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}')
-    runs = _merge_shared(_runs(graph, layers, blocks, granularity), layers)
-    builders = [_UnitBuilder(model, run) for run in runs]
+    builders = [_UnitBuilder(model, run) for run in _merge_shared(_runs(graph, layers, blocks, granularity), layers)]
     needed = {name for builder in builders for name in builder.inputs}
-    output = next(n for n in graph.nodes if n.op == 'output')
-    needed |= {n.name for n in output.all_input_nodes}
+    needed |= {n.name for n in next(n for n in graph.nodes if n.op == 'output').all_input_nodes}
     units = []
-    for index, (run, builder) in enumerate(zip(runs, builders, strict=True)):
-        targets = list(dict.fromkeys(str(n.target) for n in run if n.op == 'call_module'))
+    for index, builder in enumerate(builders):
+        targets = list(dict.fromkeys(str(n.target) for n in builder.run if n.op == 'call_module'))
         unit_layers = tuple(layer for t in targets for layer in sorted(layers) if is_below(layer, t))
-        unit_quantizers = tuple(t for t in targets if t in quantizers)
-        own = f'{path}.{granularity}{index}' if path else f'{granularity}{index}'
+        own = f'{path}.{granularity}{index}'.removeprefix('.')
         named = unit_layers[0] if unit_layers and granularity != 'net' else own
-        name = _group_of(run[0], blocks, granularity) or named
-        outputs = tuple(n.name for n in run if n.name in needed and isinstance(n.meta['example'], Tensor))
-        units.append(
-            ReconstructionUnit(
-                name, builder.build(outputs), tuple(builder.inputs), outputs, unit_layers, unit_quantizers
-            )
-        )
+        name = _group_of(builder.run[0], blocks, granularity) or named
+        outputs = tuple(n.name for n in builder.run if n.name in needed and isinstance(n.meta['example'], Tensor))
+        unit_quantizers = tuple(t for t in targets if t in quantizers)
+        inputs, module = tuple(builder.inputs), builder.build(outputs)
+        units.append(ReconstructionUnit(name, module, inputs, outputs, unit_layers, unit_quantizers))
     return units
 
 
@@ -98,11 +93,8 @@ def _group_of(node: fx.Node, blocks: list[str], granularity: str) -> str | None:
         return ''
     if granularity == 'layer':
         return None
-    owner = node.meta.get('owner', '')
-    block = next((b for b in blocks if is_below(owner, b)), None)
-    if block is not None and granularity == 'stage':
-        return block.rpartition('.')[0]
-    return block
+    block = next((b for b in blocks if is_below(node.meta.get('owner', ''), b)), None)
+    return block.rpartition('.')[0] if block is not None and granularity == 'stage' else block
 
 
 def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str) -> list[list[fx.Node]]:
@@ -125,7 +117,7 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
 
 
 def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
-    """Merges the runs between the first and the last call of a layer: what shares weights is reconstructed together."""
+    """Merges the runs between the first and the last call of a layer, since its weight is learned only once."""
     last: dict[str, int] = {}
     for index, run in enumerate(runs):
         for node in run:
@@ -146,8 +138,8 @@ def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.N
 class _UnitBuilder:
     """Copies a run of nodes into a graph of its own.
 
-    Values that are no tensors (sizes, tuples of a split) are computed again where they are read, so only tensors cross
-    from unit to unit.
+    Values that are no tensors (sizes, tuples of a split) are recomputed where they are read, so that only tensors
+    cross from unit to unit.
     """
 
     def __init__(self, model: nn.Module, run: list[fx.Node]) -> None:

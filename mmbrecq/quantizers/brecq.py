@@ -20,7 +20,7 @@ from mmbrecq.graph.merge import merge_branches
 from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_region_head
-from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
@@ -220,7 +220,7 @@ class BRECQQuantizer:
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
         module: Any = model.get_submodule(layer)
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        transposed = isinstance(module, TRANSPOSED)
         per_channel = self.weight.per_channel and not (transposed and module.groups > 1)
         qtype = self.preset.weight_qtype(bits, per_channel, int(transposed), self.weight.symmetric)
         fake_quant = build(FAKE_QUANTS, dict(self.weight.rounding), qtype=qtype, shape=module.weight.shape)

@@ -21,10 +21,9 @@ from mmbrecq.fake_quants.bias import (
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph
+from mmbrecq.graph.tracer import CONVOLUTIONS
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
-
-CONVOLUTIONS = nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run tells its user: ``summary.json``, the table in the terminal and ``report.html``."""
+"""Reports a run: ``summary.json``, the table in the terminal and ``report.html``."""
 
 from mmbrecq.report.html import render_html, write_report
 from mmbrecq.report.summary import Summary

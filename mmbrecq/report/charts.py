@@ -1,4 +1,4 @@
-"""Axes of the report's drawings; the templates draw with them."""
+"""Computes the axes of the report's charts, which the templates draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmbrecq.report.summary import UnitRecord
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from ``low`` to ``high`` between the pixels ``start`` and ``end``."""
+    """Maps values from ``low`` to ``high`` to the pixels from ``start`` to ``end``."""
 
     start: float
     end: float
@@ -25,14 +25,14 @@ class Axis:
 
 
 class LogAxis(Axis):
-    """Whole decades ``10**low .. 10**high``; what is not above 0 stands at the low end."""
+    """Maps whole decades ``10**low .. 10**high``; values that are not above 0 have the pixel of the low end."""
 
     def place(self, value: float) -> float:
         """Returns the pixel of a value."""
         return super().place(math.log10(value) if value > 0 else self.low)
 
     def ticks(self) -> list[float]:
-        """Returns the labelled values; one or two decades would leave the axis nearly bare, many would crowd it."""
+        """Returns the labelled values: more than the decades on a short axis, and fewer on a long one."""
         low, high = int(self.low), int(self.high)
         values = [10.0**exponent for exponent in range(low, high + 1, max(1, math.ceil((high - low) / 8)))]
         if high - low <= 2:
@@ -41,12 +41,12 @@ class LogAxis(Axis):
 
 
 def share(value: float, largest: float) -> float:
-    """Returns ``value`` in percent of ``largest``, from 0 to 100; 0 where that means nothing."""
+    """Returns ``value`` in percent of ``largest``, from 0 to 100; 0 where that is undefined."""
     return 100 * min(max(value / largest, 0.0), 1.0) if largest > 0 and math.isfinite(value) else 0.0
 
 
 def drawable(unit: UnitRecord) -> bool:
-    """Returns whether both losses of a unit have a place on a log axis."""
+    """Returns whether both losses of a unit are positive and finite, as a log axis needs them."""
     return all(math.isfinite(loss) and loss > 0 for loss in (unit.loss_before, unit.loss_after))
 
 

@@ -1,4 +1,4 @@
-"""``report.html`` and ``sensitivity.html``: self-contained pages, written by the templates beside this file."""
+"""Writes ``report.html`` and ``sensitivity.html``: self-contained pages, from the templates beside this file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from markupsafe import Markup
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
 from mmbrecq.report import charts, rows
-from mmbrecq.report.bits import format_cost
+from mmbrecq.report.rows import format_cost
 from mmbrecq.report.summary import Summary, UnitRecord
 from mmbrecq.runs.storage import write_text_atomic
 
-_STEPS = ('prepare', 'calibrate', 'reconstruct', 'evaluate', 'export')
+_PHASES = ('prepare', 'calibrate', 'reconstruct', 'evaluate', 'export')
 _LONGEST_NAME = 34
 
 
@@ -29,9 +29,9 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
     """Returns the page: inline style and SVG, no script, nothing loaded from anywhere.
 
     Args:
-        summary: The run; what it has not measured yet is left out.
-        date: When the run took place, as it shall be shown.
-        folder: The run's, where its pictures are; None for none.
+        summary: The run; results that are missing are left out.
+        date: The displayed date of the run.
+        folder: Folder of the run's pictures; None for no pictures.
     """
     title = ' '.join(part for part in (summary.bits_label, summary.model or Path(summary.config).stem) if part)
     title = title or 'Quantization'
@@ -70,18 +70,18 @@ def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '')
     """Writes :func:`render_html` to ``path``, whole or not at all.
 
     Raises:
-        StorageError: Where the file cannot be written; the previous one survives.
+        StorageError: The file cannot be written; the previous one survives.
     """
     write_text_atomic(render_html(summary, date, Path(path).parent), Path(path))
 
 
 def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> None:
-    """Writes ``sensitivity.html``: what every layer loses at every number of bits, as charts and as tables.
+    """Writes ``sensitivity.html``: the loss of every layer at every number of bits, as charts and as tables.
 
     Raises:
         StorageError: The file cannot be written; the previous one survives.
     """
-    # a float layer loses nothing, so there is nothing to draw
+    # a float layer loses nothing
     losses = {name: table.loss.get(name, {}) for name in table.searched}
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}
     page = _environment().get_template('sensitivity.html').render(
@@ -127,7 +127,7 @@ def _short(name: str) -> str:
 
 
 def _own_layers(unit: UnitRecord) -> str:
-    # The unit's own name in front of each layer would only repeat the first column.
+    # the unit's own name in front of each layer would only repeat the first column
     return ', '.join(layer.removeprefix(f'{unit.name}.') for layer in unit.layers)
 
 
@@ -156,10 +156,10 @@ def _largest(found: list[rows.ResultRow], metric: str) -> float:
 
 
 def _times(summary: Summary) -> list[tuple[str, float]]:
-    parts = [(name, float(getattr(summary.seconds, name))) for name in _STEPS if getattr(summary.seconds, name)]
+    parts = [(name, float(getattr(summary.seconds, name))) for name in _PHASES if getattr(summary.seconds, name)]
     total = summary.seconds.total or 0.0
     rest = total - sum(value for _, value in parts)
-    # Less than one part in a hundred is the clock's reading, not a step.
+    # less than one part in a hundred is the clock's reading
     return parts + ([('other', rest)] if rest > 0.01 * total else [])
 
 

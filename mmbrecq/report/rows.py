@@ -1,4 +1,4 @@
-"""The rows of the result table and the wording of their numbers, shared by terminal and HTML."""
+"""Builds the rows of the result table and formats their numbers, for the terminal and for HTML."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ UNKNOWN = '-'
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One stage of the run.
+    """Holds the results of one stage of the run.
 
     Attributes:
         stage: 'float', 'nearest', 'weights', 'quantized' or 'deployed'.
-        label: Name of the stage, for people.
-        metrics: What the evaluator returned.
-        size: Bytes of the model at this stage; None where it is another file's affair.
+        label: Displayed name of the stage.
+        metrics: The evaluator's metrics.
+        size: Bytes of the model at this stage; None for a deployed file.
         kernels: Kernel count of a deployed stage.
     """
 
@@ -33,7 +33,7 @@ class ResultRow:
 
 
 def runtime_name(runtime: str) -> str:
-    """Returns the runtime's name as its makers write it."""
+    """Returns the displayed name of a runtime."""
     return RUNTIME_NAMES.get(runtime, runtime)
 
 
@@ -87,6 +87,11 @@ def format_bytes(count: int | None) -> str:
         value, unit = value / 1000, larger
     digits = 0 if unit == 'B' or value >= 99.95 else 1 if value >= 9.995 else 2
     return f'{value:.{digits}f} {unit}'
+
+
+def format_cost(value: float, unit: str) -> str:
+    """Returns a cost with its unit; bytes in decimal units."""
+    return format_bytes(round(value)) if unit == 'bytes' else f'{value:.4g} {unit}'.rstrip()
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The content of ``summary.json``: everything a run measured, as typed values.
+"""Holds the content of ``summary.json``: everything a run measured, as typed values.
 
 Each field may still be empty, so that an unfinished run can be saved, read and reported.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.schema import decode, encode
+from mmbrecq.schema import decode, save_json
 
 if TYPE_CHECKING:
     from mmbrecq.quantizers.quantized_model import QuantizedModel
@@ -28,7 +28,7 @@ MetricValues = dict[str, float]
 
 @dataclass
 class Metrics:
-    """What the evaluator returned at each stage of the run; empty while a stage has not been evaluated.
+    """Holds the metrics of each stage of the run; empty while a stage has not been evaluated.
 
     Attributes:
         float: The float model.
@@ -47,7 +47,7 @@ class Metrics:
 
 @dataclass
 class Seconds:
-    """Wall-clock seconds of each step; None while it has not ended."""
+    """Holds the wall-clock seconds of each phase of the run; None while it has not ended."""
 
     prepare: float | None = None
     calibrate: float | None = None
@@ -59,7 +59,7 @@ class Seconds:
 
 @dataclass
 class PeakMemory:
-    """Peak bytes in use, on the host (resident) and on the device (allocated); None where unknown."""
+    """Holds the peak bytes in use, on the host (resident) and on the device (allocated); None where unknown."""
 
     host: int | None = None
     device: int | None = None
@@ -67,7 +67,7 @@ class PeakMemory:
 
 @dataclass
 class ModelSize:
-    """Bytes of the model's parameters, in float and at the bits of the run; None where unknown."""
+    """Holds the bytes of the model's parameters, in float and at the bits of the run; None where unknown."""
 
     float: int | None = None
     quantized: int | None = None
@@ -75,14 +75,14 @@ class ModelSize:
 
 @dataclass
 class UnitRecord:
-    """The reconstruction of one unit.
+    """Records the reconstruction of one unit.
 
     Attributes:
         name: Name of the unit, as the graph has it.
         layers: Names of its conv and linear layers.
         loss_before: Loss with nearest rounding, >= 0.
         loss_after: Loss after the last iteration, >= 0.
-        iterations: Optimisation steps taken.
+        iterations: Number of iterations.
         seconds: Wall-clock seconds.
         phase: 'weights', 'activations', 'joint' or 'network'; empty where a run has one phase only.
         kept_nearest: The loss got worse, so the unit keeps nearest rounding.
@@ -107,7 +107,7 @@ class UnitRecord:
 
 @dataclass
 class LayerBits:
-    """Bits of one layer, 2 to 8: of its weight and of its input activation; None for float."""
+    """Holds the bits of one layer, 2 to 8: of its weight and of its input activation; None for float."""
 
     weight: int | None = None
     activation: int | None = None
@@ -115,7 +115,7 @@ class LayerBits:
 
 @dataclass
 class Calibration:
-    """The calibration draw: number of images, and the file that lists their ids."""
+    """Holds the number of calibration images, and the file that lists their ids."""
 
     num_samples: int = 0
     ids_file: str = ''
@@ -123,7 +123,7 @@ class Calibration:
 
 @dataclass
 class Summary:
-    """The whole of ``summary.json``.
+    """Holds all values of ``summary.json``.
 
     Attributes:
         config: Path of the config file.
@@ -132,18 +132,18 @@ class Summary:
         seed: Seed of the run.
         versions: Package name to version.
         metrics: Results per stage.
-        seconds: Wall-clock time per step.
+        seconds: Wall-clock time of each phase.
         peak_memory_bytes: Peak memory.
         model_size_bytes: Model size.
         units: Reconstructed units, in order.
         bits: Layer name to bits.
-        float_layers: ``'<layer>: why'`` for each conv or linear that stays in float.
-        calibration: The calibration draw.
-        loss: The reconstruction loss, and what it weighs by.
-        warnings: What the user should know, one sentence each.
+        float_layers: ``'<layer>: reason'`` for each convolution or linear layer that stays in float.
+        calibration: The calibration images.
+        loss: The reconstruction loss and its weights.
+        warnings: One sentence for each warning.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
-        search: The choice of bits; None where no search was made.
+        search: The chosen bits; None without a search.
         pictures: Paths, from the run's folder, of pictures of float and quantized predictions.
     """
 
@@ -168,7 +168,7 @@ class Summary:
     pictures: list[str] = field(default_factory=list)
 
     def add_model(self, model: QuantizedModel, size: ModelSize) -> None:
-        """Takes in the layers of a prepared model, their bits, and what of it stays in float or is one call."""
+        """Records the layers of a prepared model, their bits, and the modules that stay in float or are one call."""
         self.bits = {layer.name: LayerBits(layer.weight_bits, layer.activation_bits) for layer in model.layers}
         self.float_layers = [f'{layer.name}: {layer.float_reason}' for layer in model.layers if layer.float_reason]
         self.model_size_bytes = size
@@ -176,10 +176,8 @@ class Summary:
             self.warnings += [f'{path} stays one call: {why}' for path, why in graph.traced.opaque.items()]
 
     def add_unit(self, result: UnitResult) -> None:
-        """Takes in a finished unit."""
-        record = {
-            field.name: getattr(result, field.name) for field in fields(UnitRecord) if hasattr(result, field.name)
-        }
+        """Records a finished unit."""
+        record = {f.name: getattr(result, f.name) for f in fields(UnitRecord) if hasattr(result, f.name)}
         self.units.append(UnitRecord(**{**record, 'layers': list(result.layers), 'phase': result.stage}))
         if result.images_at_once is not None:
             self.warnings.append(
@@ -194,56 +192,37 @@ class Summary:
 
     @property
     def bits_label(self) -> str:
-        """The bits most layers have, as ``'W2A4'``; float is 32; empty while no layer is known.
+        """The bits of most layers, as ``'W2A4'``; float is 32; empty while no layer is known.
 
-        Three or more numbers of bits are more than a first and a last layer that differ: ``'W2-8A4'``.
+        Where layers have three or more numbers of bits, the label is a range: ``'W2-8A4'``.
         """
         if not self.bits:
             return ''
-        weight = _shown_bits([bits.weight for bits in self.bits.values()])
-        activation = _shown_bits([bits.activation for bits in self.bits.values()])
+        weight, activation = (_shown_bits(getattr(b, kind) for b in self.bits.values()) for kind in vars(LayerBits()))
         return f'W{weight}A{activation}'
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that strict JSON can hold; a non-finite number becomes None."""
-        plain: dict[str, Any] = encode(self)
-        return plain
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Summary:
-        """Builds a summary from what :meth:`to_dict` returned; absent keys take their defaults.
-
-        Raises:
-            ConfigError: For an unknown key or a value of the wrong type, naming the key.
-        """
-        summary: Summary = decode(cls, values, 'summary')
-        return summary
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes ``summary.json`` whole or not at all.
 
         Raises:
-            StorageError: Where the file cannot be written; the previous one survives.
+            StorageError: The file cannot be written; the previous one survives.
         """
-        from mmbrecq.runs.storage import write_text_atomic
-
-        write_text_atomic(json.dumps(self.to_dict(), indent=2, allow_nan=False) + '\n', Path(path))
+        save_json(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Summary:
-        """Reads a file written by :meth:`save`.
+        """Reads a file written by :meth:`save`; absent keys have their defaults.
 
         Raises:
-            ConfigError: Where the file cannot be read, is not JSON, or has an unknown or ill-typed key.
+            ConfigError: The file cannot be read, is not JSON, or has an unknown or ill-typed key.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f'{os.fspath(path)}: expected a summary in JSON, but got {error}') from error
-        try:
-            return cls.from_dict(values)
+            summary: Summary = decode(cls, json.loads(Path(path).read_text(encoding='utf-8')), 'summary')
         except ConfigError as error:
             raise ConfigError(f'{os.fspath(path)}: {error}') from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f'{os.fspath(path)}: expected a summary in JSON, but got {error}') from error
+        return summary
 
 
 def _shown_bits(bits: Iterable[int | None]) -> str:

@@ -1,28 +1,32 @@
-"""The table that ends a run in the terminal."""
+"""Prints the results of a run, and the bits that a search has chosen, in the terminal."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmbrecq.mixed_precision.search.bits import SearchResult
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.report.rows import (
     UNKNOWN,
     ResultRow,
     decimals,
     format_bytes,
+    format_cost,
     format_difference,
     format_metric,
     format_ratio,
     metric_names,
     result_rows,
-)
+)  # fmt: skip
 from mmbrecq.report.summary import Summary
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
 SHOWN_METRICS = 3
-"""Metrics that the terminal has room for; the report has all of them."""
+"""Number of metrics in the terminal; the report has all of them."""
 
 
 def render_table(summary: Summary) -> str:
@@ -31,9 +35,6 @@ def render_table(summary: Summary) -> str:
     Args:
         summary: The run; stages not evaluated yet are left out.
     """
-    from rich import box
-    from rich.console import Console
-
     console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
     with console.capture() as capture:
         console.print(_build_table(summary, box.MARKDOWN))
@@ -47,12 +48,8 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
 
     Args:
         summary: The run.
-        console: Where to print; standard output by default.
+        console: The console to print on; standard output by default.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.text import Text
-
     console = console or Console()
     if not console.is_terminal:
         console.file.write(render_table(summary))
@@ -86,14 +83,34 @@ def _caption(summary: Summary) -> str:
     return '; '.join(parts)
 
 
-def _build_table(summary: Summary, box: object) -> Table:
-    from rich.table import Table
-    from rich.text import Text
+def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
+    """Returns a line for every layer, then the predicted loss and the costs beside their budgets."""
+    fixed = {layer.name: layer.bits[0] for layer in table.layers if layer.name not in chosen.bits}
+    width = max(len(layer.name) for layer in table.layers)
+    lines = []
+    for layer in table.layers:
+        bits = (chosen.bits.get(layer.name) if layer.name in chosen.bits else fixed[layer.name]) or 32
+        inputs = chosen.activation_bits.get(layer.name)
+        note = '' if layer.name in chosen.bits else '  as the config has it'
+        note = note if inputs is None else f'  input {inputs} {"#" * inputs}'
+        lines.append(f'{layer.name:<{width}}  {bits:>2} {"#" * min(bits, 8):<8}{note}'.rstrip())
+    counts = Counter('float' if bits is None else bits for bits in chosen.bits.values())
+    shares = ', '.join(f'{count} at {bits}' for bits, count in sorted(counts.items(), key=str))
+    lines += ['', f'bits of {len(chosen.bits)} layers: {shares}']
+    lines.append(f'predicted loss: {chosen.predicted:.4g} ({chosen.kind})')
+    for name, spent in chosen.spent.items():
+        unit = chosen.units[name]
+        budget = f', budget {format_cost(chosen.budgets[name], unit)}' if name in chosen.budgets else ''
+        share = spent / chosen.float_costs[name] if chosen.float_costs[name] else 0.0
+        lines.append(f'{name}: {format_cost(spent, unit)}, {share:.3g}x of float{budget}')
+    return '\n'.join(lines) + '\n'
 
+
+def _build_table(summary: Summary, style: box.Box) -> Table:
     rows = result_rows(summary)
     metrics = metric_names(rows)[:SHOWN_METRICS]
     with_kernels = any(row.kernels for row in rows)
-    table = Table(box=box)  # type: ignore[arg-type]
+    table = Table(box=style)
     table.add_column('stage')
     for metric in metrics:
         table.add_column(Text(metric), justify='right')

@@ -12,6 +12,7 @@ from mmbrecq.mixed_precision.search import SearchResult
 from mmbrecq.report import render_html
 from mmbrecq.report.html import macro
 from mmbrecq.report.summary import Summary
+from mmbrecq.schema import decode, encode
 
 CHOSEN = SearchResult(
     'divergence', {'a': 2, 'b': None}, {'a': 4}, 0.01, 0.02, {'size': '0.5x', 'bitops': '1g'},
@@ -58,5 +59,5 @@ def test_without_a_front_there_is_no_chart() -> None:
 
 def test_the_choice_comes_back_from_the_file_and_stands_in_the_page() -> None:
     summary = Summary(search=CHOSEN)
-    assert Summary.from_dict(summary.to_dict()).search == CHOSEN
+    assert decode(Summary, encode(summary), 'summary').search == CHOSEN
     assert 'Choice of bits' in render_html(summary)

@@ -12,6 +12,7 @@ import pytest
 
 from mmbrecq.errors import ConfigError
 from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary, UnitRecord
+from mmbrecq.schema import decode, encode
 
 SCHEMA = {
     'metrics': {'float', 'nearest', 'weights', 'quantized', 'deployed'},
@@ -23,7 +24,7 @@ SCHEMA = {
 
 
 def test_keys_are_the_documented_ones(summary: Summary) -> None:
-    plain = summary.to_dict()
+    plain = encode(summary)
     rest = {'config', 'seed', 'versions', 'units', 'bits', 'float_layers', 'warnings', 'verify', 'integer_kernels'}
     assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures', 'search'}
     for name, keys in SCHEMA.items():
@@ -39,7 +40,7 @@ def test_keys_are_the_documented_ones(summary: Summary) -> None:
 
 
 def test_round_trip_through_json(summary: Summary) -> None:
-    assert Summary.from_dict(json.loads(json.dumps(summary.to_dict(), allow_nan=False))) == summary
+    assert decode(Summary, json.loads(json.dumps(encode(summary), allow_nan=False)), 'summary') == summary
 
 
 def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
@@ -50,19 +51,19 @@ def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
 
 
 def test_empty_summary_goes_round() -> None:
-    assert Summary.from_dict(Summary().to_dict()) == Summary()
-    assert Summary.from_dict({}) == Summary()
+    assert decode(Summary, encode(Summary()), 'summary') == Summary()
+    assert decode(Summary, {}, 'summary') == Summary()
     assert not Summary().finished
     assert Summary(seconds=Seconds(total=1.0)).finished
 
 
 def test_non_finite_numbers_become_null() -> None:
     unit = UnitRecord('unit', loss_before=math.inf, loss_after=math.nan)
-    plain = Summary(metrics=Metrics(float={'accuracy/top1': math.nan}), units=[unit]).to_dict()
+    plain = encode(Summary(metrics=Metrics(float={'accuracy/top1': math.nan}), units=[unit]))
     json.dumps(plain, allow_nan=False)
     assert plain['metrics']['float'] == {'accuracy/top1': None}
     assert plain['units'][0]['loss_before'] is None
-    back = Summary.from_dict(plain)
+    back = decode(Summary, plain, 'summary')
     assert math.isnan(back.metrics.float['accuracy/top1'])
     assert math.isnan(back.units[0].loss_after)
 
@@ -70,7 +71,7 @@ def test_non_finite_numbers_become_null() -> None:
 def test_numpy_scalars_become_python_numbers() -> None:
     summary = Summary(metrics=Metrics(float={'coco/bbox_mAP': np.float64(0.375), 'coco/n': np.float32(0.5)}))
     summary.seed = np.int64(3)  # type: ignore[assignment]
-    plain = summary.to_dict()
+    plain = encode(summary)
     assert type(plain['seed']) is int
     assert [type(value) for value in plain['metrics']['float'].values()] == [float, float]
     json.dumps(plain)
@@ -78,7 +79,7 @@ def test_numpy_scalars_become_python_numbers() -> None:
 
 def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match='expected a JSON value, but got set'):
-        Summary(warnings={'a'}).to_dict()  # type: ignore[arg-type]
+        encode(Summary(warnings={'a'}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_other_types_are_refused() -> None:
 )
 def test_bad_values_name_the_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Summary.from_dict(values)
+        decode(Summary, values, 'summary')
 
 
 @pytest.mark.parametrize('text', [None, '{"config": ', '[]', '{"sede": 1}'])

@@ -13,8 +13,7 @@ from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends.base import BaseBackend
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError
-from mmbrecq.graph.components import attach, head_file, region_heads
-from mmbrecq.graph.modules import set_forward
+from mmbrecq.graph.components import attach, head_file, region_heads, set_forward
 from mmbrecq.graph.structure import nest_outputs
 from mmbrecq.registry import BACKENDS, EXPORTERS
 

@@ -216,12 +216,19 @@ def _quantize_behind_moves(proto: Any) -> None:
         scale = view.scale(sources[0])
         if scale is None or scale.size != 1 or not all(view.same_grid(sources[0], other) for other in sources):
             continue
-        grid, codes, values = sources[0].inputs[1:], f'{tensor}/codes', f'{tensor}/values'
+        grid, values, codes = sources[0].inputs[1:], f'{tensor}/values', f'{tensor}/codes'
+        quantizer = view.quantizer(sources[0])
+        clip = None if quantizer is None else view.integer_clip(quantizer)
+        bounds = [] if clip is None else clip.inputs[1:]
+        cut = f'{codes}/cut' if bounds else codes
+        new = [('QuantizeLinear', [tensor, *grid], codes), ('DequantizeLinear', [cut, *grid], values)]
+        if bounds:
+            new.insert(1, ('Clip', [codes, *bounds], cut))
         for reader in [layer.node for layer in view.layers() if layer.data == tensor and layer.weight_dq is not None]:
             makers[reader.outputs[0]].input[0] = values
         index = list(proto.graph.node).index(makers[tensor]) + 1
-        for op, inputs, output in (('DequantizeLinear', codes, values), ('QuantizeLinear', tensor, codes)):
-            proto.graph.node.insert(index, helper.make_node(op, [inputs, *grid], [output], name=f'{tensor}/{op}'))
+        for op, inputs, output in reversed(new):
+            proto.graph.node.insert(index, helper.make_node(op, inputs, [output], name=f'{tensor}/{op}'))
 
 
 def _drop_unread(graph: Any) -> None:

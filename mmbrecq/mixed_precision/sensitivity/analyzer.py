@@ -103,7 +103,8 @@ class Analyzer:
             return
         states = self.folder / 'states'
         if states.exists():
-            raise ConfigError(f'expected {self.path} beside {states}, to tell their origin, but there is none')
+            what = f'expected {self.path} beside {states}, to tell what those states are of'
+            raise ConfigError(f'{what}, but there is none')
         model, bits = fewest.model, self.options.bits
         self._check_loss(fewest)
         shapes = layer_shapes(model)
