@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.graph.modules import graph_module
+from mmbrecq.graph.components import graph_module
 
 _CALLS: dict[Any, tuple[float, float]] = {
     F.relu: (0.0, math.inf), torch.relu: (0.0, math.inf), 'relu': (0.0, math.inf), F.relu6: (0.0, 6.0),
