@@ -25,7 +25,7 @@ from mmbrecq.graph.components import (
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, make_layers
-from mmbrecq.graph.normalize import drop_identities, fold_batch_norms
+from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
@@ -148,6 +148,7 @@ def _trace_at_sizes(
     traced.frozen = resolve_sizes(base, more, wider, keep_free=is_map)
     for target, value in base.constants.items():
         _register(model, base.graph, target, value)
+    index_squeezes(base.graph)
     drop_identities(model, base.graph)
     return traced
 
