@@ -26,6 +26,7 @@ class Preset:
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
         conv_outputs: Quantizes the output of every convolution, the network's own outputs excepted.
         equal_concat: All inputs of a concatenation share one scale.
+        quantizes_concat: Quantizes what a layer reads behind a concatenation once more, on a grid of its own.
         spare_weight_bit: Keeps 8-bit weights within 7 bits of their container. Kernels for CPUs without VNNI add two
             products of 8 bits in 16; with weights in -64..63 the sum cannot overflow.
         integer_clip: A grid smaller than its container is cut by a Clip of integers, between Q and DQ, which leaves
@@ -46,6 +47,7 @@ class Preset:
     add_operands: Literal['none', 'shortcut', 'all'] = 'none'
     conv_outputs: bool = False
     equal_concat: bool = True
+    quantizes_concat: bool = False
     spare_weight_bit: bool = False
     integer_clip: bool = True
     bias_apart: Literal['none', 'linear', 'all'] = 'none'
@@ -89,9 +91,25 @@ _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 _ALL = (
     Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
     Preset(
+<<<<<<< HEAD
         'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',
         conv_outputs=True, equal_concat=False, spare_weight_bit=True, bias_apart='linear', bias_rounded=True,
         depthwise_per_channel=True, folds_channel_scales=True,
+=======
+        'onnxruntime',
+        weight_symmetric=True,
+        activation='unsigned',
+        fuses=_RELU,
+        add_operands='all',
+        conv_outputs=True,
+        equal_concat=False,
+        quantizes_concat=True,
+        spare_weight_bit=True,
+        bias_apart='linear',
+        bias_rounded=True,
+        depthwise_per_channel=True,
+        folds_channel_scales=True,
+>>>>>>> uneven
     ),
     Preset(
         'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True

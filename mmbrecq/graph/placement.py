@@ -34,6 +34,7 @@ class QuantizerPosition:
         full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
         per_channel: Whether every channel has a scale of its own.
+        joins: Whether the values lie on several grids, from which 8 bits bring them to one with next to no loss.
     """
 
     name: str
@@ -43,6 +44,7 @@ class QuantizerPosition:
     float_readers: frozenset[fx.Node] = frozenset()
     full_scale: bool = False
     per_channel: bool = False
+    joins: bool = False
 
 
 def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
@@ -61,14 +63,17 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         full_scale = full_scale and not (per_channel and preset.folds_channel_scales)
         name = group[0].name
         positions.append(
-            QuantizerPosition(name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel)
-        )
+            QuantizerPosition(
+                name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel,
+                joins=roles.is_concat(group[0]),
+            )
+        )  # fmt: skip
     return positions
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if not roles.is_tensor(node) or roles.moves_only(node):
-        return False
+        return preset.quantizes_concat and roles.is_concat(node) and _joins_grids(node, roles)
     consumers = list(roles.consumers(node))
     if all(_is_outside(c, preset) for c in consumers) or _is_fused(node, roles, preset):
         return False
@@ -85,6 +90,16 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
         return any(_is_shortcut(node, add, roles) for add in consumers)
     return False
+
+
+def _joins_grids(concat: fx.Node, roles: Roles) -> bool:
+    """Whether a layer reads values of several producers right behind the concatenation."""
+
+    def is_read(node: fx.Node) -> bool:
+        moves = [u for u in node.users if roles.moves_only(u) and not roles.is_concat(u)]
+        return any(map(roles.is_weighted, node.users)) or any(map(is_read, moves))
+
+    return len(set(roles.sources(concat))) > 1 and is_read(concat)
 
 
 def _stays_float(add: fx.Node, roles: Roles) -> bool:

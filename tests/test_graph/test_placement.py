@@ -109,7 +109,8 @@ def test_activation_that_a_target_does_not_fuse(preset: str, expected: list[str]
     [
         ('academic', ['inputs', 'relu1', 'relu2']),
         ('openvino', ['inputs', 'relu1+relu2']),
-        ('onnxruntime', ['inputs', 'relu1', 'relu2']),
+        # what the layer reads has to lie on one grid, but not its parts
+        ('onnxruntime', ['inputs', 'relu1', 'relu2', 'cat']),
         ('tensorrt', ['inputs', 'relu1+relu2']),
     ],
 )
@@ -122,6 +123,19 @@ def test_inputs_of_a_concatenation_share_a_grid(preset: str, expected: list[str]
         forward, conv1=conv(), conv2=conv(), relu1=nn.ReLU(), relu2=nn.ReLU(), pool=nn.MaxPool2d(2), last=conv(8, 2)
     )
     assert targets(places(model, preset)) == expected
+
+
+def test_a_concatenation_is_quantized_where_a_layer_reads_several_values() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        a, b = F.relu(self.conv1(x)), F.relu(self.conv2(x))
+        inner = torch.cat([a, b], 1)
+        same = torch.cat([a, F.max_pool2d(a, 3, 1, 1)], 1)
+        return self.last(F.max_pool2d(torch.cat([inner, b], 1), 2)) + self.side(F.max_pool2d(same, 2))
+
+    model = net(forward, conv1=conv(), conv2=conv(), last=conv(12, 2), side=conv(8, 2))
+    found = places(model, 'onnxruntime')
+    assert targets(found)[:4] == ['inputs', 'relu', 'relu_1', 'cat_2']
+    assert [place.joins for place in found[:4]] == [False, False, False, True]
 
 
 def test_chained_concatenations_share_one_grid() -> None:
@@ -138,7 +152,7 @@ def test_chained_concatenations_share_one_grid() -> None:
 
 @pytest.mark.parametrize(
     ('preset', 'expected'),
-    [('openvino', [('relu+second', False)]), ('onnxruntime', [('relu', True), ('second', False)])],
+    [('openvino', [('relu+second', False)]), ('onnxruntime', [('relu', True), ('second', False), ('cat', False)])],
 )
 def test_rectified_and_signed_values_of_a_concatenation(preset: str, expected: list[tuple[str, bool]]) -> None:
     """ONNX Runtime computes a rectifier within its convolution only where the zero-point is 0."""

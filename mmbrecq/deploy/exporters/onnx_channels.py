@@ -13,45 +13,69 @@ import numpy as np
 from mmbrecq.deploy.verify.onnx_graph import Array, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_openvino import CHANNEL_OPS
 
-_ONE = 'channel_scales/one'
-
 
 def fold_channel_scales(proto: Any) -> None:
-    """Gives every activation quantizer of ``proto`` that has a scale per channel the scale 1, in place.
+    """Gives every quantizer of activations that has a scale per channel, and one zero-point, the scale 1, in place."""
+    from onnx import helper, numpy_helper
 
-    The channels of a quantizer have one zero-point.
-    """
-    view = OnnxGraph(proto, 'the exported graph')
-    makers = {name: node for node in proto.graph.node for name in node.output}
-    weights: dict[str, Array] = {}
-    biases: dict[str, Array] = {}
-    for quantizer in list(view.activation_quantizers()):
-        scale, zero_point = view.scale(quantizer), view.constant(quantizer.input(2))
+    graph, view = proto.graph, OnnxGraph(proto, 'the exported graph')
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = view.constants
+
+    def store(name: str, values: Array) -> str:
+        graph.initializer.append(numpy_helper.from_array(values, name))
+        constants[name] = values
+        return name
+
+    def put(op: str, inputs: list[str], name: str, readers: list[Any], **attributes: Any) -> None:
+        """Lets nodes read ``op`` of a tensor in its place."""
+        node = makers[name] = helper.make_node(op, inputs, [name], name=name, **attributes)
+        graph.node.insert(min(list(graph.node).index(reader) for reader in readers), node)
+
+    def scale_weight(node: Any, factors: Array, name: str) -> None:
+        """Multiplies the scales of a weight; another layer that shares its integers keeps its own."""
+        dq = makers.get(node.input[1])
+        codes, *grid = [node.input[1]] if dq is None else dq.input
+        weight = constants[codes]
+        factors = np.repeat(factors, len(weight) // len(factors))
+        if dq is None:
+            factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
+            node.input[1] = store(f'{name}/weight', (weight * factors).astype(weight.dtype))
+            return
+        scales = (constants[grid[0]] * factors).astype(np.float32)
+        zeros = np.zeros(scales.shape, constants[grid[1]].dtype)
+        inputs = [codes, store(f'{name}/scales', scales), store(f'{name}/zero_points', zeros)]
+        put('DequantizeLinear', inputs, f'{name}/weight', [node], axis=0)
+        node.input[1] = f'{name}/weight'
+
+    for found in list(view.activation_quantizers()):
+        scale, zero_point = view.scale(found), view.constant(found.input(2))
         if scale is None or zero_point is None or not scale.ndim:
             continue
-        assert (zero_point == zero_point[0]).all(), 'channels with zero-points of their own'
-        (dq,), writer = view.dequantizers(quantizer), _writer(view, quantizer)
-        layers = _depthwise_readers(view, dq, scale.size)
-        for layer in layers:
-            multiplier = _channels(view, layer) // scale.size
-            weights[layer.outputs[0]] = weights.get(layer.outputs[0], 1.0) * np.repeat(scale, multiplier)
-        if writer is not None:
-            weights[writer.outputs[0]] = weights.get(writer.outputs[0], 1.0) / scale
-            biases[writer.outputs[0]] = 1.0 / scale
-        shape = (-1, *[1] * len((writer or layers[0]).attributes['kernel_shape']))
-        given = _store(proto.graph, f'{quantizer.name}/scales', scale.reshape(shape).astype(np.float32))
+        quantizer, dq = (makers[node.outputs[0]] for node in (found, *view.dequantizers(found)))
+        name, writer, layers = found.name, _writer(view, found), _readers(view, dq.output[0], scale.size)
+        rank = len((writer or layers[0]).attributes['kernel_shape'])
+        divisor = store(f'{name}/scales', scale.astype(np.float32).reshape(-1, *[1] * rank))
         if writer is None:
-            _insert(proto.graph, 'Div', quantizer.input(0), given, [makers[quantizer.outputs[0]]])
+            put('Div', [quantizer.input[0], divisor], f'{name}/Div', [quantizer])
+            quantizer.input[0] = f'{name}/Div'
+        else:
+            node = makers[writer.outputs[0]]
+            scale_weight(node, 1 / scale, f'{node.name}/output')
+            if writer.input(2):
+                bias = (constants[node.input[2]] / scale).astype(np.float32)
+                node.input[2] = store(f'{node.name}/output/bias', bias)
+        for layer in layers:
+            scale_weight(makers[layer.outputs[0]], scale, f'{layer.name}/input')
         if not layers:
-            _insert(
-                proto.graph, 'Mul', dq.outputs[0], given, [makers[n.outputs[0]] for n in view.consumers(dq.outputs[0])]
-            )
-        zero = _store(proto.graph, f'{quantizer.name}/zero_point', zero_point[0])
-        for node in (makers[quantizer.outputs[0]], makers[dq.outputs[0]]):
-            node.input[1:] = [_store(proto.graph, _ONE, np.ones((), np.float32)), zero]
+            readers = [node for node in graph.node if dq.output[0] in node.input]
+            put('Mul', [dq.output[0], divisor], f'{name}/Mul', readers)
+            for node in readers:
+                node.input[:] = [f'{name}/Mul' if tensor == dq.output[0] else tensor for tensor in node.input]
+        grid = [store(f'{name}/scale', np.ones((), np.float32)), store(f'{name}/zero_point', np.asarray(zero_point[0]))]
+        for node in (quantizer, dq):
+            node.input[1:] = grid
             node.attribute.remove(next(a for a in node.attribute if a.name == 'axis'))
-    for output, factor in weights.items():
-        _scale_layer(proto.graph, view, makers, output, factor, biases.get(output))
 
 
 def _writer(view: OnnxGraph, quantizer: Node) -> Node | None:
@@ -62,10 +86,9 @@ def _writer(view: OnnxGraph, quantizer: Node) -> Node | None:
     return node if alone and node is not None and node.op == 'Conv' else None
 
 
-def _depthwise_readers(view: OnnxGraph, dq: Node, channels: int) -> list[Node]:
-    """The depthwise convolutions that read what ``dq`` writes, where nothing else does; else none."""
-    layers: list[Node] = []
-    readers = list(view.consumers(dq.outputs[0]))
+def _readers(view: OnnxGraph, values: str, channels: int) -> list[Node]:
+    """The depthwise convolutions that read a tensor, where nothing else does; else none."""
+    layers, readers = [], list(view.consumers(values))
     for reader in readers:
         if reader.op in CHANNEL_OPS:
             readers += view.consumers(reader.outputs[0])
@@ -74,54 +97,3 @@ def _depthwise_readers(view: OnnxGraph, dq: Node, channels: int) -> list[Node]:
         elif reader.op != 'Shape':
             return []
     return layers
-
-
-def _channels(view: OnnxGraph, layer: Node) -> int:
-    maker, name = view.producer(layer.input(1)), layer.input(1)
-    return len(view.constants[name if maker is None else maker.input(0)])
-
-
-def _scale_layer(
-    graph: Any, view: OnnxGraph, makers: dict[str, Any], output: str, weight: Array, bias: Array | None
-) -> None:
-    """Multiplies the output channels of a convolution's weight and bias by factors; its integers stay."""
-    from onnx import helper
-
-    node = makers[output]
-    dq = makers.get(node.input[1])
-    if dq is None:
-        values = view.constants[node.input[1]]
-        factor = weight.reshape(-1, *[1] * (values.ndim - 1))
-        node.input[1] = _store(graph, f'{node.name}/weight', (values * factor).astype(values.dtype))
-    else:
-        scale = (view.constants[dq.input[1]] * weight).astype(np.float32)
-        zero = np.broadcast_to(view.constants[dq.input[2]], scale.shape)
-        inputs = [dq.input[0], _store(graph, f'{node.name}/scale', scale), dq.input[2]]
-        if zero.shape != view.constants[dq.input[2]].shape:
-            inputs[2] = _store(graph, f'{node.name}/zero_point', zero)
-        name = f'{node.name}/dequantized'
-        new = helper.make_node('DequantizeLinear', inputs, [name], name=name, axis=0)
-        graph.node.insert(list(graph.node).index(node), new)
-        node.input[1] = name
-    if bias is not None and len(node.input) > 2:
-        values = view.constants[node.input[2]]
-        node.input[2] = _store(graph, f'{node.name}/bias', (values * bias).astype(values.dtype))
-
-
-def _store(graph: Any, name: str, values: Array) -> str:
-    """Adds an initializer, once, and returns its name."""
-    from onnx import numpy_helper
-
-    if all(tensor.name != name for tensor in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values).reshape(np.shape(values)), name))
-    return name
-
-
-def _insert(graph: Any, op: str, values: str, scales: str, readers: list[Any]) -> None:
-    """Puts ``op`` between a tensor and ``readers`` of it."""
-    from onnx import helper
-
-    new = helper.make_node(op, [values, scales], [f'{scales}/{op}'], name=f'{scales}/{op}')
-    graph.node.insert(min(list(graph.node).index(reader) for reader in readers), new)
-    for reader in readers:
-        reader.input[:] = [new.output[0] if name == values else name for name in reader.input]

@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from small_models import classifier, conv, images, net, packed, residual, run
 from torch import Tensor, nn
 
+from mmbrecq.deploy.backends import KernelCount
 from mmbrecq.deploy.backends.onnxruntime import ONNXRuntimeBackend
 from mmbrecq.deploy.exporters import ONNXExporter
 from mmbrecq.deploy.exporters.base import count_quantized_calls
@@ -196,3 +197,23 @@ def test_model_stays_as_it_was(tmp_path: Path) -> None:
     ONNXExporter().export(model.image_graph, images(2), tmp_path)
     assert all(torch.equal(value, state[name]) for name, value in model.model.state_dict().items())
     torch.testing.assert_close(run(model, images()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_layers_behind_concatenations_run_in_integers(tmp_path: Path, bits: int) -> None:
+    """Of rectified and signed values, and behind a pooling: see :func:`mmbrecq.graph.placement._joins_grids`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = torch.cat([F.relu(self.left(x)), self.right(x)], 1)
+        y = torch.cat([y, F.relu(self.middle(y))], 1)
+        return self.fc(self.last(F.max_pool2d(y, 2)).mean((2, 3)))
+
+    model = net(
+        forward, stem=conv(), left=conv(4, 4), right=conv(4, 4), middle=conv(8, 4), last=conv(12, 4), fc=nn.Linear(4, 5)
+    )
+    model = packed(model, 'onnxruntime', 8, bits)
+    path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
+    backend, x = ONNXRuntimeBackend(path, num_threads=1), images(4, seed=1)
+    assert backend.integer_kernels() == KernelCount(6, 6)
+    assert moved_images(backend(x)[0], run(model, x)) == moved_images(as_written(path, x)[0], run(model, x)) == 0
