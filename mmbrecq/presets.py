@@ -91,25 +91,9 @@ _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 _ALL = (
     Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
     Preset(
-<<<<<<< HEAD
         'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',
-        conv_outputs=True, equal_concat=False, spare_weight_bit=True, bias_apart='linear', bias_rounded=True,
-        depthwise_per_channel=True, folds_channel_scales=True,
-=======
-        'onnxruntime',
-        weight_symmetric=True,
-        activation='unsigned',
-        fuses=_RELU,
-        add_operands='all',
-        conv_outputs=True,
-        equal_concat=False,
-        quantizes_concat=True,
-        spare_weight_bit=True,
-        bias_apart='linear',
-        bias_rounded=True,
-        depthwise_per_channel=True,
-        folds_channel_scales=True,
->>>>>>> uneven
+        conv_outputs=True, equal_concat=False, quantizes_concat=True, spare_weight_bit=True, bias_apart='linear',
+        bias_rounded=True, depthwise_per_channel=True, folds_channel_scales=True,
     ),
     Preset(
         'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True

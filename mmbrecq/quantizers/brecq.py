@@ -154,17 +154,8 @@ class BRECQQuantizer:
         position_bits = self._position_bits(position.layers, bits)
         if position_bits is None:
             return []
-<<<<<<< HEAD
         name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
-        path = self._add_quantizer(traced.model, name, position, position_bits)
-=======
-        name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
-        position_bits = MAX_BITS if position.joins else position_bits
-        path = self._add_quantizer(
-            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
-            position.per_channel,
-        )  # fmt: skip
->>>>>>> uneven
+        path = self._add_quantizer(traced.model, name, position, MAX_BITS if position.joins else position_bits)
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
