@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -47,6 +48,7 @@ from mmbrecq.quantizers import BRECQQuantizer, QuantizedGraph, QuantizedModel
 CONTEXT = multiprocessing.get_context('fork')
 """Rows start from what this process has imported, which takes longer than most rows."""
 
+FOLDER = r'/\S*/(?=model)'
 PRESETS = ('openvino', 'onnxruntime', 'tensorrt')
 BATCHES = (1, 3)
 AGREES, NOISE, TIMES = 1e-4, 3e-6, 10
@@ -106,7 +108,7 @@ class Row:
         deviation += f' ({self.noise:.0e})' if self.deviation else ''
         kernels = f'{self.integer} of {self.counted}' if self.counted else ''
         floats = [f'{count} run in float: {why}' for why, count in self.float_kernels.items()]
-        outcome = f'{self.outcome}: {self.message}' if self.message else self.outcome
+        outcome = f'{self.outcome}: {re.sub(FOLDER, "", self.message)}' if self.message else self.outcome
         return [
             self.model, self.preset, f'{self.quantized} of {self.layers}', str(self.units),
             '; '.join([*self.remarks, *floats]), self.verify, deviation, kernels, outcome,

@@ -1,4 +1,4 @@
-"""Quantization of any ``nn.Module`` in Python: :func:`quantize` and :func:`load`.
+"""Quantizes any ``nn.Module`` in Python: :func:`quantize` and :func:`load`.
 
 Example:
     >>> import torch, mmbrecq
@@ -39,25 +39,21 @@ METHODS: dict[str, tuple[str, dict[str, int]]] = {
     'qdrop': ('QDropReconstructor', {'joint': 1}),
     'nearest': ('NearestReconstructor', {}),
 }
-"""The reconstructor of each method, and by what the iterations of each of its passes are divided."""
+"""The reconstructor of each method, and the divisors of the iterations of its passes."""
 
 EXPORTERS: dict[str, type[BaseExporter]] = {'.onnx': ONNXExporter, '.xml': OpenVINOExporter}
-TARGETS: dict[str, type[BaseExporter]] = {
-    'openvino': OpenVINOExporter,
-    'onnxruntime': ONNXExporter,
-    'tensorrt': ONNXExporter,
-}
-"""The exporter that the rehearsal of each preset uses; ``academic`` has no target."""
+TARGETS = {'openvino': '.xml', 'onnxruntime': '.onnx', 'tensorrt': '.onnx'}
+"""The format in which the rehearsal of each preset exports; ``academic`` has no target."""
 
 
 class Quantized:
-    """A quantized model, as :func:`quantize` and :func:`load` return it.
+    """Holds a quantized model that :func:`quantize` or :func:`load` returned.
 
     Attributes:
         model (QuantizedModel): The packed model with its graphs.
         quantizer (dict): Config of the quantizer that prepared it.
-        results (list[UnitResult]): One for each reconstructed unit and pass.
-        deviations (list[Deviation]): How far the last exported file lies from the simulation.
+        results (list[UnitResult]): Results of each reconstructed unit and pass.
+        deviations (list[Deviation]): Deviations of the last exported file from the simulation.
     """
 
     def __init__(self, model: QuantizedModel, quantizer: Mapping[str, Any], results: Sequence[UnitResult] = ()) -> None:
@@ -67,15 +63,11 @@ class Quantized:
 
     @property
     def layers(self) -> list[LayerInfo]:
-        """Every convolution and linear layer: its bits, its unit, or why it stayed in float."""
+        """Bits and unit of every convolution and linear layer, or the reason why it stayed in float."""
         return self.model.layers
 
     def __call__(self, images: Tensor) -> Any:
-        """Computes the simulated outputs, with the structure of the float model's.
-
-        Args:
-            images (Tensor): Preprocessed images, ``(N, C, H, W)``.
-        """
+        """Computes the simulated outputs of preprocessed images, ``(N, C, H, W)``, as the float model returns them."""
         with torch.no_grad():
             return self.model(images)
 
@@ -107,11 +99,7 @@ class Quantized:
         return paths
 
     def save(self, path: str | Path) -> None:
-        """Writes the integers, scales and biases, and what :func:`load` needs to prepare the float model alike.
-
-        Args:
-            path: The file.
-        """
+        """Writes the integers, scales and biases, and the options with which :func:`load` prepares the float model."""
         pipeline.save(self.model, Path(path), self.quantizer)
 
 
@@ -132,29 +120,35 @@ def quantize(
     """Quantizes a model for a target.
 
     The model is prepared and rehearsed first: a copy is rounded to nearest, exported, verified, and compared in its
-    runtime, so that what the target cannot have is an error within seconds.
+    runtime, so that an operation that the target lacks is an error within seconds.
 
     Args:
         model: A float model that computes with tensors; it is not changed.
-        images: Preprocessed calibration images, ``(N, C, H, W)``, or an iterable of batches of them; of a batch that is
-            a tuple or a list the first item counts.
+        images: Preprocessed calibration images, ``(N, C, H, W)``, or an iterable of batches of them; the first item of
+            a batch that is a tuple or a list.
         preset: ``openvino``, ``onnxruntime``, ``tensorrt`` or ``academic``.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; None leaves activations in float.
         method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together; ``nearest`` rounds to nearest
             and corrects biases.
-        iterations: Of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the defaults,
-            20,000 and 5,000.
-        seed: Of all random draws.
+        iterations: Iterations of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the
+            defaults, 20,000 and 5,000.
+        seed: Seed of all random draws.
         quantizer: More options of :class:`~mmbrecq.quantizers.BRECQQuantizer`.
         reconstructor: More options of the reconstructor.
-        callbacks: Are told of every unit.
+        callbacks: Callbacks that observe every unit.
 
     Raises:
         ConfigError: An option is unknown or out of range.
         DataError: There are no images, or images of several sizes.
         GraphError: The model cannot be traced, or has heads that read regions.
-        ExportError: The target cannot have the model.
+        ExportError: The target cannot run the model.
+
+    Example:
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(4, 3, 8, 8)
+        >>> quantized = quantize(model, images, weight_bits=4, method='nearest', quantizer={'first_last_8bit': False})
+        >>> quantized.layers[0].weight_bits
+        4
     """
     if method not in METHODS:
         raise ConfigError(f'expected method to be one of {list(METHODS)}, but got {method!r}')
@@ -163,7 +157,7 @@ def quantize(
     reconstruction = _reconstructor(method, iterations, reconstructor)
     tensor = collect(images, next(iter(model.parameters()), torch.empty(0)).device)
     if preset in TARGETS:
-        pipeline.rehearse(model, tensor, builder, [TARGETS[preset]()])
+        pipeline.rehearse(model, tensor, builder, [EXPORTERS[TARGETS[preset]]()])
     quantized = pipeline.prepare(copy.deepcopy(model).eval(), tensor, builder)
     if quantized.region_graphs:
         raise GraphError(
@@ -182,7 +176,7 @@ def quantize(
 
 
 def load(path: str | Path, model: nn.Module) -> Quantized:
-    """Loads what :meth:`Quantized.save` or ``tools/ptq.py`` wrote.
+    """Loads a file of :meth:`Quantized.save` or ``tools/ptq.py``.
 
     Args:
         path: The file.
@@ -200,21 +194,19 @@ def collect(images: Tensor | Iterable[Any], device: torch.device) -> Tensor:
     """Returns calibration images as one tensor ``(N, C, H, W)`` on ``device``.
 
     Raises:
-        DataError: There are none, they are no tensors, or differ in shape.
+        DataError: There are no images, they are no tensors, or they differ in shape.
         NonFiniteError: A value is NaN or infinite.
     """
     batches = [images] if isinstance(images, Tensor) else [b[0] if isinstance(b, (tuple, list)) else b for b in images]
-    if not batches:
-        raise DataError('expected calibration images, but got none')
     for batch in batches:
         if not isinstance(batch, Tensor) or batch.dim() < 2 or batch.shape[1:] != batches[0].shape[1:]:
             found = f'{tuple(batch.shape)}' if isinstance(batch, Tensor) else f'a {type(batch).__name__}'
             raise DataError(f'expected batches of images of one size, (N, C, H, W), but got {found}')
+    if not sum(map(len, batches)):
+        raise DataError('expected calibration images, but got none')
     joined = torch.cat([batch.detach() for batch in batches]).to(device)
     if not bool(torch.isfinite(joined).all()):
         raise NonFiniteError('expected finite pixels, but got NaN or infinity among the calibration images')
-    if not len(joined):
-        raise DataError('expected calibration images, but got none')
     return joined
 
 

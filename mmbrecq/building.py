@@ -123,7 +123,7 @@ _WORDS: dict[Any, str] = {
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type hint; numbers have ranges, which their owners check."""
+    """Returns whether a value is of a type hint; numbers have ranges, which their owners check."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin in (types.UnionType, Union):
         return any(_fits(arg, value) for arg in args)
@@ -150,14 +150,10 @@ def check_integer(value: Any, least: int, where: str) -> None:
 
 
 def explain_build_error(error: BaseException) -> str:
-    """Says in one line what went wrong while one of mmengine's registries built a config.
+    """Describes in one line an error of one of mmengine's registries, or of the constructor that it called.
 
-    Args:
-        error: From a registry, or from the constructor of what it built.
-
-    Returns:
-        For an unknown type the valid ones, the closest where they are more than 30; for an unknown option the valid
-        ones; else the exception's own words.
+    The line names the valid types for an unknown one, the closest if they are more than 30, and the valid options for
+    an unknown one; otherwise it is the error's own text.
     """
     # a KeyError shows the repr of its text
     text = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

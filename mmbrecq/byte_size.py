@@ -1,4 +1,4 @@
-"""Numbers of bytes, as a config and a message give them."""
+"""Parses, formats and computes numbers of bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parse_bytes(value: int | str, where: str) -> int:
 
 
 def show_bytes(count: float) -> str:
-    """A size in binary units with three digits, as ``'1.46 GiB'``."""
+    """Returns a size in binary units with three digits, as ``'1.46 GiB'``."""
     value, unit = float(count), 'B'
     for larger in ('KiB', 'MiB', 'GiB', 'TiB'):
         if value < 999.5:

@@ -1,7 +1,7 @@
-"""The packages that mmbrecq stands on, and the versions that it accepts.
+"""Checks the packages that mmbrecq needs, and their versions.
 
 The mm* packages are no hard requirement of the distribution, as in all of OpenMMLab: ``mmcv`` comes as ``mmcv``, as
-``mmcv-lite`` or from a drop-in fork of the same import name. So the imported module is asked for its version, never the
+``mmcv-lite`` or from a fork of the same import name. So the version is read from the imported module, never from the
 metadata of a distribution.
 """
 
@@ -47,13 +47,7 @@ OPTIONAL = {
 
 
 def require(name: str) -> ModuleType:
-    """Imports a package and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
-
-    Args:
-        name: Import name.
-
-    Returns:
-        The imported module.
+    """Imports and returns a package, and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
 
     Raises:
         DependencyError: The package is missing, broken, or of a version that mmbrecq does not accept.
@@ -83,7 +77,7 @@ def check_dependencies() -> None:
 
 
 def _accepts(versions: str, version: str | None) -> bool:
-    """Whether ``version`` lies in the range ``versions``; builds such as ``2.11.0+cu130`` and pre-releases count."""
+    """Returns whether ``version`` lies in the range ``versions``, builds such as ``2.11.0+cu130`` included."""
     if version is None:
         return False
     try:

@@ -1,6 +1,6 @@
-"""Several processes that work as one: each has a share of the images, and their results are combined.
+"""Lets several processes work as one: each has a share of the images, and their results are combined.
 
-Thin functions over mmengine's; in a single process each does nothing, or returns its argument.
+The functions are thin ones over mmengine's; in a single process each does nothing, or returns its argument.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ _STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
 
 
 def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> None:
-    """Joins the processes of a launcher: on GPUs as mmengine does it, on CPUs through gloo.
+    """Joins the processes of a launcher, on GPUs as mmengine does, on CPUs through gloo.
 
-    Args:
-        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
-        options: The config's ``env_cfg.dist_cfg``: backend, timeout in seconds.
-
-    Raises:
-        ConfigError: The launcher did not start this process.
+    ``options`` are the config's ``env_cfg.dist_cfg``; ConfigError if the launcher did not start this process.
     """
     if launcher == 'none' or torch_dist.is_initialized():
         return
@@ -64,13 +59,13 @@ def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> N
 
 
 def leave_processes() -> None:
-    """Ends what :func:`join_processes` began; without it torch complains at the end."""
+    """Leaves the processes that :func:`join_processes` joined; torch warns at exit without it."""
     if torch_dist.is_available() and torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
 
 def process_count() -> int:
-    """Returns the number of processes, 1 where there is one alone."""
+    """Returns the number of processes."""
     return int(dist.get_dist_info()[1])
 
 
@@ -85,13 +80,13 @@ def processes_here() -> int:
 
 
 def share_of(count: int) -> range:
-    """Returns the indices, of ``count``, of this process; shares are runs that differ by one in length at most."""
+    """Returns the indices, of ``count``, of this process; the lengths of shares differ by one at most."""
     processes, own = process_count(), process_index()
     return range(count * own // processes, count * (own + 1) // processes)
 
 
 def aligned_batches(count: int, size: int, first: int = 0) -> list[slice]:
-    """Returns slices of a share that cut the whole into batches of ``size`` where one process would.
+    """Returns slices of a share into batches of ``size`` that end where those of a single process would.
 
     Args:
         count: Length of the share.
@@ -144,11 +139,6 @@ def average(tensors: Iterable[Tensor | None]) -> None:
     dist.all_reduce(message, op='mean')
     for tensor, mean in zip(present, message.split([tensor.numel() for tensor in present]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-def largest(value: int) -> int:
-    """Returns the largest ``value`` of all processes."""
-    return max(gather(value))
 
 
 def copy_from_main(model: nn.Module) -> None:

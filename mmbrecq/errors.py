@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend; each message is one sentence that names the file, key or layer."""
+"""Defines the errors that a user can mend; each message is one sentence that names the file, key or layer."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class BudgetError(MMBrecqError):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's text that says something, without a final full stop; the type of one without text."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    """Returns the first line of an error's text that has content, without a final full stop, or else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OpenVINO opens each message with the C++ source line that raised it
-    telling = [line for line in lines if line and not line.startswith(('Exception from', 'Check '))]
-    return (telling or [line for line in lines if line] or [type(error).__name__])[0].rstrip('.')
+    content = [line for line in lines if not line.startswith(('Exception from', 'Check '))]
+    return (content or lines or [type(error).__name__])[0].rstrip('.')

@@ -1,4 +1,4 @@
-"""Uniform affine quantization as pure functions.
+"""Computes uniform affine quantization in pure functions.
 
 The grid is ``x_hat = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale``
 (Jacob et al., CVPR 2018, eq. 1; rounding is half to even, as ONNX's QuantizeLinear has it).
@@ -28,9 +28,9 @@ def expand(values: Tensor, dim: int, ch_axis: int | None) -> Tensor:
 def short_scale(scale: Tensor) -> Tensor:
     """Returns the nearest scale with 8 significant bits, as bfloat16 has them; same shape and dtype.
 
-    A product of two such scales takes 16 of float32's 24 bits. A sum of products of low-bit integers, up to 256 in
-    value, fits the rest, and is then exact in whatever order a runtime adds it up. Otherwise its last bit depends on
-    the order, and takes some values to the other side of a rounding boundary.
+    A product of two such scales has 16 of float32's 24 bits. A sum of products of low-bit integers, up to 256 in
+    value, fits the rest, and is then exact in any order of addition. Otherwise its last bit depends on the order, and
+    moves some values to the other side of a rounding boundary.
     """
     return scale.bfloat16().to(scale.dtype)
 
@@ -53,7 +53,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) ->
 
 
 def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point of the grid that covers ``[low, high]`` and represents 0 exactly.
+    """Returns scale and zero-point of the grid that covers ``[low, high]`` and represents 0 exactly.
 
     Args:
         low (Tensor): Smallest real value, ``()`` or ``(C,)``.
@@ -80,10 +80,10 @@ def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, 
 
 
 def shared_affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
-    """Scales of channels that share their zero-point; the rest as in :func:`affine_from_range`, of ``(C,)`` each.
+    """Returns scales of channels that share their zero-point, see :func:`affine_from_range`; both are ``(C,)``.
 
-    Of all zero-points it takes the one whose scales, squared and each over what its channel alone would have, have the
-    least sum. No scale is below 2^-16 of the largest: other numbers are divided by it.
+    The zero-point minimises the sum of squared scales, each relative to the scale of its channel alone. No scale is
+    below 2^-16 of the largest, since other numbers are divided by it.
     """
     alone, zero_point = affine_from_range(low, high, qtype)
     floor = alone.max() * 2.0**-16

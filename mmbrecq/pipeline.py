@@ -1,8 +1,8 @@
-"""The sequence of post-training quantization, one function for each step; each can be used alone.
+"""Runs post-training quantization, one function for each phase; each can be used alone.
 
     prepare -> check -> calibrate -> reconstruct -> pack -> export -> compare
 
-``tools/ptq.py``, :func:`mmbrecq.quantize`, the analysis of sensitivities and the benchmarks all call these functions.
+``tools/ptq.py``, :func:`mmbrecq.quantize`, the analysis of sensitivities and the benchmarks call these functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mmbrecq.calibration.calibrator import (
     calibrate_regions,
     calibrate_weights,
     observing,
-)
+)  # fmt: skip
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data.images import example_of
 from mmbrecq.deploy.backends.factory import DeployedModel
@@ -55,7 +55,7 @@ from mmbrecq.runs.storage import save_atomic
 
 
 def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> QuantizedModel:
-    """Traces a model, folds and places, and checks that the graph computes what the model computed.
+    """Traces a model, inserts its quantizers, and checks that the graph computes the model's outputs.
 
     Args:
         model: A float model; it is changed in place.
@@ -67,6 +67,15 @@ def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> Quan
 
     Raises:
         GraphError: The model cannot be traced, or its graph computes something else; the first layer is named.
+
+    Example:
+        >>> from mmbrecq.quantizers import BRECQQuantizer
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(4, 3, 8, 8)
+        >>> prepared = prepare(model, images, BRECQQuantizer({'bits': 4, 'rounding': {'type': 'NearestRounding'}}))
+        >>> calibrate_weights(prepared)
+        >>> pack(prepared)
+        >>> tuple(prepared(images).shape)
+        (4, 4, 6, 6)
     """
     example = example_of(images)
     references = [take_reference(model, example)]
@@ -125,7 +134,7 @@ def reconstruct(
 
 
 def pack(model: QuantizedModel) -> None:
-    """Puts integers in the place of float weights; the model computes its quantized outputs from here on."""
+    """Replaces float weights by integers; the model computes its quantized outputs from then on."""
     model.pack()
 
 
@@ -146,14 +155,14 @@ def export(model: QuantizedModel, exporter: BaseExporter, images: Tensor, folder
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal has found.
+    """Holds the results of a rehearsal.
 
     Args:
         model: The packed copy that was exported.
-        deviations: How far each exported file lies from its simulation.
+        deviations: Deviations of each exported file from its simulation.
         kernels: Integer kernels by the name of the runtime.
-        plan: Memory of a whole reconstruction, and where activations are cached; None where it was not asked for.
-        seconds: What a whole reconstruction will take, likewise.
+        plan: Memory of a whole reconstruction and location of its cache; None without a forecast.
+        seconds: Time of a whole reconstruction; None without a forecast.
     """
 
     model: QuantizedModel
@@ -171,14 +180,14 @@ def rehearse(
     reconstructor: BaseReconstructor | None = None,
     count: int | None = None,
 ) -> Rehearsal:
-    """Does the whole work once on a copy and a few images, so that what cannot be done is told before hours are spent.
+    """Runs the pipeline on a copy and a few images, so that an obstacle is found within seconds.
 
     The copy is prepared, calibrated to the range of its values, rounded to nearest, exported, verified, opened in its
     runtime and compared with the simulation for one and for three images.
 
     Args:
         model: The float model; it stays as it is.
-        images (Tensor): Preprocessed calibration images. Four at most are passed through the model.
+        images (Tensor): Preprocessed calibration images, of which four are used.
         quantizer: Decides grids and units.
         exporters: Write the files, which are removed again.
         reconstructor: Memory and time of its passes are forecast, the time from a few iterations of the first unit;
@@ -186,7 +195,7 @@ def rehearse(
         count: Number of calibration images that the forecast is for; None for that of ``images``.
 
     Raises:
-        MMBrecqError: The model, the preset and the runtime do not go together; the first obstacle is named.
+        MMBrecqError: The model, the preset and the runtime are incompatible; the first obstacle is named.
     """
     count, images = len(images) if count is None else count, images[:4]
     quantized = prepare(copy.deepcopy(model), images, quantizer)
@@ -217,7 +226,7 @@ def rehearse(
 
 
 def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstructor, iterations: int = 4) -> float:
-    """Seconds of all passes, from a few iterations of the first unit with weights."""
+    """Returns the seconds of all passes, extrapolated from a few iterations of the first unit with weights."""
     graph, stage = model.image_graph, reconstructor.stages[0]
     unit = next(unit for unit in stage_units(graph, stage) if unit.layers)
     values = {node.name: node.meta['example'] for node in graph.traced.graph.nodes if 'example' in node.meta}
@@ -272,9 +281,9 @@ def load(
 
     Args:
         model: The float model; it is changed in place.
-        path: What :func:`save` wrote.
+        path: A file of :func:`save`.
         quantizer: Config of the quantizer; None for the one that the file names.
-        own_bits: Whether layers have the bits that the file names, in the place of the config's.
+        own_bits: Whether layers have the bits that the file names instead of the config's.
 
     Raises:
         CheckpointError: The file is no quantized checkpoint, or of another model or quantizer.

@@ -1,6 +1,6 @@
-"""What each deployment target demands of grids and of the places where activations are quantized.
+"""Defines the rules of each deployment target for grids and for the positions of activation quantizers.
 
-A preset is chosen before calibration, because placement and symmetry decide what the reconstruction has to learn.
+A preset is chosen before calibration, because positions and symmetry decide what the reconstruction has to learn.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from mmbrecq.qtype import MAX_BITS, QType
 
 @dataclass(frozen=True)
 class Preset:
-    """Rules of one target.
+    """Holds the rules of one target.
 
     Args:
-        name: As the config names it.
+        name: Name of the preset in a config.
         weight_symmetric: Zero-point 0 for weights.
-        activation: ``unsigned`` (zero-point 0 where values cannot be negative, else any; asked to be symmetric, int8
-            with zero-point 0 in the place of the latter) or ``int8``.
+        activation: ``unsigned`` (zero-point 0 where values cannot be negative, else any, or int8 with zero-point 0 if
+            symmetric grids are asked for) or ``int8``.
         fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
             between the two; None for all of them.
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
@@ -56,7 +56,7 @@ class Preset:
     folds_channel_scales: bool = False
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
-        """Grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the preset's choice."""
+        """Returns the grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the default."""
         symmetric = self.weight_symmetric if symmetric is None else symmetric
         if self.weight_symmetric and not symmetric:
             raise ConfigError(f"expected symmetric weights for the preset '{self.name}', but got symmetric=False")
@@ -64,13 +64,13 @@ class Preset:
         return QType(bits, symmetric, symmetric, ch_axis if per_channel else None, spare_bits=spare_bits)
 
     def activation_qtype(self, bits: int, non_negative: bool, symmetric: bool | None, per_channel: bool) -> QType:
-        """Grid of an activation tensor ``(N, C, ...)``.
+        """Returns the grid of an activation tensor ``(N, C, ...)``.
 
         Args:
             bits: Bit-width.
             per_channel: One scale per channel; only simulated, no target computes with it.
             non_negative: Whether the graph shows that the values cannot be negative.
-            symmetric: None is the preset's choice.
+            symmetric: Zero-point 0; None for the default of the preset.
         """
         kind, ch_axis = self.activation, 1 if per_channel else None
         if per_channel and self.name != 'academic':
@@ -91,49 +91,34 @@ _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
 _ALL = (
     Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
     Preset(
-        'onnxruntime',
-        weight_symmetric=True,
-        activation='unsigned',
-        fuses=_RELU,
-        add_operands='all',
-        conv_outputs=True,
-        equal_concat=False,
-        quantizes_concat=True,
-        spare_weight_bit=True,
-        bias_apart='linear',
-        bias_rounded=True,
-        depthwise_per_channel=True,
-        folds_channel_scales=True,
+        'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',
+        conv_outputs=True, equal_concat=False, quantizes_concat=True, spare_weight_bit=True, bias_apart='linear',
+        bias_rounded=True, depthwise_per_channel=True, folds_channel_scales=True,
     ),
     Preset(
-        'openvino',
-        weight_symmetric=True,
-        activation='unsigned',
-        spare_weight_bit=True,
-        depthwise_per_channel=True,
+        'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True
     ),
     Preset(
-        'tensorrt',
-        weight_symmetric=True,
-        activation='int8',
-        fuses=_RELU,
-        add_operands='shortcut',
-        integer_clip=False,
-        depthwise_per_channel=True,
-        folds_channel_scales=True,
+        'tensorrt', weight_symmetric=True, activation='int8', fuses=_RELU, add_operands='shortcut',
+        integer_clip=False, depthwise_per_channel=True, folds_channel_scales=True,
     ),
-)
+)  # fmt: skip
 
 PRESETS = {preset.name: preset for preset in _ALL}
 """The presets by name."""
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name; ConfigError lists the valid ones."""
+    """Returns the preset of that name; ConfigError lists the valid ones.
+
+    Example:
+        >>> get_preset('openvino').weight_qtype(8, per_channel=True, ch_axis=0, symmetric=None).quant_max
+        63
+    """
     if name not in PRESETS:
         raise ConfigError(f'expected preset to be one of {sorted(PRESETS)}, but got {name!r}')
     return PRESETS[name]
 
 
 IR_PRESET = ('mmbrecq', 'preset')
-"""Where the runtime information of an OpenVINO IR names the preset that it was made for."""
+"""Path of the preset's name in the runtime information of an OpenVINO IR."""

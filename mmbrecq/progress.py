@@ -1,4 +1,4 @@
-"""What the terminal shows: on a terminal a bar with a message and the time left, elsewhere nothing."""
+"""Shows a bar with a message and the time left on a terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ T = TypeVar('T')
 
 
 class ProgressBar:
-    """One bar; a context manager.
-
-    Args:
-        title: What is being done.
-        total: Number of steps.
-    """
+    """Shows one bar of ``total`` items, as a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
         console = Console(stderr=True)
@@ -40,7 +35,7 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, completed: int, message: str = '') -> None:
-        """Moves the bar to ``completed`` steps and shows ``message`` beside it."""
+        """Moves the bar to ``completed`` items and shows ``message`` beside it."""
         self._progress.update(self._task, completed=completed, message=message)
 
 
@@ -58,6 +53,6 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Keeps off the terminal what libraries print: COCO's API announces and times each of its steps."""
+    """Hides the output of libraries: COCO's API prints and times all that it does."""
     with redirect_stdout(io.StringIO()):
         yield

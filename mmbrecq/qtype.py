@@ -1,4 +1,4 @@
-"""The grid of a quantized tensor: one frozen value that owns bits, range and granularity."""
+"""Defines the grid of a quantized tensor: one frozen value that owns bits, range and granularity."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class QType:
         if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise ConfigError(f'expected bits in {MIN_BITS}..{MAX_BITS}, but got {self.bits!r}')
         if not 0 <= self.spare_bits <= self.bits - MIN_BITS:
-            raise ConfigError(
-                f'expected spare_bits to leave {MIN_BITS} of {self.bits} bits, but got {self.spare_bits!r}'
-            )
+            raise ConfigError(f'expected spare_bits to leave {MIN_BITS} of {self.bits} bits, but got {self.spare_bits}')
 
     @property
     def quant_min(self) -> int:
@@ -66,5 +64,5 @@ class QType:
         return torch.int8 if self.signed or self.int8_only else torch.uint8
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """Shape of scale and zero-point for a tensor of ``shape``: ``()`` or ``(shape[ch_axis],)``."""
+        """Returns the shape of scale and zero-point for a tensor of ``shape``: ``()`` or ``(shape[ch_axis],)``."""
         return () if self.ch_axis is None else (shape[self.ch_axis],)

@@ -1,4 +1,4 @@
-"""Registries of mmbrecq.
+"""Defines the registries of mmbrecq.
 
 Kinds that OpenMMLab knows are children of mmengine's root registries, so a config may mix scopes
 (``mmbrecq.PTQLoop`` beside ``mmpretrain.Accuracy``). Kinds that only quantization knows have no root.

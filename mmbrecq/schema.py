@@ -1,4 +1,4 @@
-"""Typed dataclasses to plain JSON values and back, driven by the type hints."""
+"""Converts typed dataclasses to plain JSON values and back, driven by the type hints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encode(value: Any) -> Any:
 def decode(hint: Any, value: Any, where: str) -> Any:
     """Turns a JSON value into what ``hint`` says: the inverse of :func:`encode`.
 
-    A key that is absent takes its field's default, so that the file of an unfinished run can be read.
+    An absent key has its field's default, so that the file of an unfinished run can be read.
     None for a plain ``float`` is NaN.
 
     Args:

@@ -1,4 +1,4 @@
-"""Calibration: grids of weights from their values, grids of activations from observing calibration images."""
+"""Finds the grids of weights from their values, and the grids of activations by observing calibration images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,11 @@ from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 OBSERVED = 64
-"""Images per batch whose activations are observed."""
+"""Default number of images per batch whose activations are observed."""
 
 
 def calibrate_weights(model: QuantizedModel) -> None:
-    """Finds the grid of every quantized weight and rounds it to nearest.
-
-    Raises:
-        NonFiniteError: A weight is NaN or infinite; its layer is named.
-    """
+    """Finds the grid of every quantized weight and rounds it to nearest; NonFiniteError names a layer with NaN."""
     for name, module, fake_quant in model.weights():
         weight = original_weight(module)
         observer = build_observer(dict(model.observers['weight']), fake_quant.qtype)
@@ -44,7 +40,7 @@ def calibrate_weights(model: QuantizedModel) -> None:
 def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: int | None = 0) -> Iterator[None]:
     """Observes all values that pass the quantizers within the block, and sets their grids at its end.
 
-    Several processes observe the values of their images, and all find the grid of what was seen together.
+    Several processes observe the values of their images, and all find the grid of the values of all processes.
 
     Args:
         model: The prepared model.
@@ -57,11 +53,11 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
         quantizer.observer.first = first
     try:
         yield
-        merge_observers([quantizer.observer for quantizer in quantizers])
-        for quantizer in quantizers:
-            assert quantizer.observer is not None
+        observers = [quantizer.observer for quantizer in quantizers if quantizer.observer is not None]
+        merge_observers(observers)
+        for quantizer, observer in zip(quantizers, observers, strict=True):
             try:
-                quantizer.set_grid(*quantizer.observer.compute())
+                quantizer.set_grid(*observer.compute())
             except DataError as error:
                 raise DataError(f"activation '{names[id(quantizer)]}': {error}") from error
     finally:
@@ -79,13 +75,12 @@ def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObser
     return build_observer(dict(model.observers['activation']), qtype)
 
 
-def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
-    """Gives every observer what those of the other processes have seen, in the order of the processes."""
+def merge_observers(observers: Sequence[BaseObserver]) -> None:
+    """Merges the statistics of all processes into every observer, in the order of the processes."""
     if process_count() == 1:
         return
-    seen = gather([observer.state() for observer in observers if observer is not None])
-    for observer, *states in zip((o for o in observers if o is not None), *seen, strict=True):
-        first, *others = states
+    seen = gather([observer.state() for observer in observers])
+    for observer, first, *others in zip(observers, *seen, strict=True):
         other = copy.deepcopy(observer)
         observer.load_state(first)
         for state in others:
@@ -94,15 +89,9 @@ def merge_observers(observers: Sequence[BaseObserver | None]) -> None:
 
 
 def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch: int = 0) -> None:
-    """Finds the grid of every activation of the heads of a two-stage detector; without heads there is nothing to do.
+    """Finds the grid of every activation of the heads of a two-stage detector, if the model has heads.
 
-    Args:
-        model: The prepared detector.
-        capture: Runs it.
-        first_batch: Number of the first batch of calibration images, among those of all processes.
-
-    Raises:
-        DataError: No region is proposed on any image.
+    ``first_batch`` is the number of the first batch among those of all processes; DataError if no region is proposed.
     """
     if not any(head.quantizers for head in model.region_graphs):
         return
@@ -124,7 +113,7 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
     Args:
         model: The prepared model.
         images: Batches of preprocessed images.
-        first: Number of the first batch, among those of all processes.
+        first: Number of the first batch among those of all processes.
 
     Raises:
         NonFiniteError: An activation is NaN or infinite.
@@ -142,7 +131,7 @@ def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first
 def raise_weight_scales(graph: QuantizedGraph) -> None:
     """Raises calibrated weight scales with which a bias would not fit int32, see :func:`raise_weight_scale`.
 
-    A quarter of what fits, since the reconstruction may go on to lower the scales and to raise the biases.
+    The limit is a quarter of int32's, since the reconstruction may lower the scales and raise the biases.
     """
     read = graph.read_quantizers()
     for name, module, fake_quant in graph.weights():

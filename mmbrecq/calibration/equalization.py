@@ -1,15 +1,15 @@
-"""Equalisation of channels: a grid per tensor serves channels of alike ranges better.
+"""Equalises the ranges of channels, since a grid per tensor fits channels of alike ranges better.
 
-The widest channel sets the scale of an activation, so in 16 steps narrow ones get one or two. Where the graph allows it
-(:mod:`mmbrecq.graph.channels`) every channel is divided by a power of its range, and the weights that read it make up
-for that. Their own grids, one per output channel, then hold input channels that differ more, which rounding learns.
+The widest channel sets the scale of an activation, so narrow ones have one or two of 16 levels. Where the graph allows
+it (:mod:`mmbrecq.graph.channels`) every channel is divided by a power of its range, and the weights that read it are
+multiplied by it. Their own grids, one per output channel, then hold input channels that differ more, which rounding
+learns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,26 +20,19 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.distributed import aligned_batches, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
+from mmbrecq.graph.components import pre_hooks
 from mmbrecq.graph.roles import Roles
 from mmbrecq.progress import track
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 SMALLEST = 0.01
-"""Least range of a channel that counts, of the widest: one that is always 0 must not be divided by 0."""
+"""Smallest range of a channel, relative to the widest: a channel that is always 0 must not be divided by 0."""
 
 
 def equalize_parts(
     model: QuantizedModel, images: Tensor, regions: RegionCapture, at_once: int = OBSERVED, first_batch: int = 0
 ) -> int:
-    """Equalises a model and its heads, see :func:`equalize`.
-
-    Args:
-        model: The prepared model.
-        images: Preprocessed calibration images.
-        regions: Gives the inputs of the heads.
-        at_once: Images per pass.
-        first_batch: Number of the first batch that the heads are run on, among those of all processes.
-    """
+    """Equalises a model, by passes over ``at_once`` images, and its heads, see :func:`equalize`."""
 
     def run() -> None:
         for part in track(aligned_batches(len(images), at_once, regions.first), 'ranges of channels'):
@@ -80,7 +73,7 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
 
 
 def _factors(ranges: Tensor, strength: float) -> Tensor:
-    """What each channel is divided by, ``(C,)``."""
+    """Returns the divisor of each channel, ``(C,)``."""
     largest = ranges.max()
     if not largest > 0:
         return torch.ones_like(ranges)
@@ -89,7 +82,7 @@ def _factors(ranges: Tensor, strength: float) -> Tensor:
 
 
 def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, list[Tensor]]:
-    """The ranges of the batches of all processes; a batch on the border of two shares is seen by both."""
+    """Returns the ranges of the batches of all processes; two processes may share a batch."""
     if process_count() == 1:
         return ranges
     batches: dict[str, dict[int, Tensor]] = {}
@@ -106,16 +99,11 @@ def _channel_ranges(model: QuantizedModel, graph: QuantizedGraph) -> Iterator[di
     """Collects the largest absolute value of every channel, a tensor for each batch that passes a quantizer."""
     ranges: dict[str, list[Tensor]] = {}
 
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(name: str, args: tuple[Tensor, ...]) -> None:
         ranges.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1).abs().amax(1))
 
-    hooks = [q.register_forward_pre_hook(partial(note, name)) for name, q in graph.quantizers.items()]
-    try:
-        with model.quantization(weights=False, activations=False):
-            yield ranges
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with pre_hooks(graph.quantizers, note), model.quantization(weights=False, activations=False):
+        yield ranges
 
 
 def _scale(model: nn.Module, writers: list[str], readers: list[str], factors: Tensor) -> None:
@@ -134,6 +122,6 @@ def _scale(model: nn.Module, writers: list[str], readers: list[str], factors: Te
 
 
 def _original(module: Any, name: str) -> Tensor:
-    """The float weight or bias itself, below its parametrization where it has one."""
+    """Returns the float weight or bias itself, below its parametrization where it has one."""
     owned: Tensor = getattr(module, name)
     return module.parametrizations[name].original if parametrize.is_parametrized(module, name) else owned

@@ -1,4 +1,4 @@
-"""Features of regions, captured from a running two-stage detector: what its heads are calibrated on."""
+"""Captures the features of regions on which the heads of a two-stage detector are calibrated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.errors import DataError, GraphError
-from mmbrecq.graph.components import RegionHead, region_heads, set_forward
+from mmbrecq.graph.components import region_heads, set_forward
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS_PER_IMAGE = 32
@@ -19,13 +19,13 @@ REGIONS_PER_IMAGE = 32
 
 
 class RegionCapture:
-    """Runs a detector over the calibration images and takes the inputs of its heads.
+    """Runs a detector over the calibration images and captures the inputs of its heads.
 
     Args:
         model: The prepared detector.
         images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
-        batches: Gives the calibration data again, in the order of ``images``.
-        seed: Of the draw of regions.
+        batches: Returns the calibration data, in the order of ``images``.
+        seed: Seed of the draw of regions.
         first: Number of the first image among those of all processes.
     """
 
@@ -36,21 +36,21 @@ class RegionCapture:
         self._heads = {head.path: head for head in region_heads(model.model)}
 
     def observe(self) -> None:
-        """Runs the float detector, so that whatever observes its heads sees all that its RPN proposes."""
+        """Runs the float detector, so that observers of its heads see all regions that its RPN proposes."""
         with torch.no_grad(), self.model.quantization(weights=False, activations=False):
             for images, samples in self._data():
-                self._predict(images, samples)
+                self.model.model(images, samples, mode='predict')
 
     def pairs(self, head: QuantizedGraph, weights: bool, activations: bool) -> tuple[Tensor, Tensor]:
-        """Features of the same regions in the float and in the quantized stream.
+        """Returns features of the same regions in the float and in the quantized stream.
 
-        The regions are those that the quantized detector proposes, as they will be; the float features are cut out of
-        the float feature maps at the same places, so that both streams of a head are about the same thing.
+        The regions are those that the quantized detector proposes; the float features are cut out of the float feature
+        maps at the same coordinates, so that both streams of a head describe the same objects.
 
         Args:
-            head: Whose input it is.
+            head: The head that reads the features.
             weights: Whether weights are quantized in the quantized stream.
-            activations: Whether activations are.
+            activations: Whether activations are quantized in it.
 
         Returns:
             Float and quantized features, both ``(R, C, h, w)``, R at most :data:`REGIONS_PER_IMAGE` times N.
@@ -59,24 +59,24 @@ class RegionCapture:
             DataError: No region is proposed on any image.
             GraphError: The head reads something else than the features that were cut out.
         """
-        path = head.path
-        done = self.first
+        path, done = head.path, self.first
+        extractor: Any = self.model.model.get_submodule(self._heads[path].extractor)
         found: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for images, samples in self._data():
                 with self.model.quantization(weights=False, activations=False):
-                    float_maps = self.model.image_graph(images)
+                    float_maps: Any = self.model.image_graph(images)
                 with self.model.quantization(weights, activations), self._recording(path) as calls:
-                    self._predict(images, samples)
+                    self.model.model(images, samples, mode='predict')
                 seeds = [_seed(self.seed, path, done + image) for image in range(len(images))]
                 done += len(images)
                 for regions, features in calls:
                     chosen = _draw(regions[:, 0], seeds)
-                    floats = self._extract(self._heads[path], float_maps, regions[chosen])
-                    found.append((floats, features[chosen]))
+                    found.append((extractor(float_maps[0][: extractor.num_inputs], regions[chosen]), features[chosen]))
         if not found:
             raise no_regions(head)
-        return torch.cat([floats for floats, _ in found]), torch.cat([quantized for _, quantized in found])
+        floats, quantized = map(torch.cat, zip(*found, strict=True))
+        return floats, quantized
 
     def _data(self) -> Iterator[tuple[Tensor, Any]]:
         start = 0
@@ -87,14 +87,6 @@ class RegionCapture:
             for sample in samples:
                 sample.set_metainfo({'batch_input_shape': tuple(images.shape[-2:])})
             yield images, samples
-
-    def _predict(self, images: Tensor, samples: Any) -> None:
-        self.model.model(images, samples, mode='predict')
-
-    def _extract(self, head: RegionHead, outputs: Any, regions: Tensor) -> Tensor:
-        extractor: Any = self.model.model.get_submodule(head.extractor)
-        features: Tensor = extractor(outputs[0][: extractor.num_inputs], regions)
-        return features
 
     @contextmanager
     def _recording(self, path: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -126,13 +118,12 @@ class RegionCapture:
 
 
 def no_regions(head: QuantizedGraph) -> DataError:
-    """What to raise where the input of a head is not to be had."""
-    path = head.path
-    return DataError(f"expected regions for '{path}', but the detector proposes none on any calibration image")
+    """Returns the error to raise where a head has no input."""
+    return DataError(f"expected regions for '{head.path}', but the detector proposes none on any calibration image")
 
 
 def _draw(image_of: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
+    """Returns the indices of at most :data:`REGIONS_PER_IMAGE` regions of each image."""
     drawn = []
     for image, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -142,5 +133,5 @@ def _draw(image_of: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def _seed(seed: int, path: str, image: int) -> int:
-    """Of an image alone, so that its regions are the same whichever process has it."""
+    """Returns a seed for one image, so that its regions are the same in every process."""
     return int.from_bytes(hashlib.sha256(f'{seed}/{path}/{image}'.encode()).digest()[:7], 'big')

@@ -1,4 +1,4 @@
-"""Calibration images: which ones are drawn, how they are read, and how they reach the model."""
+"""Draws, reads and preprocesses calibration images."""
 
 from __future__ import annotations
 

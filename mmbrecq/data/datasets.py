@@ -1,4 +1,4 @@
-"""Datasets that mmbrecq brings along; registered where mmpretrain, whose dataset they extend, is installed."""
+"""Registers mmbrecq's own datasets where mmpretrain, whose dataset they extend, is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits as an mmpretrain dataset: real images without a download."""
+"""Provides scikit-learn's handwritten digits as an mmpretrain dataset: real images without a download."""
 
 from __future__ import annotations
 
@@ -50,18 +50,10 @@ class DigitsDataset(BaseDataset):
         pixels, labels = load_digits(return_X_y=True)
         # load_digits counts set pixels of a 4x4 cell: 0..16
         images = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8).repeat(3, axis=3)
-        return [
-            {
-                'img': images[index],
-                'gt_label': int(labels[index]),
-                'img_path': f'digits/{index:04d}',
-                'img_shape': (8, 8),
-                'ori_shape': (8, 8),
-            }
-            for index in self._indices_of_split(len(images))
-        ]
-
-    def _indices_of_split(self, total: int) -> list[int]:
         # RandomState, since NumPy promises its stream for good (NEP 19), and that of default_rng only for a version
-        order: list[int] = np.random.RandomState(_SPLIT_SEED).permutation(total).tolist()
-        return order[:NUM_VAL] if self.split == 'val' else order[NUM_VAL:]
+        order: list[int] = np.random.RandomState(_SPLIT_SEED).permutation(len(images)).tolist()
+        shape = {'img_shape': (8, 8), 'ori_shape': (8, 8)}
+        return [
+            {'img': images[index], 'gt_label': int(labels[index]), 'img_path': f'digits/{index:04d}', **shape}
+            for index in (order[:NUM_VAL] if self.split == 'val' else order[NUM_VAL:])
+        ]

@@ -1,4 +1,4 @@
-"""The calibration images as the network sees them."""
+"""Reads the calibration images and preprocesses them as the model does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.data.sampling import CalibrationSet
-from mmbrecq.distributed import largest
+from mmbrecq.distributed import gather
 from mmbrecq.errors import DataError, NonFiniteError, first_line
 from mmbrecq.progress import track
 
@@ -38,7 +38,7 @@ def collect_images(
         NonFiniteError: A preprocessed image is not finite.
     """
     images, size = _read(model, calibration, None, allocate)
-    height, width = (largest(length) for length in size)
+    height, width = (max(gather(length)) for length in size)
     if images is None or images.shape[2:] != (height, width):
         del images
         images, _ = _read(model, calibration, (height, width), allocate)
@@ -49,7 +49,7 @@ def collect_images(
 def _read(
     model: nn.Module, calibration: CalibrationSet, size: tuple[int, int] | None, allocate: Allocate
 ) -> tuple[Tensor | None, tuple[int, int]]:
-    """The images, padded to ``size`` or else to that of the first batch, None where one is larger; the largest size."""
+    """Returns the images, padded to ``size`` or the first batch's, None if one is larger; and the largest size."""
     images: Tensor | None = None
     found, start = (0, 0), 0
     for batch in track(calibration.batches(), 'calibration images', -(-len(calibration) // calibration.batch_size)):
@@ -73,7 +73,7 @@ def _read(
 
 
 def example_of(images: Tensor) -> Tensor:
-    """A copy of the first two images, ``(2, 3, H, W)``, to trace with; an image that is alone comes twice."""
+    """Returns a copy of the first two images, ``(2, 3, H, W)``, to trace with; a single image is repeated."""
     return torch.cat([images[:1], images[:2][-1:]])
 
 

@@ -1,4 +1,4 @@
-"""The draw of calibration images: seeded, without replacement, from the training set, without augmentation."""
+"""Draws calibration images: seeded, without replacement, from the training set, without augmentation."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SELECTIONS = ('random', 'first')
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """The ``calibration`` dict of a config.
+    """Holds the ``calibration`` dict of a config.
 
     Args:
         num_samples: Number of images, at least 1.
         seed: Seed of the draw, at least 0; without effect on ``selection='first'``.
-        batch_size: Images a batch, at least 1.
-        num_workers: Processes that read images; 0 reads them in this one.
-        selection: ``'random'``, or ``'first'`` for the images whose file names come first, numbers in the names
+        batch_size: Images per batch, at least 1.
+        num_workers: Number of processes that read images; 0 for this process alone.
+        selection: ``'random'``, or ``'first'`` for the images whose file names come first, with numbers in the names
             compared as numbers.
-        dataset: Dataset config in the place of ``train_dataloader.dataset``.
-        pipeline: Transforms in the place of the test pipeline.
+        dataset: Dataset config that replaces ``train_dataloader.dataset``.
+        pipeline: Transforms that replace the test pipeline.
     """
 
     num_samples: int = 1024
@@ -133,21 +133,18 @@ class CalibrationSet(Dataset[Any]):
         Where several processes have a share of the images each, batches end where they end in one process.
 
         Yields:
-            What ``model.data_preprocessor(data, False)`` takes: ``inputs``, a list of B images of (C, H, W), and
+            The argument of ``model.data_preprocessor(data, False)``: ``inputs``, a list of B images of (C, H, W), and
             ``data_samples``.
 
         Raises:
             DataError: An image cannot be read or holds a non-finite value.
         """
+        parts = aligned_batches(len(self), self.batch_size, self.first)
+        # without a generator of its own every pass would draw from the global one
         loader = DataLoader(
-            self,
-            batch_sampler=[
-                [*range(part.start, part.stop)] for part in aligned_batches(len(self), self.batch_size, self.first)
-            ],
-            num_workers=self.num_workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # else every pass would draw from the global one
-        )
+            self, batch_sampler=[[*range(part.start, part.stop)] for part in parts], num_workers=self.num_workers,
+            collate_fn=_collate, generator=torch.Generator(),
+        )  # fmt: skip
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
@@ -192,7 +189,7 @@ class _Images:
     def load(self, index: int) -> Any:
         """Returns one image through the pipeline, None where the pipeline gave it up."""
         _, dataset, inner = self.locate(index)
-        # Past __getitem__, which puts a random other image in the place of one that cannot be read
+        # not by __getitem__, which replaces an image that cannot be read by a random other one
         return dataset.prepare_data(inner) if hasattr(dataset, 'prepare_data') else dataset[inner]
 
 

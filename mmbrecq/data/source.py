@@ -1,11 +1,12 @@
-"""Which dataset calibration images come from: the training set's files, read through the test pipeline."""
+"""Builds the dataset of calibration images: the training set's files, read through the test pipeline."""
 
 from __future__ import annotations
 
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmbrecq.building import explain_build_error
 from mmbrecq.errors import ConfigError, DataError, MMBrecqError
 
-# What a dataset config may say without choosing other files by it
+# options of a dataset config that do not choose its files
 # fmt: off
 _SAME_FILES = frozenset({
     'type', '_scope_', 'pipeline', 'test_mode', 'data_root', 'data_prefix', 'ann_file', 'metainfo', 'filter_cfg',
@@ -32,12 +33,12 @@ _NO_DATA = 'Test time pipline should not get `None`'  # the spelling is mmengine
 def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline: list[Any] | None) -> list[Any]:
     """Builds the datasets to draw from; several where the training set is concatenated.
 
-    Wrappers that repeat, re-weight or mix images are taken off, since a draw without replacement wants each image once.
+    Wrappers that repeat, re-weight or mix images are removed, since a draw without replacement needs each image once.
 
     Args:
         cfg: The resolved config, with ``train_dataloader`` and ``test_dataloader``.
-        dataset: A dataset config in the place of the training set; its own ``pipeline`` is not used.
-        pipeline: Transforms in the place of the test pipeline.
+        dataset: A dataset config that replaces the training set; its own ``pipeline`` is not used.
+        pipeline: Transforms that replace the test pipeline.
 
     Raises:
         ConfigError: There is no dataset or no pipeline in the config, or a type or argument in it is unknown.
@@ -64,7 +65,7 @@ def _type_name(cfg: Any) -> str:
 
 
 def _unwrap(dataset: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Takes wrappers off; the order is that of the config."""
+    """Returns the datasets within wrappers, in the order of the config."""
     if 'datasets' in dataset:
         return [leaf for part in dataset['datasets'] for leaf in _unwrap(part)]
     if 'dataset' not in dataset:
@@ -104,14 +105,14 @@ def _where(source: Mapping[str, Any]) -> str:
 
 
 def _chosen_files(source: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """What chooses the files of a dataset: its paths, and options such as ``split``."""
+    """Returns the paths of a dataset and options such as ``split``, which together choose its files."""
     paths = [os.path.realpath(path) for path in _locations(source)]
     options = {key: value for key, value in source.items() if key not in _SAME_FILES and value is not None}
     return paths, options
 
 
 def _locations(source: Mapping[str, Any]) -> list[str]:
-    """Folders and annotation file as the dataset will join them, else the root; paths of a remote store as they are."""
+    """Returns the folders and the annotation file as the dataset joins them, else the root."""
     root = source.get('data_root') or ''
     prefix = source.get('data_prefix') or {}
     parts = [*(prefix.values() if isinstance(prefix, Mapping) else [prefix]), source.get('ann_file') or '']
@@ -163,20 +164,25 @@ def annotations_first(pipeline: Sequence[Any]) -> list[Any]:
 
 
 def has_annotations(batches: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether any image has a class label, or an object with its box."""
+    """Returns whether any image has a class label, or an object with its box."""
     samples = (sample for batch in batches for sample in batch['data_samples'])
     return any('gt_label' in sample or len(sample.get('gt_instances', ())) > 0 for sample in samples)
 
 
+@contextmanager
+def explained_data_errors() -> Iterator[None]:
+    """Raises what :func:`explain_data_error` makes of an exception within the block, where that is an error."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_data_error(error)
+        if explained is None:
+            raise
+        raise explained from error
+
+
 def explain_data_error(exc: BaseException) -> DataError | None:
-    """Translates an exception of a data loader, raised in this process or passed on from a worker.
-
-    Args:
-        exc: What building or iterating a loader raised.
-
-    Returns:
-        The error to raise in its place, or None where ``exc`` does not tell of missing or unreadable images.
-    """
+    """Returns the error that an exception of a data loader means, None if it is not about missing or bad images."""
     message = last_line(exc)
     if isinstance(exc, DataError):
         return exc if message == str(exc) else DataError(message)
@@ -196,7 +202,7 @@ def explain_data_error(exc: BaseException) -> DataError | None:
 
 
 def last_line(exc: BaseException) -> str:
-    """The message of ``exc``; of one from a worker process, whose message is a traceback, the original message."""
+    """Returns the message of ``exc``, or the original message of one from a worker process, which is a traceback."""
     lines = str(exc).strip().splitlines() or [type(exc).__name__]
     if not lines[0].startswith('Caught '):
         return ' '.join(line.strip() for line in lines)

@@ -104,10 +104,7 @@ class AnalysisLoop(BaseLoop):
     def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
         """Returns a copy of the model that :meth:`load` read, prepared, with calibrated weights.
 
-        Args:
-            bits: Bits of weights.
-            activation_bits: Bits of activations; None for the config's.
-            overrides: Bits of layers, beside the config's.
+        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's.
         """
         model = copy.deepcopy(self.runner.model)
         config = {**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': bits}}

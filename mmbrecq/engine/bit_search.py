@@ -32,11 +32,7 @@ def search_options(cfg: Config) -> SearchOptions:
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
-    """Measures the sensitivities of the config at ``path`` into its work dir, or continues an interrupted analysis.
-
-    Raises:
-        ConfigError: The tool is started in several processes.
-    """
+    """Measures the sensitivities of the config at ``path`` into its work dir, or continues an interrupted analysis."""
     if process_count() > 1:
         raise ConfigError(
             f'expected one process to choose bits, but got {process_count()}: run tools/analyze.py and tools/search.py '

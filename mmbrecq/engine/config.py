@@ -76,11 +76,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str, options: dict[str, Any] | None, work_dir: str | None) -> Config:
-    """Reads a config file.
-
-    Raises:
-        ConfigError: The file is missing, does not parse, lacks a key, or has a misspelt one.
-    """
+    """Reads a config file; ConfigError if it is missing, does not parse, lacks a key or has a misspelt one."""
     if not Path(path).is_file():
         raise ConfigError(f'{path}: expected a config file, but there is none')
     try:

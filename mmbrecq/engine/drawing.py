@@ -12,7 +12,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import VISUALIZERS
 from torch import nn
 
-from mmbrecq.data.source import explain_data_error
+from mmbrecq.data.source import explained_data_errors
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.traced_graph import evaluation_mode
 
@@ -42,13 +42,8 @@ class SideBySide:
         self.dataset, self.visualizer, self.folder = dataset, visualizer, folder
         visualizer.dataset_meta = dataset.metainfo
         count = min(count, len(dataset))
-        try:
+        with explained_data_errors():
             self.data = [dataset[i * len(dataset) // count] for i in range(count)]
-        except Exception as error:
-            explained = explain_data_error(error)
-            if explained is None:
-                raise
-            raise explained from error
 
     def predict(self, model: nn.Module) -> list[Any]:
         """Returns the predictions of ``model``, a data sample for each image."""
@@ -56,11 +51,7 @@ class SideBySide:
             return [model.test_step(pseudo_collate([data]))[0].cpu() for data in self.data]  # type: ignore[operator]
 
     def draw(self, left: list[Any], right: list[Any], titles: tuple[str, str]) -> list[Path]:
-        """Writes a picture of every image; returns their paths.
-
-        Raises:
-            StorageError: A picture cannot be written.
-        """
+        """Writes a picture of every image; returns their paths, or raises StorageError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, (data, *samples) in enumerate(zip(self.data, left, right, strict=True)):
@@ -91,13 +82,7 @@ def build_visualizer(scope: str) -> Any:
 
 
 class ReportPictures:
-    """Draws the pictures of a run's report: predictions of the float and of the quantized model.
-
-    Args:
-        dataset: The test set.
-        scope: The config's ``default_scope``; a scope without a visualizer has no pictures.
-        folder: Folder of the run.
-    """
+    """Draws the predictions of the float and of the quantized model for a run's report, if its scope can be drawn."""
 
     def __init__(self, dataset: Any, scope: str, folder: Path) -> None:
         self._drawing = None

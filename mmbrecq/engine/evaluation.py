@@ -9,7 +9,7 @@ from mmengine.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmbrecq.data.source import explain_data_error
+from mmbrecq.data.source import explained_data_errors
 from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
 from mmbrecq.graph.components import ImageForward
 from mmbrecq.graph.traced_graph import evaluation_mode
@@ -43,15 +43,7 @@ def task_loss_of(model: Any) -> TaskLoss:
 
 
 def check_runs(model: nn.Module, images: Tensor) -> None:
-    """Runs ``model`` once, before any long work.
-
-    Args:
-        model: An OpenMMLab model.
-        images (Tensor): Preprocessed images, ``(N, 3, H, W)``.
-
-    Raises:
-        GraphError: The model cannot process them.
-    """
+    """Runs ``model`` once on preprocessed images, before any long work; GraphError if it fails."""
     with evaluation_mode(model):
         try:
             ImageForward(model)(images)
@@ -61,11 +53,7 @@ def check_runs(model: nn.Module, images: Tensor) -> None:
 
 
 def check_classes(model: nn.Module, dataset: Any) -> None:
-    """Compares the classes of the test data with its annotations, and with those of the model.
-
-    Raises:
-        ConfigError: They differ in number; both numbers are named.
-    """
+    """Compares the number of classes of the test data with its annotations' and the model's; ConfigError names both."""
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if classes is None:
         return
@@ -90,24 +78,15 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 
 
 def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator, title: str) -> dict[str, float]:
-    """Returns the metrics of ``model`` over all images, those of other processes included.
-
-    Raises:
-        DataError: An image cannot be read.
-    """
+    """Returns the metrics of ``model`` over all images of all processes; DataError for an unreadable image."""
     for metric in evaluator.metrics:
         # through the processes themselves: the default meets in a folder of the working directory
         metric.collect_device = 'gpu'
     with evaluation_mode(model):
-        try:
+        with explained_data_errors():
             for batch in track(dataloader, title):
                 outputs = model.test_step(batch)  # type: ignore[operator]
                 evaluator.process(data_samples=outputs, data_batch=batch)
-        except Exception as error:
-            explained = explain_data_error(error)
-            if explained is None:
-                raise
-            raise explained from error
         with without_chatter():
             try:
                 metrics = evaluator.evaluate(len(dataloader.dataset))  # type: ignore[arg-type]

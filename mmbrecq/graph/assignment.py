@@ -1,4 +1,4 @@
-"""Assignments to parts of a tensor, written as operations that overwrite nothing."""
+"""Writes assignments to elements of a tensor as operations that overwrite nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from mmbrecq.graph.tracer import UntraceableError
 
 
 class Assignments:
-    """Adds nodes to a traced graph.
-
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The graph, whose nodes carry what :class:`ConcreteTracer` notes.
-        constants: Receives the tensors that the new nodes read.
+    """Adds nodes to a traced graph; ``constants`` receives the tensors that they read.
 
     Attributes:
         anchor: The node that is being replaced.

@@ -22,11 +22,7 @@ def attend(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns what ``module(query, key, value, ...)`` returns in evaluation mode, for batched arguments.
-
-    Raises:
-        GraphError: The module or a mask has a form that is not written out here.
-    """
+    """Returns what ``module(query, key, value, ...)`` returns in evaluation mode; GraphError for unsupported forms."""
     if key_padding_mask is not None or module.bias_k is not None or module.add_zero_attn or query.dim() != 3:
         raise GraphError('expected attention over batches without padding masks or added keys')
     heads, width = module.num_heads, module.head_dim

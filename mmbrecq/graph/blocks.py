@@ -25,11 +25,11 @@ _MULTIPLY = (operator.mul, torch.mul, 'mul')
 
 
 def find_blocks(model: nn.Module, graph: fx.Graph, blocks: Iterable[str] | None) -> list[str]:
-    """Returns the paths of the outermost blocks.
+    """Returns the paths of the outermost blocks of a traced graph without quantizers.
 
     Args:
         model: Owner of the modules that the graph calls.
-        graph: A traced graph without quantizers.
+        graph: The graph.
         blocks: Class names or glob patterns over module paths; None to find the blocks by structure.
 
     Raises:

@@ -51,9 +51,6 @@ class ImageForward(nn.Module):
     """Computes all that follows from the image alone, as a module of one argument.
 
     For a two-stage detector it returns the feature maps that the heads read, and the outputs of the RPN head.
-
-    Args:
-        model: An OpenMMLab model, or any whose ``forward`` takes images alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,12 +70,7 @@ class ImageForward(nn.Module):
 
 
 class RegionForward(nn.Module):
-    """Computes one head of a two-stage detector, as a module of one argument.
-
-    Args:
-        model: The detector.
-        path: Path of the head below it.
-    """
+    """Computes the head ``path`` of a two-stage detector, as a module of one argument."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__()
@@ -104,8 +96,7 @@ def is_two_stage(model: nn.Module) -> bool:
 def region_heads(model: nn.Module) -> list[RegionHead]:
     """Returns the heads of a two-stage detector that read features of regions, in the order in which they run.
 
-    Raises:
-        GraphError: The features of regions pass another module before they reach a head.
+    GraphError is raised if the features of regions pass another module before they reach a head.
     """
     if not is_two_stage(model):
         return []
@@ -143,11 +134,7 @@ def components_of(model: nn.Module) -> list[nn.Module]:
 
 
 def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
-    """Makes ``model`` compute ``arithmetic`` instead of its ``forward``, or of those of its components.
-
-    Raises:
-        GraphError: An OpenMMLab model has none of the known components.
-    """
+    """Makes ``model`` compute ``arithmetic`` instead of its ``forward``, or of those of its components."""
     if not has_modes(model):
         set_forward(model, arithmetic)
         return

@@ -48,13 +48,7 @@ class Reference:
 def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Reference:
     """Runs the float model on one image, on three, and on one of another height and width.
 
-    Args:
-        model: The model, not prepared yet.
-        images (Tensor): Preprocessed images, ``(N, 3, H, W)``, or features of regions.
-        forward: Computes the outputs; None for :class:`ImageForward`.
-
-    Raises:
-        GraphError: An output is no tensor.
+    ``forward`` computes the outputs, by default as :class:`ImageForward`; GraphError if one of them is no tensor.
     """
     three = torch.cat([images, images.flip(-1), images.flip(-2)])[:3]
     batches = [three[:1], three, other_size(three[:1])] if images.dim() == 4 else [three[:1], three]

@@ -24,15 +24,9 @@ _RANDOM = ('bernoulli_',)
 
 
 def functionalize(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
-    """Replaces the in-place operations of a traced graph, which is changed in place.
+    """Replaces the in-place operations of a traced graph; ``constants`` receives the tensors that the new nodes read.
 
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The graph, whose nodes carry what :class:`ConcreteTracer` notes.
-        constants: Receives the tensors that the new nodes read.
-
-    Raises:
-        UntraceableError: An operation has no form that overwrites nothing.
+    UntraceableError is raised for an operation without a form that overwrites nothing.
     """
     _Functionalizer(model, graph, constants).run()
 

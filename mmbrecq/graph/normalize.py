@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -31,6 +32,22 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
         unread = not node.users and node.op not in ('placeholder', 'output')
         if unread and (node.op != 'call_module' or _is_identity(model, node)):
             graph.erase_node(node)
+
+
+def index_squeezes(graph: fx.Graph) -> None:
+    """Writes every squeeze as the index of the axes that it drops for the example.
+
+    A squeeze that drops the batch axis of one image, or another axis where a size allows it, needs control flow in a
+    file; the comparison with the model tells where an index is another operation.
+    """
+    for node in graph.nodes:
+        if node.op not in ('call_method', 'call_function') or node.target not in ('squeeze', torch.squeeze):
+            continue
+        shape = node.args[0].meta['example'].shape
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get('dim', range(len(shape)))
+        asked = {int(dim) % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)}
+        kept = tuple(0 if axis in asked and size == 1 else slice(None) for axis, size in enumerate(shape))
+        node.op, node.target, node.args, node.kwargs = 'call_function', operator.getitem, (node.args[0], kept), {}
 
 
 def _is_identity(model: nn.Module, node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Where activations are quantized.
+"""Finds the positions at which activations are quantized.
 
 A value is quantized where it is produced, once, after the activation function or residual add that its target computes
 together with the convolution. Values that no layer reads on a grid, and the outputs of the network, stay in float. So
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.symbolic import sources_of
 from mmbrecq.presets import Preset
 
 
 @dataclass(frozen=True)
 class QuantizerPosition:
-    """Values that share one activation quantizer.
+    """Describes values that share one activation quantizer.
 
     Args:
         name: Name of the quantizer, unique in the graph.
@@ -102,7 +103,7 @@ def _joins_grids(concat: fx.Node, roles: Roles) -> bool:
 
 
 def _stays_float(add: fx.Node, roles: Roles) -> bool:
-    """Whether a sum belongs to a residual stream of which layers read normalised values alone."""
+    """Returns whether a sum belongs to a residual stream of which layers read normalised values alone."""
     readers = list(_readers(add, roles))
     if any(roles.is_weighted(reader) for reader in readers):
         return False
@@ -110,7 +111,7 @@ def _stays_float(add: fx.Node, roles: Roles) -> bool:
 
 
 def _readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
-    """Nodes that read the value, through those that move it, scale it or add a constant; not the network's output."""
+    """Yields the nodes that read the value, through those that move or scale it or add a constant; no output."""
     for consumer in roles.consumers(node):
         if roles.is_affine(consumer):
             yield from _readers(consumer, roles)
@@ -119,9 +120,9 @@ def _readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
 
 
 def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset) -> set[fx.Node]:
-    """Values whose channels have a scale each.
+    """Returns the values whose channels have a scale each.
 
-    Where scales are folded, those are also the outputs of convolutions of which the others are computed.
+    Where scales are folded, these include the outputs of convolutions from which the others are computed.
     """
     if not preset.depthwise_per_channel:
         return set()
@@ -132,7 +133,7 @@ def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset)
 
 
 def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Whether layers read the value, depthwise convolutions all of them, with its channels where they are.
+    """Returns whether the layers that read the value are depthwise convolutions, with its channels where they are.
 
     Where scales are folded, nothing else reads it on its grid, and the target computes it in float or as the output of
     a convolution.
@@ -149,7 +150,7 @@ def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
 
 
 def _becomes(node: fx.Node, read: set[fx.Node], roles: Roles) -> bool:
-    """Whether nothing but functions in float reads the value, and some of ``read`` is what they compute."""
+    """Returns whether only functions in float read the value, and they compute a value of ``read``."""
     if any(roles.is_weighted(u) or roles.is_add(u) or roles.moves_only(u) or u.op == 'output' for u in node.users):
         return False
     return any(user in read or _becomes(user, read, roles) for user in node.users)
@@ -164,18 +165,18 @@ def _pixel_readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
 
 
 def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid."""
+    """Returns whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid."""
     return _is_outside(user, preset) or _is_inner(user, node, roles, preset)
 
 
 def _is_outside(user: fx.Node, preset: Preset) -> bool:
-    """Whether ``user`` is the network's output, or an opaque module, whose layers have quantizers of their own."""
+    """Returns whether ``user`` is the network's output, or an opaque module, whose layers have their own quantizers."""
     opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
     return user.op == 'output' or (opaque and not preset.conv_outputs)
 
 
 def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> bool:
-    """Whether the value is computed from quantized values alone, and by no layer."""
+    """Returns whether the value is computed from quantized values alone, and by no layer."""
     if roles.is_weighted(node):
         return False
     inputs = [n for n in node.all_input_nodes if roles.is_tensor(n)]
@@ -183,13 +184,13 @@ def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> boo
 
 
 def _is_inner(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Whether the target computes ``user`` within the layer ``node``, whose value something else reads too."""
+    """Returns whether the target computes ``user`` within the layer ``node``, whose value has other readers too."""
     fuses = preset.fuses is not None and not preset.conv_outputs and roles.kind(user) in preset.fuses
     return fuses and roles.is_weighted(node) and roles.is_activation(user)
 
 
 def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Whether the only reader is an activation function that is computed together with this layer or add."""
+    """Returns whether the only reader is an activation function that is computed together with this layer or add."""
     users = list(node.users)
     if len(users) != 1 or not roles.is_activation(users[0]):
         return False
@@ -199,7 +200,7 @@ def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
 
 
 def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:
-    """Of two convolutions that meet in an add, the one whose input the other branch passes through."""
+    """Returns whether ``layer`` is, of two convolutions that meet in an add, the one beside the longer branch."""
     others = [n for n in add.all_input_nodes if n is not layer]
     if not others or not roles.is_weighted(others[0]):
         return False
@@ -207,36 +208,17 @@ def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:
     if source is others[0].all_input_nodes[0]:
         # both read the same value: the later one in the graph
         return list(add.all_input_nodes).index(layer) == 1
-    return _reaches(source, others[0])
-
-
-def _reaches(source: fx.Node, target: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [target]
-    while stack:
-        node = stack.pop()
-        if node is source:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return False
+    return source in sources_of(others[0])
 
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:
     """Merges the values that meet in concatenations."""
-    leader = {node: node for node in quantized}
-
-    def find(node: fx.Node) -> fx.Node:
-        while leader[node] is not node:
-            node = leader[node]
-        return node
-
+    groups = {node: [node] for node in quantized}
     for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
-        sources = [s for s in roles.sources(concat) if s in leader]
+        sources = [s for s in roles.sources(concat) if s in groups]
         for other in sources[1:]:
-            leader[find(other)] = find(sources[0])
-    groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in quantized:
-        groups.setdefault(find(node), []).append(node)
-    return list(groups.values())
+            first, second = groups[sources[0]], groups[other]
+            if first is not second:
+                first += second
+                groups.update(dict.fromkeys(second, first))
+    return list({id(group): sorted(group, key=quantized.index) for group in groups.values()}.values())

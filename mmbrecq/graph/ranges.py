@@ -53,8 +53,8 @@ def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module
     Args:
         node: The node.
         known: The bounds of the nodes before it.
-        module: The module that it calls.
-        moves: Whether it only moves its inputs' values, or adds zeros to them.
+        module: The module that it calls, None for a function.
+        moves: Whether it only moves values, and zeros among them.
     """
     if node.op == 'get_attr':
         return _operand(node.meta.get('example'), known)

@@ -56,12 +56,7 @@ _NEAREST = ('nearest', 'nearest-exact')
 
 
 class Roles:
-    """Answers questions about the nodes of one graph.
-
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: A graph whose nodes carry ``meta['example']``.
-    """
+    """Classifies the nodes of a graph that carry ``meta['example']``, and call modules of ``model``."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.model, self.graph = model, graph

@@ -17,11 +17,7 @@ OUTPUT_NAME = 'output'
 
 
 def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
-    """Returns the tensors of nested sequences by name, in their order.
-
-    Raises:
-        GraphError: Something among them is neither a sequence nor a tensor.
-    """
+    """Returns the tensors of nested sequences by name, in their order; GraphError for any other value."""
     if isinstance(value, Tensor):
         return {name: value}
     if not isinstance(value, (tuple, list)):

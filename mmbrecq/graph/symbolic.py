@@ -105,11 +105,7 @@ class ConcreteProxy(fx.Proxy):
         return self.read('a membership test', lambda example: item in example)
 
     def read(self, what: str, convert: Callable[[Any], Any]) -> Any:
-        """Converts the value of the example to a number.
-
-        Raises:
-            ValueDependentError: It follows from values of the input.
-        """
+        """Converts the value of the example to a number; ValueDependentError if it follows from the input's values."""
         if 'values' in self.node.meta['depends'] and not isinstance(self.example, (tuple, list)):
             raise ValueDependentError(value_dependent(what))
         return convert(self.example)
@@ -262,8 +258,7 @@ def sources_of(node: fx.Node) -> set[fx.Node]:
 def dependence(node: fx.Node) -> set[str]:
     """Returns what the result follows from: ``values`` of the input, its ``size``, the ``state`` of the model.
 
-    Raises:
-        ValueDependentError: It is a number that follows from values.
+    ValueDependentError is raised for a number that follows from values.
     """
     if node.op == 'placeholder':
         return {'values'}

@@ -25,7 +25,7 @@ from mmbrecq.graph.components import (
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, make_layers
-from mmbrecq.graph.normalize import drop_identities, fold_batch_norms
+from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
@@ -94,19 +94,16 @@ def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
     Raises:
         GraphError: The model cannot be traced.
     """
-    return _trace(model, ImageForward(model), example, type(model).__name__, resize=True)
+    return _trace(model, ImageForward(model), example)
 
 
 def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
     """Traces one head of a two-stage detector, see :func:`trace_image_graph`."""
-    device = next(model.parameters()).device
-    example = torch.zeros((2, *region_shape(model, head)), device=device)
-    traced = _trace(model, RegionForward(model, head.path), example, head.path, resize=False)
-    traced.path = head.path
-    return traced
+    example = torch.zeros((2, *region_shape(model, head)), device=next(model.parameters()).device)
+    return _trace(model, RegionForward(model, head.path), example, head.path)
 
 
-def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resize: bool) -> TracedGraph:
+def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') -> TracedGraph:
     model.eval()
     with torch.no_grad():
         computing = bake_weights(model, lambda: entry(example))
@@ -114,15 +111,15 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resiz
     by_size = set()
     while True:
         try:
-            traced = _trace_at_sizes(model, entry, example, forced, computing, resize)
+            traced = _trace_at_sizes(model, entry, example, forced, computing)
             break
-        except UntraceableError as error:
-            if not error.owner or error.owner in forced:
+        except Exception as error:
+            if not isinstance(error, UntraceableError) or not error.owner or error.owner in forced:
+                name = path or type(model).__name__
                 raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
             forced[error.owner] = first_line(error)
             by_size |= {error.owner} if error.by_size else set()
-        except Exception as error:
-            raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
+    traced.path = path
     traced.value_dependent |= by_size & set(traced.opaque)
     switch_off_in_place(model, traced.graph, traced.opaque)
     make_layers(model, traced.graph)
@@ -131,12 +128,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, name: str, resiz
 
 
 def _trace_at_sizes(
-    model: nn.Module,
-    entry: nn.Module,
-    example: Tensor,
-    forced: Mapping[str, str],
-    computing: Collection[str],
-    resize: bool,
+    model: nn.Module, entry: nn.Module, example: Tensor, forced: Mapping[str, str], computing: Collection[str]
 ) -> TracedGraph:
     def trace(images: Tensor) -> ConcreteTracer:
         tracer = ConcreteTracer(images, forced, computing)
@@ -150,12 +142,13 @@ def _trace_at_sizes(
     traced = TracedGraph(model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent)
     is_map = any(output.dim() == 4 for output in traced.example_outputs().values())
     wider = None
-    if resize and example.dim() == 4:
+    if isinstance(entry, ImageForward) and example.dim() == 4:
         with suppress(Exception):
             wider = trace(other_size(pair))
     traced.frozen = resolve_sizes(base, more, wider, keep_free=is_map)
     for target, value in base.constants.items():
         _register(model, base.graph, target, value)
+    index_squeezes(base.graph)
     drop_identities(model, base.graph)
     return traced
 

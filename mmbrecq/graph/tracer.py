@@ -21,22 +21,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError, first_line
+from mmbrecq.graph import symbolic
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of, pre_hooks
-from mmbrecq.graph.symbolic import (
-    IN_PLACE_OPERATORS,
-    ConcreteProxy,
-    ValueDependentError,
-    WatchedValues,
-    caller,
-    dependence,
-    evaluate,
-    flat,
-    is_symbolic,
-    shares_memory,
-    stand_in,
-    tensors_in,
-)  # fmt: skip
 from mmbrecq.graph.units import is_below
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -47,7 +34,7 @@ WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
 
-_WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in IN_PLACE_OPERATORS))
+_WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
 
 
 class UntraceableError(GraphError):
@@ -165,12 +152,12 @@ class ConcreteTracer(fx.Tracer):
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
             return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
-            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in flat((args, kwargs))):
+            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))):
                 raise
             _erase_after(self.graph, last)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
-            if isinstance(error, ValueDependentError):
+            if isinstance(error, symbolic.ValueDependentError):
                 self.value_dependent.add(path)
             return _unpacked(self.create_proxy('call_module', path, *_positional(m, args, kwargs)))
         finally:
@@ -184,7 +171,7 @@ class ConcreteTracer(fx.Tracer):
             return a.item()
         if isinstance(a, fx.Node):
             return a
-        return a.node if is_symbolic(a) else super().create_arg(a)
+        return a.node if symbolic.is_symbolic(a) else super().create_arg(a)
 
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
@@ -201,7 +188,7 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'get_attr':
             target = target.removeprefix('model.')
         node = super().create_node(kind, target, *rest, **more)
-        node.meta.update(owner=self._owners[-1], caller=self._owners[-2:][0], line=caller())
+        node.meta.update(owner=self._owners[-1], caller=self._owners[-2:][0], line=symbolic.caller())
         # torch.fx patches every module call while it traces; the ones made here are not to be recorded
         self.is_evaluating = True
         try:
@@ -211,15 +198,16 @@ class ConcreteTracer(fx.Tracer):
         return node
 
     def _evaluate(self, node: fx.Node) -> None:
-        inputs = [(n, t, t._version) for n in node.all_input_nodes for t in tensors_in(n.meta['example'])]
+        inputs = [(n, t, t._version) for n in node.all_input_nodes for t in symbolic.tensors_in(n.meta['example'])]
         result = self._result(node)
         node.meta['example'] = result
         node.meta['writes'] = list(dict.fromkeys(n for n, t, version in inputs if t._version != version))
-        node.meta['view'] = next((n for n, t, _ in inputs if shares_memory(t, result)), None)
-        node.meta['depends'] = set() if str(node.target) in self.constants else dependence(node)
+        node.meta['view'] = next((n for n, t, _ in inputs if symbolic.shares_memory(t, result)), None)
+        node.meta['depends'] = set() if str(node.target) in self.constants else symbolic.dependence(node)
         for written in node.meta['writes']:
+            tensors = list(symbolic.tensors_in(written.meta['example']))
             for other in node.graph.nodes:
-                if any(shares_memory(t, other.meta.get('example')) for t in tensors_in(written.meta['example'])):
+                if any(symbolic.shares_memory(t, other.meta.get('example')) for t in tensors):
                     other.meta['depends'] |= node.meta['depends']
 
     def _result(self, node: fx.Node) -> Any:
@@ -231,7 +219,7 @@ class ConcreteTracer(fx.Tracer):
             return self._attribute(str(node.target))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
         if node.op != 'call_module':
-            return evaluate(node, args, kwargs)
+            return symbolic.evaluate(node, args, kwargs)
         path, module = str(node.target), self._model.get_submodule(str(node.target))
         # an opaque module may own layers that it does not run
         layers = {
@@ -240,7 +228,7 @@ class ConcreteTracer(fx.Tracer):
             if isinstance(layer, WEIGHTED) and name not in self.computing
         }
         called: dict[str, None] = {}
-        watch = WatchedValues(list(tensors_in((args, kwargs))))
+        watch = symbolic.WatchedValues(list(symbolic.tensors_in((args, kwargs))))
         with (
             pre_hooks(layers, lambda name, _: called.setdefault(name)),
             watch if path in self.opaque else nullcontext(),
@@ -262,10 +250,10 @@ class ConcreteTracer(fx.Tracer):
         return self._attributes[target]
 
     def proxy(self, node: fx.Node) -> Any:
-        return stand_in(node, self)
+        return symbolic.stand_in(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        assert isinstance(obj, ConcreteProxy)
+        assert isinstance(obj, symbolic.ConcreteProxy)
         return bool(obj.read('a branch', bool))
 
     def iter(self, obj: Any) -> Iterator[Any]:
@@ -289,14 +277,15 @@ class _SymbolicSizes(TorchFunctionMode):
         if self._tracer.is_evaluating:
             return func(*args, **kwargs)
         name = str(getattr(func, '__name__', ''))
-        has_proxy = any(isinstance(value, fx.Proxy) for value in flat((args, kwargs)))
+        has_proxy = any(isinstance(value, fx.Proxy) for value in symbolic.flat((args, kwargs)))
         is_in_place = name.endswith('_') and (not name.startswith('__') or name in _WRITES)
         written = kwargs.get('out', args[0] if args and is_in_place else None)
         if isinstance(written, Tensor) and not isinstance(written, fx.Proxy):
             if has_proxy:
-                raise GraphError(f'{caller()}: expected constants to stay constant, but {name} writes into one')
+                where = symbolic.caller()
+                raise GraphError(f'{where}: expected constants to stay constant, but {name} writes into one')
             return func(*args, **kwargs)
-        if has_proxy or not any(map(is_symbolic, flat((args, kwargs)))):
+        if has_proxy or not any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
             return func(*args, **kwargs)
         if name == '__getitem__':
             return self._tracer.create_proxy('call_function', operator.getitem, args, kwargs)

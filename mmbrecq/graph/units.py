@@ -6,7 +6,6 @@ A unit consists of consecutive nodes, so any cut is executable in order; it may 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -145,39 +144,26 @@ class _UnitBuilder:
     def __init__(self, model: nn.Module, run: list[fx.Node]) -> None:
         self.model, self.run = model, run
         self.graph = fx.Graph()
-        self.copies: dict[fx.Node, fx.Node] = {}
         self.inputs: list[str] = []
-        body = set(run)
-        self._foreign: list[fx.Node] = []
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._body = set(run)
+        self._last_input: fx.Node | None = None
         for node in run:
-            for source in node.all_input_nodes:
-                if source not in body:
-                    self._collect(source, body)
-
-    def _collect(self, node: fx.Node, body: set[fx.Node]) -> None:
-        if node in self._foreign or node in body:
-            return
-        if node.op == 'get_attr' or not isinstance(node.meta['example'], Tensor):
-            for source in node.all_input_nodes:
-                self._collect(source, body)
-        else:
-            self.inputs.append(node.name)
-        self._foreign.append(node)
+            self._copy(node)
 
     def build(self, outputs: tuple[str, ...]) -> fx.GraphModule:
-        for node in self._foreign:
-            if node.name in self.inputs:
-                self.copies[node] = self.graph.placeholder(node.name)
-        late = [n for n in self._foreign if n.name not in self.inputs]
-        for node in [*late, *self.run]:
-            self._copy(node)
-        by_name = {node.name: copy for node, copy in self.copies.items()}
+        by_name = {node.name: copy for node, copy in self._copies.items()}
         self.graph.output(tuple(by_name[name] for name in outputs))
         return graph_module(self.model, self.graph, 'Unit')
 
-    def _copy(self, node: fx.Node) -> Any:
-        if node not in self.copies:
+    def _copy(self, node: fx.Node) -> None:
+        if node in self._copies:
+            return
+        if node in self._body or node.op == 'get_attr' or not isinstance(node.meta['example'], Tensor):
             for source in node.all_input_nodes:
                 self._copy(source)
-            self.copies[node] = self.graph.node_copy(node, lambda n: self.copies[n])
-        return self.copies[node]
+            self._copies[node] = self.graph.node_copy(node, lambda n: self._copies[n])
+        else:
+            with self.graph.inserting_after(self._last_input):
+                self._copies[node] = self._last_input = self.graph.placeholder(node.name)
+            self.inputs.append(node.name)

@@ -1,4 +1,4 @@
-"""Quantizers: from a float model and a config to a model whose every layer knows its grid."""
+"""Prepares a float model for quantization by a config."""
 
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel

@@ -1,4 +1,4 @@
-"""The BRECQ quantizer: prepares a float model for block reconstruction (Li et al., ICLR 2021)."""
+"""Prepares a float model for block reconstruction (BRECQ, Li et al., ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ from mmbrecq.graph.components import region_heads
 from mmbrecq.graph.merge import merge_branches
 from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.symbolic import sources_of
 from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_region_head
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
-from mmbrecq.quantizers.options import (
-    ActivationOptions,
-    Override,
-    WeightOptions,
-    assign_bits,
-    check_bits,
-)
+from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions, assign_bits, check_bits
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
@@ -42,7 +37,7 @@ Bits = dict[str, tuple[int | None, int | None]]
 
 @QUANTIZERS.register_module()
 class BRECQQuantizer:
-    """Prepares a model: one graph, BatchNorms folded, every layer with its grid, cut into units.
+    """Prepares a model: traces it, folds its BatchNorms, inserts fake quantizers, cuts it into units.
 
     Args:
         weight: Options of :class:`WeightOptions`.
@@ -57,6 +52,13 @@ class BRECQQuantizer:
 
     Raises:
         ConfigError: An option is unknown or out of range.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        >>> quantizer = BRECQQuantizer({'bits': 4}, {'bits': 8}, preset='openvino', first_last_8bit=False)
+        >>> [(layer.name, layer.weight_bits) for layer in quantizer.prepare(model, torch.rand(2, 3, 8, 8)).layers]
+        [('0', 4), ('2', 4)]
     """
 
     def __init__(
@@ -91,11 +93,11 @@ class BRECQQuantizer:
         self.equalization, self.merge_branches = float(equalization), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
-        """Turns ``model`` into a quantized one; its grids are still to be calibrated.
+        """Returns the quantized model, whose grids are still to be calibrated; ``model`` is changed in place.
 
         Args:
-            model: A float OpenMMLab model; changed in place.
-            example (Tensor): Preprocessed images, ``(N, 3, H, W)``, N >= 2.
+            model: A float model.
+            example (Tensor): Preprocessed images, ``(N, C, H, W)``, N >= 2.
         """
         if self.merge_branches:
             merge_branches(model, example)
@@ -109,21 +111,21 @@ class BRECQQuantizer:
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
         return QuantizedModel(model, graphs, observers, self.equalization)
 
-    def _assign_bits(self, parts: Sequence[TracedGraph]) -> Bits:
-        """Bits of every layer of every graph; overrides are patterns over all of them."""
-        model = parts[0].model
-        called = {layer: None for part in parts for layer in _called_layers(part)}
+    def _assign_bits(self, graphs: Sequence[TracedGraph]) -> Bits:
+        """Returns the bits of every layer of every graph; overrides are patterns over all of them."""
+        model = graphs[0].model
+        called = {layer: None for graph in graphs for layer in _called_layers(graph)}
         if not called:
             raise GraphError(f'expected {type(model).__name__} to have a convolution or linear layer, but found none')
         first_last: set[str] = set()
-        for part in parts if self.first_last_8bit else ():
-            first, last = _first_and_last(Roles(model, part.graph))
-            # what reads features of regions comes after the layers that made the features
-            first_last |= last if part.path else first | last
+        for graph in graphs if self.first_last_8bit else ():
+            first, last = _first_and_last(Roles(model, graph.graph))
+            # the heads run after the layers that compute their features
+            first_last |= last if graph.path else first | last
         return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
 
     def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedGraph:
-        """One graph with its quantizers; ``all_bits`` names the layers of the others too."""
+        """Inserts the quantizers of one graph; ``all_bits`` names the layers of the others too."""
         bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
         blocks = find_blocks(traced.model, traced.graph, self.blocks)
         names = []
@@ -133,40 +135,27 @@ class BRECQQuantizer:
         for layer, (weight_bits, _) in bits.items():
             if weight_bits is not None:
                 self._quantize_weight(traced.model, layer, weight_bits)
-        return self._assemble(traced, bits, blocks, [*names, *opaque_inputs.values()], opaque_inputs)
-
-    def _assemble(
-        self,
-        traced: TracedGraph,
-        bits: Bits,
-        blocks: list[str],
-        names: Sequence[str],
-        opaque_inputs: dict[str, str],
-    ) -> QuantizedGraph:
         model = traced.model
-        found = {name: model.get_submodule(name) for name in names}
+        found = {name: model.get_submodule(name) for name in (*names, *opaque_inputs.values())}
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
         quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
 
         def cut(granularity: str) -> list[ReconstructionUnit]:
             units = cut_units(model, traced.graph, quantized, set(quantizers), blocks, traced.path, granularity)
-            return [_with_opaque_inputs(unit, opaque_inputs) for unit in units]
+            more = [tuple(opaque_inputs[n] for n in unit.layers if n in opaque_inputs) for unit in units]
+            return [replace(unit, quantizers=unit.quantizers + own) for unit, own in zip(units, more, strict=True)]
 
         units = cut(self.granularity)
         layers = _list_layers(traced, bits, units)
         return QuantizedGraph(traced, self.preset, layers, units, cut, quantizers, opaque_inputs)
 
     def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
-        """Puts the quantizer of a position into the graph; returns its path, nothing where the values stay in float."""
+        """Inserts the quantizer of a position; returns its path, or nothing where the values stay in float."""
         position_bits = self._position_bits(position.layers, bits)
         if position_bits is None:
             return []
-        name = f'{traced.path.replace(".", "_")}_{position.name}' if traced.path else position.name
-        position_bits = MAX_BITS if position.joins else position_bits
-        path = self._add_quantizer(
-            traced.model, name, position_bits, position.non_negative, position.nodes[0], position.full_scale,
-            position.per_channel,
-        )  # fmt: skip
+        name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
+        path = self._add_quantizer(traced.model, name, position, MAX_BITS if position.joins else position_bits)
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
@@ -175,33 +164,24 @@ class BRECQQuantizer:
         return [path]
 
     def _position_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
-        """Bits of a value: the most that a reader asks for, the default where no layer reads it."""
+        """Returns the bits of a value: the most of its readers, or the default where no layer reads it."""
         if not layers:
             return self.activation_bits
         return max((b for b in (bits[layer][1] for layer in layers) if b is not None), default=None)
 
-    def _add_quantizer(
-        self,
-        model: nn.Module,
-        name: str,
-        bits: int,
-        non_negative: bool,
-        node: fx.Node | None = None,
-        full_scale: bool = False,
-        per_channel: bool = False,
-    ) -> str:
-        options = self.activation
-        qtype = self.preset.activation_qtype(bits, non_negative, options.symmetric, options.per_channel)
+    def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
+        options, node = self.activation, position.nodes[0] if position.nodes else None
+        qtype = self.preset.activation_qtype(bits, position.non_negative, options.symmetric, options.per_channel)
         folds = self.preset.folds_channel_scales
         # OpenVINO has signed integers below 8 bits cut as real values, by one pair of bounds
-        if per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
+        if position.per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
             qtype = replace(qtype, ch_axis=1)
         channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
             FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
-            integer_clip=self.preset.integer_clip or (per_channel and folds), full_scale=full_scale,
+            integer_clip=self.preset.integer_clip or (position.per_channel and folds), full_scale=position.full_scale,
         )  # fmt: skip
-        # a gradient for it alone would take the first layer's backward pass down to the images: 256 levels do without
+        # its gradient would need the first layer's backward pass down to the images, and 256 levels gain nothing by it
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
         model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
@@ -212,11 +192,10 @@ class BRECQQuantizer:
         for layer, (_, activation_bits) in bits.items():
             if activation_bits is None or not any(is_below(layer, path) for path in traced.opaque):
                 continue
-            name = layer.replace('.', '_') + '_input'
-            paths[layer] = self._add_quantizer(traced.model, name, activation_bits, non_negative=False)
+            position = QuantizerPosition(layer.replace('.', '_') + '_input', (), (layer,), non_negative=False)
+            paths[layer] = self._add_quantizer(traced.model, position.name, position, activation_bits)
             quantizer = traced.model.get_submodule(paths[layer])
-            module = traced.model.get_submodule(layer)
-            module.register_forward_pre_hook(partial(_quantize_first, quantizer))
+            traced.model.get_submodule(layer).register_forward_pre_hook(partial(_quantize_first, quantizer))
         return paths
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
@@ -238,46 +217,32 @@ def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ..
     return (quantizer(args[0]), *args[1:])
 
 
-def _with_opaque_inputs(unit: ReconstructionUnit, opaque_inputs: Mapping[str, str]) -> ReconstructionUnit:
-    more = tuple(opaque_inputs[layer] for layer in unit.layers if layer in opaque_inputs)
-    return replace(unit, quantizers=unit.quantizers + more)
-
-
 def _called_layers(traced: TracedGraph) -> list[str]:
-    """Paths of the layers that the graph runs, within opaque modules too, in the order of their first call."""
+    """Returns the paths of the layers that the graph runs, within opaque modules too, in the order of their calls."""
     return list(dict.fromkeys(layer for node in traced.graph.nodes for layer in node.meta.get('layers', ())))
 
 
 def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:
-    """Layers that no other layer precedes, and layers that no other layer follows."""
-    weighted = [n for n in roles.graph.nodes if roles.is_weighted(n)]
-    preceded: set[fx.Node] = set()
-    follows: set[fx.Node] = set()
-    for node in roles.graph.nodes:
-        if any(n in preceded or roles.is_weighted(n) for n in node.all_input_nodes):
-            preceded.add(node)
-    for node in reversed(list(roles.graph.nodes)):
-        if any(n in follows or roles.is_weighted(n) for n in node.users):
-            follows.add(node)
-    first = {str(n.target) for n in weighted if n not in preceded}
-    return first, {str(n.target) for n in weighted if n not in follows}
+    """Returns the layers that no other layer precedes, and the layers that no other layer follows."""
+    weighted = {n for n in roles.graph.nodes if roles.is_weighted(n)}
+    before = {n: (sources_of(n) & weighted) - {n} for n in weighted}
+    followed = set().union(*before.values())
+    first = {str(n.target) for n in weighted if not before[n]}
+    return first, {str(n.target) for n in weighted - followed}
 
 
 def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
     unit_of = {layer: unit.name for unit in units for layer in unit.layers}
     layers = []
-    elsewhere = [] if traced.path else [head.path for head in region_heads(traced.model)]
+    others = [] if traced.path else [head.path for head in region_heads(traced.model)]
     for name, module in traced.model.named_modules():
-        if not isinstance(module, WEIGHTED) or not is_below(name, traced.path):
-            continue
-        if any(is_below(name, path) for path in elsewhere):
+        own = is_below(name, traced.path) and not any(is_below(name, path) for path in others)
+        if not own or not isinstance(module, WEIGHTED):
             continue
         weight_bits, activation_bits = bits.get(name, (None, None))
-        reason = None
+        reason = "the config says 'float'" if weight_bits is None else None
         if name not in bits:
             reason = 'the forward pass does not call it'
-        elif weight_bits is None:
-            reason = "the config says 'float'"
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers

@@ -1,4 +1,4 @@
-"""Options of a quantizer, as a config gives them, checked."""
+"""Checks the options of a quantizer in a config."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mmbrecq.errors import ConfigError, PatternError
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 
 FLOAT = 'float'
-"""In place of a number of bits: not quantized."""
+"""Value of an option for bits that leaves the values in float."""
 
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """How weights are quantized.
+    """Holds the options of weights.
 
     Args:
         bits: Bit-width, 2 to 8.
@@ -35,7 +35,7 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class ActivationOptions:
-    """How activations are quantized.
+    """Holds the options of activations.
 
     Args:
         bits: Bit-width, 2 to 8.
@@ -54,7 +54,7 @@ class ActivationOptions:
 
 @dataclass(frozen=True)
 class Override:
-    """Bits of the layers that a pattern matches; what it does not name stays as it is.
+    """Sets bits of the layers that a pattern matches; None leaves them as they are.
 
     Args:
         pattern: Glob over layer paths, such as ``backbone.layer4.*``.
@@ -83,11 +83,11 @@ def assign_bits(
     activation_bits: int | None,
     overrides: list[Override],
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Bits of every layer: the defaults, then 8 bits for ``first_last``, then the overrides in their order.
+    """Returns the bits of every layer: the defaults, then 8 bits for ``first_last``, then the overrides in order.
 
     Args:
         layers: Paths of the layers.
-        first_last: Those that keep 8 bits.
+        first_last: Paths of the layers with 8 bits.
         weight_bits: Default for weights, None for float.
         activation_bits: Default for a layer's input, None for float.
         overrides: Later ones win.
@@ -98,13 +98,8 @@ def assign_bits(
     Raises:
         PatternError: An override matches no layer.
     """
-    bits: dict[str, tuple[int | None, int | None]] = {}
-    for layer in layers:
-        eight = layer in first_last
-        bits[layer] = (
-            MAX_BITS if eight and weight_bits is not None else weight_bits,
-            MAX_BITS if eight and activation_bits is not None else activation_bits,
-        )
+    eight = [None if default is None else MAX_BITS for default in (weight_bits, activation_bits)]
+    bits = {layer: (eight[0], eight[1]) if layer in first_last else (weight_bits, activation_bits) for layer in layers}
     for index, override in enumerate(overrides):
         matching = [layer for layer in layers if fnmatchcase(layer, override.pattern)]
         if not matching:
@@ -112,11 +107,12 @@ def assign_bits(
                 f"expected quantizer.overrides[{index}].pattern to match a layer, but '{override.pattern}' matches "
                 f'none of {len(layers)} (the first is {layers[0]})'
             )
+        weight = check_bits(override.weight_bits, f'quantizer.overrides[{index}].weight_bits')
+        activation = check_bits(override.activation_bits, f'quantizer.overrides[{index}].activation_bits')
         for layer in matching:
-            weight, activation = bits[layer]
-            if override.weight_bits is not None:
-                weight = check_bits(override.weight_bits, f'quantizer.overrides[{index}].weight_bits')
-            if override.activation_bits is not None:
-                activation = check_bits(override.activation_bits, f'quantizer.overrides[{index}].activation_bits')
-            bits[layer] = (weight, activation)
+            old_weight, old_activation = bits[layer]
+            bits[layer] = (
+                old_weight if override.weight_bits is None else weight,
+                old_activation if override.activation_bits is None else activation,
+            )
     return bits

@@ -1,4 +1,4 @@
-"""A prepared model: its graphs, their units and layers, and the switches of its quantization."""
+"""Holds a prepared model: its graphs, their units and layers, and the switches of its quantization."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mmbrecq.presets import Preset
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One convolution or linear layer of the model.
+    """Describes one convolution or linear layer of the model.
 
     Args:
         name: Its path.
@@ -49,13 +49,13 @@ class LayerInfo:
 
 @dataclass
 class QuantizedGraph:
-    """One graph of a prepared model: all that follows from the image, or one head that reads features of regions.
+    """Computes one graph of a prepared model: all that follows from the image, or one head that reads regions.
 
     Args:
         traced: The graph with its activation quantizers.
-        preset: The rules it was prepared for.
-        layers: Every convolution and linear layer that the graph stands for.
-        units: In the order of execution.
+        preset: The preset it was prepared for.
+        layers: Every convolution and linear layer from which the graph was traced.
+        units: The units in the order of execution.
         cut: Returns the units of another granularity.
         quantizers: Activation quantizers by module path.
         opaque_inputs: Paths of the quantizers of layers that only an opaque module calls, by layer.
@@ -80,7 +80,7 @@ class QuantizedGraph:
 
     @property
     def path(self) -> str:
-        """Path of the head that the graph stands for; empty for the graph of the images."""
+        """Path of the head that the graph computes; empty for the graph of the images."""
         return self.traced.path
 
     @property
@@ -89,7 +89,7 @@ class QuantizedGraph:
         return bool(self.path)
 
     def attach(self) -> None:
-        """Makes the model compute this graph wherever it would have run the modules that the graph stands for."""
+        """Makes the model compute this graph instead of the modules from which it was traced."""
         self.traced.attach(self.compiled)
 
     def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
@@ -110,39 +110,33 @@ class QuantizedGraph:
 
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Switches fake quantization of the graph's weights and activations; the state before is put back."""
+        """Switches fake quantization of the graph's weights and activations within the block."""
         with _switched([self], weights, activations):
             yield
 
     def pack(self) -> None:
-        """Puts integers in the place of float weights, and switches all quantization on for good."""
-        inputs, read = self._input_quantizers() if self.preset.bias_rounded else {}, self.read_quantizers()
+        """Replaces float weights by integers, and switches all quantization on for good."""
+        sources, read = self._sources(), self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
             bake_bias(module)
             scales = [self.quantizers[path].scale for path in read.get(name, ())]
             raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
-            if name in inputs and isinstance(module, CONVOLUTIONS):
-                round_bias(module, scale_read(module, inputs[name].scale) * fake_quant.scale)
+            # a layer that reads several values has no single scale of its input
+            source = next(iter(sources[name])) if len(sources.get(name, ())) == 1 else None
+            if self.preset.bias_rounded and source in self.quantizers and isinstance(module, CONVOLUTIONS):
+                round_bias(module, scale_read(module, self.quantizers[source].scale) * fake_quant.scale)
             pack_weight(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True
             quantizer.observer = None
 
     def read_quantizers(self) -> dict[str, set[str]]:
-        """Returns the paths of the quantizers of what every layer reads; one that levels share may read several."""
+        """Returns the paths of the quantizers of every layer's inputs; a layer that is called often has several."""
         read = {layer: sources & set(self.quantizers) for layer, sources in self._sources().items()}
         return {**read, **{layer: {path} for layer, path in self.opaque_inputs.items()}}
 
-    def _input_quantizers(self) -> dict[str, FakeQuantize]:
-        """Returns the quantizer of the input of every layer; a layer that reads several values has none."""
-        return {
-            layer: self.quantizers[source]
-            for layer, (source, *others) in self._sources().items()
-            if source in self.quantizers and not others
-        }
-
     def _sources(self) -> dict[str, set[str]]:
-        """Returns the names of what every layer reads."""
+        """Returns the names of the values that every layer reads."""
         roles = Roles(self.model, self.traced.graph)
         read: dict[str, set[str]] = {}
         for node in self.traced.graph.nodes:
@@ -157,11 +151,11 @@ class QuantizedGraph:
 
 @dataclass
 class QuantizedModel:
-    """What :meth:`BRECQQuantizer.prepare` returns: the model, its graphs, and the switches of its quantization.
+    """Holds a prepared model, its graphs, and the switches of its quantization.
 
     Args:
         model: The model, its modules computed by the graphs.
-        graphs: The graph of the images, then, of a two-stage detector, one for each head that reads regions.
+        graphs: The graph of the images, then one for each head of a two-stage detector that reads regions.
         observers: Configs of the range estimators: ``weight`` and ``activation``.
         equalization: How far the ranges of channels are made alike before grids are found, 0 to 1.
     """
@@ -183,7 +177,7 @@ class QuantizedModel:
 
     @property
     def preset(self) -> Preset:
-        """The rules that the model was prepared for."""
+        """The preset that the model was prepared for."""
         return self.image_graph.preset
 
     @property
@@ -202,18 +196,18 @@ class QuantizedModel:
             yield from graph.weights()
 
     def attach(self) -> None:
-        """Makes the model compute the graphs, after a deployed file or a recorder was attached in their place."""
+        """Makes the model compute the graphs, after a deployed file or a recorder was attached instead."""
         for graph in self.graphs:
             graph.attach()
 
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Switches fake quantization of all weights and of all activations; the state before is put back."""
+        """Switches fake quantization of all weights and of all activations within the block."""
         with _switched(self.graphs, weights, activations):
             yield
 
     def pack(self) -> None:
-        """Finishes the model: integers in place of float weights, all quantization on for good."""
+        """Replaces float weights by integers, and switches all quantization on for good."""
         for graph in self.graphs:
             graph.pack()
 

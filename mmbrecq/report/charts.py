@@ -19,7 +19,7 @@ class Axis:
     low: float
     high: float
 
-    def place(self, value: float) -> float:
+    def pixel(self, value: float) -> float:
         """Returns the pixel of a value."""
         return self.start + (value - self.low) * (self.end - self.start) / (self.high - self.low or 1)
 
@@ -27,9 +27,9 @@ class Axis:
 class LogAxis(Axis):
     """Maps whole decades ``10**low .. 10**high``; values that are not above 0 have the pixel of the low end."""
 
-    def place(self, value: float) -> float:
+    def pixel(self, value: float) -> float:
         """Returns the pixel of a value."""
-        return super().place(math.log10(value) if value > 0 else self.low)
+        return super().pixel(math.log10(value) if value > 0 else self.low)
 
     def ticks(self) -> list[float]:
         """Returns the labelled values: more than the decades on a short axis, and fewer on a long one."""

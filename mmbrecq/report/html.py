@@ -67,20 +67,12 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
 
 
 def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '') -> None:
-    """Writes :func:`render_html` to ``path``, whole or not at all.
-
-    Raises:
-        StorageError: The file cannot be written; the previous one survives.
-    """
+    """Writes :func:`render_html` to ``path``, whole or not at all; StorageError if it cannot be written."""
     write_text_atomic(render_html(summary, date, Path(path).parent), Path(path))
 
 
 def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> None:
-    """Writes ``sensitivity.html``: the loss of every layer at every number of bits, as charts and as tables.
-
-    Raises:
-        StorageError: The file cannot be written; the previous one survives.
-    """
+    """Writes ``sensitivity.html``: the loss of every layer at every number of bits, as charts and as tables."""
     # a float layer loses nothing
     losses = {name: table.loss.get(name, {}) for name in table.searched}
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}

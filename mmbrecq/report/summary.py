@@ -202,20 +202,12 @@ class Summary:
         return f'W{weight}A{activation}'
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``summary.json`` whole or not at all.
-
-        Raises:
-            StorageError: The file cannot be written; the previous one survives.
-        """
+        """Writes ``summary.json`` whole or not at all; StorageError if it cannot be written."""
         save_json(self, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Summary:
-        """Reads a file written by :meth:`save`; absent keys have their defaults.
-
-        Raises:
-            ConfigError: The file cannot be read, is not JSON, or has an unknown or ill-typed key.
-        """
+        """Reads a file of :meth:`save`; absent keys have their defaults, and ConfigError names a bad key."""
         try:
             summary: Summary = decode(cls, json.loads(Path(path).read_text(encoding='utf-8')), 'summary')
         except ConfigError as error:

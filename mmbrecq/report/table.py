@@ -11,18 +11,7 @@ from rich.text import Text
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
-from mmbrecq.report.rows import (
-    UNKNOWN,
-    ResultRow,
-    decimals,
-    format_bytes,
-    format_cost,
-    format_difference,
-    format_metric,
-    format_ratio,
-    metric_names,
-    result_rows,
-)  # fmt: skip
+from mmbrecq.report import rows
 from mmbrecq.report.summary import Summary
 
 SHOWN_METRICS = 3
@@ -30,11 +19,7 @@ SHOWN_METRICS = 3
 
 
 def render_table(summary: Summary) -> str:
-    """Returns the result table as plain text: title, Markdown table, sizes; no colour, no line is wrapped.
-
-    Args:
-        summary: The run; stages not evaluated yet are left out.
-    """
+    """Returns the result table as plain text: title, Markdown table, sizes; no colour, no line is wrapped."""
     console = Console(width=10_000, color_system=None, force_terminal=False, legacy_windows=False, markup=False)
     with console.capture() as capture:
         console.print(_build_table(summary, box.MARKDOWN))
@@ -44,12 +29,7 @@ def render_table(summary: Summary) -> str:
 
 
 def print_table(summary: Summary, console: Console | None = None) -> None:
-    """Prints the result table, styled on a terminal and as :func:`render_table` has it elsewhere.
-
-    Args:
-        summary: The run.
-        console: The console to print on; standard output by default.
-    """
+    """Prints the result table, styled on a terminal and as :func:`render_table` has it elsewhere."""
     console = console or Console()
     if not console.is_terminal:
         console.file.write(render_table(summary))
@@ -70,14 +50,14 @@ def _caption(summary: Summary) -> str:
     size = summary.model_size_bytes
     parts = []
     if size.float is not None or size.quantized is not None:
-        ratio = format_ratio(size.float, size.quantized)
-        parts.append(f'model size: {format_bytes(size.float)} float, {format_bytes(size.quantized)} quantized')
-        parts[-1] += f' ({ratio})' if ratio else ''
+        before, after = map(rows.format_bytes, (size.float, size.quantized))
+        ratio = rows.format_ratio(size.float, size.quantized)
+        parts.append(f'model size: {before} float, {after} quantized{f" ({ratio})" if ratio else ""}')
     rounded = [unit for unit in summary.units if unit.learned_rounding]
     kept = sum(unit.kept_nearest for unit in rounded)
     if kept:
         parts.append(f'{kept} of {len(rounded)} units kept at nearest rounding')
-    metrics = metric_names(result_rows(summary))
+    metrics = rows.metric_names(rows.result_rows(summary))
     if len(metrics) > SHOWN_METRICS:
         parts.append(f'the report has {len(metrics) - SHOWN_METRICS} more metrics')
     return '; '.join(parts)
@@ -100,16 +80,16 @@ def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
     lines.append(f'predicted loss: {chosen.predicted:.4g} ({chosen.kind})')
     for name, spent in chosen.spent.items():
         unit = chosen.units[name]
-        budget = f', budget {format_cost(chosen.budgets[name], unit)}' if name in chosen.budgets else ''
+        budget = f', budget {rows.format_cost(chosen.budgets[name], unit)}' if name in chosen.budgets else ''
         share = spent / chosen.float_costs[name] if chosen.float_costs[name] else 0.0
-        lines.append(f'{name}: {format_cost(spent, unit)}, {share:.3g}x of float{budget}')
+        lines.append(f'{name}: {rows.format_cost(spent, unit)}, {share:.3g}x of float{budget}')
     return '\n'.join(lines) + '\n'
 
 
 def _build_table(summary: Summary, style: box.Box) -> Table:
-    rows = result_rows(summary)
-    metrics = metric_names(rows)[:SHOWN_METRICS]
-    with_kernels = any(row.kernels for row in rows)
+    results = rows.result_rows(summary)
+    metrics = rows.metric_names(results)[:SHOWN_METRICS]
+    with_kernels = any(row.kernels for row in results)
     table = Table(box=style)
     table.add_column('stage')
     for metric in metrics:
@@ -118,21 +98,21 @@ def _build_table(summary: Summary, style: box.Box) -> Table:
     table.add_column('size', justify='right')
     if with_kernels:
         table.add_column('integer kernels', justify='right')
-    for row in rows:
-        cells = [Text(cell) for cell in _cells(row, rows, metrics, summary)]
+    for row in results:
+        cells = [Text(cell) for cell in _cells(row, results, metrics, summary)]
         if with_kernels:
             count = row.kernels
-            cells.append(Text(f'{count.integer} of {count.quantized}' if count else UNKNOWN))
+            cells.append(Text(f'{count.integer} of {count.quantized}' if count else rows.UNKNOWN))
         table.add_row(*cells, style='bold' if row.stage == 'quantized' else '')
-    if not rows:
+    if not results:
         table.add_row('no result yet')
     return table
 
 
-def _cells(row: ResultRow, rows: list[ResultRow], metrics: list[str], summary: Summary) -> list[str]:
+def _cells(row: rows.ResultRow, results: list[rows.ResultRow], metrics: list[str], summary: Summary) -> list[str]:
     cells = [row.label]
     for metric in metrics:
-        digits, value = decimals(rows, metric), row.metrics.get(metric)
+        digits, value = rows.decimals(results, metric), row.metrics.get(metric)
         reference = None if row.stage == 'float' else summary.metrics.float.get(metric)
-        cells += [format_metric(value, digits), format_difference(value, reference, digits)]
-    return [*cells, format_bytes(row.size)]
+        cells += [rows.format_metric(value, digits), rows.format_difference(value, reference, digits)]
+    return [*cells, rows.format_bytes(row.size)]

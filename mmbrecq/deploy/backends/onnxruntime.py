@@ -145,6 +145,8 @@ class ONNXRuntimeBackend(BaseBackend):
         if graph.quantized_sources(layer.data) is None:
             return f'its input, from {"the input" if maker is None else maker.op} of the graph, is not quantized'
         readers = graph.consumers(layer.node.outputs[0])
+        if len(readers) == 1 and readers[0].op in ('Relu', 'Clip'):
+            readers = graph.consumers(readers[0].outputs[0])
         if layer.node.op == 'Gemm' and layer.node.input(2):
             return 'its bias is not added apart from a result in float'
         if layer.node.op == 'Conv' and not any(reader.op == 'QuantizeLinear' for reader in readers):

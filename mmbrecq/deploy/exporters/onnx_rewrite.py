@@ -112,11 +112,10 @@ def _give_biases(proto: Any) -> None:
     makers = {node.output[0]: node for node in proto.graph.node}
     for layer in view.layers():
         node, bias = layer.node, view.constant(layer.node.input(2))
-        computed = bias is None and node.input(2)
-        if layer.weight_dq is None or node.op not in CONV_OPS or computed or (bias is not None and bias.any()):
+        weight = None if layer.weight_dq is None else view.constant(layer.weight_dq.input(0))
+        has_bias = bool(node.input(2)) if bias is None else bias.any()
+        if weight is None or node.op not in CONV_OPS or has_bias:
             continue
-        weight = view.constant(layer.weight_dq.input(0))
-        assert weight is not None
         shape = weight.shape
         channels = shape[0] if node.op == 'Conv' else shape[1] * node.attributes.get('group', 1)
         name = f'{node.name}/bias'
