@@ -12,14 +12,9 @@ UNITS = {
 
 
 def parse_bytes(value: int | str, where: str) -> int:
-    """Returns a number of bytes.
+    """Returns the number of bytes of an integer of at least 1, or of a number and a unit, such as ``'1.5 GiB'``.
 
-    Args:
-        value: An integer of at least 1, or a number and a unit, such as ``'500MB'`` or ``'1.5 GiB'``.
-        where: The option, for the message.
-
-    Raises:
-        ConfigError: It is neither.
+    ConfigError names the option ``where`` for any other value.
     """
     size = value if type(value) is int else 0
     if isinstance(value, str):

@@ -47,11 +47,7 @@ OPTIONAL = {
 
 
 def require(name: str) -> ModuleType:
-    """Imports and returns a package, and checks its version where ``NEEDED`` or ``OPTIONAL`` has it.
-
-    Raises:
-        DependencyError: The package is missing, broken, or of a version that mmbrecq does not accept.
-    """
+    """Imports and returns a package; DependencyError if it is missing, broken, or of a version outside of its range."""
     dependency = (NEEDED | OPTIONAL).get(name, Dependency('', f'pip install {name}'))
     expected = f'expected {name}{dependency.versions}'
     advice = f'install it with: {dependency.install}'

@@ -13,13 +13,7 @@ from mmbrecq.qtype import QType
 
 
 def expand(values: Tensor, dim: int, ch_axis: int | None) -> Tensor:
-    """Gives per-channel ``values`` of shape ``(C,)`` the shape ``(1, .., C, .., 1)`` of ``dim`` axes.
-
-    Args:
-        values (Tensor): ``()`` or ``(C,)``.
-        dim: Number of axes of the tensor to broadcast with.
-        ch_axis: Axis of the channels, None for a scalar.
-    """
+    """Gives per-channel ``values`` of shape ``(C,)`` the shape ``(1, .., C, .., 1)`` of ``dim`` axes."""
     if ch_axis is None:
         return values
     return values.reshape([-1 if i == ch_axis else 1 for i in range(dim)])

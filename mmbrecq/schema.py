@@ -18,15 +18,9 @@ T = TypeVar('T')
 
 
 def encode(value: Any) -> Any:
-    """Turns a dataclass into what strict JSON can hold.
+    """Returns a dataclass, or a nested collection of them and of plain values, as values of strict JSON.
 
-    NaN and infinities become None, because JSON has no word for them. NumPy scalars become Python numbers.
-
-    Args:
-        value: A dataclass, mapping, list, tuple, string, number, bool or None, nested at will.
-
-    Raises:
-        TypeError: For any other type.
+    NaN and infinities become None, which JSON lacks, and NumPy scalars Python numbers; TypeError for other types.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -44,7 +38,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(hint: Any, value: Any, where: str) -> Any:
-    """Turns a JSON value into what ``hint`` says: the inverse of :func:`encode`.
+    """Returns the value of the type ``hint`` for a JSON value: the inverse of :func:`encode`.
 
     An absent key has its field's default, so that the file of an unfinished run can be read.
     None for a plain ``float`` is NaN.

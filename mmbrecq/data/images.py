@@ -27,15 +27,12 @@ def collect_images(
     that size the images are read a second time, rather than kept twice.
 
     Args:
-        model: Its data preprocessor is used.
+        model: The model, whose data preprocessor is used.
         calibration: The drawn images.
         allocate: Makes the tensor; see :meth:`~mmbrecq.reconstruction.BaseReconstructor.image_room`.
 
     Returns:
-        ``(N, 3, H, W)`` on the device of the model.
-
-    Raises:
-        NonFiniteError: A preprocessed image is not finite.
+        Finite images, ``(N, 3, H, W)``, on the device of the model; NonFiniteError names another one.
     """
     images, size = _read(model, calibration, None, allocate)
     height, width = (max(gather(length)) for length in size)

@@ -58,14 +58,8 @@ def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> Calibrati
     """Draws the calibration images that a config asks for.
 
     They are images of the training set read through the test pipeline, never of the test or validation set.
-
-    Args:
-        cfg: The resolved config: ``train_dataloader``, ``test_dataloader``, ``default_scope``.
-        calibration: See :class:`CalibrationOptions`.
-
-    Raises:
-        ConfigError: An option, type or argument is unknown or invalid.
-        DataError: A folder is missing or empty, holds fewer images than asked for, or is the test set's.
+    ConfigError names an invalid option of :class:`CalibrationOptions`, DataError a folder that is missing, has too few
+    images, or is the test set's.
     """
     options = parse_options(CalibrationOptions, calibration, 'calibration')
     with without_chatter():

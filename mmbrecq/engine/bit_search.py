@@ -53,14 +53,9 @@ def analyze(cfg: Config, path: str) -> SensitivityTable:
 def choose_bits(
     cfg: Config, path: str, budgets: Mapping[str, str | float], table_path: Path, out: Path
 ) -> SearchResult:
-    """Chooses bits within budgets, prints them and writes the config that has them.
+    """Chooses bits within budgets, prints them, and writes the config ``out`` and ``search.json`` beside it.
 
-    Args:
-        cfg: The config.
-        path: Its file.
-        budgets: Budgets of the command line, which override those of the config.
-        table_path: The table of the analysis.
-        out: The config to write; ``search.json`` is written beside it.
+    ``budgets`` are those of the command line, which override those of the config.
     """
     options = search_options(cfg)
     budgets = {**options.budgets, **budgets}

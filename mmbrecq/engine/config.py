@@ -132,10 +132,7 @@ def resolve_checkpoint(checkpoint: str, config: str) -> str:
 def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
     """Returns a runner whose test loop is ``loop``; nothing for training is built.
 
-    Raises:
-        ConfigError: A type or an argument is unknown.
-        DataError: The test data is missing.
-        StorageError: The work dir cannot be made or written.
+    ConfigError names an unknown type or argument, DataError missing data, StorageError a work dir without access.
     """
     runner_cfg = cfg.copy()
     unused = [f'{phase}_{part}' for phase in ('train', 'val') for part in ('dataloader', 'cfg', 'evaluator')]
@@ -175,11 +172,7 @@ def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
     """Runs a tool; returns its exit status.
 
     An error that a user can mend is printed as one sentence, after its traceback with ``--debug``, and returns 2.
-    Ctrl-C returns 130 and SIGTERM 143; finished work is saved then.
-
-    Args:
-        main: Does the work; may return a status.
-        advice: Text that is printed after an interruption.
+    Ctrl-C returns 130 and SIGTERM 143, after ``advice`` is printed; finished work is saved then.
     """
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     with warnings.catch_warnings(), silent_logging_failures():

@@ -93,7 +93,7 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
 
 
 def _joins_grids(concat: fx.Node, roles: Roles) -> bool:
-    """Whether a layer reads values of several producers right behind the concatenation."""
+    """Returns whether a layer reads values of several producers right behind the concatenation."""
 
     def is_read(node: fx.Node) -> bool:
         moves = [u for u in node.users if roles.moves_only(u) and not roles.is_concat(u)]

@@ -85,14 +85,11 @@ class TracedGraph:
 
 
 def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
-    """Traces all that follows from the image alone and folds its BatchNorms.
+    """Traces all that follows from the image alone and folds its BatchNorms; GraphError if it cannot be traced.
 
     Args:
         model: A model; it is put into evaluation mode, and its BatchNorms are replaced by identities.
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)`` with N >= 2, so that the batch size stays symbolic.
-
-    Raises:
-        GraphError: The model cannot be traced.
+        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
     """
     return _trace(model, ImageForward(model), example)
 

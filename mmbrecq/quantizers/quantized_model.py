@@ -9,15 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmbrecq.fake_quants import bias
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.bias import (
-    LARGEST_BIAS,
-    bake_bias,
-    bias_correction,
-    raise_weight_scale,
-    round_bias,
-    scale_read,
-)
 from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph
@@ -118,13 +111,14 @@ class QuantizedGraph:
         """Replaces float weights by integers, and switches all quantization on for good."""
         sources, read = self._sources(), self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
-            bake_bias(module)
-            scales = [self.quantizers[path].scale for path in read.get(name, ())]
-            raise_weight_scale(module, fake_quant, fake_quant.quantized(original_weight(module)), scales, LARGEST_BIAS)
+            bias.bake_bias(module)
+            scales, values = [self.quantizers[p].scale for p in read.get(name, ())], original_weight(module)
+            bias.raise_weight_scale(module, fake_quant, fake_quant.quantized(values), scales, bias.LARGEST_BIAS)
             # a layer that reads several values has no single scale of its input
             source = next(iter(sources[name])) if len(sources.get(name, ())) == 1 else None
             if self.preset.bias_rounded and source in self.quantizers and isinstance(module, CONVOLUTIONS):
-                round_bias(module, scale_read(module, self.quantizers[source].scale) * fake_quant.scale)
+                scale = bias.scale_read(module, self.quantizers[source].scale) * fake_quant.scale
+                bias.round_bias(module, scale)
             pack_weight(module)
         for quantizer in self.quantizers.values():
             quantizer.enabled = True
@@ -221,7 +215,7 @@ def _switched(graphs: Iterable[QuantizedGraph], weights: bool, activations: bool
     states: list[tuple[Any, bool, bool]] = []
     for graph in graphs:
         for _, module, weight_quantizer in graph.weights():
-            owners = [owner for owner in (weight_quantizer, bias_correction(module)) if owner is not None]
+            owners = [owner for owner in (weight_quantizer, bias.bias_correction(module)) if owner is not None]
             states += [(owner, owner.enabled, weights) for owner in owners]
         states += [(quantizer, quantizer.enabled, activations) for quantizer in graph.quantizers.values()]
     try:

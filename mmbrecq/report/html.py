@@ -26,13 +26,7 @@ _LONGEST_NAME = 34
 
 
 def render_html(summary: Summary, date: str = '', folder: Path | None = None) -> str:
-    """Returns the page: inline style and SVG, no script, nothing loaded from anywhere.
-
-    Args:
-        summary: The run; results that are missing are left out.
-        date: The displayed date of the run.
-        folder: Folder of the run's pictures; None for no pictures.
-    """
+    """Returns the page, with the pictures in ``folder``: inline style and SVG, no script, nothing to load."""
     title = ' '.join(part for part in (summary.bits_label, summary.model or Path(summary.config).stem) if part)
     title = title or 'Quantization'
     images = f'{summary.calibration.num_samples:,}' if summary.calibration.num_samples else ''
