@@ -218,8 +218,6 @@ class PTQLoop(BaseLoop):
         few = on_main(lambda: images[:4].cpu()).to(images.device)
         model, count = self.runner.model, len(images)
         found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
-        for deviation in found.deviations:
-            self.runner.logger.info(f'rehearsed: {deviation}')
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
             master_only(print)(rehearsal_text(found))
@@ -292,8 +290,8 @@ class PTQLoop(BaseLoop):
         for paths in exports:
             for path in paths:
                 self.summary.verify[str(path.relative_to(self.folder))] = 'passed'
-            for deviation in compare(model, paths, example):
-                self.runner.logger.info(str(deviation))
+            worst = max(compare(model, paths, example), key=lambda deviation: deviation.error)
+            self.runner.logger.info(str(worst))
             deployed = DeployedModel(model.model, paths[0])
             count = self.summary.integer_kernels[deployed.name] = deployed.integer_kernels()
             self.runner.logger.info(count.describe(deployed.name))
