@@ -12,7 +12,8 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,35 @@ ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
 
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
+
+
+@contextmanager
+def _guarded_functions(model: nn.Module) -> Iterator[None]:
+    """Makes functions with a backward pass of their own refuse traced values, which compiled code takes for tensors."""
+    apply = vars(torch.autograd.Function)['apply']
+
+    def guarded(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
+            raise GraphError(f'{cls.__name__} computes outside of what can be traced')
+        return apply.__func__(cls, *args, **kwargs)
+
+    # beside the method itself, names that modules have given to it: ``deform_conv = DeformConvFunction.apply``
+    files = {id(found): found for m in model.modules() if (found := getattr(type(m).forward, '__globals__', None))}
+    bound = [(file, name, value) for file in files.values() for name, value in file.items() if _is_apply(value)]
+    setattr(torch.autograd.Function, 'apply', classmethod(guarded))  # noqa: B010 - a method that torch declares
+    for file, name, value in bound:
+        file[name] = partial(guarded, value.__self__)
+    try:
+        yield
+    finally:
+        setattr(torch.autograd.Function, 'apply', apply)  # noqa: B010
+        for file, name, value in bound:
+            file[name] = value
+
+
+def _is_apply(value: Any) -> bool:
+    owner = value.__self__ if isinstance(value, MethodType) else None
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 class UntraceableError(GraphError):
@@ -96,7 +126,7 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
-            self._recording(components_of(model)), _SymbolicSizes(self),
+            self._recording(components_of(model)), _SymbolicSizes(self), _guarded_functions(model),
         ):  # fmt: skip
             return self.trace(entry)
 
