@@ -99,7 +99,7 @@ class Row:
 
     @property
     def ends_well(self) -> bool:
-        """Whether the file is as the simulation, or the model was refused at preparation."""
+        """Returns whether the file is as the simulation, or the model was refused at preparation."""
         return self.outcome in ('ok', 'refused')
 
     def cells(self) -> list[str]:

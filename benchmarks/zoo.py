@@ -165,4 +165,4 @@ DETECTORS = [
     'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
     'detr/detr_r50_8xb2-150e_coco.py',
 ]
-"""Of mmdet: one-stage detectors first."""
+"""Detectors of mmdet, the one-stage ones first."""

@@ -1,1 +1,1 @@
-"""What leaves mmbrecq: exported files, the runtimes that execute them, and the rules they keep."""
+"""Holds what leaves mmbrecq: exported files, the runtimes that execute them, and the rules they keep."""

@@ -96,7 +96,7 @@ class BaseExporter(metaclass=ABCMeta):
 
 
 def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
-    """What the verifier holds the ONNX file of a packed model against: its layers, and the grids of all of them."""
+    """Returns what the verifier compares the ONNX file of a packed model with: its layers and all their grids."""
     packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
     weights = {
         path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)

@@ -115,7 +115,7 @@ def _reached(op: Any, integers: bool, moves: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _keeps_channels(reader: Any) -> bool:
-    """Whether a reader moves no channels, and if it is a layer, is a depthwise convolution."""
+    """Returns whether a reader moves no channels, and if it is a layer, is a depthwise convolution."""
     depthwise = reader.get_type_name() == 'GroupConvolution' and reader.get_input_shape(1)[2] == 1
     return depthwise or reader.get_type_name() not in (*LAYERS, *MOVE_OPS)
 
@@ -133,7 +133,7 @@ def _dtype(op: Any) -> str:
 
 
 def _is_constant(op: Any) -> bool:
-    """Whether a value is stored, reshaped and converted or not."""
+    """Returns whether a value is stored, reshaped and converted or not."""
     moved = op.get_type_name() in (*SHAPE_OPS, 'Convert')
     return op.get_type_name() == 'Constant' or (moved and _is_constant(_inputs(op)[0]))
 

@@ -181,7 +181,7 @@ def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
 
 
 def _known(graph: OnnxGraph, first: Node, second: Node) -> bool:
-    """Whether scales can be compared: C1 reports those that are computed, and NaN differs from itself."""
+    """Returns whether scales can be compared: C1 reports those that are computed, and NaN differs from itself."""
     a, b = graph.scale(first), graph.scale(second)
     return a is not None and not any(np.isnan(scale).any() for scale in (a, b) if scale is not None)
 
