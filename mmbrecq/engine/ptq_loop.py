@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build
 from mmbrecq.data import CalibrationSet, build_calibration_set
+from mmbrecq.data.groups import Images, grouped
 from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
@@ -130,9 +131,8 @@ class PTQLoop(BaseLoop):
         check_classes(self.runner.model, self.dataloader.dataset)
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
-        share = calibration.share()
-        images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
-        check_runs(self.runner.model, images[:2])
+        images, share = collect_images(self.runner.model, calibration, self.reconstructor.image_room(self.folder))
+        check_runs(self.runner.model, example_of(images))
         pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
@@ -154,7 +154,7 @@ class PTQLoop(BaseLoop):
         self.runner.logger.info(str(plan))
         self._calibrate(task, plan.observed, share.first_batch)
         task = self._with_learned_rounding(task, inputs)
-        if plan.place == 'disk' and images.device.type == 'cpu':
+        if plan.place == 'disk':
             images = images_on_disk(images, self.folder)
             task = replace(task, images=images)
         self.files.write_inputs(model, calibration.ids)
@@ -210,22 +210,24 @@ class PTQLoop(BaseLoop):
             self.chosen.result.measured = self.chosen.measure(task)
             self.files.write_summary()
 
-    def _rehearse(self, images: Tensor) -> None:
+    def _rehearse(self, images: Images) -> None:
         """Refuses within seconds a model that the target cannot run; a dry run prints a forecast of the work."""
         start = time.perf_counter()
         forecast = self.reconstructor if self.dry_run else None
         # all processes rehearse alike, since calibration brings together what each of them has seen
-        few = on_main(lambda: images[:4].cpu()).to(images.device)
+        first = grouped(images).parts[0]
+        few = on_main(lambda: first[:4].cpu()).to(first.device)
         model, count = self.runner.model, len(images)
         found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
             master_only(print)(rehearsal_text(found))
 
-    def _prepare(self, images: Tensor) -> QuantizedModel:
+    def _prepare(self, images: Images) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
-            example = on_main(lambda: example_of(images).cpu()).to(images.device)
+            example = example_of(images)
+            example = on_main(example.cpu).to(example.device)
             model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:

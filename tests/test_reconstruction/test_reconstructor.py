@@ -472,7 +472,7 @@ def test_no_more_is_cached_than_was_planned(
         nonlocal live
         live -= size
 
-    def counted(self: ActivationCache, shape: Any, *layout: Any) -> CachedValues:
+    def counted(self: ActivationCache, shape: Any, *layout: Any, like: Any = None) -> CachedValues:
         nonlocal live, peak
         values = allocate(self, shape, *layout)
         size = 4 * torch.Size(shape).numel()
@@ -485,8 +485,8 @@ def test_no_more_is_cached_than_was_planned(
     reconstructor = brecq({'iterations': 2}, {'iterations': 2}, cache='host', **options)
     plan = reconstructor.plan(work)
     reconstructor.run(work, plan, Diary())
-    assert peak <= plan.peak_bytes
-    assert peak > plan.peak_bytes / 2
+    # the images are there from the start to the end
+    assert peak + 4 * work.images.numel() == plan.peak_bytes  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize('granularity', ['layer', 'block'])
