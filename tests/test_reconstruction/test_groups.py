@@ -64,7 +64,7 @@ def mixed(images: Tensor) -> Grouped:
 
 @pytest.fixture
 def work(prepared: Prepare, task: MakeTask, mixed: Grouped, targets: Tensor) -> Callable[..., Task]:
-    """``work(**options)``: a task on the images of both groups, its batches of 10 images, the last of each of 4 or 10."""
+    """``work(**options)``: a task on the images of both groups, with calibrated grids; its batches are of 10 images."""
 
     def make(**options: Any) -> Task:
         def batches() -> list[dict[str, Any]]:
