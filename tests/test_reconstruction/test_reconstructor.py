@@ -432,9 +432,10 @@ def test_bfloat16_takes_half_of_the_room(prepared: Prepare, task: MakeTask) -> N
     work = task(prepared())
     plans = [brecq(cache_dtype=dtype).plan(work) for dtype in ('float32', 'bfloat16')]
     assert [plan.dtype for plan in plans] == [torch.float32, torch.bfloat16]
-    # not at the first unit, which reads the images: they stay as they are
     assert plans[0].peak_unit == plans[1].peak_unit == 'backbone.first'
-    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
+    # the images stay as they are
+    images = 4 * work.images.numel()  # type: ignore[union-attr]
+    assert plans[0].peak_bytes - images == 2 * (plans[1].peak_bytes - images)
 
 
 @pytest.mark.parametrize('place', ['host', 'disk'])
@@ -516,7 +517,9 @@ def test_mirror_images_are_learned_from_like_others(prepared: Prepare, task: Mak
     assert not same(state_of(mirrored), state_of(plain))
     assert [(r.name, r.loss_after) for r in results] == [(r.name, r.loss_after) for r in expected]
     plans = extended.plan(mirrored), make().plan(plain)
-    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
+    # mirror images are made when they are read
+    kept = 4 * images.numel()  # type: ignore[union-attr]
+    assert plans[0].peak_bytes - kept == 2 * (plans[1].peak_bytes - kept)
 
 
 def test_mirror_images_have_no_fisher_weights() -> None:
