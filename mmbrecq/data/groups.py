@@ -61,11 +61,7 @@ def grouped(values: Any) -> Grouped:
 
 
 def batches_of(values: Any, size: int, first: int | None = None) -> list[slice]:
-    """Returns batches of ``size`` images, which end where a group does.
-
-    ``first`` is the number of the first image among those of all processes, and aligns batches with those of a single
-    process.
-    """
+    """Returns batches of one group; with the number of the first image, as a single process would have them."""
     groups = grouped(values)
     return aligned_batches(len(values), size, first or 0, groups.starts if first is None else groups.ends)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, groupby
 
 import torch
@@ -51,8 +52,7 @@ def collect_images(
     sizes = torch.tensor([size for part in gather(own) for size in part])
     upright = sizes[:, 0] > sizes[:, 1]
     groups = [kind.nonzero()[:, 0] for kind in (~upright, upright) if kind.any()]
-    largest = image.new_zeros(1, image.shape[1], *sizes.amax(0).tolist())
-    if len(groups) > 1 and not all(gather(trace_image_graph(copy.deepcopy(model), largest).free_size)):
+    if len(groups) > 1 and not all(gather(_is_free(model, image))):
         groups = [torch.arange(len(sizes))]
     groups.sort(key=lambda group: -int(sizes[group].amax(0).prod()))
     shapes = [tuple(sizes[group].amax(0).tolist()) for group in groups]
@@ -86,6 +86,13 @@ def _preprocessed(model: nn.Module, calibration: CalibrationSet) -> Iterator[Ten
         if not bool(torch.isfinite(image).all()):
             raise NonFiniteError(f"expected finite pixels, but got NaN or infinity in '{name}'")
         yield image
+
+
+def _is_free(model: nn.Module, image: Tensor) -> bool:
+    """Returns whether the model runs at the size of an image, and its graph is right for any size."""
+    with suppress(Exception):
+        return trace_image_graph(copy.deepcopy(model), image).free_size
+    return False
 
 
 def _put(image: Tensor, row: Tensor, model: nn.Module) -> bool:

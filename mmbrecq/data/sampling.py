@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmbrecq.building import check_integer, parse_options
 from mmbrecq.data.source import build_source_datasets, last_line
-from mmbrecq.distributed import aligned_batches, batch_number, process_count, share_of
+from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
 
@@ -111,23 +111,14 @@ class CalibrationSet(Dataset[Any]):
         return data
 
     def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
-        """Returns the images of this process; DataError where there is not one for every process.
-
-        ``groups`` are numbers of images of ``self``, whose order then is that of the groups.
-        """
+        """Returns this process's images, ordered by ``groups`` of their numbers; DataError where a process has none."""
         if len(self) < process_count():
             raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))
-        indices = [self._indices[number] for group in groups for number in group] or self._indices
-        own = indices[share.start : share.stop]
-        found = CalibrationSet(self._images, own, self.batch_size, self.num_workers, share.start)
+        indices = ([self._indices[i] for group in groups for i in group] or self._indices)[share.start : share.stop]
+        found = CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
         found.ends = [*accumulate(map(len, groups))]
         return found
-
-    @property
-    def first_batch(self) -> int:
-        """Number of the first batch among those of all processes."""
-        return batch_number(self.first, self.batch_size, self.ends)
 
     def batches(self, size: int | None = None) -> Iterator[dict[str, Any]]:
         """Yields every image once, the last batch smaller where the number does not divide.

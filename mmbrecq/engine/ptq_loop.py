@@ -25,7 +25,7 @@ from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
-from mmbrecq.distributed import check_same_bits, gather, on_main, process_count
+from mmbrecq.distributed import batch_number, check_same_bits, gather, on_main, process_count
 from mmbrecq.engine.drawing import ReportPictures
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
 from mmbrecq.engine.hooks import (
@@ -152,7 +152,7 @@ class PTQLoop(BaseLoop):
         plan = self.reconstructor.plan(task)
         self.journal.observed = plan.observed
         self.runner.logger.info(str(plan))
-        self._calibrate(task, plan.observed, share.first_batch)
+        self._calibrate(task, plan.observed, batch_number(share.first, share.batch_size, share.ends))
         task = self._with_learned_rounding(task, inputs)
         if plan.place == 'disk':
             images = images_on_disk(images, self.folder)
@@ -215,9 +215,8 @@ class PTQLoop(BaseLoop):
         start = time.perf_counter()
         forecast = self.reconstructor if self.dry_run else None
         # all processes rehearse alike, since calibration brings together what each of them has seen
-        first = grouped(images).parts[0]
-        few = on_main(lambda: first[:4].cpu()).to(first.device)
         model, count = self.runner.model, len(images)
+        few = on_main(lambda: grouped(images).parts[0][:4].cpu()).to(next(model.parameters()).device)
         found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
@@ -226,8 +225,8 @@ class PTQLoop(BaseLoop):
     def _prepare(self, images: Images) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
-            example = example_of(images)
-            example = on_main(example.cpu).to(example.device)
+            device = next(self.runner.model.parameters()).device
+            example = on_main(lambda: example_of(images).cpu()).to(device)
             model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:

@@ -282,7 +282,7 @@ class _Run:
             )
             power = data.power(self._loss_on(data), stage.options.batch_size)
             self.callback.before_unit(stage, unit)
-            training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
+            training = MicroBatches(unit.name, min(stage.options.batch_size, len(inputs)))
             before, after, outputs, iterations = self._reconstruct(graph, stage, streams, unit, data, training)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             kept = iterations > 0 and not after < before

@@ -45,7 +45,6 @@ class Streams:
         self._images, self._batches = inputs, batches_of(inputs, batch_size, first)
         self.graph, self.units, self.cache = graph, units, cache
         name = next(n.name for n in graph.traced.graph.nodes if n.op == 'placeholder')
-        self.count = len(inputs)
         self.float_values: dict[str, Values] = {name: inputs}
         self.quantized_values: dict[str, Values] = {name: inputs if quantized_inputs is None else quantized_inputs}
         self._last = last_readers(units)
@@ -54,7 +53,7 @@ class Streams:
         for unit in units:
             for value in unit.inputs:
                 self._layouts.setdefault(value, memory_format(unit.module))
-        self._batch_size = min(batch_size, self.count)
+        self._batch_size = min(batch_size, len(inputs))
         self._fitting: dict[str, MicroBatches] = {}
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[Values]:
@@ -77,7 +76,7 @@ class Streams:
                 results = unit.module(*[x[part] for x in inputs])
                 if not outputs:
                     for name, result in zip(unit.outputs, results, strict=True):
-                        shape = self.count, *result.shape[1:]
+                        shape = len(self._images), *result.shape[1:]
                         layout = self._layouts.get(name, torch.contiguous_format)
                         outputs.append(self.cache.allocate(shape, layout, self._images))
                 for output, result in zip(outputs, results, strict=True):

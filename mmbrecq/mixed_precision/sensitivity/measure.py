@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
-from mmbrecq.data.groups import Images, batches_of, grouped, joined
+from mmbrecq.data.groups import Images, batches_of, joined
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
@@ -61,8 +61,7 @@ class OutputLoss:
         with graph.quantization(weights=False, activations=False):
             self._targets = list(self._outputs())
             # of several processes one may have no image
-            first = grouped(inputs).parts[0]
-            outputs = self._targets[0] if self._targets else _flat(graph(first.new_zeros(1, *first.shape[1:])))
+            outputs = self._targets[0] if self._targets else _flat(graph(torch.zeros_like(graph.traced.example[:1])))
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
         if squared_gradients is not None:
             self.kind = FISHER
