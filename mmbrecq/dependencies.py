@@ -28,7 +28,7 @@ _MIM, _DEPLOY, _SEARCH = (f'pip install "mmbrecq[{extra}]"' for extra in ('mim',
 
 # Without these nothing of mmbrecq works: checked when it is imported
 NEEDED = {
-    'torch': Dependency('>=2.1', 'pip install "torch>=2.1"'),
+    'torch': Dependency('>=2.6', 'pip install "torch>=2.6"'),
     'mmengine': Dependency('>=0.10,<1', _MIM),
     'mmcv': Dependency('>=2.0,<2.2', _MIM),
 }
@@ -53,12 +53,10 @@ def require(name: str) -> ModuleType:
     advice = f'install it with: {dependency.install}'
     try:
         module = import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
-        raise DependencyError(f'{expected}, but {name} is not installed; {advice}') from error
     except ImportError as error:
-        raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        found = f'{name} is not installed; {advice}' if missing else f'the installed {name} fails to import: {error}'
+        raise DependencyError(f'{expected}, but {found}') from error
     version = getattr(module, '__version__', None)
     if dependency.versions and not _accepts(dependency.versions, version):
         found = 'a module without a version' if version is None else version

@@ -15,7 +15,7 @@ from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_front
 from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
-from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
+from mmbrecq.mixed_precision.sensitivity import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_sensitivities
 from mmbrecq.report.table import choice_text
@@ -28,7 +28,7 @@ FOLDER = 'search'
 
 def search_options(cfg: Config) -> SearchOptions:
     """Returns the options of the search in the config's ``search``; ConfigError for an unknown option."""
-    return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
+    return parse_options(SearchOptions, cfg.get('search') or {}, 'search')
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:

@@ -260,7 +260,7 @@ class PTQLoop(BaseLoop):
             self.runner.call_hook('after_reconstruct')
             self.journal.save()
         self.summary.seconds.reconstruct = seconds
-        kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
+        kept = [f'{u.name} ({u.stage})' for u in self.summary.units if u.kept_nearest]
         if kept:
             text = f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             self.summary.warnings.append(text)

@@ -15,7 +15,15 @@ FLOAT = 'float'
 
 
 @dataclass(frozen=True)
-class WeightOptions:
+class _GridOptions:
+    bits: int | None
+    per_channel: bool = False
+    symmetric: bool | None = None
+    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
+
+
+@dataclass(frozen=True)
+class WeightOptions(_GridOptions):
     """Holds the options of weights.
 
     Args:
@@ -26,29 +34,18 @@ class WeightOptions:
         rounding: Config of the fake quantizer that rounds.
     """
 
-    bits: int | None
     per_channel: bool = True
-    symmetric: bool | None = None
-    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
     rounding: Mapping[str, Any] = field(default_factory=lambda: {'type': 'AdaRound'})
 
 
 @dataclass(frozen=True)
-class ActivationOptions:
-    """Holds the options of activations.
+class ActivationOptions(_GridOptions):
+    """Holds the options of activations, those of :class:`WeightOptions` but one.
 
     Args:
-        bits: Bit-width, 2 to 8.
-        per_channel: One scale per channel, else one per tensor.
-        symmetric: Zero-point 0; None is the preset's choice.
-        observer: Config of the range estimator.
         fake_quant: Config of the fake quantizer.
     """
 
-    bits: int | None
-    per_channel: bool = False
-    symmetric: bool | None = None
-    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
     fake_quant: Mapping[str, Any] = field(default_factory=lambda: {'type': 'LSQ'})
 
 

@@ -126,10 +126,7 @@ def optimize_unit(
 def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:
     """Returns torch's Adam (Kingma and Ba, ICLR 2015) with one parameter group for each group of variables."""
     parameters = [{'params': members, 'lr': lr} for members, lr, _ in groups]
-    # on the CPU the fused implementation came with torch 2.4
-    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    fused = groups[0][0][0].device.type == 'cuda' or version >= (2, 4)
-    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.report.summary import UnitRecord
+from mmbrecq.reconstruction.results import UnitResult
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def share(value: float, largest: float) -> float:
     return 100 * min(max(value / largest, 0.0), 1.0) if largest > 0 and math.isfinite(value) else 0.0
 
 
-def drawable(unit: UnitRecord) -> bool:
+def drawable(unit: UnitResult) -> bool:
     """Returns whether both losses of a unit are positive and finite, as a log axis needs them."""
     return all(math.isfinite(loss) and loss > 0 for loss in (unit.loss_before, unit.loss_after))
 

@@ -16,9 +16,10 @@ from markupsafe import Markup
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
+from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report import charts, rows
 from mmbrecq.report.rows import format_cost
-from mmbrecq.report.summary import Summary, UnitRecord
+from mmbrecq.report.summary import Summary
 from mmbrecq.runs.storage import write_text_atomic
 
 _PHASES = ('prepare', 'calibrate', 'reconstruct', 'evaluate', 'export')
@@ -47,7 +48,7 @@ def render_html(summary: Summary, date: str = '', folder: Path | None = None) ->
     for runtime, count in summary.integer_kernels.items():
         text = f'{count.integer} of {count.quantized} quantized layers run in integers'
         checks.append((rows.runtime_name(runtime), verdict(text, count.integer == count.quantized)))
-    unit_of = {layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers}
+    unit_of = {layer: unit.name for unit in summary.units if unit.stage != 'network' for layer in unit.layers}
     return _environment().get_template('report.html').render(
         s=summary, title=title, heading=title.removeprefix(summary.bits_label).strip() or title, date=date,
         numbers='summary.json', calibration=images, rows=rows.result_rows(summary),
@@ -112,7 +113,7 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f'{name[: half - 1]}…{name[-half:]}'
 
 
-def _own_layers(unit: UnitRecord) -> str:
+def _own_layers(unit: UnitResult) -> str:
     # the unit's own name in front of each layer would only repeat the first column
     return ', '.join(layer.removeprefix(f'{unit.name}.') for layer in unit.layers)
 

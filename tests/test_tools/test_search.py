@@ -52,7 +52,7 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
     assert f'{size["quantized"] / 1e3:.1f}' == predicted
     assert {bits['weight'] for bits in summary['bits'].values()} == {2, 4, 8}
     # the rounding is the analysis's; what the config fixes is reconstructed
-    assert [unit['name'] for unit in summary['units'] if unit['phase'] == 'weights'] == ['backbone.conv1', 'head.fc']
+    assert [unit['name'] for unit in summary['units'] if unit['stage'] == 'weights'] == ['backbone.conv1', 'head.fc']
     search = summary['search']
     assert search['bits'] == {name: bits['weight'] for name, bits in summary['bits'].items() if name in search['bits']}
     assert len(search['bits']) == 19
@@ -75,7 +75,7 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
         )
         assert outcome.status == 0, outcome.err
         summary = json.loads((tmp_path / option / 'summary.json').read_text())
-        assert len([unit for unit in summary['units'] if unit['phase'] == 'weights']) == 10
+        assert len([unit for unit in summary['units'] if unit['stage'] == 'weights']) == 10
         assert summary['search']['measured'] > 0
         (log,) = (tmp_path / option).glob('*/*.log')
         assert reason in log.read_text()
