@@ -198,21 +198,11 @@ class DequantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
-def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
-    """Returns ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``, the rectified sigmoid; same shape."""
-    return torch.clamp(torch.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
-
-
-def initial_alpha(fraction: Tensor, zeta: float, gamma: float) -> Tensor:
-    """Returns the ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
-    return -torch.log((zeta - gamma) / (fraction - gamma) - 1)
-
-
 @dataclass(frozen=True)
 class Sigmoid:
-    """AdaRound's rectified sigmoid in terms of ``sigma``, the sigmoid of ``alpha`` clamped to where it is not cut.
+    """AdaRound's rectified sigmoid: the soft rounding ``h = clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``.
 
-    The soft rounding is ``h = sigma * (zeta - gamma) + gamma``.
+    ``sigma`` is the sigmoid of ``alpha``, clamped to where the soft rounding is not cut.
 
     Args:
         zeta: Upper stretch of the rectified sigmoid, > 1.
@@ -226,6 +216,14 @@ class Sigmoid:
     def stretch(self) -> float:
         """``dh / dsigma``."""
         return self.zeta - self.gamma
+
+    def soft(self, alpha: Tensor) -> Tensor:
+        """Returns the soft rounding; same shape."""
+        return torch.clamp(torch.sigmoid(alpha) * self.stretch + self.gamma, 0, 1)
+
+    def inverse(self, fraction: Tensor) -> Tensor:
+        """Returns the ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
+        return -torch.log(self.stretch / (fraction - self.gamma) - 1)
 
     def at(self, h: float) -> float:
         """Returns the ``sigma`` of a soft rounding ``h``."""

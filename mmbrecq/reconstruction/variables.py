@@ -14,6 +14,7 @@ from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
+from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
@@ -134,13 +135,14 @@ class _Layer:
         self.soft: SoftRounding | None = None
         self.bias: Tensor | None = None
         if stage.learns_rounding and isinstance(fake_quant, AdaRound):
-            fake_quant.start(original_weight(module))
-            self.soft = SoftRounding(fake_quant, layout)
+            self.soft = SoftRounding(fake_quant, original_weight(module), layout)
         # a soft weight is written anew before it is multiplied, so it needs no second tensor
-        quantized = self.soft.weight if self.soft else fake_quant.quantized(original_weight(module))
-        self.values = laid_out(quantized, layout)
+        self.values = laid_out(self.soft.weight if self.soft else fake_quant.values, layout)
+        # the factor on its scale: the integers do not follow it, it stretches the grid under them
+        self.gain: nn.Parameter | None = None
         if scale:
-            fake_quant.start_scale(original_weight(module))
+            ones = expand(torch.ones_like(fake_quant.scale), self.values.dim(), fake_quant.qtype.ch_axis)
+            self.gain = nn.Parameter(ones.clone())
         # whether all gradients are found from the output of the layer
         self.by_output = self.soft is None and called and _is_per_output(fake_quant, module)
         weight = torch.empty_like(self.values) if scale and not self.soft else self.values
@@ -149,11 +151,6 @@ class _Layer:
         if self.correction is not None:
             self.correction.offset.requires_grad_(True)
             self.bias = _original_bias(module).clone().requires_grad_(not self.by_output)
-
-    @property
-    def gain(self) -> nn.Parameter | None:
-        """The factor on its scale, None where none is learned."""
-        return self.fake_quant.gain
 
     def update(self) -> None:
         """Computes weight and bias anew, from what is learned."""
@@ -184,9 +181,10 @@ class _Layer:
     def finish(self) -> None:
         """Fixes what was learned."""
         if self.soft is not None:
-            self.fake_quant.finish()
+            self.soft.finish()
         if self.gain is not None:
-            self.fake_quant.finish_scale()
+            scale = self.fake_quant.scale
+            scale.copy_(short_scale(scale * self.gain.detach().reshape(scale.shape)))
         if self.correction is not None:
             self.correction.offset.requires_grad_(False)
             self.correction.offset.grad = None

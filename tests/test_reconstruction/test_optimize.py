@@ -284,11 +284,12 @@ def test_the_regulariser_alone_settles_every_variable_on_its_nearer_side() -> No
     unit = Unit()
     nearest = unit.rounding.codes.clone()
     data = data_of(unit)
+    lower, scale = unit.fc.parametrizations['weight'].original, unit.rounding.scale[:, None]  # type: ignore[union-attr]
     hs = []
 
     def no_loss(output: Tensor, target: Tensor, fisher: Tensor | None) -> Tensor:
-        h = torch.clamp(torch.sigmoid(unit.rounding.alpha.detach()) * 1.2 - 0.1, 0, 1)  # type: ignore[union-attr]
-        hs.append(h)
+        ratio = unit.fc.weight.detach() / scale
+        hs.append(ratio - torch.floor(lower / scale))
         return 0 * MSELoss()(output, target)
 
     learn(unit, data, loss=no_loss, warmup=0, round_weight=1.0, iterations=400, lr=3e-2)
