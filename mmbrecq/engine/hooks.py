@@ -5,15 +5,17 @@ A hook in the config's ``custom_hooks`` may define any method of :class:`Reconst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.progress import ProgressBar
-from mmbrecq.reconstruction.callbacks import Callback, Progress
+from mmbrecq.reconstruction.callbacks import EVENTS, Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
@@ -136,22 +138,13 @@ class ReconstructionProgressHook(ReconstructionHook):
 
 
 class HookCaller(Callback):
-    """Calls the hooks of the runner for every event of a reconstruction."""
+    """Calls the hooks of the runner for every event of a reconstruction, with its arguments by name."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        for event in EVENTS:
+            setattr(self, event, partial(self._call, event, signature(getattr(Callback, event)).parameters))
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress) -> None:
-        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units, progress=progress)
-
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
-
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result, progress=progress)
-
-    def after_stage(self, stage: Stage) -> None:
-        self.runner.call_hook('after_reconstruct_stage', stage=stage)
+    def _call(self, event: str, names: Iterable[str], *values: Any) -> None:
+        _, *own = names
+        self.runner.call_hook(event.replace('_', '_reconstruct_', 1), **dict(zip(own, values, strict=True)))

@@ -25,7 +25,7 @@ from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import check_same_bits, gather, on_main, process_count
-from mmbrecq.engine.drawing import ReportPictures
+from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
 from mmbrecq.engine.hooks import (
     HookCaller,
@@ -133,7 +133,10 @@ class PTQLoop(BaseLoop):
         share = calibration.share()
         images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
         check_runs(self.runner.model, images[:2])
-        pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
+        scope, pictures = self.runner.cfg.get('default_scope'), None
+        if scope in VISUALIZER_TYPES:
+            folder = self.folder / 'pictures'
+            pictures = SideBySide(self.dataloader.dataset, build_visualizer(scope), folder, REPORTED)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
         if self.dry_run or not self.journal.units:
@@ -141,7 +144,8 @@ class PTQLoop(BaseLoop):
         if self.dry_run:
             return {}
         self._evaluate('float')
-        pictures.note_float(self.runner.model)
+        if pictures is not None:
+            pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = task_loss_of(self.runner.model) if self._has_task_loss(share) else None
         if self.chosen is not None:
@@ -164,7 +168,9 @@ class PTQLoop(BaseLoop):
         example = example_of(images)
         del images, task
         self._finish(model)
-        self.summary.pictures = on_main(partial(pictures.draw, self.runner.model))
+        if pictures is not None:
+            paths = on_main(partial(pictures.compare, self.runner.model))
+            self.summary.pictures = [str(path.relative_to(self.folder)) for path in paths]
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
         self.summary.seconds.total = time.perf_counter() - start

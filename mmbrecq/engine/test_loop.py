@@ -64,10 +64,9 @@ class QuantizedTestLoop(BaseLoop):
         self.runner.call_hook('before_test')
         model = self.runner.model
         check_classes(model, self.dataloader.dataset)
-        float_predictions = []
         if self.drawing is not None and self.float_checkpoint is not None:
             load_float_checkpoint(model, self.float_checkpoint)
-            float_predictions = self.drawing.predict(model)
+            self.drawing.note_float(model)
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
             DeployedModel(model, Path(self.checkpoint)).attach()
         else:
@@ -76,8 +75,7 @@ class QuantizedTestLoop(BaseLoop):
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
         if self.drawing is not None:
-            predictions = self.drawing.predict(model)
-            pictures = on_main(partial(self.drawing.draw, float_predictions, predictions, ('float', 'quantized')))
+            pictures = on_main(partial(self.drawing.compare, model))
             self.runner.logger.info(f'{len(pictures)} pictures of both predictions in {self.drawing.folder}')
         self.runner.call_hook('after_test')
         return metrics

@@ -132,19 +132,42 @@ def task_fisher(
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
     squares = _Squares(model.image_graph, len(images), cache)
+    visit_task_losses(model, batches, images, task_loss, squares.run, squares.add)
+    return squares.normalised(FISHER_BATCH)
+
+
+def visit_task_losses(
+    model: QuantizedModel,
+    batches: Iterable[Any],
+    images: Values,
+    task_loss: TaskLoss,
+    forward: Callable[[Tensor], Any],
+    visit: Callable[[Tensor, slice], None],
+) -> None:
+    """Calls ``visit(loss, index)`` with the float network's task loss, summed over the images ``index`` of a batch.
+
+    Args:
+        model: The prepared model.
+        batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
+        images: Preprocessed images, ``(N, 3, H, W)``.
+        task_loss: Computes the loss through ``model.model``, as a mean over its batch.
+        forward: Computes the graph of the images.
+        visit: Takes its gradients.
+    """
     start = 0
-    model.image_graph.traced.attach(squares.run)
+    model.image_graph.traced.attach(forward)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
-                stop = start + len(batch['inputs'])
-                x = images[start:stop].detach().requires_grad_(True)
-                # the loss is a mean over the batch: undo it, so that every image counts by itself
-                squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
-                start = stop
+                if start == len(images):
+                    break
+                x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
+                if len(x) < len(batch['inputs']):
+                    batch = {key: values[: len(x)] for key, values in batch.items()}
+                visit(task_loss(batch, x) * len(x), slice(start, start + len(x)))
+                start += len(x)
     finally:
         model.image_graph.attach()
-    return squares.normalised(FISHER_BATCH)
 
 
 def output_fisher(

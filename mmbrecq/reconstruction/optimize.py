@@ -16,7 +16,7 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
-from mmbrecq.reconstruction.schedules import LinearBeta, Plateau
+from mmbrecq.reconstruction.schedules import Plateau, linear_beta
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
 from mmbrecq.reconstruction.variables import Group, Variables
@@ -68,7 +68,6 @@ def optimize_unit(
     if not variables.groups:
         return 0
     optimizer = build_adam(variables.groups)
-    beta = LinearBeta(*options.beta, options.warmup)
     plateau = Plateau(options.plateau)
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
@@ -103,7 +102,7 @@ def optimize_unit(
             progress = position / options.iterations
             batches.begin()
             losses[count] = fitting.run(find_gradients)
-            variables.collect_gradients(beta(progress))
+            variables.collect_gradients(linear_beta(progress, *options.beta, options.warmup))
             average(parameter.grad for parameter in variables.parameters)
             for group, (_, lr, schedule) in zip(optimizer.param_groups, variables.groups, strict=True):
                 # a scheduler of torch's takes as long as a small layer

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class LinearBeta:
-    """Exponent of AdaRound's regulariser: none during the warm-up, then linear from ``start`` to ``end``.
+def linear_beta(t: float, start: float, end: float, warmup: float) -> float | None:
+    """Returns the exponent of AdaRound's regulariser: None during the warm-up, then linear from ``start`` to ``end``.
 
     Args:
+        t: Elapsed fraction of the training.
         start: Exponent after the warm-up; a high one lets variables near 1/2 move freely.
         end: Exponent at the end; 2 pulls every variable to 0 or 1.
         warmup: Fraction of the training without regulariser, in [0, 1).
 
     Example:
-        >>> beta = LinearBeta(20.0, 2.0, warmup=0.2)
-        >>> beta(0.1), beta(0.2), beta(0.6)
-        (None, 20.0, 11.0)
+        >>> [linear_beta(t, 20.0, 2.0, warmup=0.2) for t in (0.1, 0.2, 0.6)]
+        [None, 20.0, 11.0]
     """
-
-    start: float = 20.0
-    end: float = 2.0
-    warmup: float = 0.2
-
-    def __call__(self, t: float) -> float | None:
-        if t < self.warmup:
-            return None
-        progress = min(1.0, (t - self.warmup) / (1 - self.warmup))
-        return self.end + (self.start - self.end) * (1 - progress)
+    progress = min(1.0, (t - warmup) / (1 - warmup))
+    return None if t < warmup else end + (start - end) * (1 - progress)
 
 
 def cosine(t: float) -> float:

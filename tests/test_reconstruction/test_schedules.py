@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from mmbrecq.reconstruction.schedules import LinearBeta, Plateau, constant, cosine
+from mmbrecq.reconstruction.schedules import Plateau, constant, cosine, linear_beta
 
 
 @pytest.mark.parametrize('t', [0.0, 0.1, 0.1999])
 def test_no_regulariser_during_the_warm_up(t: float) -> None:
-    assert LinearBeta(20, 2, 0.2)(t) is None
+    assert linear_beta(t, 20, 2, 0.2) is None
 
 
 @pytest.mark.parametrize(
@@ -20,16 +20,15 @@ def test_no_regulariser_during_the_warm_up(t: float) -> None:
 )
 def test_linear_from_start_to_end(t: float, beta: float) -> None:
     """20 -> 2 after a warm-up of 20 %: 20 - 18 (t - 0.2) / 0.8."""
-    assert LinearBeta(20, 2, 0.2)(t) == pytest.approx(beta)
+    assert linear_beta(t, 20, 2, 0.2) == pytest.approx(beta)
 
 
 def test_without_warm_up() -> None:
-    schedule = LinearBeta(start=10, end=4, warmup=0)
-    assert [schedule(t / 4) for t in range(5)] == pytest.approx([10, 8.5, 7, 5.5, 4])
+    assert [linear_beta(t / 4, start=10, end=4, warmup=0) for t in range(5)] == pytest.approx([10, 8.5, 7, 5.5, 4])
 
 
 def test_falls_at_every_step() -> None:
-    values = [LinearBeta()(0.25 + t / 200) for t in range(150)]
+    values = [linear_beta(0.25 + t / 200, 20, 2, 0.2) for t in range(150)]
     assert all(a is not None and b is not None and a > b for a, b in itertools.pairwise(values))
 
 
