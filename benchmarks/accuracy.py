@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmbrecq.report import Summary
+from mmbrecq.report.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,8 +23,11 @@ from mmbrecq.deploy.verify import RULES
 from mmbrecq.engine.config import KEYS, NEEDED
 from mmbrecq.engine.ptq_loop import EVALUATIONS
 from mmbrecq.fake_quants.weight import AdaRound
-from mmbrecq.mixed_precision.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
-from mmbrecq.mixed_precision.search import GeneticSearcher, IntegerProgram, SearchOptions
+from mmbrecq.mixed_precision.costs.measured import MeasuredLatency
+from mmbrecq.mixed_precision.costs.models import BitSerialAccelerator, LatencyTable
+from mmbrecq.mixed_precision.search.bits import SearchOptions
+from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
+from mmbrecq.mixed_precision.search.integer import IntegerProgram
 from mmbrecq.observers import HistogramObserver, MovingAverageObserver, MSEObserver, PercentileObserver
 from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer

@@ -18,8 +18,9 @@ from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, check_runs, task_loss_of
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
-from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
-from mmbrecq.mixed_precision.sensitivity import STAGE, Analyzer, SensitivityTable
+from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
+from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task

@@ -13,9 +13,16 @@ from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
-from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_front
-from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.search.bits import (
+    RESULT,
+    SearchOptions,
+    SearchResult,
+    build_problem,
+    describe_choice,
+    write_bit_config,
+)
+from mmbrecq.mixed_precision.search.nsga2 import find_front
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_sensitivities
 from mmbrecq.report.table import choice_text

@@ -54,33 +54,29 @@ class ReconstructionHook(Hook):
 
 
 @HOOKS.register_module()
-class ReconstructionLoggerHook(ReconstructionHook):
+class ReconstructionLoggerHook(Hook):
     """Writes one log line per unit."""
 
-    def before_reconstruct_stage(
-        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
-    ) -> None:
+    def before_reconstruct_stage(self, runner: Runner, stage: Stage, progress: Progress, **_: Any) -> None:
         options = stage.options
         runner.logger.info(
             f'reconstruction of {stage.name}: {progress.count} units, {options.iterations} iterations of '
             f'{options.batch_size} images each{f"; {progress.done} units are done" if progress.done else ""}'
         )
 
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, result: UnitResult, progress: Progress, **_: Any) -> None:
         kept = ', worse than before: kept as it was' if result.kept_nearest else ''
         relative = ' -> '.join(f'{100 * loss:.2g}' for loss in result.relative_losses)
         rest = f', about {format_seconds(progress.seconds_left)} left' if progress.seconds_left else ''
         runner.logger.info(
-            f'{stage.name} {progress.done}/{progress.count} {unit.name}: loss {result.loss_before:.4g} -> '
+            f'{result.stage} {progress.done}/{progress.count} {result.name}: loss {result.loss_before:.4g} -> '
             f'{result.loss_after:.4g}, {relative} % of its output, {result.iterations} iterations, '
             f'{result.seconds:.1f} s{kept}{rest}'
         )
 
 
 @HOOKS.register_module()
-class ReconstructionScalarsHook(ReconstructionHook):
+class ReconstructionScalarsHook(Hook):
     """Passes losses to the backends of the config's visualizer, such as TensorBoard.
 
     ``<stage>/<unit>`` is the loss over the iterations of a unit. ``<stage>/before`` and ``<stage>/after`` are the
@@ -96,15 +92,13 @@ class ReconstructionScalarsHook(ReconstructionHook):
         runner.visualizer.add_scalar(f'{stage.name}/{unit.name}', loss, step)
 
     @master_only
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, result: UnitResult, progress: Progress, **_: Any) -> None:
         for word, loss in zip(('before', 'after'), result.relative_losses, strict=True):
-            runner.visualizer.add_scalar(f'{stage.name}/{word}', loss, progress.done)
+            runner.visualizer.add_scalar(f'{result.stage}/{word}', loss, progress.done)
 
 
 @HOOKS.register_module()
-class ReconstructionProgressHook(ReconstructionHook):
+class ReconstructionProgressHook(Hook):
     """Shows a bar per unit with its loss and the time left."""
 
     # the bar goes before the logger writes its line
@@ -117,15 +111,11 @@ class ReconstructionProgressHook(ReconstructionHook):
         self._bar = ProgressBar(f'{stage.name} {unit.name}', stage.options.iterations)
         self._bar.__enter__()
 
-    def after_reconstruct_step(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
-    ) -> None:
+    def after_reconstruct_step(self, runner: Runner, step: int, loss: float, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(step, f'loss {loss:.4g}')
 
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, **_: Any) -> None:
         self._close()
 
     def after_reconstruct(self, runner: Runner) -> None:

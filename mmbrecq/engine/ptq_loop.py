@@ -12,8 +12,7 @@ from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.evaluator import Evaluator
-from mmengine.runner import Runner
-from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner import Runner, TestLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -41,7 +40,8 @@ from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
-from mmbrecq.report import Summary, print_table
+from mmbrecq.report.summary import Summary
+from mmbrecq.report.table import print_table
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
@@ -57,7 +57,7 @@ DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionScalarsHook, Reconstruc
 
 
 @LOOPS.register_module()
-class PTQLoop(BaseLoop):
+class PTQLoop(TestLoop):
     """Quantizes the runner's model.
 
     Args:
@@ -94,9 +94,7 @@ class PTQLoop(BaseLoop):
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        super().__init__(runner, dataloader)
-        self.evaluator = runner.build_evaluator(evaluator)
-        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        super().__init__(runner, dataloader, evaluator)
         unknown = sorted(set(evaluations) - set(EVALUATIONS))
         if unknown:
             raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.evaluator import Evaluator
-from mmengine.runner import Runner
-from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner import Runner, TestLoop
 from torch.utils.data import DataLoader
 
 from mmbrecq.deploy.backends import DeployedModel
@@ -24,7 +23,7 @@ DEPLOYED_SUFFIXES = ('.onnx', '.xml')
 
 
 @LOOPS.register_module()
-class QuantizedTestLoop(BaseLoop):
+class QuantizedTestLoop(TestLoop):
     """Measures the results of a run; no calibration data is read.
 
     Args:
@@ -49,9 +48,7 @@ class QuantizedTestLoop(BaseLoop):
         float_checkpoint: str | None = None,
         show_dir: str | None = None,
     ) -> None:
-        super().__init__(runner, dataloader)
-        self.evaluator = runner.build_evaluator(evaluator)
-        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        super().__init__(runner, dataloader, evaluator)
         self.checkpoint, self.quantizer = checkpoint, dict(quantizer)
         self.own_bits, self.float_checkpoint = own_bits, float_checkpoint
         self.drawing = None

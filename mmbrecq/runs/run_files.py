@@ -16,8 +16,9 @@ from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.report import Summary, write_report
+from mmbrecq.report.html import write_report
 from mmbrecq.report.rows import format_seconds
+from mmbrecq.report.summary import Summary
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.storage import write_text_atomic
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.report import render_html, write_report
-from mmbrecq.report.html import write_sensitivities
+from mmbrecq.report.html import render_html, write_report, write_sensitivities
 from mmbrecq.report.summary import LayerBits, Metrics, ModelSize, Seconds, Summary
 
 VOID = {'meta', 'img'}

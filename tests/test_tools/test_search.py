@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.mixed_precision.costs import Call, LayerShape
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / 'configs' / 'demo' / 'resnet_digits_w2a4.py'

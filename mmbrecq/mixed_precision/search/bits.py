@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic

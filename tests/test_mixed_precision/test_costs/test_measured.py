@@ -19,8 +19,8 @@ from mmbrecq.building import build
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs import Call, LayerShape, MeasuredLatency
-from mmbrecq.mixed_precision.costs.measured import COPIES, copies_of, layer_graph, shape_key
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.measured import COPIES, MeasuredLatency, copies_of, layer_graph, shape_key
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmbrecq.errors import BudgetError
-from mmbrecq.mixed_precision.search import BitProblem, Cost
+from mmbrecq.mixed_precision.search.problem import BitProblem, Cost
 
 CANDIDATES = ((2, 8), (4, 8), (8, 8))
 

@@ -15,10 +15,9 @@ from small_models import calibrate, classifier, conv, images, net, prepare
 from torch import Tensor
 
 from mmbrecq.errors import TableError
-from mmbrecq.mixed_precision.costs import Call, LayerShape
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
-from mmbrecq.mixed_precision.sensitivity.table import value_groups
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable, value_groups
 
 
 def layer(name: str) -> LayerShape:
