@@ -85,7 +85,7 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
 def import_memory() -> int:
     """Peak memory, in bytes, of a process that imports what a run imports."""
     code = 'import mmpretrain.models, mmbrecq.engine, onnx, onnxruntime, openvino; '
-    code += 'from mmbrecq.runs.measure import peak_memory; print(peak_memory().host)'
+    code += 'from mmbrecq.runs.run_files import peak_memory; print(peak_memory().host)'
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, '-W', 'ignore', '-c', code]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

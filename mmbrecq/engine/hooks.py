@@ -1,11 +1,14 @@
-"""Defines hooks of mmengine's kind that observe a reconstruction and show it.
+"""Hooks of mmengine's kind that observe a reconstruction and show it.
 
-A hook in the config's ``custom_hooks`` may define any method of :class:`ReconstructionHook` beside mmengine's own.
+A hook in the config's ``custom_hooks`` may define ``before_reconstruct_stage``, ``before_reconstruct_unit``,
+``after_reconstruct_step``, ``after_reconstruct_unit`` and ``after_reconstruct_stage``. They get the runner and, by
+name, what the methods of :class:`~mmbrecq.reconstruction.callbacks.Callback` get. ``after_reconstruct``, which gets the
+runner, is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -23,34 +26,6 @@ from mmbrecq.report.rows import format_seconds
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
-
-
-class ReconstructionHook(Hook):
-    """Base of the hooks around a reconstruction; its methods do nothing, and mmengine's runner calls them."""
-
-    def before_reconstruct_stage(
-        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
-    ) -> None:
-        """Runs before a pass over all units."""
-
-    def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
-        """Runs before a unit is optimised."""
-
-    def after_reconstruct_step(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
-    ) -> None:
-        """Runs after every hundredth iteration; ``loss`` is the mean reconstruction loss since the last call."""
-
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
-        """Runs after a unit is done and its outputs are computed for the next units."""
-
-    def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
-        """Runs after a pass over all units."""
-
-    def after_reconstruct(self, runner: Runner) -> None:
-        """Runs after the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
 
 
 @HOOKS.register_module()

@@ -88,7 +88,7 @@ class FakeQuantize(nn.Module):
             if qtype.ch_axis is not None:
                 raise ExportError('expected a grid per tensor below 8 bits to export, but got one per channel')
             low, high = ((bounds - int(self.zero_point)) * self.scale.detach().cpu()).unbind()
-        return Clip((low.clone(), high.clone()), self.integer_clip)
+        return low.clone(), high.clone()
 
 
 @FAKE_QUANTS.register_module()

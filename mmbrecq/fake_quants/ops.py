@@ -17,19 +17,9 @@ from mmbrecq.functional import dequantize, expand
 from mmbrecq.kernels.native import BLOCK, kernel
 from mmbrecq.qtype import QType
 
-
-@dataclass(frozen=True)
-class Clip:
-    """How an exported grid is cut that is smaller than its container.
-
-    Args:
-        bounds: Smallest and largest value, scalars: integers in the container's dtype, or real values.
-        on_integers: Which of the two.
-    """
-
-    bounds: tuple[Tensor, Tensor]
-    on_integers: bool
-
+Clip = tuple[Tensor, Tensor]
+"""How an exported grid is cut that is smaller than its container: the smallest and the largest value, scalars. They are
+integers in the container's dtype between Q and DQ, or real values before Q."""
 
 UNBOUNDED = (-math.inf, math.inf)
 """Bounds of a rectifier that changes nothing."""
@@ -148,11 +138,11 @@ class FakeQuantizeFunction(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None) -> Any:
         axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
-        bounds = [] if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
-        if clip is not None and not clip.on_integers:
+        bounds = [g.op('Constant', value_t=bound) for bound in clip or ()]
+        if clip is not None and clip[0].is_floating_point():
             x = g.op('Clip', x, *bounds)
         codes = g.op('QuantizeLinear', x, scale, zero_point, **axis)
-        if clip is not None and clip.on_integers:
+        if clip is not None and not clip[0].is_floating_point():
             codes = g.op('Clip', codes, *bounds)
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 

@@ -8,7 +8,7 @@ holds :class:`PackedWeight`: integers, scale and zero-point alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from mmbrecq.fake_quants.ops import DequantizeFunction, Sigmoid
 from mmbrecq.functional import dequantize, quantize, short_scale
 from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
+
+T = TypeVar('T')
 
 
 class WeightFakeQuantize(nn.Module):
@@ -100,11 +102,13 @@ class PackedWeight(nn.Module):
 
 def weight_fake_quant(module: nn.Module) -> WeightFakeQuantize | None:
     """Returns the fake quantizer of ``module.weight``, None where the weight is float or packed."""
-    if not parametrize.is_parametrized(module, 'weight'):
-        return None
-    parametrizations: Any = module.parametrizations
-    found = parametrizations['weight'][0]
-    return found if isinstance(found, WeightFakeQuantize) else None
+    return find_parametrization(module, 'weight', WeightFakeQuantize)
+
+
+def find_parametrization(module: Any, name: str, kind: type[T]) -> T | None:
+    """Returns the parametrization of a tensor of a module, None where it has none of this kind."""
+    found = module.parametrizations[name][0] if parametrize.is_parametrized(module, name) else None
+    return found if isinstance(found, kind) else None
 
 
 def original_weight(module: nn.Module) -> Tensor:

@@ -1,26 +1,40 @@
-"""The files that a run of quantization leaves in its work dir."""
+"""The files that a run of quantization leaves in its work dir, and what they say about it: sizes, memory, versions."""
 
 from __future__ import annotations
 
+import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import master_only
 
 from mmbrecq import pipeline
+from mmbrecq.byte_size import weight_bytes
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.kernels.native import kernel_state
+from mmbrecq.mixed_precision.costs.layers import other_bytes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.report.html import write_report
 from mmbrecq.report.rows import format_seconds
-from mmbrecq.report.summary import Summary
+from mmbrecq.report.summary import ModelSize, PeakMemory, Summary
 from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.storage import write_text_atomic
+from mmbrecq.version import __version__
+
+PACKAGES = (
+    'torch', 'torchvision', 'numpy', 'mmengine', 'mmcv', 'mmcv-lite', 'mmpretrain', 'mmdet', 'onnx', 'onnxruntime',
+    'openvino',
+)  # fmt: skip
 
 
 @dataclass
@@ -102,3 +116,28 @@ def rehearsal_text(found: pipeline.Rehearsal) -> str:
     if found.seconds is not None:
         lines.append(f'the reconstruction will take about {format_seconds(found.seconds)} on this machine')
     return '\n'.join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of mmbrecq, Python and the packages that decide results, and the state of the kernels."""
+    found = {'mmbrecq': __version__, 'python': platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, 'kernels': kernel_state()}
+
+
+def peak_memory() -> PeakMemory:
+    """Returns the peak resident bytes of this process, and the peak allocated bytes on its GPU."""
+    unit = 1 if sys.platform == 'darwin' else 1024
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return PeakMemory(host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, device=device)
+
+
+def model_size(model: QuantizedModel) -> ModelSize:
+    """Returns the bytes of a prepared model's parameters: all at 32 bits, and with quantized weights at their bits."""
+    rest, quantizers = other_bytes(model), [fake_quant for _, _, fake_quant in model.weights()]
+    packed = (weight_bytes(fq.codes.numel(), fq.scale.numel(), fq.qtype.bits, fq.qtype.symmetric) for fq in quantizers)
+    return ModelSize(rest + 4 * sum(fq.codes.numel() for fq in quantizers), round(rest + sum(packed)))

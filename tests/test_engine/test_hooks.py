@@ -16,7 +16,6 @@ from rich.console import Console
 from mmbrecq import progress
 from mmbrecq.engine.hooks import (
     HookCaller,
-    ReconstructionHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
@@ -37,20 +36,8 @@ def result(name: str, kept: bool = False) -> UnitResult:
 
 
 def test_hooks_are_mmengines_own_kind() -> None:
-    assert issubclass(ReconstructionHook, Hook)
     for name in ('ReconstructionLoggerHook', 'ReconstructionScalarsHook', 'ReconstructionProgressHook'):
-        assert ROOT_HOOKS.get(f'mmbrecq.{name}') is not None
-
-
-def test_a_custom_hook_needs_no_point_but_those_it_uses() -> None:
-    hook: Any = ReconstructionHook()
-    runner: Any = object()
-    hook.before_reconstruct_stage(runner, STAGE, [], Progress(0, 1))
-    hook.before_reconstruct_unit(runner, STAGE, unit('a'))
-    hook.after_reconstruct_step(runner, STAGE, unit('a'), 1, 0.5)
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(1, 1))
-    hook.after_reconstruct_stage(runner, STAGE)
-    hook.after_reconstruct(runner)
+        assert issubclass(ROOT_HOOKS.get(f'mmbrecq.{name}'), Hook)
 
 
 def test_what_a_reconstruction_tells_reaches_every_hook() -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmengine.hooks import Hook
 from onnx import numpy_helper
 
-from mmbrecq.engine.hooks import ReconstructionHook
 from mmbrecq.registry import HOOKS
 
 TINY = (
@@ -172,7 +172,7 @@ def calls() -> list[tuple[str, ...]]:
     """What the hook that the test registers was told."""
     told: list[tuple[str, ...]] = []
 
-    class TellingHook(ReconstructionHook):
+    class TellingHook(Hook):
         def before_reconstruct_stage(self, runner: Any, stage: Any, units: Any, progress: Any) -> None:
             told.append(('before stage', stage.name, str(len(units))))
 

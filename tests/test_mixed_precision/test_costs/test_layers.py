@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
 from mmbrecq.mixed_precision.costs.models import ModelSize
-from mmbrecq.runs.measure import model_size
+from mmbrecq.runs.run_files import model_size
 
 
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'regnet', 'vgg'])
