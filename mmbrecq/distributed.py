@@ -148,16 +148,21 @@ def copy_from_main(model: nn.Module) -> None:
 
 
 def check_same_bits(model: nn.Module) -> str:
-    """Returns a hash of all parameters and buffers; ProcessError where it is not the same in every process."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    own = digest.hexdigest()
+    """Returns the hash of a model; ProcessError where it is not the same in every process."""
+    own = hash_of(model)
     for index, other in enumerate(gather(own)):
         if other != own:
             raise ProcessError(f'expected the same model in all processes, but {process_index()} and {index} differ')
     return own
+
+
+def hash_of(model: nn.Module) -> str:
+    """Returns a hash of the names and the bits of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _first_host() -> str:

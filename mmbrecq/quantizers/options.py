@@ -107,9 +107,7 @@ def assign_bits(
         weight = check_bits(override.weight_bits, f'quantizer.overrides[{index}].weight_bits')
         activation = check_bits(override.activation_bits, f'quantizer.overrides[{index}].activation_bits')
         for layer in matching:
-            old_weight, old_activation = bits[layer]
-            bits[layer] = (
-                old_weight if override.weight_bits is None else weight,
-                old_activation if override.activation_bits is None else activation,
-            )
+            old = bits[layer]
+            given = (override.weight_bits is not None, override.activation_bits is not None)
+            bits[layer] = (weight if given[0] else old[0], activation if given[1] else old[1])
     return bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
-from mmbrecq.reconstruction.schedules import Plateau, linear_beta
+from mmbrecq.reconstruction.schedules import linear_beta
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
 from mmbrecq.reconstruction.variables import Group, Variables
@@ -68,7 +69,7 @@ def optimize_unit(
     if not variables.groups:
         return 0
     optimizer = build_adam(variables.groups)
-    plateau = Plateau(options.plateau)
+    best = math.inf
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
     # the position in the schedules is beyond the count where a plateau has skipped some
@@ -116,8 +117,9 @@ def optimize_unit(
                 _check_finite(losses[:count], name)
                 mean = float(latest.mean())
                 on_step(count, mean)
-                if plateau.reached(mean):
+                if options.plateau > 0 and mean > (1 - options.plateau) * best:
                     position = max(position, end)
+                best = min(best, mean)
     variables.finish()
     return count
 

@@ -1,4 +1,4 @@
-"""Schedules map the elapsed fraction of a training, in [0, 1), to a value; a plateau ends a training early."""
+"""Schedules map the elapsed fraction of a training, in [0, 1), to a value."""
 
 from __future__ import annotations
 
@@ -30,25 +30,3 @@ def cosine(t: float) -> float:
 def constant(t: float) -> float:
     """Returns 1: the learning rate does not change."""
     return 1.0
-
-
-class Plateau:
-    """Watches a loss that should fall.
-
-    Args:
-        fraction: By how much of the best so far a loss must be below it; 0 never ends a training.
-
-    Example:
-        >>> plateau = Plateau(0.1)
-        >>> [plateau.reached(loss) for loss in (1.0, 0.8, 0.75)]
-        [False, False, True]
-    """
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction, self.best = fraction, math.inf
-
-    def reached(self, loss: float) -> bool:
-        """Returns whether ``loss``, the next one, is not below the best so far by the fraction."""
-        reached = self.fraction > 0 and loss > (1 - self.fraction) * self.best
-        self.best = min(self.best, loss)
-        return reached

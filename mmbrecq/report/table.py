@@ -99,20 +99,15 @@ def _build_table(summary: Summary, style: box.Box) -> Table:
     if with_kernels:
         table.add_column('integer kernels', justify='right')
     for row in results:
-        cells = [Text(cell) for cell in _cells(row, results, metrics, summary)]
+        cells = [row.label]
+        for metric in metrics:
+            digits, value = rows.decimals(results, metric), row.metrics.get(metric)
+            reference = None if row.stage == 'float' else summary.metrics.float.get(metric)
+            cells += [rows.format_metric(value, digits), rows.format_difference(value, reference, digits)]
+        cells.append(rows.format_bytes(row.size))
         if with_kernels:
-            count = row.kernels
-            cells.append(Text(f'{count.integer} of {count.quantized}' if count else rows.UNKNOWN))
-        table.add_row(*cells, style='bold' if row.stage == 'quantized' else '')
+            cells.append(f'{row.kernels.integer} of {row.kernels.quantized}' if row.kernels else rows.UNKNOWN)
+        table.add_row(*map(Text, cells), style='bold' if row.stage == 'quantized' else '')
     if not results:
         table.add_row('no result yet')
     return table
-
-
-def _cells(row: rows.ResultRow, results: list[rows.ResultRow], metrics: list[str], summary: Summary) -> list[str]:
-    cells = [row.label]
-    for metric in metrics:
-        digits, value = rows.decimals(results, metric), row.metrics.get(metric)
-        reference = None if row.stage == 'float' else summary.metrics.float.get(metric)
-        cells += [rows.format_metric(value, digits), rows.format_difference(value, reference, digits)]
-    return [*cells, rows.format_bytes(row.size)]

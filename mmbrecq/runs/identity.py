@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmbrecq.distributed import gather
+from mmbrecq.distributed import gather, hash_of
 from mmbrecq.kernels.native import kernel_state
 
 IGNORED = frozenset({
@@ -66,10 +66,6 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
         images: Preprocessed calibration images of this process.
         seed: Of the run.
     """
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
     settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
     # of each image, so that it does not depend on how many processes have them
@@ -81,7 +77,7 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
         'seed': str(seed),
         # a GPU never runs them
         'kernels': 'none' if images.is_cuda else kernel_state(),
-        'float weights': weights.hexdigest()[:16],
+        'float weights': hash_of(model)[:16],
         'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }
 
