@@ -65,7 +65,8 @@ class AnalysisLoop(BaseLoop):
         options = parse_options(StageOptions, {**first, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
         shared = ('loss', 'mirror', 'cache', 'cache_dtype', 'memory_limit')
         common = {key: reconstructor[key] for key in shared if key in reconstructor}
-        self.reconstructor = BaseReconstructor([Stage(STAGE, options, True, False, independent=True)], **common)
+        self.reconstructor = BaseReconstructor(**common)
+        self.reconstructor.stages = (Stage(STAGE, options, True, False, independent=True),)
         for hook in (ReconstructionLoggerHook, ReconstructionProgressHook):
             runner.register_hook(hook())
 
@@ -98,7 +99,7 @@ class AnalysisLoop(BaseLoop):
         room = self.reconstructor.image_room(Path(self.runner.work_dir))
         self.images = collect_images(model, self._set, room)
         check_runs(model, self.images[:2])
-        asked = self.reconstructor.loss.needs_fisher or self.options.loss == 'fisher'
+        asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 
     def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:

@@ -84,11 +84,11 @@ class ReconstructionProgressHook(Hook):
 
     def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
         self._bar = ProgressBar(f'{stage.name} {unit.name}', stage.options.iterations)
-        self._bar.__enter__()
+        self._bar.start()
 
     def after_reconstruct_step(self, runner: Runner, step: int, loss: float, **_: Any) -> None:
         if self._bar is not None:
-            self._bar.update(step, f'loss {loss:.4g}')
+            self._bar.show(step, f'loss {loss:.4g}')
 
     def after_reconstruct_unit(self, runner: Runner, **_: Any) -> None:
         self._close()
@@ -98,7 +98,7 @@ class ReconstructionProgressHook(Hook):
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.__exit__()
+            self._bar.stop()
             self._bar = None
 
 

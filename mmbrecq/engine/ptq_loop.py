@@ -320,7 +320,7 @@ class PTQLoop(TestLoop):
 
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
         """Returns whether a loss needs the task loss and the images are annotated, so that it can be computed."""
-        asked = self.reconstructor.loss.needs_fisher or (self.chosen is not None and self.chosen.needs_task_loss)
+        asked = self.reconstructor.criterion.needs_fisher or (self.chosen is not None and self.chosen.needs_task_loss)
         return asked and all(gather(has_annotations(calibration.batches())))
 
     @contextmanager

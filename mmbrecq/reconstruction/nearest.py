@@ -39,7 +39,7 @@ class NearestReconstructor(BaseReconstructor):
     """
 
     def __init__(self, memory_limit: int | str | None = None) -> None:
-        super().__init__((), memory_limit=memory_limit)
+        super().__init__(memory_limit=memory_limit)
 
     def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
         """Corrects the biases; there is no pass over units."""

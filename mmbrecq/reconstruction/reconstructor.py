@@ -43,11 +43,11 @@ from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, 
 from mmbrecq.registry import LOSSES
 
 
+@dataclass(kw_only=True, eq=False)
 class BaseReconstructor:
-    """Optimises all units in several passes.
+    """Optimises all units in several passes, those of :meth:`own_stages`.
 
     Args:
-        stages: The passes, in order.
         network: Options of :class:`StageOptions` for a last pass over the whole network as one unit: what was learned
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
@@ -60,36 +60,39 @@ class BaseReconstructor:
             ``'2GiB'``; None for half of what is available for the cache, and all of it for both.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        network: Mapping[str, Any] | None = None,
-        loss: Mapping[str, Any] | None = None,
-        mirror: bool = False,
-        cache: str = 'auto',
-        cache_dtype: str = 'float32',
-        memory_limit: int | str | None = None,
-    ) -> None:
-        self.stages = tuple(stages)
-        if network is not None:
-            options = parse_options(StageOptions, network, 'reconstructor.network', iterations=500)
+    network: Mapping[str, Any] | None = None
+    loss: Mapping[str, Any] | None = None
+    mirror: bool = False
+    cache: str = 'auto'
+    cache_dtype: str = 'float32'
+    memory_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.stages = tuple(self.own_stages())
+        if self.network is not None:
+            options = parse_options(StageOptions, self.network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
-        self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
-        if mirror and self.loss.needs_fisher:
+        self.criterion = build(LOSSES, dict(self.loss or {'type': 'MSELoss'}))
+        if self.mirror and self.criterion.needs_fisher:
             raise ConfigError(
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
-                f'but got {type(self.loss).__name__}'
+                f'but got {type(self.criterion).__name__}'
             )
-        if cache_dtype not in DTYPES:
+        if self.cache_dtype not in DTYPES:
             raise ConfigError(
-                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
+                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {self.cache_dtype!r}'
             )
-        self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, 'reconstructor.memory_limit')
+        limit = self.memory_limit
+        self.dtype = DTYPES[self.cache_dtype]
+        self.limit = None if limit is None else parse_bytes(limit, 'reconstructor.memory_limit')
+
+    def own_stages(self) -> Sequence[Stage]:
+        """Returns the passes before that over the network, in order."""
+        return ()
 
     def image_room(self, directory: Path) -> Callable[[Sequence[int], Tensor], Tensor]:
         """Allocates the calibration images by the same options as the cache; ``directory`` may take a file."""
-        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.memory_limit)
+        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.limit)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
@@ -99,12 +102,12 @@ class BaseReconstructor:
             count = len(task.images) * (REGIONS_PER_IMAGE if part.is_region else 1)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
-            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
+            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
             for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
                 units = stage_units(part, stage)
                 cached.append(peak_bytes(units, sizes, inputs, weights))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
-                needed = working_memory(part, units, stage, images, self.loss.needs_fisher)
+                needed = working_memory(part, units, stage, images, self.criterion.needs_fisher)
                 # features of regions are collected in memory, and then joined, wherever all else is cached
                 features = 2 * sizes[inputs] if part.is_region else 0
                 working += [(size + features, unit) for size, unit in needed]
@@ -112,14 +115,13 @@ class BaseReconstructor:
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
         most, beside = (max(sizes, default=(0, '')) for sizes in (cached, working))
-        limit, dtype = self.memory_limit, self.cache_dtype
-        plan = plan_cache(self.cache, most, beside, device, task.directory, limit, dtype)
+        plan = plan_cache(self.cache, most, beside, device, task.directory, self.limit, self.dtype)
         return replace(plan, observed=images)
 
     def _observed_at_once(self, observed: Sequence[ObservedUnit], device: torch.device) -> int:
         """Returns how many images are observed at once; results depend on it, so it is the same in all processes."""
         # of all memory, not of what happens to be available
-        room = self.memory_limit or psutil.virtual_memory().total // 2 // processes_here()
+        room = self.limit or psutil.virtual_memory().total // 2 // processes_here()
         # a GPU splits what it has no room for
         return min(gather(OBSERVED if device.type == 'cuda' else fitting_images(observed, room)))
 
@@ -138,7 +140,7 @@ class BaseReconstructor:
         examples = {n.name: n.meta.get('example') for n in part.traced.graph.nodes}
         mirrored = 1 if part.is_region else 1 + self.mirror
         sizes = {
-            name: self.cache_dtype.itemsize * mirrored * count * example[0].numel()
+            name: self.dtype.itemsize * mirrored * count * example[0].numel()
             for name, example in examples.items()
             if isinstance(example, Tensor) and example.dim() > 0
         }
@@ -149,8 +151,8 @@ class BaseReconstructor:
 
     def describe_loss(self, task: Task) -> str:
         """Returns the loss in words: what it weighs by is decided by the data."""
-        name = type(self.loss).__name__
-        if not self.loss.needs_fisher:
+        name = type(self.criterion).__name__
+        if not self.criterion.needs_fisher:
             return name
         if task.task_loss is None:
             return f'{name}, by the distance of quantized from float outputs, for there are no annotations'
@@ -177,7 +179,7 @@ class BaseReconstructor:
         with ActivationCache(plan, device, task.directory) as cache:
             images = cache.hold(task.images, self.mirror)
             fisher = self._fisher(task, images, cache)
-            run = _Run(task, self.loss, cache, callback, forecast)
+            run = _Run(task, self.criterion, cache, callback, forecast)
             for stage in self.stages:
                 if stage.name == 'activations' and not task.model.quantizes_activations:
                     continue
@@ -200,7 +202,7 @@ class BaseReconstructor:
                     del features
                     head_stage = _for_regions(stage)
                     weights = None
-                    if self.loss.needs_fisher and stage.granularity is None:
+                    if self.criterion.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
                         weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
                     # nor do regions
@@ -210,7 +212,7 @@ class BaseReconstructor:
 
     def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
-        if not self.loss.needs_fisher:
+        if not self.criterion.needs_fisher:
             return None
         if task.task_loss is None:
             return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
