@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmbrecq.report.summary import Summary
+from mmbrecq.schema import load_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +52,7 @@ def run(config: str, seed: int, args: argparse.Namespace) -> Summary:
         if done.returncode:
             last = console.read_text().strip().rpartition('\n')[2]
             raise SystemExit(f'{config} failed with seed {seed}, see {console}; its last words are: {last}')
-    return Summary.load(summary)
+    return load_json(Summary, summary, 'tools/ptq.py')
 
 
 def spread(values: list[float]) -> str:

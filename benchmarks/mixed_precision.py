@@ -30,6 +30,7 @@ from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
 from mmbrecq.mixed_precision.search.integer import IntegerProgram
 from mmbrecq.mixed_precision.search.problem import BitProblem
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.schema import save_json
 
 RUNTIMES = ('openvino', 'onnxruntime')
 PARTS = ('losses', 'searches', 'latencies')
@@ -74,7 +75,7 @@ def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: 
         for chosen in choices:
             result = describe_choice(table, [], problem, chosen)
             result.states = str((Path(cfg.work_dir) / 'states').resolve())
-            result.save(Path(folder) / 'search.json')
+            save_json(result, Path(folder) / 'search.json')
             choice = ChosenBits(Path(folder) / 'search.json', reuse=True)
             task = loop.prepare(table.candidates[0], None, result.overrides())
             task = choice.load_rounding(task, loop.reconstructor.stages[0])

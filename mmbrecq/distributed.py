@@ -64,14 +64,8 @@ def leave_processes() -> None:
         torch_dist.destroy_process_group()
 
 
-def process_count() -> int:
-    """Returns the number of processes."""
-    return int(dist.get_dist_info()[1])
-
-
-def process_index() -> int:
-    """Returns the number of this process, from 0."""
-    return int(dist.get_dist_info()[0])
+process_count: Callable[[], int] = dist.get_world_size
+process_index: Callable[[], int] = dist.get_rank
 
 
 def processes_here() -> int:

@@ -45,7 +45,7 @@ from mmbrecq.report.table import print_table
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
-from mmbrecq.runs.run_files import RunFiles, RunRecorder, model_size, peak_memory, rehearsal_text, versions
+from mmbrecq.runs.run_files import RunFiles, model_size, peak_memory, rehearsal_text, versions
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """Names of the evaluations that a run may make, in this order."""
@@ -182,7 +182,7 @@ class PTQLoop(TestLoop):
         identity = describe_config(self.runner.cfg)
         identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
-        self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
+        self.journal = Journal(self.folder / JOURNAL, self.runner.model, identity, self.config_text)
         if not self.resume:
             return
         if not self.journal.load():
@@ -249,8 +249,7 @@ class PTQLoop(TestLoop):
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        recorder = RunRecorder(task.model, self.summary, self.journal, self.files)
-        callback = Callbacks([HookCaller(self.runner), recorder])
+        callback = Callbacks([HookCaller(self.runner), self.files, self.journal])
         seconds = sum(unit.result.seconds for unit in task.resumed.values())
         start = time.perf_counter()
         try:

@@ -5,17 +5,14 @@ Each field may still be empty, so that an unfinished run can be saved, read and 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.schema import load_json, save_json
 
 # Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
 MetricValues = dict[str, float]
@@ -162,15 +159,6 @@ class Summary:
             return ''
         weight, activation = (_shown_bits(getattr(b, kind) for b in self.bits.values()) for kind in vars(LayerBits()))
         return f'W{weight}A{activation}'
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``summary.json`` whole or not at all; StorageError if it cannot be written."""
-        save_json(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Summary:
-        """Reads a file of :meth:`save`; absent keys have their defaults, and TableError names a bad key."""
-        return load_json(cls, Path(path), 'tools/ptq.py')
 
 
 def _shown_bits(bits: Iterable[int | None]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -72,20 +73,11 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
     own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in images]
     hashes = [digest for part in gather(own) for digest in part]
     return {
-        'quantizer': _in_words(settings),
-        'reconstructor': _in_words(cfg['reconstructor']),
+        'quantizer': json.dumps(settings, sort_keys=True, default=repr),
+        'reconstructor': json.dumps(cfg['reconstructor'], sort_keys=True, default=repr),
         'seed': str(seed),
         # a GPU never runs them
         'kernels': 'none' if images.is_cuda else kernel_state(),
         'float weights': hash_of(model)[:16],
         'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }
-
-
-def _in_words(value: Any) -> str:
-    """Writes a config value with its keys in order."""
-    if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{key}: {_in_words(value[key])}' for key in sorted(value)) + '}'
-    if isinstance(value, (list, tuple)):
-        return '[' + ', '.join(map(_in_words, value)) + ']'
-    return repr(value)

@@ -27,8 +27,8 @@ from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.report.html import write_report
 from mmbrecq.report.rows import format_seconds
 from mmbrecq.report.summary import ModelSize, PeakMemory, Summary
-from mmbrecq.runs.journal import Journal
 from mmbrecq.runs.storage import write_text_atomic
+from mmbrecq.schema import save_json
 from mmbrecq.version import __version__
 
 PACKAGES = (
@@ -38,8 +38,11 @@ PACKAGES = (
 
 
 @dataclass
-class RunFiles:
-    """Writes the files of a work dir, in the first process; each is written whole or stays as it was."""
+class RunFiles(Callback):
+    """Writes the files of a work dir, in the first process; each is written whole or stays as it was.
+
+    The summary and the report have every finished unit, so that they can be read half-way through a run.
+    """
 
     folder: Path
     summary: Summary
@@ -48,8 +51,12 @@ class RunFiles:
     @master_only
     def write_summary(self) -> None:
         """Writes ``summary.json`` and ``report.html``."""
-        self.summary.save(self.folder / 'summary.json')
+        save_json(self.summary, self.folder / 'summary.json')
         write_report(self.summary, self.folder / 'report.html', time.strftime('%Y-%m-%d'))
+
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
+        self.summary.add_unit(result)
+        self.write_summary()
 
     @master_only
     def write_inputs(self, model: QuantizedModel, ids: Sequence[str]) -> None:
@@ -75,21 +82,6 @@ class RunFiles:
             'calibration_ids_file': self.summary.calibration.ids_file,
         }
         pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
-
-
-@dataclass
-class RunRecorder(Callback):
-    """Records every finished unit in the journal and the summary: the report can be read half-way through a run."""
-
-    model: QuantizedModel
-    summary: Summary
-    journal: Journal
-    files: RunFiles
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        self.summary.add_unit(result)
-        self.files.write_summary()
-        self.journal.add(self.model.model, unit, result)
 
 
 def layer_list(model: QuantizedModel) -> str:

@@ -13,7 +13,7 @@ import pytest
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary
-from mmbrecq.schema import decode, encode
+from mmbrecq.schema import decode, encode, load_json, save_json
 
 SCHEMA = {
     'metrics': {'float', 'nearest', 'weights', 'quantized', 'deployed'},
@@ -46,8 +46,8 @@ def test_round_trip_through_json(summary: Summary) -> None:
 
 def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
     path = tmp_path / 'summary.json'
-    summary.save(path)
-    assert Summary.load(path) == summary
+    save_json(summary, path)
+    assert load_json(Summary, path, 'tools/ptq.py') == summary
     assert [entry.name for entry in tmp_path.iterdir()] == ['summary.json']
 
 
@@ -108,7 +108,7 @@ def test_bad_file_is_named(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(TableError, match=r'summary\.json: (cannot be read: |expected what tools/ptq\.py writes, but)'):
-        Summary.load(path)
+        load_json(Summary, path, 'tools/ptq.py')
 
 
 @pytest.mark.parametrize(

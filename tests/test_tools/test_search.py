@@ -11,6 +11,7 @@ import pytest
 
 from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.schema import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / 'configs' / 'demo' / 'resnet_digits_w2a4.py'
@@ -168,7 +169,7 @@ def save_table(folder: Path) -> None:
     shapes = [LayerShape(name, 'Conv2d', (4, 3, 3, 3), calls, (8, 8), 4, True) for name in 'abc']
     loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
     table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
-    table.save(folder / 'sensitivity.json')
+    save_json(table, folder / 'sensitivity.json')
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
     ]
     loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
     table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
-    table.save(tmp_path / 'work' / 'sensitivity.json')
+    save_json(table, tmp_path / 'work' / 'sensitivity.json')
     assert re.search(message, call('search', DEMO, *words).error)
     assert not (tmp_path / 'work' / 'bits.py').exists()
 

@@ -17,7 +17,7 @@ from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
-from mmbrecq.schema import load_json, save_json
+from mmbrecq.schema import save_json
 
 RESULT = 'search.json'
 """File beside a written config that has what was chosen, and why."""
@@ -194,15 +194,6 @@ class SearchResult:
     inputs: dict[str, str] = field(default_factory=dict)
     states: str = ''
 
-    def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
-        save_json(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> SearchResult:
-        """Reads the file; TableError where it is missing, or no such file."""
-        return load_json(cls, path, 'tools/search.py')
-
     def overrides(self) -> list[dict[str, object]]:
         """Returns the bits as the quantizer's ``overrides``."""
         inputs = {name: {'activation_bits': bits} for name, bits in self.activation_bits.items()}
@@ -259,5 +250,5 @@ def write_bit_config(
     body = ''.join(f'        dict({line}),\n' for line in lines)
     head = f'# {comment}\n_base_ = [{relative(base)!r}]\nfloat_checkpoint = {checkpoint!r}\n'
     search = f'search = dict(result={RESULT!r})\n'
-    result.save(path.with_name(RESULT))
+    save_json(result, path.with_name(RESULT))
     write_text_atomic(f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n{search}', path)
