@@ -113,9 +113,13 @@ def find_parametrization(module: Any, name: str, kind: type[T]) -> T | None:
 
 def original_weight(module: nn.Module) -> Tensor:
     """Returns the float weight of a module that carries a :class:`WeightFakeQuantize`."""
-    parametrizations: Any = module.parametrizations
-    weight: Tensor = parametrizations['weight'].original
-    return weight.detach()
+    return original(module, 'weight')
+
+
+def original(module: Any, name: str) -> Tensor:
+    """Returns a parametrized tensor of a module as it is without its parametrization."""
+    tensor: Tensor = module.parametrizations[name].original
+    return tensor.detach()
 
 
 def pack_weight(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
+from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, original_weight
 from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
@@ -150,7 +150,7 @@ class _Layer:
         self.correction = bias_correction(module) if stage.options.bias_lr > 0 else None
         if self.correction is not None:
             self.correction.offset.requires_grad_(True)
-            self.bias = _original_bias(module).clone().requires_grad_(not self.by_output)
+            self.bias = original(module, 'bias').clone().requires_grad_(not self.by_output)
 
     def update(self) -> None:
         """Computes weight and bias anew, from what is learned."""
@@ -159,7 +159,7 @@ class _Layer:
         elif self.gain is not None:
             torch.mul(self.values, self.gain, out=self.weight.detach())
         if self.bias is not None and self.correction is not None:
-            torch.add(_original_bias(self.module), self.correction.offset, out=self.bias.detach())
+            torch.add(original(self.module, 'bias'), self.correction.offset, out=self.bias.detach())
 
     def collect(self, beta: float | None, round_weight: float) -> None:
         """Carries the gradients of weight and bias on to what is learned."""
@@ -205,12 +205,6 @@ def _is_per_output(fake_quant: WeightFakeQuantize, module: Any) -> bool:
     """Returns whether a layer has one scale, or one for every channel of its output."""
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     return fake_quant.scale.numel() in (1, channels)
-
-
-def _original_bias(module: Any) -> Tensor:
-    """Returns the bias without its correction."""
-    bias: Tensor = module.parametrizations['bias'].original
-    return bias.detach()
 
 
 def _called(module: nn.Module) -> set[nn.Module]:
