@@ -25,9 +25,11 @@ _ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
 _MOVES = (nn.MaxPool2d, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ChannelShuffle)
 _MOVES_CALLS = (
     torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.chunk,
-    torch.split, F.max_pool2d, F.pixel_shuffle, operator.getitem,
+    torch.split, torch.tensor_split, torch.unbind, torch.select, torch.narrow, torch.swapaxes, torch.movedim,
+    torch.unflatten, F.max_pool2d, F.pixel_shuffle, operator.getitem,
     'flatten', 'reshape', 'view', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'contiguous', 'chunk', 'split',
-    'expand', 'clone', *_CONCAT,
+    'tensor_split', 'split_with_sizes', 'unbind', 'select', 'narrow', 'swapaxes', 'movedim', 'unflatten', 'expand',
+    'clone', *_CONCAT,
 )  # fmt: skip
 
 # of these, the ones whose output has the channels of their input, in the same order
@@ -120,6 +122,9 @@ class Roles:
         """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""
         module = self.module(node)
         moves = isinstance(module, _MOVES) or self._calls(node, _MOVES_CALLS)
+        if node.target is operator.getitem and not self.is_tensor(source := node.all_input_nodes[0]):
+            # one of several values that are computed at once is a new one
+            moves = self.moves_only(source)
         return moves or resize_mode(node, module) in _NEAREST or self._pads_with_zeros(node)
 
     def kind(self, node: fx.Node) -> str:
