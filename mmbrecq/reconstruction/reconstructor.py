@@ -273,31 +273,12 @@ class _Run:
                     outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
-            data = UnitData(
-                streams.quantized_inputs(unit),
-                streams.float_inputs(unit),
-                float_outputs,
-                *((None, None) if fisher is None else fisher.of(unit.outputs)),
-            )
-            power = data.power(self._loss_on(data), stage.options.batch_size)
-            self.callback.before_unit(stage, unit)
-            training = MicroBatches(unit.name, min(stage.options.batch_size, streams.count))
-            before, after, outputs, iterations = self._reconstruct(graph, stage, streams, unit, data, training)
+            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
-            kept = iterations > 0 and not after < before
-            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
-            result = UnitResult(
-                unit.name, stage.name, unit.layers, before, before if kept else after, iterations,
-                time.perf_counter() - start, kept, power, min(split, default=None),
-            )  # fmt: skip
+            result = replace(result, seconds=time.perf_counter() - start)
             results.append(result)
             self.callback.after_unit(stage, unit, result, self.forecast.note(result))
         return results
-
-    def _loss_on(self, data: UnitData) -> UnitLoss:
-        """Returns the loss, or the plain one where what it weighs by is not known."""
-        known: UnitLoss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
-        return known
 
     def _reconstruct(
         self,
@@ -305,36 +286,43 @@ class _Run:
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
-        data: UnitData,
-        micro_batches: MicroBatches,
-    ) -> tuple[float, float, list[CachedValues], int]:
-        """Optimises one unit; returns loss before, loss after, quantized outputs and the number of iterations."""
-        activations = stage.quantizes_activations
+        float_outputs: Sequence[CachedValues],
+        fisher: FisherWeights | None,
+    ) -> tuple[UnitResult, list[CachedValues]]:
+        """Optimises one unit; returns its result, without the time, and its quantized outputs."""
+        size, activations = stage.options.batch_size, stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
-        loss = self._loss_on(data)
+        known = (None, None) if fisher is None else fisher.of(unit.outputs)
+        data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
+        # the plain loss where what it weighs by is not known
+        loss: UnitLoss = self.loss if fisher is not None or not self.loss.needs_fisher else MSELoss()
+        power = data.power(loss, size)
+        self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             self._observe(graph, unit, streams)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        before = data.mean_loss(outputs, loss, stage.options.batch_size)
-        state = unit_state(graph.model, unit)
+        before = after = data.mean_loss(outputs, loss, size)
+        state, training, kept = unit_state(graph.model, unit), MicroBatches(unit.name, min(size, streams.count)), False
         with graph.quantization(weights=True, activations=activations):
             iterations = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(self.task.seed, stage.name, unit.name), self.cache.device,
-                lambda count, loss: self.callback.after_step(stage, unit, count, loss), micro_batches,
+                lambda count, loss: self.callback.after_step(stage, unit, count, loss), training,
             )  # fmt: skip
-        if iterations == 0:
-            return before, before, outputs, 0
-        if process_count() > 1:
-            # other kinds of processors differ in last bits
-            load_unit_state(graph.model, unit, on_main(lambda: unit_state(graph.model, unit)))
-        learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        after = data.mean_loss(learned, loss, stage.options.batch_size)
-        if after < before:
-            return before, after, learned, iterations
-        load_unit_state(graph.model, unit, state)
-        return before, after, outputs, iterations
+        if iterations > 0:
+            if process_count() > 1:
+                # other kinds of processors differ in last bits
+                load_unit_state(graph.model, unit, on_main(lambda: unit_state(graph.model, unit)))
+            learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
+            after = data.mean_loss(learned, loss, size)
+            kept = not after < before
+            if kept:
+                load_unit_state(graph.model, unit, state)
+            outputs, after = (outputs, before) if kept else (learned, after)
+        split = min((m.images for m in (training, streams.micro_batches(unit)) if m.split), default=None)
+        result = UnitResult(unit.name, stage.name, unit.layers, before, after, iterations, 0.0, kept, power, split)
+        return result, outputs
 
     def _observe(self, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams) -> None:
         """Finds the grids of a unit's activations from its quantized inputs, at once where there is room."""

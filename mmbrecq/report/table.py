@@ -65,11 +65,10 @@ def _caption(summary: Summary) -> str:
 
 def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
     """Returns a line for every layer, then the predicted loss and the costs beside their budgets."""
-    fixed = {layer.name: layer.bits[0] for layer in table.layers if layer.name not in chosen.bits}
     width = max(len(layer.name) for layer in table.layers)
     lines = []
     for layer in table.layers:
-        bits = (chosen.bits.get(layer.name) if layer.name in chosen.bits else fixed[layer.name]) or 32
+        bits = chosen.bits.get(layer.name, layer.bits[0]) or 32
         inputs = chosen.activation_bits.get(layer.name)
         note = '' if layer.name in chosen.bits else '  as the config has it'
         note = note if inputs is None else f'  input {inputs} {"#" * inputs}'
