@@ -24,14 +24,9 @@ from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import check_same_bits, gather, on_main, process_count
+from mmbrecq.engine import hooks
 from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
-from mmbrecq.engine.hooks import (
-    HookCaller,
-    ReconstructionLoggerHook,
-    ReconstructionProgressHook,
-    ReconstructionScalarsHook,
-)  # fmt: skip
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -52,7 +47,9 @@ EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 
 JOURNAL = 'reconstruction.pth'
 
-DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionScalarsHook, ReconstructionProgressHook)
+DEFAULT_HOOKS = (
+    hooks.ReconstructionLoggerHook, hooks.ReconstructionScalarsHook, hooks.ReconstructionProgressHook,
+)  # fmt: skip
 
 
 @LOOPS.register_module()
@@ -249,7 +246,7 @@ class PTQLoop(TestLoop):
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        callback = Callbacks([HookCaller(self.runner), self.files, self.journal])
+        callback = Callbacks([hooks.HookCaller(self.runner), self.files, self.journal])
         seconds = sum(unit.result.seconds for unit in task.resumed.values())
         start = time.perf_counter()
         try:

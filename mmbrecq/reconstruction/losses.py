@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
+from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.values import CachedValues, Values
@@ -192,9 +193,9 @@ def output_fisher(
     for start in range(0, len(inputs), batch_size):
         index = slice(start, min(start + batch_size, len(inputs)))
         with torch.no_grad(), graph.quantization(weights=False, activations=False):
-            targets = _tensors(graph(inputs[index]))
+            targets = flatten_outputs(graph(inputs[index])).values()
         with torch.enable_grad(), graph.quantization(weights=True, activations=False):
-            outputs = _tensors(squares.run(quantized_inputs[index].detach().requires_grad_(True)))
+            outputs = flatten_outputs(squares.run(quantized_inputs[index].detach().requires_grad_(True))).values()
             pairs = zip(outputs, targets, strict=True)
             squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
     return squares.normalised(batch_size)
@@ -258,10 +259,3 @@ class _Squares:
                 weight.write(start, part / means[name] if means[name] else torch.ones_like(part))
         positions = {name: weight.sample_shape[1:].numel() for name, weight in self._weights.items()}
         return FisherWeights(self._weights, {name: mean * positions[name] for name, mean in means.items()})
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors of nested outputs, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for part in value for tensor in _tensors(part)]
