@@ -17,7 +17,6 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
-from mmbrecq.reconstruction.schedules import linear_beta
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
 from mmbrecq.reconstruction.variables import Group, Variables
@@ -122,6 +121,23 @@ def optimize_unit(
                 best = min(best, mean)
     variables.finish()
     return count
+
+
+def linear_beta(t: float, start: float, end: float, warmup: float) -> float | None:
+    """Returns the exponent of AdaRound's regulariser: None during the warm-up, then linear from ``start`` to ``end``.
+
+    Args:
+        t: Elapsed fraction of the training.
+        start: Exponent after the warm-up; a high one lets variables near 1/2 move freely.
+        end: Exponent at the end; 2 pulls every variable to 0 or 1.
+        warmup: Fraction of the training without regulariser, in [0, 1).
+
+    Example:
+        >>> [linear_beta(t, 20.0, 2.0, warmup=0.2) for t in (0.1, 0.2, 0.6)]
+        [None, 20.0, 11.0]
+    """
+    progress = min(1.0, (t - warmup) / (1 - warmup))
+    return None if t < warmup else end + (start - end) * (1 - progress)
 
 
 def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, original_weight
 from mmbrecq.functional import expand, short_scale
-from mmbrecq.reconstruction.schedules import constant, cosine
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import laid_out
@@ -24,7 +24,7 @@ SMALLEST = 0.01
 """Fraction of itself that a scale of an activation may shrink to."""
 
 Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
-"""Parameters, their learning rate, and its schedule."""
+"""Parameters, their learning rate, and its schedule: its factor at the elapsed fraction of the training, in [0, 1)."""
 
 
 class Variables:
@@ -213,3 +213,13 @@ def _called(module: nn.Module) -> set[nn.Module]:
     if not isinstance(graph, fx.Graph):
         return set()
     return {module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module'}
+
+
+def cosine(t: float) -> float:
+    """Returns the factor of a learning rate that falls from 1 to 0 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+
+
+def constant(t: float) -> float:
+    """Returns 1: the learning rate does not change."""
+    return 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmbrecq.kernels.native import kernels
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import Variables
+from mmbrecq.reconstruction.variables import Variables, constant, cosine
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -321,3 +322,17 @@ def test_a_layer_that_is_not_called_keeps_its_rounding() -> None:
     first, second = (alpha.grad for alpha in weights.alphas[:2])
     assert first is not None and not first.any()
     assert second is not None and second.any()
+
+
+@pytest.mark.parametrize('t', [0, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+def test_half_a_cosine(t: float) -> None:
+    assert cosine(t) == pytest.approx(math.cos(math.pi * t / 2) ** 2)
+
+
+def test_cosine_stays_at_zero() -> None:
+    assert cosine(1.0) == pytest.approx(0, abs=1e-15)
+    assert cosine(1.7) == pytest.approx(0, abs=1e-15)
+
+
+def test_constant() -> None:
+    assert {constant(t) for t in (0, 0.5, 1, 2)} == {1.0}
