@@ -193,7 +193,7 @@ def save_table(folder: Path) -> None:
         (('search.searcher.type=Greedy', '--budget=size=1x'), "unknown searcher type 'Greedy'"),
         (
             ('search.generations=3', '--budget=size=1x'),
-            "unknown option 'generations' of search: expected costs or searcher or ",
+            "unknown option 'generations' of search: expected candidates or ",
         ),
         (('--table=none.json', '--budget=size=1x'), 'none.json: cannot be read: No such file or directory'),
     ],
@@ -224,7 +224,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
         ),
         ('search.activation_candidates=8', "expected option 'activation_candidates' of search to be a list, but got 8"),
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
-        ('search.generations=3', "unknown option 'generations' of search: expected costs or searcher or "),
+        ('search.generations=3', "unknown option 'generations' of search: expected candidates or "),
         ('search=3', "expected 'search' to be a dict, but got 3"),
         ('search.budgets.speed=3', "expected budgets of the costs size, bitops, but got one of 'speed'"),
         ('search.budgets.size=tiny', 'expected the budget of size to be a number above 0'),
