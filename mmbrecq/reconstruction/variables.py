@@ -62,8 +62,11 @@ class Variables:
         self.alphas = [layer.soft.alpha for layer in self._layers if layer.soft is not None]
         self.gains = [layer.gain for layer in self._layers if layer.gain is not None]
         self.offsets = [layer.correction.offset for layer in self._layers if layer.correction is not None]
-        self._quantizers = [q for q in quantizers if not q.fixed] if stage.learns_scale else []
-        scales = [p for q in self._quantizers for p in q.start()]
+        learning = [q for q in quantizers if stage.learns_scale and not q.fixed]
+        self._quantizers = [(q, q.scale) for q in learning if isinstance(q.scale, nn.Parameter)]
+        scales = [scale for _, scale in self._quantizers]
+        for scale in scales:
+            scale.requires_grad_(True)
         groups: list[Group] = [
             (self.alphas, self._options.lr, constant),
             (self.gains, self._options.weight_scale_lr, cosine),
@@ -116,8 +119,10 @@ class Variables:
         """Fixes what was learned."""
         for layer in self._layers:
             layer.finish()
-        for quantizer in self._quantizers:
-            quantizer.finish()
+        for quantizer, scale in self._quantizers:
+            quantizer.set_grid(scale.detach(), quantizer.zero_point)
+            scale.requires_grad_(False)
+            scale.grad = None
 
 
 class _Layer:
