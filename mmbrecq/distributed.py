@@ -22,14 +22,13 @@ from mmbrecq.errors import ConfigError, ProcessError
 
 T = TypeVar('T')
 
-_VARIABLES = {
-    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+_LAUNCHERS = {
+    'pytorch': ('torchrun', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('srun', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
-"""Environment variables of a launcher: number of the process, number of processes, number on its machine."""
-
-_STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
+"""Command of a launcher, and its environment variables: number of the process, number of processes, number on its
+machine."""
 
 
 def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> None:
@@ -39,17 +38,16 @@ def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> N
     """
     if launcher == 'none' or torch_dist.is_initialized():
         return
-    missing = [name for name in _VARIABLES[launcher] if name not in os.environ]
+    command, *variables = _LAUNCHERS[launcher]
+    missing = [name for name in variables if name not in os.environ]
     if missing:
-        raise ConfigError(
-            f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {_STARTERS[launcher]}'
-        )
+        raise ConfigError(f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {command}')
     options = dict(options or {})
     if torch.cuda.is_available():
         dist.init_dist(launcher, **options)
         return
     # mmengine's start sets the GPU of each process, and fails where there is none
-    rank, count, local = (os.environ[name] for name in _VARIABLES[launcher])
+    rank, count, local = (os.environ[name] for name in variables)
     os.environ.update(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=local)
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_host()

@@ -55,7 +55,7 @@ def test_accepts_version(monkeypatch, name, version):
 )
 def test_refuses_version(monkeypatch, name, version, expected):
     fake(monkeypatch, name, version)
-    install = (NEEDED | OPTIONAL)[name].install
+    install = (NEEDED | OPTIONAL)[name][1]
     with pytest.raises(
         ImportError, match=re.escape(f'expected {name}{expected}, but got {version}; ') + '.*: pip'
     ) as info:

@@ -35,6 +35,10 @@ KINDS = (FLOAT, INT8)
 RUNTIMES: dict[str, type[BaseBackend]] = {'openvino': OpenVINOBackend, 'onnxruntime': ONNXRuntimeBackend}
 
 
+ORIGIN = ('runtime', 'version', 'cpu', 'threads')
+"""What the latencies of a file are of."""
+
+
 @dataclass
 class Latencies:
     """The latencies of a file: those of each layer by its shape, in float and in integers."""
@@ -45,11 +49,6 @@ class Latencies:
     threads: int
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     unit: str = 'ms'
-
-    @property
-    def origin(self) -> tuple[str, str, str, int]:
-        """What the latencies are of."""
-        return self.runtime, self.version, self.cpu, self.threads
 
 
 @COST_MODELS.register_module()
@@ -138,9 +137,8 @@ class MeasuredLatency(BaseCostModel):
 
     def _load(self) -> Latencies:
         found = load_json(Latencies, self.path, 'MeasuredLatency')
-        for name, kept, own in zip(
-            ('runtime', 'version', 'cpu', 'threads'), found.origin, self.kept.origin, strict=True
-        ):
+        for name in ORIGIN:
+            kept, own = getattr(found, name), getattr(self.kept, name)
             if kept != own:
                 raise TableError(
                     f'{self.path}: expected latencies of {name} {own!r}, but they are of {kept!r}; remove the file to '
@@ -170,7 +168,9 @@ def cpu_name() -> str:
 
 def _default_path(kept: Latencies) -> Path:
     folder = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
-    name = '-'.join(re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in kept.origin)
+    name = '-'.join(
+        re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in (getattr(kept, name) for name in ORIGIN)
+    )
     return folder / 'latency' / f'{name}.json'
 
 
