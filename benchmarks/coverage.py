@@ -33,14 +33,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, Family
+from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, LARGER, Family
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights, observing
 from mmbrecq.deploy.backends import open_backend
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.engine.config import run_tool
 from mmbrecq.errors import MMBrecqError, first_line
-from mmbrecq.graph.components import head_file
+from mmbrecq.graph.components import ImageForward, head_file
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 from mmbrecq.pipeline import prepare
@@ -174,7 +174,7 @@ def enliven(model: nn.Module, images: Tensor) -> None:
             norm.train()
             norm.momentum = 1.0
         try:
-            model(images, mode='tensor')
+            ImageForward(model)(images)
         finally:
             for norm in norms:
                 norm.eval()
@@ -328,7 +328,8 @@ def family_of(name: str) -> Family:
     """The entry of a model in the list of families."""
     package, _, path = name.partition('::')
     families = {f'{family.config}.py': family for family in FAMILIES}
-    return families.get(path, Family(path, 224 if package == 'mmpretrain' else DETECTOR_SIZE))
+    size = 224 if package == 'mmpretrain' else LARGER.get(path, DETECTOR_SIZE)
+    return families.get(path, Family(path, size))
 
 
 def deploy_table(args: argparse.Namespace) -> None:

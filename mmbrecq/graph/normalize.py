@@ -28,9 +28,9 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
         if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
     for node in reversed(list(graph.nodes)):
-        # a layer that is called counts as called
         unread = not node.users and node.op not in ('placeholder', 'output')
-        if unread and (node.op != 'call_module' or _is_identity(model, node)):
+        # a module that holds others may have an effect beside its value
+        if unread and (node.op != 'call_module' or not any(model.get_submodule(str(node.target)).children())):
             graph.erase_node(node)
 
 

@@ -242,7 +242,7 @@ def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit
         weight_bits, activation_bits = bits.get(name, (None, None))
         reason = "the config says 'float'" if weight_bits is None else None
         if name not in bits:
-            reason = 'no value of an image reaches it'
+            reason = 'it lies on no path from the images to the outputs'
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers

@@ -135,7 +135,7 @@ def test_layers_that_no_input_reaches_are_constants(preset: str) -> None:
     wanted = run(model, images())
     prepared = prepare(model, preset)
     reasons = {layer.name.removeprefix('backbone.'): layer.float_reason for layer in prepared.layers}
-    constant = 'no value of an image reaches it'
+    constant = 'it lies on no path from the images to the outputs'
     assert reasons == {'stem': None, 'inner': constant, 'outer': constant, 'last': None}
     with prepared.quantization(weights=False, activations=False):
         torch.testing.assert_close(run(prepared, images()), wanted, rtol=1e-5, atol=1e-5)
