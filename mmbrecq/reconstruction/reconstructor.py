@@ -303,7 +303,8 @@ class _Run:
             self._observe(graph, unit, streams)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = after = data.mean_loss(outputs, loss, size)
-        state, training, kept = unit_state(graph.model, unit), MicroBatches(unit.name, min(size, streams.count)), False
+        training = MicroBatches(unit.name, min(size, len(data.targets[0])))
+        state, kept = unit_state(graph.model, unit), False
         with graph.quantization(weights=True, activations=activations):
             iterations = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
