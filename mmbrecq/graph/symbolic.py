@@ -48,6 +48,8 @@ def stand_in(node: fx.Node, tracer: Any) -> Any:
     example = node.meta['example']
     if isinstance(example, torch.Size):
         return SymbolicSize(node, tracer)
+    if isinstance(example, (torch.dtype, torch.layout)):
+        return example
     if type(example) not in (int, float):
         return ConcreteProxy(node, tracer)
     if 'size' not in node.meta['depends']:
@@ -79,6 +81,9 @@ class ConcreteProxy(fx.Proxy):
             raise AttributeError(f'a {type(self.example).__name__} has no attribute {name}')
         if callable(getattr(self.example, name)):
             return ConcreteAttribute(self, name)
+        if name in ('mT', 'mH') and not self.example.is_complex():
+            # ONNX has no form of these
+            return self.transpose(-2, -1)
         return self.tracer.create_proxy('call_function', getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -35,6 +35,9 @@ WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
 
+_INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, 'new_empty': 'new_zeros'}
+"""Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
+
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
 
 
@@ -212,6 +215,7 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:

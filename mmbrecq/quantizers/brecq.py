@@ -26,7 +26,7 @@ from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions, assign_bits, check_bits
-from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
+from mmbrecq.quantizers.quantized_model import UNCALLED, LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'
@@ -242,7 +242,7 @@ def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit
         weight_bits, activation_bits = bits.get(name, (None, None))
         reason = "the config says 'float'" if weight_bits is None else None
         if name not in bits:
-            reason = 'the forward pass does not call it'
+            reason = UNCALLED
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers
