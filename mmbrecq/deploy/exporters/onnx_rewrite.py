@@ -26,6 +26,7 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
         _keep_rank(proto)
+        _pad_apart(proto.graph)
         _give_biases(proto)
         clip_signed_values(proto)
     if preset.bias_apart == 'all':
@@ -105,6 +106,32 @@ def _keep_rank(proto: Any) -> None:
             node.output[0] = names[0]
             graph.node.insert(list(graph.node).index(node) + 1, squeeze)
     _drop_unread(graph)
+
+
+def _pad_apart(graph: Any) -> None:
+    """Writes average pooling that counts its padding and rounds its size up as a Pad and pooling without padding.
+
+    OpenVINO (seen with 2026.4) counts what lies beyond the padding, too. So does ONNX Runtime in integers, but it undoes
+    the Pad.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    for index, node in reversed(list(enumerate(graph.node))):
+        found = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != 'AveragePool' or not all(
+            n in found and found[n].i for n in ('ceil_mode', 'count_include_pad')
+        ):
+            continue
+        pads, half = list(found['pads'].ints), len(found['pads'].ints) // 2
+        names = [f'{node.name}/{end}' for end in ('pads', 'padded')]
+        amounts = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        graph.initializer.append(numpy_helper.from_array(amounts, names[0]))
+        graph.node.insert(
+            index, helper.make_node('Pad', [node.input[0], names[0]], [names[1]], name=f'{node.name}/Pad')
+        )
+        node.input[0], found['count_include_pad'].i = names[1], 0
+        found['pads'].ints[:] = [0] * len(pads)
 
 
 def _give_biases(proto: Any) -> None:
