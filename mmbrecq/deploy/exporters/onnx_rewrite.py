@@ -111,8 +111,8 @@ def _keep_rank(proto: Any) -> None:
 def _pad_apart(graph: Any) -> None:
     """Writes average pooling that counts its padding and rounds its size up as a Pad and pooling without padding.
 
-    OpenVINO (seen with 2026.4) counts what lies beyond the padding, too. So does ONNX Runtime in integers, but it undoes
-    the Pad.
+    OpenVINO (seen with 2026.4) counts what lies beyond the padding, too. So does ONNX Runtime in integers, but it
+    undoes the Pad.
     """
     import numpy as np
     from onnx import helper, numpy_helper
