@@ -91,6 +91,9 @@ def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> Quan
         >>> tuple(prepared(images).shape)
         (4, 4, 6, 6)
     """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise GraphError(f'expected modules of Python, but got {path or "the model"} compiled by TorchScript')
     example = example_of(images)
     references = [take_reference(model, example)]
     for head in region_heads(model):

@@ -81,6 +81,8 @@ class ConcreteProxy(fx.Proxy):
             raise AttributeError(f'a {type(self.example).__name__} has no attribute {name}')
         if callable(getattr(self.example, name)):
             return ConcreteAttribute(self, name)
+        if name == 'data':
+            return self.detach()
         if name in ('mT', 'mH') and not self.example.is_complex():
             # ONNX has no form of these
             return self.transpose(-2, -1)

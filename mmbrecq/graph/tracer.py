@@ -44,23 +44,30 @@ _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.
 @contextmanager
 def _guarded_functions(model: nn.Module) -> Iterator[None]:
     """Makes functions with a backward pass of their own refuse traced values, which compiled code takes for tensors."""
-    apply = vars(torch.autograd.Function)['apply']
+    apply, call = vars(torch.autograd.Function)['apply'], torch.jit.ScriptFunction.__call__
 
     def guarded(cls: type, *args: Any, **kwargs: Any) -> Any:
         if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
             raise GraphError(f'{cls.__name__} computes outside of what can be traced')
         return apply.__func__(cls, *args, **kwargs)
 
+    def guarded_script(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
+            raise GraphError(f'{function.name} is compiled by TorchScript')
+        return call(function, *args, **kwargs)
+
     # beside the method itself, names that modules have given to it: ``deform_conv = DeformConvFunction.apply``
     files = {id(found): found for m in model.modules() if (found := getattr(type(m).forward, '__globals__', None))}
     bound = [(file, name, value) for file in files.values() for name, value in file.items() if _is_apply(value)]
     setattr(torch.autograd.Function, 'apply', classmethod(guarded))  # noqa: B010 - a method that torch declares
+    setattr(torch.jit.ScriptFunction, '__call__', guarded_script)  # noqa: B010
     for file, name, value in bound:
         file[name] = partial(guarded, value.__self__)
     try:
         yield
     finally:
         setattr(torch.autograd.Function, 'apply', apply)  # noqa: B010
+        setattr(torch.jit.ScriptFunction, '__call__', call)  # noqa: B010
         for file, name, value in bound:
             file[name] = value
 
@@ -131,7 +138,11 @@ class ConcreteTracer(fx.Tracer):
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
             self._recording(components_of(model)), _SymbolicSizes(self), _guarded_functions(model),
         ):  # fmt: skip
-            return self.trace(entry)
+            graph = self.trace(entry)
+        for node in graph.nodes:
+            # a function of torch.fx.wrap that is traced through makes no call that generated code would have to wrap
+            node.meta.pop('is_wrapped', None)
+        return graph
 
     @contextmanager
     def _recording(self, components: list[nn.Module]) -> Iterator[None]:

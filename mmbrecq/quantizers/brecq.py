@@ -183,7 +183,11 @@ class BRECQQuantizer:
         )  # fmt: skip
         # its gradient would need the first layer's backward pass down to the images, and 256 levels gain nothing by it
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
-        model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
+        holder = model.get_submodule(ACTIVATION_QUANTIZERS)
+        while hasattr(holder, name):
+            # a method of modules, such as `to`
+            name += '_'
+        holder.add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
 
     def _quantize_opaque(self, traced: TracedGraph, bits: Bits) -> dict[str, str]:
