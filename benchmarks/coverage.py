@@ -2,7 +2,8 @@
 
 Nothing is downloaded, and no accuracy is measured. Without ``--deploy`` the models are only prepared. With it every
 row, a model and a preset in a process of its own, is prepared, calibrated on random images, rounded to nearest,
-exported, verified, opened in its runtime and compared with the simulation for one and three images.
+exported, verified, opened in its runtime and compared with the simulation for one and three images: the rehearsal by
+which tools/ptq.py begins, so that what is refused here is refused there before any work.
 
     python benchmarks/coverage.py
     python benchmarks/coverage.py mmdet::atss/atss_r50_fpn_1x_coco.py mmpretrain::convnext/convnext-tiny_32xb128_in1k.py
@@ -32,14 +33,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, Family
+from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, LARGER, Family
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights, observing
 from mmbrecq.deploy.backends import open_backend
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.engine.config import run_tool
 from mmbrecq.errors import MMBrecqError, first_line
-from mmbrecq.graph.components import head_file
+from mmbrecq.graph.components import ImageForward, head_file
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 from mmbrecq.pipeline import prepare
@@ -64,7 +65,7 @@ class Row:
     Args:
         model: Name of the config, with its package.
         preset: Of the quantization.
-        outcome: ``ok``, ``refused`` (one sentence at preparation), or what went wrong.
+        outcome: ``ok``, ``refused`` (one sentence before any work), or what went wrong.
         message: The sentence, or what was raised.
         layers: Convolutions and linear layers of the model.
         quantized: Those whose weight is on a grid.
@@ -99,7 +100,7 @@ class Row:
 
     @property
     def ends_well(self) -> bool:
-        """Returns whether the file is as the simulation, or the model was refused at preparation."""
+        """Returns whether the file is as the simulation, or the model was refused before any work."""
         return self.outcome in ('ok', 'refused')
 
     def cells(self) -> list[str]:
@@ -173,7 +174,7 @@ def enliven(model: nn.Module, images: Tensor) -> None:
             norm.train()
             norm.momentum = 1.0
         try:
-            model(images, mode='tensor')
+            ImageForward(model)(images)
         finally:
             for norm in norms:
                 norm.eval()
@@ -222,6 +223,8 @@ def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
         options = {'bits': 8, 'observer': observer}
         prepared = prepare(model, images, BRECQQuantizer(options, options, preset))
         row.remarks, row.units = remarks(prepared), sum(len(graph.units) for graph in prepared.graphs)
+        # attention of torch is one module until it is prepared
+        row.layers = len(prepared.layers)
         row.quantized = sum(layer.weight_bits is not None for layer in prepared.layers)
         step = 'calibrate'
         calibrate(prepared, images)
@@ -234,9 +237,9 @@ def deploy_row(name: str, preset: str, size: tuple[int, int]) -> Row:
             compare(row, prepared, paths, images)
         row.outcome = 'ok' if row.agrees else f'deviates by {max(row.deviation.values()):.1g}'
     except MMBrecqError as error:
-        row.outcome, row.message = 'refused' if step == 'prepare' else f'refused late, at {step}', str(error)
-        if 'breaks the rules' in str(error):
-            row.verify = str(error).partition("': ")[2].split(' ')[0]
+        row.message, row.outcome = str(error), 'refused'
+        if 'breaks the rules' in row.message:
+            row.verify, row.outcome = row.message.partition("': ")[2].split(' ')[0], 'breaks rules'
     except Exception as error:
         row.outcome, row.message = f'raw error at {step}', f'{type(error).__name__}: {first_line(error)}'
     return row
@@ -325,7 +328,8 @@ def family_of(name: str) -> Family:
     """The entry of a model in the list of families."""
     package, _, path = name.partition('::')
     families = {f'{family.config}.py': family for family in FAMILIES}
-    return families.get(path, Family(path, 224 if package == 'mmpretrain' else DETECTOR_SIZE))
+    size = 224 if package == 'mmpretrain' else LARGER.get(path, DETECTOR_SIZE)
+    return families.get(path, Family(path, size))
 
 
 def deploy_table(args: argparse.Namespace) -> None:
@@ -355,7 +359,7 @@ def deploy_table(args: argparse.Namespace) -> None:
             print(f'| {" | ".join(cell.replace("|", "/") for cell in row.cells())} |', flush=True)
     ok, refused = (sum(row.outcome == outcome for row in shown) for outcome in ('ok', 'refused'))
     print(
-        f'\n{ok + refused} of {len(shown)} rows end well: {ok} deployed as simulated, {refused} refused at preparation'
+        f'\n{ok + refused} of {len(shown)} rows end well: {ok} deployed as simulated, {refused} refused before any work'
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DETECTOR_SIZE = 160
+LARGER = {'ddod/ddod_r50_fpn_1x_coco.py': 320, 'ssd/ssd300_coco.py': 300}
+"""Detectors whose coarsest feature map has no room for a kernel at that size."""
 
 VIT = {'embed_dims': 192, 'num_layers': 4, 'num_heads': 3, 'feedforward_channels': 768}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Sets ``module`` at ``path`` below ``model``."""
     parent, _, name = path.rpartition('.')
     setattr(model.get_submodule(parent), name, module)
+
+
+def free_name(model: nn.Module, stem: str) -> str:
+    """Returns a name for an attribute that ``model`` does not have yet."""
+    names = chain([stem], (f'{stem}_{i}' for i in count(1)))
+    return next(name for name in names if not hasattr(model, name))
 
 
 def _is_odd(module: nn.Module) -> bool:
@@ -160,8 +167,27 @@ def copy_read_parameters(model: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         path, _, name = str(node.target).rpartition('.') if node.op == 'get_attr' else ('', '', '')
         if path and isinstance(model.get_submodule(path), WEIGHTED):
-            node.target = f'{path}.{name}'.replace('.', '_') + '_read'
+            node.target = free_name(model, f'{path}_{name}_read'.replace('.', '_'))
             model.register_buffer(node.target, node.meta['example'].detach().clone())
+
+
+def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
+    """Replaces every call of a layer that no input reaches by its result, a buffer of ``model``.
+
+    Such is the network that computes the position biases of Swin V2 from a table of distances.
+    """
+    constant = [n for n in graph.nodes if all(source.op not in ('placeholder', 'output') for source in sources_of(n))]
+    for node in constant:
+        if node.op == 'call_module' and isinstance(model.get_submodule(str(node.target)), WEIGHTED):
+            name = free_name(model, f'{node.name}_value')
+            model.register_buffer(name, node.meta['example'].detach().clone())
+            with graph.inserting_before(node):
+                value = graph.get_attr(name)
+            value.meta.update(owner=node.meta['owner'], example=node.meta['example'])
+            node.replace_all_uses_with(value)
+    for node in reversed(constant):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:

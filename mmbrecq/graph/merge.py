@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward
-from mmbrecq.graph.equality import TOLERANCE
+from mmbrecq.graph.equality import TOLERANCE, output_error, own_noise
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 
@@ -35,7 +35,7 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         Paths of the modules whose parameters became others.
 
     Raises:
-        GraphError: A module cannot be merged, or an output changes by more than 1e-5 of its power.
+        GraphError: A module cannot be merged, or an output changes by more than 1e-5 of its variance.
     """
     model.eval()
     if not any(_merging_method(module) for module in model.modules()):
@@ -44,10 +44,11 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         before = flatten_outputs(ImageForward(model)(example))
         merged = _merge(model, '')
         after = flatten_outputs(ImageForward(model)(example)) if merged else before
-    for name, wanted in before.items():
-        change, power = (float(value.double().square().sum()) for value in (after[name] - wanted, wanted))
-        if not change <= TOLERANCE * power:
-            raise _refusal(merged[0], f'{name} changes by {change / power if power else change:.2g} of its power')
+    error = max((output_error(after[name], wanted) for name, wanted in before.items()), default=0.0)
+    if error > TOLERANCE:
+        allowed, remark = own_noise(ImageForward(model), example, after)
+        if not error <= allowed:
+            raise _refusal(merged[0], f'they change by {error:.1e} of their variance{remark}')
     return merged
 
 

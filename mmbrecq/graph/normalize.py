@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.layers import replace_module
@@ -28,9 +28,9 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
         if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
     for node in reversed(list(graph.nodes)):
-        # a layer that is called counts as called
         unread = not node.users and node.op not in ('placeholder', 'output')
-        if unread and (node.op != 'call_module' or _is_identity(model, node)):
+        # a module that holds others may have an effect beside its value
+        if unread and (node.op != 'call_module' or not any(model.get_submodule(str(node.target)).children())):
             graph.erase_node(node)
 
 
@@ -79,6 +79,7 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     uses = _uses_per_module(graph)
     for node in list(graph.nodes):
         _check_statistics(model, node)
+        _write_out_gain(model, node)
         source = node.args[0] if node.op == 'call_module' and node.args else None
         if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
             continue
@@ -109,6 +110,14 @@ def _check_statistics(model: nn.Module, node: fx.Node) -> None:
         )
 
 
+def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
+    """Gives a norm that has no gain a gain of 1: a file asks for one, and knows the number of channels from it."""
+    norm: Any = model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+    if isinstance(norm, _NormBase) and norm.weight is None:
+        norm.weight = nn.Parameter(torch.ones(norm.num_features, device=node.meta['example'].device))
+        norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
+
+
 def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
     """Returns whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
     if not isinstance(layer, WEIGHTED):
@@ -122,10 +131,9 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
     with torch.no_grad():
         # in float64, so that folding costs no more than the last rounding
         factor = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.affine:
-            factor = factor * norm.weight.double()
+        factor = factor * norm.weight.double()
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
-        bias = bias * factor + (norm.bias.double() if norm.affine else 0)
+        bias = bias * factor + norm.bias.double()
         weight = layer.weight.double()
         if isinstance(layer, TRANSPOSED):
             groups = weight.reshape(layer.groups, -1, *weight.shape[1:])

@@ -124,6 +124,9 @@ class Roles:
         """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""
         module = self.module(node)
         moves = isinstance(module, _MOVES) or self._calls(node, _MOVES_CALLS)
+        if node.target is operator.getitem and not self.is_tensor(source := node.all_input_nodes[0]):
+            # one of several values that are computed at once is a new one
+            moves = self.moves_only(source)
         return moves or resize_mode(node, module) in _NEAREST or self._pads_with_zeros(node)
 
     def kind(self, node: fx.Node) -> str:

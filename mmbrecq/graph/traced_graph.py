@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from mmbrecq.graph.components import (
     set_forward,
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
-from mmbrecq.graph.layers import bake_weights, copy_read_parameters, make_layers
+from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
@@ -120,6 +119,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
     traced.value_dependent |= by_size & set(traced.opaque)
     switch_off_in_place(model, traced.graph, traced.opaque)
     make_layers(model, traced.graph)
+    fold_constants(model, traced.graph)
     traced.folded = fold_batch_norms(model, traced.graph)
     copy_read_parameters(model, traced.graph)
     return traced
@@ -160,7 +160,7 @@ def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> 
     """Registers a constant of the graph as a buffer of the model that no checkpoint holds."""
     nodes = [n for n in graph.nodes if n.op == 'get_attr' and n.target == target]
     if nodes:
-        name = next(f'traced_constant{i}' for i in count() if not hasattr(model, f'traced_constant{i}'))
+        name = free_name(model, 'traced_constant')
         model.register_buffer(name, value, persistent=False)
         for node in nodes:
             node.target = name

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -204,6 +205,8 @@ class BRECQQuantizer:
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
         module: Any = model.get_submodule(layer)
+        if module.weight.dtype != torch.float32:
+            raise GraphError(f'expected layers in torch.float32, but got {layer} in {module.weight.dtype}')
         transposed = isinstance(module, TRANSPOSED)
         per_channel = self.weight.per_channel and not (transposed and module.groups > 1)
         qtype = self.preset.weight_qtype(bits, per_channel, int(transposed), self.weight.symmetric)

@@ -18,7 +18,7 @@ from mmbrecq.graph.tracer import CONVOLUTIONS
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
 
-UNCALLED = 'the forward pass does not call it'
+UNCALLED = 'it lies on no path from the images to the outputs'
 """Reason of a layer that no graph runs."""
 
 

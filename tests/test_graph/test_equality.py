@@ -74,6 +74,32 @@ def test_another_height_and_width_counts_where_it_is_free() -> None:
         check_equality(traced.compile(), reference, traced.free_size)
 
 
+def test_a_squeeze_that_drops_the_only_image_is_told_by_its_shapes() -> None:
+    model = net(lambda self, x: self.fc(self.conv(x).mean((2, 3)).squeeze()), conv=conv(), fc=nn.Linear(4, 2))
+    reference = take_reference(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    with pytest.raises(
+        GraphError, match=r'1 x 3 x 32 x 32 its outputs have the shapes output \(1, 2\) instead of output \(2,\)'
+    ):
+        check_equality(traced.compile(), reference)
+
+
+@pytest.mark.parametrize(('gain', 'passes'), [(1.0, False), (3e3, True), (1e6, False)])
+def test_what_a_model_makes_of_its_own_rounding_is_allowed(gain: float, passes: bool) -> None:
+    """A function amplifies differences of float32; another weight is too much where it does not, or too far."""
+    model = net(lambda self, x: self.last(torch.sin(gain * self.conv(x))), conv=conv(), last=conv(4, 2))
+    reference = take_reference(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    with torch.no_grad():
+        model.backbone.conv.weight *= 1 + (5e-3 if gain == 1 else 3e-6)
+    if passes:
+        assert check_equality(traced.compile(), reference) > 1e-5
+        return
+    remark = '; noise of 3e-06 on the images changes them by .*, so that nothing can be compared' if gain > 1 else ''
+    with pytest.raises(GraphError, match=rf'off by \S+ of the variance of its outputs{remark}, first after'):
+        check_equality(traced.compile(), reference)
+
+
 def test_a_dict_is_no_output() -> None:
     model = net(lambda self, x: {'maps': self.conv(x)}, conv=conv())
     with pytest.raises(GraphError, match='expected the outputs of the network to be tensors, but output is a dict'):

@@ -122,6 +122,25 @@ def test_functions_on_weights_of_modules_and_parameters() -> None:
     assert layers_of(model) == {'stem', 'qkv', 'called', *functions}
 
 
+@pytest.mark.parametrize('preset', ['openvino', 'onnxruntime', 'tensorrt'])
+def test_layers_that_no_input_reaches_are_constants(preset: str) -> None:
+    """Swin V2 computes its position biases from a table of distances."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        bias = self.outer(torch.relu(self.inner(self.table)))
+        return self.last(self.stem(x) + bias.t().reshape(1, 4, 1, 1))
+
+    model = net(forward, stem=conv(), inner=nn.Linear(2, 5), outer=nn.Linear(5, 4), last=conv(4, 2))
+    model.backbone.register_buffer('table', torch.tensor([[0.5, -1.0]]))
+    wanted = run(model, images())
+    prepared = prepare(model, preset)
+    reasons = {layer.name.removeprefix('backbone.'): layer.float_reason for layer in prepared.layers}
+    constant = 'it lies on no path from the images to the outputs'
+    assert reasons == {'stem': None, 'inner': constant, 'outer': constant, 'last': None}
+    with prepared.quantization(weights=False, activations=False):
+        torch.testing.assert_close(run(prepared, images()), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_two_calls_on_one_weight_are_one_layer() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, self.gain), self.gain)

@@ -93,7 +93,7 @@ def test_methods_for_other_things_are_not_called() -> None:
 @pytest.mark.parametrize(
     ('block', 'reason'),
     [
-        (InPlace(factor=1.5), r'output changes by \S+ of its power'),
+        (InPlace(factor=1.5), r'they change by \S+ of their variance'),
         (Failing(), r'merge_kernel\(\) raised .*no'),
     ],
 )

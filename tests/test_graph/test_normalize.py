@@ -148,7 +148,8 @@ def normalised(norm: nn.Module) -> nn.Module:
     """``norm`` with statistics and an affine map other than 0 and 1."""
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2.0)
-    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    if norm.weight is not None:
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
     return norm
 
 
@@ -204,17 +205,20 @@ def test_statistics_of_the_batch_are_refused(function: Any, owner: str) -> None:
         trace_image_graph(model, images(2))
 
 
-@pytest.mark.parametrize('preset', PRESETS)
-def test_a_batch_norm_that_stays_is_exported(tmp_path: Path, preset: str) -> None:
-    """Between a convolution and a rectifier, shared by two convolutions, and over tokens."""
+@pytest.mark.parametrize(('preset', 'affine'), [*((preset, True) for preset in PRESETS), ('onnxruntime', False)])
+def test_a_batch_norm_that_stays_is_exported(tmp_path: Path, preset: str, affine: bool) -> None:
+    """Between a convolution and a rectifier, shared by two convolutions, and over tokens, with a gain or without."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         y = torch.relu(self.bn(self.conv(x))) + torch.relu(self.bn(self.other(x)))
-        return self.fc(self.tokens(self.proj(self.last(y).mean(2))).flatten(1))
+        tokens = self.tokens(self.proj(self.last(y).mean(2)))
+        # the axes of what an index leaves have no size in the file
+        return self.fc(self.scores(torch.cat([tokens.flatten(1), tokens.flatten(1)], 1)[:, torch.arange(32)]))
 
     model = net(
         forward, conv=conv(), other=conv(), bn=normalised(nn.BatchNorm2d(4)), last=conv(4, 4), proj=nn.Linear(8, 8),
-        tokens=normalised(nn.BatchNorm1d(4)), fc=nn.Linear(32, 5),
+        tokens=normalised(nn.BatchNorm1d(4, affine=affine)),
+        scores=normalised(nn.BatchNorm1d(32, affine=affine)), fc=nn.Linear(32, 5),
     )  # fmt: skip
     example, x = images(2, size=8), images(5, seed=1, size=8)
     prepared = BRECQQuantizer({'bits': 8}, {'bits': 8}, preset).prepare(model.eval(), example)

@@ -179,6 +179,21 @@ def test_network_outputs_stay_float_and_every_layer_reads_a_grid(preset: str, na
     assert preset == 'openvino' or not any(place.per_channel for place in found)
 
 
+@pytest.mark.parametrize(
+    ('function', 'expected'),
+    [
+        (lambda self, x: [self.first(y) for y in self.conv(x).unbind(2)], ['inputs', 'conv']),
+        (lambda self, x: self.first(self.conv(x).select(2, 1).swapaxes(0, 1).narrow(0, 0, 4)), ['inputs', 'conv']),
+        # each of several values that are computed at once has a grid of its own
+        (lambda self, x: self.first(sum(torch.var_mean(self.conv(x), 2))), ['inputs', 'add_1']),
+        (lambda self, x: [self.first(y) for y in torch.var_mean(self.conv(x), 2)], ['inputs', 'getitem', 'getitem_1']),
+    ],
+)
+@pytest.mark.parametrize('preset', ['academic', 'openvino'])
+def test_values_that_come_several_at_once(function: Any, expected: list[str], preset: str) -> None:
+    assert targets(places(net(function, conv=conv(), first=nn.Linear(32, 2)), preset)) == expected
+
+
 def test_several_outputs_stay_float_unless_a_layer_reads_them() -> None:
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         first = self.relu(self.conv1(x))

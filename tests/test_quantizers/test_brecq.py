@@ -127,7 +127,7 @@ def test_layer_list_says_why_a_layer_is_float() -> None:
     reasons = {name: layer.float_reason for name, layer in layers.items() if layer.float_reason is not None}
     assert reasons == {
         'backbone.kept': "the config says 'float'",
-        'backbone.unused': 'the forward pass does not call it',
+        'backbone.unused': 'it lies on no path from the images to the outputs',
     }
     assert {layer.kind for layer in layers.values()} == {'Conv2d', 'Linear'}
     assert layers['backbone.first'].unit == 'backbone.first'
@@ -189,8 +189,10 @@ def test_a_layer_that_an_opaque_module_does_not_call_stays_in_float() -> None:
     prepared = calibrate(prepare(model, 'academic', 2, 4))
     reasons = {layer.name: layer.float_reason for layer in prepared.layers}
     assert reasons == {
-        'backbone.first': None, 'backbone.odd.inner': None, 'backbone.odd.read': 'the forward pass does not call it'
-    }  # fmt: skip
+        'backbone.first': None,
+        'backbone.odd.inner': None,
+        'backbone.odd.read': 'it lies on no path from the images to the outputs',
+    }
     with prepared.quantization(weights=True, activations=True):
         assert torch.equal(prepared.model.backbone.odd.read.weight, weight)
         run(prepared, images())

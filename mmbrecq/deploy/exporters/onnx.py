@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 import warnings
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,7 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     outputs = graph.traced.example_outputs()
     options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
-        # where it fails, the exporter prints its whole graph
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with torch.no_grad(), warnings.catch_warnings(), _nothing_printed():
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
@@ -72,12 +73,30 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
                 do_constant_folding=False, **options,
             )  # fmt: skip
     except Exception as error:
-        raise ExportError(f'the graph cannot be written as ONNX: {first_line(error)}') from error
+        reason = first_line(error)
+        if 'incompatible function arguments' in reason:
+            reason = 'an operation computes an argument that its ONNX form has as a constant'
+        calls = ''.join(f"; '{path}' is one call ({why})" for path, why in graph.traced.opaque.items())
+        raise ExportError(f'the graph cannot be written as ONNX: {reason}{calls}') from error
     proto = onnx.load_from_string(buffer.getvalue())
     _expect_standard_operations(proto)
     rewrite_for(proto, graph.preset)
     onnx.checker.check_model(proto)
     return proto
+
+
+@contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Keeps Python and the libraries below it from printing: where it fails, the exporter prints its whole graph."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, 'w') as nothing, redirect_stdout(nothing):
+            os.dup2(nothing.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _expect_standard_operations(proto: Any) -> None:

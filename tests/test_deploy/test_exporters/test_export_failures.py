@@ -3,12 +3,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
 import pytest
 import torch
-from small_models import images, packed, residual
+from small_models import conv, images, net, packed, residual
+from torch import Tensor, nn
 
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.exporters.base import BaseExporter
@@ -69,6 +71,35 @@ def test_operator_without_onnx_form(
     with pytest.raises(ExportError, match='^the graph cannot be written as ONNX: .*bessel_j0'):
         exporter().export(model.image_graph, images(2), tmp_path)
     assert content(tmp_path) == {}
+
+
+class _Shift(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x + 1
+
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        return g.op('Shift', x, by_i=x)
+
+
+class _Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return _Shift.apply(x)
+
+
+def test_an_argument_that_is_no_constant_is_told_with_what_is_one_call(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = net(lambda self, x: self.last(self.odd(self.conv(x))), conv=conv(), odd=_Shifted(), last=conv(4, 2))
+    message = (
+        r'written as ONNX: an operation computes an argument that its ONNX form has as a constant; '
+        r"'backbone.odd' is one call \(_Shifted cannot be traced: .*\)$"
+    )
+    prepared = packed(model, 'openvino')
+    with pytest.raises(ExportError, match=message):
+        ONNXExporter().export(prepared.image_graph, images(2), tmp_path)
+    assert capfd.readouterr().out == ''
 
 
 def test_graph_that_openvino_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
