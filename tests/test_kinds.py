@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import drop_block2d
 
 import mmbrecq
+from mmbrecq.errors import GraphError
 
 Middle = Callable[[Any, Tensor], Tensor]
 
@@ -110,6 +112,8 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
         tokens(mean_of_tokens),
         {'l': lambda: nn.Linear(8, 8), 'l2': lambda: nn.Linear(8, 8)},
     ),
+    'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
+    'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
     'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
 }
 
@@ -137,3 +141,39 @@ def test_a_model_is_right_from_float_to_the_runtime(name: str, preset: str, tmp_
     assert max(deviation.error for deviation in quantized.deviations) < 1e-6
     quantized.save(tmp_path / 'model.pth')
     torch.testing.assert_close(mmbrecq.load(tmp_path / 'model.pth', build(name))(images), found, rtol=0, atol=0)
+
+
+def hooked() -> nn.Module:
+    model = Net(lambda self, x: self.act(x), act=nn.ReLU())
+    model.act.register_forward_hook(lambda module, args, result: result - 1.0)
+    return model
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def fails(self: Any, x: Tensor) -> Tensor:
+    raise ValueError('expected 4 channels')
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (hooked, 'expected hooks that only observe, but one of act changes what it computes'),
+        (lambda: Net(lambda self, x: scripted(x)), 'Net cannot be traced: scripted is compiled by TorchScript'),
+        (
+            lambda: Net(lambda self, x: self.act(x), act=torch.jit.script(nn.ReLU())),
+            'expected modules of Python, but got act compiled by TorchScript',
+        ),
+        (lambda: Net(fails), 'Net does not run on images of 1 x 3 x 16 x 16: expected 4 channels'),
+        (
+            lambda: Net(lambda self, x: self.c(x.bfloat16()).float(), c=conv().bfloat16()),
+            'expected layers in torch.float32, but got c in torch.bfloat16',
+        ),
+    ],
+)
+def test_a_model_is_refused_at_once(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        mmbrecq.quantize(make(), torch.randn(4, 3, 16, 16), method='nearest')

@@ -301,6 +301,12 @@ def flat(tree: Any) -> Iterator[Any]:
         yield tree
 
 
+def same(a: Any, b: Any) -> bool:
+    """Returns whether the tensors of two nested values are equal."""
+    pairs = list(zip(tensors_in(a), tensors_in(b), strict=False))
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
 def shares_memory(tensor: Tensor, result: Any) -> bool:
     """Returns whether a tensor of ``result`` lies in the memory of ``tensor``."""
     memory = tensor.untyped_storage().data_ptr()

@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -196,7 +196,9 @@ class ConcreteTracer(fx.Tracer):
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
             return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
-            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))):
+            if isinstance(error, UntraceableError) or any(
+                not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))
+            ):
                 raise
             _erase_after(self.graph, last)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
@@ -272,6 +274,10 @@ class ConcreteTracer(fx.Tracer):
             for name, layer in module.named_modules(prefix=path)
             if isinstance(layer, WEIGHTED) and name not in self.computing
         }
+        hooked = (
+            any(vars(module)[kind] for kind in ('_forward_hooks', '_forward_pre_hooks')) and path not in self.opaque
+        )
+        unchanged = deepcopy((args, kwargs)) if hooked else None
         called: dict[str, None] = {}
         watch = symbolic.WatchedValues(list(symbolic.tensors_in((args, kwargs))))
         with (
@@ -280,6 +286,8 @@ class ConcreteTracer(fx.Tracer):
         ):
             result = module(*args, **kwargs)
         node.meta['layers'] = list(called)
+        if unchanged and not symbolic.same(result, module.forward(*unchanged[0], **unchanged[1])):
+            raise UntraceableError('', f'expected hooks that only observe, but one of {path} changes what it computes')
         if watch.are_read:
             self.value_dependent.add(path)
         return result
