@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> Quan
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise GraphError(f'expected modules of Python, but got {path or "the model"} compiled by TorchScript')
+        if any(map(iskeyword, path.split('.'))):
+            raise GraphError(f'expected names of modules that are no words of Python, but got {path}')
     example = example_of(images)
     references = [take_reference(model, example)]
     for head in region_heads(model):

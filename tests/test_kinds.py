@@ -114,6 +114,7 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     ),
     'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
     'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
+    'modules made within a forward pass': (lambda self, x: nn.Sequential(self.c, nn.ReLU())[:2](x), {'c': conv}),
     'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
 }
 

@@ -183,7 +183,11 @@ class ConcreteTracer(fx.Tracer):
     ) -> Any:
         if self.is_evaluating or m is self._model:
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            # made within a forward pass, as `nn.ReLU()(x)` or a slice of layers
+            return forward(*args, **kwargs)
         last = list(self.graph.nodes)[-1]
         self._owners.append(path)
         try:
@@ -274,10 +278,8 @@ class ConcreteTracer(fx.Tracer):
             for name, layer in module.named_modules(prefix=path)
             if isinstance(layer, WEIGHTED) and name not in self.computing
         }
-        hooked = (
-            any(vars(module)[kind] for kind in ('_forward_hooks', '_forward_pre_hooks')) and path not in self.opaque
-        )
-        unchanged = deepcopy((args, kwargs)) if hooked else None
+        has_hooks = any(vars(module)[kind] for kind in ('_forward_hooks', '_forward_pre_hooks'))
+        unchanged = deepcopy((args, kwargs)) if has_hooks and path not in self.opaque else None
         called: dict[str, None] = {}
         watch = symbolic.WatchedValues(list(symbolic.tensors_in((args, kwargs))))
         with (
