@@ -333,6 +333,9 @@ class _SymbolicSizes(TorchFunctionMode):
             return func(*args, **kwargs)
         name = str(getattr(func, '__name__', ''))
         has_proxy = any(isinstance(value, fx.Proxy) for value in symbolic.flat((args, kwargs)))
+        if name in ('tensor', 'as_tensor', 'asarray') and isinstance(args[0], fx.Proxy):
+            # compiled code would read the memory of a tensor
+            return args[0].to(kwargs.get('dtype', args[0].dtype))
         is_in_place = name.endswith('_') and (not name.startswith('__') or name in _WRITES)
         written = kwargs.get('out', args[0] if args and is_in_place else None)
         if isinstance(written, Tensor) and not isinstance(written, fx.Proxy):
