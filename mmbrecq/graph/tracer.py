@@ -12,8 +12,7 @@ import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
-from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -39,42 +38,6 @@ _INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torc
 """Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
 
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
-
-
-@contextmanager
-def _guarded_functions(model: nn.Module) -> Iterator[None]:
-    """Makes functions with a backward pass of their own refuse traced values, which compiled code takes for tensors."""
-    apply, call = vars(torch.autograd.Function)['apply'], torch.jit.ScriptFunction.__call__
-
-    def guarded(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
-            raise GraphError(f'{cls.__name__} computes outside of what can be traced')
-        return apply.__func__(cls, *args, **kwargs)
-
-    def guarded_script(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
-            raise GraphError(f'{function.name} is compiled by TorchScript')
-        return call(function, *args, **kwargs)
-
-    # beside the method itself, names that modules have given to it: ``deform_conv = DeformConvFunction.apply``
-    files = {id(found): found for m in model.modules() if (found := getattr(type(m).forward, '__globals__', None))}
-    bound = [(file, name, value) for file in files.values() for name, value in file.items() if _is_apply(value)]
-    setattr(torch.autograd.Function, 'apply', classmethod(guarded))  # noqa: B010 - a method that torch declares
-    setattr(torch.jit.ScriptFunction, '__call__', guarded_script)  # noqa: B010
-    for file, name, value in bound:
-        file[name] = partial(guarded, value.__self__)
-    try:
-        yield
-    finally:
-        setattr(torch.autograd.Function, 'apply', apply)  # noqa: B010
-        setattr(torch.jit.ScriptFunction, '__call__', call)  # noqa: B010
-        for file, name, value in bound:
-            file[name] = value
-
-
-def _is_apply(value: Any) -> bool:
-    owner = value.__self__ if isinstance(value, MethodType) else None
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 class UntraceableError(GraphError):
@@ -136,7 +99,7 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
-            self._recording(components_of(model)), _SymbolicSizes(self), _guarded_functions(model),
+            self._recording(components_of(model)), _SymbolicSizes(self), symbolic.seen_as_tensors(),
         ):  # fmt: skip
             graph = self.trace(entry)
         for node in graph.nodes:
