@@ -23,7 +23,7 @@ from mmbrecq.graph.components import (
     set_forward,
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
-from mmbrecq.graph.layers import bake_weights, fold_constants, free_name, make_layers
+from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
@@ -121,6 +121,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
     make_layers(model, traced.graph)
     fold_constants(model, traced.graph)
     traced.folded = fold_batch_norms(model, traced.graph)
+    copy_read_parameters(model, traced.graph)
     return traced
 
 

@@ -18,6 +18,9 @@ from mmbrecq.graph.tracer import CONVOLUTIONS
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
 
+UNCALLED = 'it lies on no path from the images to the outputs'
+"""Reason of a layer that no graph runs."""
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -116,7 +119,8 @@ class QuantizedGraph:
             bias.raise_weight_scale(module, fake_quant, fake_quant.values, scales, bias.LARGEST_BIAS)
             # a layer that reads several values has no single scale of its input
             source = next(iter(sources[name])) if len(sources.get(name, ())) == 1 else None
-            if self.preset.bias_rounded and source in self.quantizers and isinstance(module, CONVOLUTIONS):
+            is_apart = self.preset.bias_apart == 'linear' and not isinstance(module, CONVOLUTIONS)
+            if self.preset.bias_rounded and source in self.quantizers and not is_apart:
                 scale = bias.scale_read(module, self.quantizers[source].scale) * fake_quant.scale
                 bias.round_bias(module, scale)
             pack_weight(module)

@@ -26,6 +26,7 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
         _keep_rank(proto)
+        _pad_apart(proto.graph)
         _give_biases(proto)
         clip_signed_values(proto)
     if preset.bias_apart == 'all':
@@ -72,10 +73,11 @@ def clip_signed_values(proto: Any) -> None:
 
 
 def _keep_rank(proto: Any) -> None:
-    """Writes every Gather of one index as a Gather that keeps its axis and a Squeeze.
+    """Writes every Gather of one index, and every reduction that drops axes, as one that keeps them and a Squeeze.
 
     OpenVINO's low-precision transformations (seen with 2026.4) take scales per channel through a Gather and leave them
-    the axis that it drops, after which shapes do not fit, or fit by chance.
+    the axis that it drops, after which shapes do not fit, or fit by chance. Its CPU plugin fuses scales per channel
+    into a reduction, and applies those of tokens ``(N, L, C)`` along ``L``.
     """
     import numpy as np
     from onnx import helper, numpy_helper
@@ -83,18 +85,53 @@ def _keep_rank(proto: Any) -> None:
     from mmbrecq.deploy.verify.onnx_graph import OnnxGraph
 
     view, graph = OnnxGraph(proto, 'the exported graph'), proto.graph
+
+    def constant(name: str, value: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64).reshape(-1), name))
+        return name
+
     for node, found in zip(list(graph.node), view.nodes, strict=True):
-        index = view.constant(found.input(1)) if found.op == 'Gather' else None
-        source = view.producer(found.input(0))
-        if index is None or index.ndim or (source is not None and source.op == 'Shape'):
-            continue
-        names = [f'{node.name}/{end}' for end in ('index', 'axis', 'kept')]
-        for name, value in zip(names, (index, found.attributes.get('axis', 0)), strict=False):
-            graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
-        squeeze = helper.make_node('Squeeze', [names[2], names[1]], list(node.output), name=f'{node.name}/Squeeze')
-        node.input[1], node.output[0] = names[0], names[2]
-        graph.node.insert(list(graph.node).index(node) + 1, squeeze)
+        axes: Any = None
+        if found.op == 'Gather':
+            index, source = view.constant(found.input(1)), view.producer(found.input(0))
+            if index is not None and not index.ndim and (source is None or source.op != 'Shape'):
+                axes = found.attributes.get('axis', 0)
+                node.input[1] = constant(f'{node.name}/index', index)
+        elif found.op.startswith('Reduce') and not found.attributes.get('keepdims', 1):
+            axes = found.attributes.get('axes', view.constant(found.input(1)))
+            next(a for a in node.attribute if a.name == 'keepdims').i = int(axes is not None)
+        if axes is not None:
+            names = [f'{node.name}/kept', constant(f'{node.name}/axes', axes)]
+            squeeze = helper.make_node('Squeeze', names, list(node.output), name=f'{node.name}/Squeeze')
+            node.output[0] = names[0]
+            graph.node.insert(list(graph.node).index(node) + 1, squeeze)
     _drop_unread(graph)
+
+
+def _pad_apart(graph: Any) -> None:
+    """Writes average pooling that counts its padding and rounds its size up as a Pad and pooling without padding.
+
+    OpenVINO (seen with 2026.4) counts what lies beyond the padding, too. So does ONNX Runtime in integers, but it
+    undoes the Pad.
+    """
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    for index, node in reversed(list(enumerate(graph.node))):
+        found = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != 'AveragePool' or not all(
+            n in found and found[n].i for n in ('ceil_mode', 'count_include_pad')
+        ):
+            continue
+        pads, half = list(found['pads'].ints), len(found['pads'].ints) // 2
+        names = [f'{node.name}/{end}' for end in ('pads', 'padded')]
+        amounts = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        graph.initializer.append(numpy_helper.from_array(amounts, names[0]))
+        graph.node.insert(
+            index, helper.make_node('Pad', [node.input[0], names[0]], [names[1]], name=f'{node.name}/Pad')
+        )
+        node.input[0], found['count_include_pad'].i = names[1], 0
+        found['pads'].ints[:] = [0] * len(pads)
 
 
 def _give_biases(proto: Any) -> None:
