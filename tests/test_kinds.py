@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import drop_block2d
 
 import mmbrecq
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import ExportError, GraphError
 
 Middle = Callable[[Any, Tensor], Tensor]
 
@@ -126,11 +126,8 @@ def build(name: str) -> nn.Module:
     return Net(middle, **{key: make() for key, make in modules.items()}).eval()
 
 
-CASES = [(name, preset) for name in KINDS for preset in ('openvino', 'tensorrt')]
-KINDS['average pooling that rounds its size up'] = (lambda self, x: F.avg_pool2d(F.relu(x), 3, 2, 1, True), {})
-
-
-@pytest.mark.parametrize(('name', 'preset'), [*CASES, ('average pooling that rounds its size up', 'openvino')])
+@pytest.mark.parametrize('preset', ['openvino', 'tensorrt'])
+@pytest.mark.parametrize('name', KINDS)
 def test_a_model_is_right_from_float_to_the_runtime(name: str, preset: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(16, 3, 16, 16, generator=generator) + torch.randn(16, 3, 1, 1, generator=generator)
@@ -164,10 +161,17 @@ def fails(self: Any, x: Tensor) -> Tensor:
     ('make', 'message'),
     [
         (hooked, 'expected hooks that only observe, but one of act changes what it computes'),
-        (lambda: Net(lambda self, x: scripted(x)), "Net cannot be traced: scripted() Expected a value of type 'Tensor"),
+        (
+            lambda: Net(lambda self, x: scripted(x)),
+            'Net cannot be traced: compiled code computes outside of what can be traced',
+        ),
         (
             lambda: Net(lambda self, x: self.act(x), act=torch.jit.script(nn.ReLU())),
             'expected modules of Python, but got act compiled by TorchScript',
+        ),
+        (
+            lambda: Net(lambda self, x: F.avg_pool2d(F.relu(x), 3, 2, 1, True)),
+            'expected average pooling with padding without ceil_mode or count_include_pad',
         ),
         (lambda: Net(fails), 'Net does not run on images of 1 x 3 x 16 x 16: expected 4 channels'),
         (
@@ -177,5 +181,5 @@ def fails(self: Any, x: Tensor) -> Tensor:
     ],
 )
 def test_a_model_is_refused_at_once(make: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises(GraphError, match=re.escape(message)):
+    with pytest.raises((GraphError, ExportError), match=re.escape(message)):
         mmbrecq.quantize(make(), torch.randn(4, 3, 16, 16), method='nearest')

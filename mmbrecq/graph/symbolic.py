@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import GraphError, first_line
 
 IN_PLACE_OPERATORS = {
     getattr(operator, f'i{name.strip("_")}'): getattr(operator, name)
@@ -221,6 +221,13 @@ for _kind in (SymbolicInt, SymbolicFloat):
 def value_dependent(what: str) -> str:
     """Returns the sentence that refuses to read values."""
     return f'{caller()}: expected Python to read no values of tensors, but {what} follows from the input'
+
+
+def obstacle(error: Exception) -> str:
+    """Returns the reason why something cannot be traced."""
+    if any(text in str(error) for text in ('ConcreteProxy', 'incompatible function arguments')):
+        return 'compiled code computes outside of what can be traced'
+    return first_line(error)
 
 
 def caller() -> str:

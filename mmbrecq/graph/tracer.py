@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from mmbrecq.errors import GraphError, first_line
+from mmbrecq.errors import GraphError
 from mmbrecq.graph import symbolic
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of, pre_hooks
@@ -169,7 +169,7 @@ class ConcreteTracer(fx.Tracer):
                 raise
             _erase_after(self.graph, last)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
-            self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
+            self.opaque[path] = f'{type(m).__name__} cannot be traced: {symbolic.obstacle(error)}'
             if isinstance(error, symbolic.ValueDependentError):
                 self.value_dependent.add(path)
             return _unpacked(self.create_proxy('call_module', path, *_positional(m, args, kwargs)))

@@ -6,7 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
+from mmbrecq.errors import ExportError
 from mmbrecq.presets import Preset
+
+_COUNTED = ('ceil_mode', 'count_include_pad', 'pads')
 
 
 def rewrite_for(proto: Any, preset: Preset) -> None:
@@ -17,6 +20,7 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     CPU has no VNNI it moves int8 weights that need all 8 bits to uint8, one by one, and refuses a file in which two of
     them share a zero-point.
     """
+    _check_pooling(proto.graph)
     _drop_aliases(proto.graph)
     if preset.folds_channel_scales:
         fold_channel_scales(proto)
@@ -26,7 +30,6 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     _own_zero_points(proto.graph)
     if preset.name == 'openvino':
         _keep_rank(proto)
-        _pad_apart(proto.graph)
         _give_biases(proto)
         clip_signed_values(proto)
     if preset.bias_apart == 'all':
@@ -108,30 +111,15 @@ def _keep_rank(proto: Any) -> None:
     _drop_unread(graph)
 
 
-def _pad_apart(graph: Any) -> None:
-    """Writes average pooling that counts its padding and rounds its size up as a Pad and pooling without padding.
-
-    OpenVINO (seen with 2026.4) counts what lies beyond the padding, too. So does ONNX Runtime in integers, but it
-    undoes the Pad.
-    """
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    for index, node in reversed(list(enumerate(graph.node))):
-        found = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type != 'AveragePool' or not all(
-            n in found and found[n].i for n in ('ceil_mode', 'count_include_pad')
-        ):
-            continue
-        pads, half = list(found['pads'].ints), len(found['pads'].ints) // 2
-        names = [f'{node.name}/{end}' for end in ('pads', 'padded')]
-        amounts = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
-        graph.initializer.append(numpy_helper.from_array(amounts, names[0]))
-        graph.node.insert(
-            index, helper.make_node('Pad', [node.input[0], names[0]], [names[1]], name=f'{node.name}/Pad')
-        )
-        node.input[0], found['count_include_pad'].i = names[1], 0
-        found['pads'].ints[:] = [0] * len(pads)
+def _check_pooling(graph: Any) -> None:
+    """Refuses average pooling of which OpenVINO and, in integers, ONNX Runtime count what lies beyond the padding."""
+    for node in graph.node:
+        counts = {a.name: a.i or any(a.ints) for a in node.attribute if a.name in _COUNTED}
+        if node.op_type == 'AveragePool' and len(counts) == len(_COUNTED) and all(counts.values()):
+            raise ExportError(
+                f'expected average pooling with padding without ceil_mode or count_include_pad, but {node.name} has '
+                'both, which runtimes compute differently'
+            )
 
 
 def _give_biases(proto: Any) -> None:
