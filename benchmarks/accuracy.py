@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmbrecq.report import Summary
+from mmbrecq.report.summary import Summary
+from mmbrecq.schema import load_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +52,7 @@ def run(config: str, seed: int, args: argparse.Namespace) -> Summary:
         if done.returncode:
             last = console.read_text().strip().rpartition('\n')[2]
             raise SystemExit(f'{config} failed with seed {seed}, see {console}; its last words are: {last}')
-    return Summary.load(summary)
+    return load_json(Summary, summary, 'tools/ptq.py')
 
 
 def spread(values: list[float]) -> str:
@@ -85,7 +86,7 @@ def row(config: str, summaries: list[Summary], args: argparse.Namespace) -> list
 def import_memory() -> int:
     """Peak memory, in bytes, of a process that imports what a run imports."""
     code = 'import mmpretrain.models, mmbrecq.engine, onnx, onnxruntime, openvino; '
-    code += 'from mmbrecq.runs.measure import peak_memory; print(peak_memory().host)'
+    code += 'from mmbrecq.runs.run_files import peak_memory; print(peak_memory().host)'
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, '-W', 'ignore', '-c', code]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

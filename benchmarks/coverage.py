@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from importlib import import_module
@@ -168,16 +169,17 @@ def enliven(model: nn.Module, images: Tensor) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < 1e-2:
+            # some are memory as it was until they are initialised from a file
+            if parameter.is_floating_point() and parameter.numel() and not 1e-2 <= parameter.abs().max() <= 1e3:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
         for norm in norms:
             norm.train()
             norm.momentum = 1.0
-        try:
+        # what cannot run is refused at preparation
+        with suppress(Exception):
             ImageForward(model)(images)
-        finally:
-            for norm in norms:
-                norm.eval()
+        for norm in norms:
+            norm.eval()
 
 
 def prepare_row(name: str, size: tuple[int, int]) -> list[str]:
@@ -296,6 +298,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     """Squared error over the power of ``reference``; infinite where shapes differ or a value is no number."""
     if value.shape != reference.shape or not torch.isfinite(value).all():
         return float('inf')
+    value, reference = value.double(), reference.double()
     return float(((value - reference) ** 2).sum() / (reference**2).sum().clamp_min(1e-12))
 
 

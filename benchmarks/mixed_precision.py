@@ -23,9 +23,14 @@ from scipy.stats import spearmanr
 from mmbrecq.engine.bit_search import analyze
 from mmbrecq.engine.config import add_common_arguments, build_runner, load_config, resolve_checkpoint, run_tool
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
-from mmbrecq.mixed_precision.costs import MeasuredLatency, ModelSize
-from mmbrecq.mixed_precision.search import BitProblem, GeneticSearcher, IntegerProgram, build_problem, describe_choice
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.costs.measured import MeasuredLatency
+from mmbrecq.mixed_precision.costs.models import ModelSize
+from mmbrecq.mixed_precision.search.bits import build_problem, describe_choice
+from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
+from mmbrecq.mixed_precision.search.integer import IntegerProgram
+from mmbrecq.mixed_precision.search.problem import BitProblem
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.schema import save_json
 
 RUNTIMES = ('openvino', 'onnxruntime')
 PARTS = ('losses', 'searches', 'latencies')
@@ -70,7 +75,7 @@ def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: 
         for chosen in choices:
             result = describe_choice(table, [], problem, chosen)
             result.states = str((Path(cfg.work_dir) / 'states').resolve())
-            result.save(Path(folder) / 'search.json')
+            save_json(result, Path(folder) / 'search.json')
             choice = ChosenBits(Path(folder) / 'search.json', reuse=True)
             task = loop.prepare(table.candidates[0], None, result.overrides())
             task = choice.load_rounding(task, loop.reconstructor.stages[0])

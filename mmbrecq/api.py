@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -158,7 +157,7 @@ def quantize(
     tensor = collect(images, next(iter(model.parameters()), torch.empty(0)).device)
     if preset in TARGETS:
         pipeline.rehearse(model, tensor, builder, [EXPORTERS[TARGETS[preset]]()])
-    quantized = pipeline.prepare(copy.deepcopy(model).eval(), tensor, builder)
+    quantized = pipeline.prepare(pipeline.copy_model(model), tensor, builder)
     if quantized.region_graphs:
         raise GraphError(
             f'expected a model whose outputs follow from its images, but {type(model).__name__} has heads that read '
@@ -185,7 +184,7 @@ def load(path: str | Path, model: nn.Module) -> Quantized:
     Raises:
         CheckpointError: The file is no quantized checkpoint, or of another model.
     """
-    quantized = pipeline.load(copy.deepcopy(model).eval(), path, own_bits=True)
+    quantized = pipeline.load(pipeline.copy_model(model), path, own_bits=True)
     config = read_checkpoint(str(path))['meta']['quantizer']
     return Quantized(quantized, config)
 

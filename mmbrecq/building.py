@@ -48,7 +48,7 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         raise ConfigError(f"expected the config of {_a(registry)} to have the key 'type', but got {dict(cfg)}")
     cls = find(registry, cfg['type'])
     given = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
-    _check_options(cls, cls.__name__, given, tuple(defaults), ())
+    _check_options(cls, cls.__name__, given, tuple(defaults))
     # not registry.build: it would look for the type in the scope of the config's model first, and warn
     return cls(**{**defaults, **given})
 
@@ -70,14 +70,13 @@ def _a(registry: Registry) -> str:
     return f'{"an" if registry.name[0] in "aeiou" else "a"} {registry.name}'
 
 
-def parse_options(cls: type[T], values: Any, where: str, beside: Any = None, **defaults: Any) -> T:
+def parse_options(cls: type[T], values: Any, where: str, **defaults: Any) -> T:
     """Builds a dataclass of options from a config dict.
 
     Args:
         cls: The dataclass.
         values (dict): Options by name.
         where: Path of the dict in the config, for messages.
-        beside: Another dataclass whose options stand in the same dict; they are left alone.
         **defaults: Options that ``values`` need not name.
 
     Raises:
@@ -85,20 +84,17 @@ def parse_options(cls: type[T], values: Any, where: str, beside: Any = None, **d
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
-    others = () if beside is None else tuple(inspect.signature(beside).parameters)
-    _check_options(cls, where, values, (), others)
-    return cls(**{**defaults, **{key: values[key] for key in values if key not in others}})
+    _check_options(cls, where, values, ())
+    return cls(**{**defaults, **values})
 
 
-def _check_options(
-    cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...], others: tuple[str, ...]
-) -> None:
+def _check_options(cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...]) -> None:
     """Refuses options that ``cls`` does not have or that are of another type, and the lack of what it needs."""
     parameters = inspect.signature(cls).parameters.values()
     named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}
-    unknown = sorted(set(given) - {*named, *others})
+    unknown = sorted(set(given) - set(named))
     if unknown and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-        valid = ' or '.join([*(name for name in named if name not in supplied), *others]) or 'no option at all'
+        valid = ' or '.join(name for name in named if name not in supplied) or 'no option at all'
         raise ConfigError(f'unknown option {unknown[0]!r} of {owner}: expected {valid}')
     hints = _hints(cls)
     for name, parameter in named.items():

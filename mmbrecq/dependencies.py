@@ -9,58 +9,47 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from mmbrecq.errors import DependencyError
 
-
-class Dependency(NamedTuple):
-    """Versions accepted of one import name, and the command that installs them."""
-
-    versions: str
-    install: str
-
-
 _MIM, _DEPLOY, _SEARCH = (f'pip install "mmbrecq[{extra}]"' for extra in ('mim', 'deploy', 'search'))
 
-# Without these nothing of mmbrecq works: checked when it is imported
+# By import name, the accepted versions and the command that installs them. Without these nothing of mmbrecq works:
+# checked when it is imported
 NEEDED = {
-    'torch': Dependency('>=2.1', 'pip install "torch>=2.1"'),
-    'mmengine': Dependency('>=0.10,<1', _MIM),
-    'mmcv': Dependency('>=2.0,<2.2', _MIM),
+    'torch': ('>=2.6', 'pip install "torch>=2.6"'),
+    'mmengine': ('>=0.10,<1', _MIM),
+    'mmcv': ('>=2.0,<2.2', _MIM),
 }
 # Each serves a part of mmbrecq: checked by `require` where that part begins
 OPTIONAL = {
-    'mmpretrain': Dependency('>=1.0,<2', _MIM),
-    'mmdet': Dependency('>=3.0,<4', _MIM),
-    'sklearn': Dependency('>=1.0', 'pip install "mmbrecq[demo]"'),
-    'onnx': Dependency('>=1.16', _DEPLOY),
-    'onnxruntime': Dependency('>=1.18', _DEPLOY),
-    'openvino': Dependency('>=2024.4', _DEPLOY),
-    'pymoo': Dependency('>=0.6', _SEARCH),
-    'scipy': Dependency('>=1.9', _SEARCH),
-    'safetensors': Dependency('>=0.4', 'pip install safetensors'),
+    'mmpretrain': ('>=1.0,<2', _MIM),
+    'mmdet': ('>=3.0,<4', _MIM),
+    'sklearn': ('>=1.0', 'pip install "mmbrecq[demo]"'),
+    'onnx': ('>=1.16', _DEPLOY),
+    'onnxruntime': ('>=1.18', _DEPLOY),
+    'openvino': ('>=2024.4', _DEPLOY),
+    'pymoo': ('>=0.6', _SEARCH),
+    'scipy': ('>=1.9', _SEARCH),
+    'safetensors': ('>=0.4', 'pip install safetensors'),
 }
 
 
 def require(name: str) -> ModuleType:
     """Imports and returns a package; DependencyError if it is missing, broken, or of a version outside of its range."""
-    dependency = (NEEDED | OPTIONAL).get(name, Dependency('', f'pip install {name}'))
-    expected = f'expected {name}{dependency.versions}'
-    advice = f'install it with: {dependency.install}'
+    versions, install = (NEEDED | OPTIONAL).get(name, ('', f'pip install {name}'))
+    expected, advice = f'expected {name}{versions}', f'install it with: {install}'
     try:
         module = import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
-        raise DependencyError(f'{expected}, but {name} is not installed; {advice}') from error
     except ImportError as error:
-        raise DependencyError(f'{expected}, but the installed {name} fails to import: {error}') from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        found = f'{name} is not installed; {advice}' if missing else f'the installed {name} fails to import: {error}'
+        raise DependencyError(f'{expected}, but {found}') from error
     version = getattr(module, '__version__', None)
-    if dependency.versions and not _accepts(dependency.versions, version):
+    if versions and not _accepts(versions, version):
         found = 'a module without a version' if version is None else version
         raise DependencyError(f'{expected}, but got {found}; {advice}')
     return module

@@ -23,14 +23,13 @@ from mmbrecq.errors import ConfigError, ProcessError
 
 T = TypeVar('T')
 
-_VARIABLES = {
-    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+_LAUNCHERS = {
+    'pytorch': ('torchrun', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('srun', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('mpirun', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
-"""Environment variables of a launcher: number of the process, number of processes, number on its machine."""
-
-_STARTERS = {'pytorch': 'torchrun', 'slurm': 'srun', 'mpi': 'mpirun'}
+"""Command of a launcher, and its environment variables: number of the process, number of processes, number on its
+machine."""
 
 
 def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> None:
@@ -40,17 +39,16 @@ def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> N
     """
     if launcher == 'none' or torch_dist.is_initialized():
         return
-    missing = [name for name in _VARIABLES[launcher] if name not in os.environ]
+    command, *variables = _LAUNCHERS[launcher]
+    missing = [name for name in variables if name not in os.environ]
     if missing:
-        raise ConfigError(
-            f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {_STARTERS[launcher]}'
-        )
+        raise ConfigError(f'expected {missing[0]} in the environment with --launcher {launcher}: start it by {command}')
     options = dict(options or {})
     if torch.cuda.is_available():
         dist.init_dist(launcher, **options)
         return
     # mmengine's start sets the GPU of each process, and fails where there is none
-    rank, count, local = (os.environ[name] for name in _VARIABLES[launcher])
+    rank, count, local = (os.environ[name] for name in variables)
     os.environ.update(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=local)
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_host()
@@ -65,14 +63,8 @@ def leave_processes() -> None:
         torch_dist.destroy_process_group()
 
 
-def process_count() -> int:
-    """Returns the number of processes."""
-    return int(dist.get_dist_info()[1])
-
-
-def process_index() -> int:
-    """Returns the number of this process, from 0."""
-    return int(dist.get_dist_info()[0])
+process_count: Callable[[], int] = dist.get_world_size
+process_index: Callable[[], int] = dist.get_rank
 
 
 def processes_here() -> int:
@@ -157,16 +149,21 @@ def copy_from_main(model: nn.Module) -> None:
 
 
 def check_same_bits(model: nn.Module) -> str:
-    """Returns a hash of all parameters and buffers; ProcessError where it is not the same in every process."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    own = digest.hexdigest()
+    """Returns the hash of a model; ProcessError where it is not the same in every process."""
+    own = hash_of(model)
     for index, other in enumerate(gather(own)):
         if other != own:
             raise ProcessError(f'expected the same model in all processes, but {process_index()} and {index} differ')
     return own
+
+
+def hash_of(model: nn.Module) -> str:
+    """Returns a hash of the names and the bits of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _first_host() -> str:

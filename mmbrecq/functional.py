@@ -41,11 +41,6 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, ch_axis: int | None
     return (q.to(s.dtype) - z) * s
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qtype: QType) -> Tensor:
-    """Quantizes and dequantizes; same shape and dtype as ``x``."""
-    return dequantize(quantize(x, scale, zero_point, qtype), scale, zero_point, qtype.ch_axis)
-
-
 def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:
     """Returns scale and zero-point of the grid that covers ``[low, high]`` and represents 0 exactly.
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.distributed import batch_number, copy_from_main
-from mmbrecq.errors import CheckpointError, PatternError
+from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, take_reference
+from mmbrecq.graph.symbolic import tensors_in
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import FLOAT
-from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.quantizers.quantized_model import UNCALLED, QuantizedModel
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
@@ -53,6 +55,19 @@ from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS
 from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Returns a copy in evaluation mode; what its modules keep of earlier calls, gradients included, is detached.
+
+    Raises:
+        GraphError: Something in the model has no copy.
+    """
+    kept = [v for module in model.modules() for v in tensors_in(vars(module)) if not v.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept}).eval()
+    except Exception as error:
+        raise GraphError(f'expected a model that can be copied, but got: {first_line(error)}') from error
 
 
 def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> QuantizedModel:
@@ -78,6 +93,11 @@ def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> Quan
         >>> tuple(prepared(images).shape)
         (4, 4, 6, 6)
     """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise GraphError(f'expected modules of Python, but got {path or "the model"} compiled by TorchScript')
+        if any(map(iskeyword, path.split('.'))):
+            raise GraphError(f'expected names of modules that are no words of Python, but got {path}')
     example = example_of(images)
     references = [take_reference(model, example)]
     for head in region_heads(model):
@@ -199,7 +219,7 @@ def rehearse(
         MMBrecqError: The model, the preset and the runtime are incompatible; the first obstacle is named.
     """
     count, images = len(images) if count is None else count, images[:4]
-    quantized = prepare(copy.deepcopy(model), images, quantizer)
+    quantized = prepare(copy_model(model), images, quantizer)
     observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)
     calibrate_weights(rough)
@@ -258,7 +278,7 @@ def save(model: QuantizedModel, path: Path, quantizer: Mapping[str, Any], **meta
     """
     meta = {
         'quantizer': _plain(quantizer),
-        'bits': {layer.name: [layer.weight_bits, layer.activation_bits] for layer in model.layers},
+        'bits': {n.name: [n.weight_bits, n.activation_bits] for n in model.layers if n.float_reason != UNCALLED},
         'grids': grids_of(model.model),
         'example_shape': list(model.image_graph.traced.example.shape),
         **meta,

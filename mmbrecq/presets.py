@@ -23,6 +23,7 @@ class Preset:
             symmetric grids are asked for) or ``int8``.
         fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
             between the two; None for all of them.
+        fuses_beside: What it computes within a layer even where the value of the layer has other readers.
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
         conv_outputs: Quantizes the output of every convolution, the network's own outputs excepted.
         equal_concat: All inputs of a concatenation share one scale.
@@ -34,7 +35,8 @@ class Preset:
         bias_apart: Which layers have their bias added by a node of its own: ``none``, ``linear`` or ``all`` layers.
             ONNX Runtime rounds the bias of a quantized layer to int32 in units of input scale times weight scale,
             which is coarse at low bits; it leaves a bias alone that is added apart.
-        bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does.
+        bias_rounded: Rounds the other biases to just that grid, so that the simulation has them as the target does, or
+            as ONNX Runtime has them, where files for TensorRT are checked.
         depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
         folds_channel_scales: Such scales become part of the layers around, since the target computes with one scale per
             tensor; the channels then share their zero-point.
@@ -44,6 +46,7 @@ class Preset:
     weight_symmetric: bool
     activation: Literal['unsigned', 'int8']
     fuses: tuple[str, ...] | None = None
+    fuses_beside: tuple[str, ...] = ()
     add_operands: Literal['none', 'shortcut', 'all'] = 'none'
     conv_outputs: bool = False
     equal_concat: bool = True
@@ -87,6 +90,10 @@ class Preset:
 
 
 _RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
+_BESIDE = (
+    *_RELU, 'BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'batch_norm', 'LeakyReLU', 'leaky_relu', 'PReLU', 'prelu',
+    'Hardtanh', 'hardtanh', 'clamp', 'clip',
+)  # fmt: skip
 
 _ALL = (
     Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
@@ -99,8 +106,9 @@ _ALL = (
         'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True
     ),
     Preset(
-        'tensorrt', weight_symmetric=True, activation='int8', fuses=_RELU, add_operands='shortcut',
-        integer_clip=False, depthwise_per_channel=True, folds_channel_scales=True,
+        'tensorrt', weight_symmetric=True, activation='int8', fuses=_RELU, fuses_beside=_BESIDE,
+        add_operands='shortcut', integer_clip=False, bias_rounded=True, depthwise_per_channel=True,
+        folds_channel_scales=True,
     ),
 )  # fmt: skip
 

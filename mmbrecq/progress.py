@@ -15,28 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar('T')
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """Shows one bar of ``total`` items, as a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
         console = Console(stderr=True)
-        self._progress = Progress(
+        super().__init__(
             TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn('left'), TimeRemainingColumn(), TextColumn('{task.fields[message]}'),
             console=console, transient=True, disable=not console.is_terminal or not is_main_process(),
         )  # fmt: skip
-        self._task = self._progress.add_task(title, total=total, message='')
+        self._bar = self.add_task(title, total=total, message='')
 
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def update(self, completed: int, message: str = '') -> None:
+    def show(self, completed: int, message: str = '') -> None:
         """Moves the bar to ``completed`` items and shows ``message`` beside it."""
-        self._progress.update(self._task, completed=completed, message=message)
+        self.update(self._bar, completed=completed, message=message)
 
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
@@ -48,7 +41,7 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
     with ProgressBar(title, total) as bar:
         for done, item in enumerate(items, start=1):
             yield item
-            bar.update(done)
+            bar.show(done)
 
 
 @contextmanager

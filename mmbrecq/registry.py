@@ -9,12 +9,18 @@ from __future__ import annotations
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+
+def _modules(package: str, *names: str) -> list[str]:
+    return [f'mmbrecq.{package}.{name}' for name in names]
+
+
 # Datasets that the demo needs
 DATASETS = Registry('dataset', scope='mmbrecq', parent=root.DATASETS, locations=['mmbrecq.data.datasets'])
 # Loops that quantize or test instead of training
-LOOPS = Registry('loop', scope='mmbrecq', parent=root.LOOPS, locations=['mmbrecq.engine'])
+_LOOPS = _modules('engine', 'analysis_loop', 'ptq_loop', 'test_loop')
+LOOPS = Registry('loop', scope='mmbrecq', parent=root.LOOPS, locations=_LOOPS)
 # Hooks around every reconstructed unit
-HOOKS = Registry('hook', scope='mmbrecq', parent=root.HOOKS, locations=['mmbrecq.engine'])
+HOOKS = Registry('hook', scope='mmbrecq', parent=root.HOOKS, locations=['mmbrecq.engine.hooks'])
 # Algorithms that turn a float model into a quantized one
 QUANTIZERS = Registry('quantizer', scope='mmbrecq', locations=['mmbrecq.quantizers'])
 # Range estimators: from values to a scale and a zero-point
@@ -30,6 +36,8 @@ EXPORTERS = Registry('exporter', scope='mmbrecq', locations=['mmbrecq.deploy.exp
 # Runtimes that execute the exported files
 BACKENDS = Registry('backend', scope='mmbrecq', locations=['mmbrecq.deploy.backends'])
 # Algorithms that choose the bits of every layer
-SEARCHERS = Registry('searcher', scope='mmbrecq', locations=['mmbrecq.mixed_precision.search'])
+_SEARCHERS = _modules('mixed_precision.search', 'genetic', 'integer', 'nsga2')
+SEARCHERS = Registry('searcher', scope='mmbrecq', locations=_SEARCHERS)
 # What bits cost: bytes, bit operations, time
-COST_MODELS = Registry('cost model', scope='mmbrecq', locations=['mmbrecq.mixed_precision.costs'])
+_COST_MODELS = _modules('mixed_precision.costs', 'models', 'measured')
+COST_MODELS = Registry('cost model', scope='mmbrecq', locations=_COST_MODELS)

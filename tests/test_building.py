@@ -87,10 +87,8 @@ class Head:
     weight: float = 1.0
 
 
-def test_options_of_two_dataclasses_stand_side_by_side() -> None:
-    values = {'length': 3, 'weight': 2.0}
-    assert parse_options(Handle, values, 'tool', beside=Head) == Handle(3)
-    assert parse_options(Head, values, 'tool', beside=Handle) == Head(2.0)
+def test_options_of_a_dataclass() -> None:
+    assert parse_options(Handle, {'length': 3}, 'tool') == Handle(3)
     assert parse_options(Head, {}, 'tool', weight=4.0) == Head(4.0)
     assert parse_options(Head, {'weight': 5.0}, 'tool', weight=4.0) == Head(5.0)
 
@@ -99,7 +97,7 @@ def test_options_of_two_dataclasses_stand_side_by_side() -> None:
     ('values', 'message'),
     [
         (4, 'expected tool.handle to be a dict, but got 4'),
-        ({'lenght': 3}, "unknown option 'lenght' of tool.handle: expected length or round or spares or names or w"),
+        ({'lenght': 3}, "unknown option 'lenght' of tool.handle: expected length or round or spares or names"),
         ({'round': False}, "expected option 'length' of tool.handle, but it was not given"),
         (
             {'length': 3, 'round': 'False'},
@@ -121,7 +119,7 @@ def test_options_of_two_dataclasses_stand_side_by_side() -> None:
 )
 def test_options_that_are_refused(values: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f'^{message}'):
-        parse_options(Handle, values, 'tool.handle', beside=Head)
+        parse_options(Handle, values, 'tool.handle')
 
 
 CHILD = Registry('metric', parent=METRICS, scope='buildtest', locations=[])

@@ -22,9 +22,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, version: object) -> ModuleT
 @pytest.mark.parametrize(
     ('name', 'version'),
     [
-        ('torch', '2.1.0'),
+        ('torch', '2.6.0'),
         ('torch', '2.11.0+cu130'),
-        ('torch', '2.3.0a0+git1234567'),
+        ('torch', '2.7.0a0+git1234567'),
         ('mmengine', '0.10.0'),
         ('mmengine', '0.11.0rc1'),
         ('mmcv', '2.0.0'),
@@ -43,7 +43,7 @@ def test_accepts_version(monkeypatch, name, version):
 @pytest.mark.parametrize(
     ('name', 'version', 'expected'),
     [
-        ('torch', '2.0.1+cpu', '>=2.1'),
+        ('torch', '2.5.1+cpu', '>=2.6'),
         ('mmengine', '0.9.1', '>=0.10,<1'),
         ('mmengine', '1.0.0', '>=0.10,<1'),
         ('mmcv', '1.7.2', '>=2.0,<2.2'),
@@ -55,7 +55,7 @@ def test_accepts_version(monkeypatch, name, version):
 )
 def test_refuses_version(monkeypatch, name, version, expected):
     fake(monkeypatch, name, version)
-    install = (NEEDED | OPTIONAL)[name].install
+    install = (NEEDED | OPTIONAL)[name][1]
     with pytest.raises(
         ImportError, match=re.escape(f'expected {name}{expected}, but got {version}; ') + '.*: pip'
     ) as info:

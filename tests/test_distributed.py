@@ -105,7 +105,7 @@ def test_what_the_launcher_told_is_passed_on(monkeypatch: pytest.MonkeyPatch, la
         distributed.torch_dist, 'init_process_group', lambda backend, timeout: joined.append((backend, timeout))
     )
     monkeypatch.setattr(distributed.torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(os, 'environ', dict.fromkeys(distributed._VARIABLES[launcher], '3'))
+    monkeypatch.setattr(os, 'environ', dict.fromkeys(distributed._LAUNCHERS[launcher][1:], '3'))
     join_processes(launcher, {'backend': 'nccl', 'timeout': 60})
     assert joined == [('gloo', timedelta(seconds=60))]
     assert {os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} == {'3'}

@@ -23,9 +23,11 @@ from mmbrecq.deploy.verify import RULES
 from mmbrecq.engine.config import KEYS, NEEDED
 from mmbrecq.engine.ptq_loop import EVALUATIONS
 from mmbrecq.fake_quants.weight import AdaRound
-from mmbrecq.mixed_precision.costs import BitSerialAccelerator, LatencyTable, MeasuredLatency
-from mmbrecq.mixed_precision.search import GeneticSearcher, IntegerProgram, SearchOptions
-from mmbrecq.mixed_precision.sensitivity import AnalysisOptions
+from mmbrecq.mixed_precision.costs.measured import MeasuredLatency
+from mmbrecq.mixed_precision.costs.models import BitSerialAccelerator, LatencyTable
+from mmbrecq.mixed_precision.search.bits import SearchOptions
+from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
+from mmbrecq.mixed_precision.search.integer import IntegerProgram
 from mmbrecq.observers import HistogramObserver, MovingAverageObserver, MSEObserver, PercentileObserver
 from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -57,8 +59,7 @@ REFERENCE = {
     'Reconstructor: `NearestReconstructor`': NearestReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
-    '`search`, the analysis': AnalysisOptions,
-    '`search`, the choice': SearchOptions,
+    '`search`': SearchOptions,
     'Searcher: `GeneticSearcher`': GeneticSearcher,
     'Searcher: `IntegerProgram`': IntegerProgram,
     'Cost model: `LatencyTable`': LatencyTable,

@@ -8,7 +8,6 @@ from mmbrecq.functional import (
     affine_from_range,
     dequantize,
     expand,
-    fake_quantize,
     quantize,
     shared_affine_from_range,
     short_scale,
@@ -17,6 +16,10 @@ from mmbrecq.qtype import QType
 
 ASYMMETRIC, SIGNED = QType(4, symmetric=False, signed=False), QType(4)
 GRIDS = [QType(2, symmetric=False, signed=False), ASYMMETRIC, SIGNED, QType(8, narrow=True), QType(8, spare_bits=1)]
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qtype: QType) -> torch.Tensor:
+    return dequantize(quantize(x, scale, zero_point, qtype), scale, zero_point, qtype.ch_axis)
 
 
 def test_expand() -> None:

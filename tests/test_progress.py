@@ -30,13 +30,13 @@ def test_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypa
         monkeypatch.delenv(variable, raising=False)
     assert list(track([1, 2, 3], 'work')) == [1, 2, 3]
     with ProgressBar('work', 2) as bar:
-        bar.update(1, 'half')
+        bar.show(1, 'half')
     assert capsys.readouterr() == ('', '')
 
 
 def test_title_steps_and_message(terminal: io.StringIO) -> None:
     with ProgressBar('weights layer1', 40) as bar:
-        bar.update(10, 'loss 0.5')
+        bar.show(10, 'loss 0.5')
     drawn = terminal.getvalue()
     for part in ('weights layer1', '10/40', 'left', 'loss 0.5'):
         assert part in drawn

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmbrecq.engine.bit_search import TABLE, choose_bits
 from mmbrecq.engine.config import add_common_arguments, load_config, run_tool
-from mmbrecq.mixed_precision.search import parse_budgets
+from mmbrecq.mixed_precision.search.bits import parse_budgets
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -79,12 +78,9 @@ def merge_observers(observers: Sequence[BaseObserver]) -> None:
     """Merges the statistics of all processes into every observer, in the order of the processes."""
     if process_count() == 1:
         return
-    seen = gather([observer.state() for observer in observers])
-    for observer, first, *others in zip(observers, *seen, strict=True):
-        other = copy.deepcopy(observer)
-        observer.load_state(first)
-        for state in others:
-            other.load_state(state)
+    for observer, first, *others in zip(observers, *gather(list(observers)), strict=True):
+        vars(observer).update(vars(first))
+        for other in others:
             observer.merge(other)
 
 

@@ -18,8 +18,9 @@ from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, check_runs, task_loss_of
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
-from mmbrecq.mixed_precision.search import SearchOptions, check_budgets
-from mmbrecq.mixed_precision.sensitivity import STAGE, AnalysisOptions, Analyzer, SensitivityTable
+from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
+from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
@@ -40,7 +41,7 @@ class AnalysisLoop(BaseLoop):
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor, whose first pass has the options of the reconstruction.
         calibration: Options of the calibration images.
-        search: Options of :class:`AnalysisOptions`, and of :class:`SearchOptions`, whose budgets are checked.
+        search: Options of :class:`SearchOptions`, whose budgets are checked.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class AnalysisLoop(BaseLoop):
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
-        self.options = parse_options(AnalysisOptions, search, 'search', beside=SearchOptions)
-        self.search_options = parse_options(SearchOptions, search, 'search', beside=AnalysisOptions)
-        build(SEARCHERS, dict(self.search_options.searcher))
+        self.options = parse_options(SearchOptions, search, 'search')
+        build(SEARCHERS, dict(self.options.searcher))
         first: Mapping[str, Any] = reconstructor.get('weights', reconstructor.get('joint', {}))
         options = parse_options(StageOptions, {**first, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
         shared = ('loss', 'mirror', 'cache', 'cache_dtype', 'memory_limit')
         common = {key: reconstructor[key] for key in shared if key in reconstructor}
-        self.reconstructor = BaseReconstructor([Stage(STAGE, options, True, False, independent=True)], **common)
+        self.reconstructor = BaseReconstructor(**common)
+        self.reconstructor.stages = (Stage(STAGE, options, True, False, independent=True),)
         for hook in (ReconstructionLoggerHook, ReconstructionProgressHook):
             runner.register_hook(hook())
 
@@ -98,7 +99,7 @@ class AnalysisLoop(BaseLoop):
         room = self.reconstructor.image_room(Path(self.runner.work_dir))
         self.images, self._set = collect_images(model, self._set, room)
         check_runs(model, example_of(self.images))
-        asked = self.reconstructor.loss.needs_fisher or self.options.loss == 'fisher'
+        asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 
     def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
@@ -119,5 +120,5 @@ class AnalysisLoop(BaseLoop):
 
     def _check_budgets(self, table: SensitivityTable) -> None:
         """Refuses a budget that cannot be kept before the work, not after it."""
-        options = self.search_options
-        check_budgets(table, [build(COST_MODELS, dict(model)) for model in options.costs], options.budgets)
+        costs = [build(COST_MODELS, dict(model)) for model in self.options.costs]
+        check_budgets(table, costs, self.options.budgets)

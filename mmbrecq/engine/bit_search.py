@@ -13,9 +13,10 @@ from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
-from mmbrecq.mixed_precision.search import SearchOptions, SearchResult, find_front
-from mmbrecq.mixed_precision.search.bits import RESULT, build_problem, describe_choice, write_bit_config
-from mmbrecq.mixed_precision.sensitivity import AnalysisOptions, SensitivityTable
+from mmbrecq.mixed_precision.search import bits
+from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
+from mmbrecq.mixed_precision.search.nsga2 import find_front
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_sensitivities
 from mmbrecq.report.table import choice_text
@@ -28,7 +29,7 @@ FOLDER = 'search'
 
 def search_options(cfg: Config) -> SearchOptions:
     """Returns the options of the search in the config's ``search``; ConfigError for an unknown option."""
-    return parse_options(SearchOptions, cfg.get('search') or {}, 'search', beside=AnalysisOptions)
+    return parse_options(SearchOptions, cfg.get('search') or {}, 'search')
 
 
 def analyze(cfg: Config, path: str) -> SensitivityTable:
@@ -64,10 +65,10 @@ def choose_bits(
     table = SensitivityTable.load(table_path)
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
-    problem = build_problem(table, models, budgets)
+    problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
     choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
-    result = describe_choice(table, models, problem, choice)
+    result = bits.describe_choice(table, models, problem, choice)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
     result.images, result.inputs = table.images, table.inputs
     result.states = os.path.relpath(table_path.parent / 'states', out.parent)
@@ -78,7 +79,7 @@ def choose_bits(
         print(f'no front in the report: {error}')
     asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
     checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
-    write_bit_config(
+    bits.write_bit_config(
         out, Path(path), checkpoint, result, cfg.quantizer.get('overrides', ()), f'Bits chosen for {asked}'
     )
     print(f'{choice_text(result, table)}config: {out}')
@@ -105,4 +106,4 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
     folder = Path(own.work_dir)
     result = choose_bits(own, path, {}, folder / TABLE, folder / 'bits.py')
     cfg.quantizer.overrides = [*cfg.quantizer.get('overrides', ()), *result.overrides()]
-    return folder / RESULT
+    return folder / bits.RESULT

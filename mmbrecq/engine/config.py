@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.config.config import DELETE_KEY
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch import nn
 
 from mmbrecq.building import explain_build_error
 from mmbrecq.data.source import explain_data_error
 from mmbrecq.distributed import leave_processes
-from mmbrecq.engine.runner import ToolRunner, silent_logging_failures
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 from mmbrecq.progress import without_chatter
 
@@ -127,6 +132,42 @@ def resolve_checkpoint(checkpoint: str, config: str) -> str:
         return checkpoint
     beside = Path(config).parent / checkpoint
     return str(beside) if beside.exists() else checkpoint
+
+
+class ToolRunner(Runner):
+    """A runner that writes environment, config and hooks to the log file alone."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Builds mmengine's logger; it prints warnings alone until :meth:`log_environment`."""
+        logger = super().build_logger(*args, **kwargs)
+        self._consoles = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+        self._console_levels = [handler.level for handler in self._consoles]
+        for handler in self._consoles:
+            handler.setLevel(max(handler.level, logging.WARNING))
+        return logger
+
+    def log_environment(self) -> None:
+        """Lets the logger print what the config's ``log_level`` asks for."""
+        for handler, level in zip(self._consoles, self._console_levels, strict=True):
+            handler.setLevel(level)
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """Returns the model on its device, never in DistributedDataParallel, since the model is not trained."""
+        return model.to(get_device())
+
+    def dump_config(self) -> None:
+        """Writes nothing: the config of an earlier run stays until the loop has checked its input."""
+
+
+@contextmanager
+def silent_logging_failures() -> Iterator[None]:
+    """Prevents a log file that cannot be written, on a full disk, from filling the terminal with tracebacks."""
+    before = logging.raiseExceptions
+    logging.raiseExceptions = False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
 
 
 def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:

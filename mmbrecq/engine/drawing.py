@@ -26,7 +26,7 @@ HEADER, SMALLEST = 24, 224
 
 
 class SideBySide:
-    """Draws the predictions of two models for the same images.
+    """Draws the predictions of the float and of the quantized model for the same images.
 
     Args:
         dataset: The test set.
@@ -44,19 +44,27 @@ class SideBySide:
         count = min(count, len(dataset))
         with explained_data_errors():
             self.data = [dataset[i * len(dataset) // count] for i in range(count)]
+        self._float: list[Any] = []
 
-    def predict(self, model: nn.Module) -> list[Any]:
-        """Returns the predictions of ``model``, a data sample for each image."""
+    def note_float(self, model: nn.Module) -> None:
+        """Keeps the predictions of the float model."""
+        self._float = self._predict(model)
+
+    def compare(self, model: nn.Module) -> list[Path]:
+        """Draws both models' predictions, see :meth:`draw`; the float one's were noted."""
+        return self.draw(self._float, self._predict(model))
+
+    def _predict(self, model: nn.Module) -> list[Any]:
         with evaluation_mode(model):
             return [model.test_step(pseudo_collate([data]))[0].cpu() for data in self.data]  # type: ignore[operator]
 
-    def draw(self, left: list[Any], right: list[Any], titles: tuple[str, str]) -> list[Path]:
+    def draw(self, left: list[Any], right: list[Any]) -> list[Path]:
         """Writes a picture of every image; returns their paths, or raises StorageError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for number, (data, *samples) in enumerate(zip(self.data, left, right, strict=True)):
             image = _image_of(self.dataset, data, samples[0])
-            pair = zip(samples, titles, strict=True)
+            pair = zip(samples, ('float', 'quantized'), strict=True)
             halves = [_titled(self._drawn(image.copy(), sample), title) for sample, title in pair]
             name = Path(str(samples[0].metainfo.get('img_path', f'image{number}'))).stem
             paths.append(self.folder / f'{number:02d}_{name}.png')
@@ -79,28 +87,6 @@ def build_visualizer(scope: str) -> Any:
         known = ' or '.join(map(repr, VISUALIZER_TYPES))
         raise ConfigError(f'expected the default_scope of what is drawn to be {known}, but got {scope!r}')
     return VISUALIZERS.build({'type': VISUALIZER_TYPES[scope], 'name': 'side_by_side'})
-
-
-class ReportPictures:
-    """Draws the predictions of the float and of the quantized model for a run's report, if its scope can be drawn."""
-
-    def __init__(self, dataset: Any, scope: str, folder: Path) -> None:
-        self._drawing = None
-        if scope in VISUALIZER_TYPES:
-            self._drawing = SideBySide(dataset, build_visualizer(scope), folder / 'pictures', REPORTED)
-        self._float: list[Any] = []
-
-    def note_float(self, model: nn.Module) -> None:
-        """Keeps the predictions of the float model."""
-        if self._drawing is not None:
-            self._float = self._drawing.predict(model)
-
-    def draw(self, model: nn.Module) -> list[str]:
-        """Draws both models' predictions; returns the paths, from the folder of the run."""
-        if self._drawing is None or not self._float:
-            return []
-        paths = self._drawing.draw(self._float, self._drawing.predict(model), ('float', 'quantized'))
-        return [str(path.relative_to(self._drawing.folder.parent)) for path in paths]
 
 
 def _load(dataset: Any, path: Any) -> np.ndarray[Any, Any] | None:

@@ -1,19 +1,24 @@
-"""Defines hooks of mmengine's kind that observe a reconstruction and show it.
+"""Hooks of mmengine's kind that observe a reconstruction and show it.
 
-A hook in the config's ``custom_hooks`` may define any method of :class:`ReconstructionHook` beside mmengine's own.
+A hook in the config's ``custom_hooks`` may define ``before_reconstruct_stage``, ``before_reconstruct_unit``,
+``after_reconstruct_step``, ``after_reconstruct_unit`` and ``after_reconstruct_stage``. They get the runner and, by
+name, what the methods of :class:`~mmbrecq.reconstruction.callbacks.Callback` get. ``after_reconstruct``, which gets the
+runner, is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.progress import ProgressBar
-from mmbrecq.reconstruction.callbacks import Callback, Progress
+from mmbrecq.reconstruction.callbacks import EVENTS, Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
@@ -23,62 +28,30 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 
-class ReconstructionHook(Hook):
-    """Base of the hooks around a reconstruction; its methods do nothing, and mmengine's runner calls them."""
-
-    def before_reconstruct_stage(
-        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
-    ) -> None:
-        """Runs before a pass over all units."""
-
-    def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
-        """Runs before a unit is optimised."""
-
-    def after_reconstruct_step(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
-    ) -> None:
-        """Runs after every hundredth iteration; ``loss`` is the mean reconstruction loss since the last call."""
-
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
-        """Runs after a unit is done and its outputs are computed for the next units."""
-
-    def after_reconstruct_stage(self, runner: Runner, stage: Stage) -> None:
-        """Runs after a pass over all units."""
-
-    def after_reconstruct(self, runner: Runner) -> None:
-        """Runs after the last pass, and where an error or Ctrl-C ends the reconstruction before that."""
-
-
 @HOOKS.register_module()
-class ReconstructionLoggerHook(ReconstructionHook):
+class ReconstructionLoggerHook(Hook):
     """Writes one log line per unit."""
 
-    def before_reconstruct_stage(
-        self, runner: Runner, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress
-    ) -> None:
+    def before_reconstruct_stage(self, runner: Runner, stage: Stage, progress: Progress, **_: Any) -> None:
         options = stage.options
         runner.logger.info(
             f'reconstruction of {stage.name}: {progress.count} units, {options.iterations} iterations of '
             f'{options.batch_size} images each{f"; {progress.done} units are done" if progress.done else ""}'
         )
 
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, result: UnitResult, progress: Progress, **_: Any) -> None:
         kept = ', worse than before: kept as it was' if result.kept_nearest else ''
         relative = ' -> '.join(f'{100 * loss:.2g}' for loss in result.relative_losses)
         rest = f', about {format_seconds(progress.seconds_left)} left' if progress.seconds_left else ''
         runner.logger.info(
-            f'{stage.name} {progress.done}/{progress.count} {unit.name}: loss {result.loss_before:.4g} -> '
+            f'{result.stage} {progress.done}/{progress.count} {result.name}: loss {result.loss_before:.4g} -> '
             f'{result.loss_after:.4g}, {relative} % of its output, {result.iterations} iterations, '
             f'{result.seconds:.1f} s{kept}{rest}'
         )
 
 
 @HOOKS.register_module()
-class ReconstructionScalarsHook(ReconstructionHook):
+class ReconstructionScalarsHook(Hook):
     """Passes losses to the backends of the config's visualizer, such as TensorBoard.
 
     ``<stage>/<unit>`` is the loss over the iterations of a unit. ``<stage>/before`` and ``<stage>/after`` are the
@@ -94,15 +67,13 @@ class ReconstructionScalarsHook(ReconstructionHook):
         runner.visualizer.add_scalar(f'{stage.name}/{unit.name}', loss, step)
 
     @master_only
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, result: UnitResult, progress: Progress, **_: Any) -> None:
         for word, loss in zip(('before', 'after'), result.relative_losses, strict=True):
-            runner.visualizer.add_scalar(f'{stage.name}/{word}', loss, progress.done)
+            runner.visualizer.add_scalar(f'{result.stage}/{word}', loss, progress.done)
 
 
 @HOOKS.register_module()
-class ReconstructionProgressHook(ReconstructionHook):
+class ReconstructionProgressHook(Hook):
     """Shows a bar per unit with its loss and the time left."""
 
     # the bar goes before the logger writes its line
@@ -113,17 +84,13 @@ class ReconstructionProgressHook(ReconstructionHook):
 
     def before_reconstruct_unit(self, runner: Runner, stage: Stage, unit: ReconstructionUnit) -> None:
         self._bar = ProgressBar(f'{stage.name} {unit.name}', stage.options.iterations)
-        self._bar.__enter__()
+        self._bar.start()
 
-    def after_reconstruct_step(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, step: int, loss: float
-    ) -> None:
+    def after_reconstruct_step(self, runner: Runner, step: int, loss: float, **_: Any) -> None:
         if self._bar is not None:
-            self._bar.update(step, f'loss {loss:.4g}')
+            self._bar.show(step, f'loss {loss:.4g}')
 
-    def after_reconstruct_unit(
-        self, runner: Runner, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress
-    ) -> None:
+    def after_reconstruct_unit(self, runner: Runner, **_: Any) -> None:
         self._close()
 
     def after_reconstruct(self, runner: Runner) -> None:
@@ -131,27 +98,18 @@ class ReconstructionProgressHook(ReconstructionHook):
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.__exit__()
+            self._bar.stop()
             self._bar = None
 
 
 class HookCaller(Callback):
-    """Calls the hooks of the runner for every event of a reconstruction."""
+    """Calls the hooks of the runner for every event of a reconstruction, with its arguments by name."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
+        for event in EVENTS:
+            setattr(self, event, partial(self._call, event, signature(getattr(Callback, event)).parameters))
 
-    def before_stage(self, stage: Stage, units: Sequence[ReconstructionUnit], progress: Progress) -> None:
-        self.runner.call_hook('before_reconstruct_stage', stage=stage, units=units, progress=progress)
-
-    def before_unit(self, stage: Stage, unit: ReconstructionUnit) -> None:
-        self.runner.call_hook('before_reconstruct_unit', stage=stage, unit=unit)
-
-    def after_step(self, stage: Stage, unit: ReconstructionUnit, step: int, loss: float) -> None:
-        self.runner.call_hook('after_reconstruct_step', stage=stage, unit=unit, step=step, loss=loss)
-
-    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
-        self.runner.call_hook('after_reconstruct_unit', stage=stage, unit=unit, result=result, progress=progress)
-
-    def after_stage(self, stage: Stage) -> None:
-        self.runner.call_hook('after_reconstruct_stage', stage=stage)
+    def _call(self, event: str, names: Iterable[str], *values: Any) -> None:
+        _, *own = names
+        self.runner.call_hook(event.replace('_', '_reconstruct_', 1), **dict(zip(own, values, strict=True)))

@@ -12,8 +12,7 @@ from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.evaluator import Evaluator
-from mmengine.runner import Runner
-from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner import Runner, TestLoop
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,14 +25,9 @@ from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import batch_number, check_same_bits, gather, on_main, process_count
-from mmbrecq.engine.drawing import ReportPictures
+from mmbrecq.engine import hooks
+from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
-from mmbrecq.engine.hooks import (
-    HookCaller,
-    ReconstructionLoggerHook,
-    ReconstructionProgressHook,
-    ReconstructionScalarsHook,
-)  # fmt: skip
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -42,23 +36,25 @@ from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
-from mmbrecq.report import Summary, print_table
+from mmbrecq.report.summary import Summary
+from mmbrecq.report.table import print_table
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
 from mmbrecq.runs.journal import Journal
-from mmbrecq.runs.measure import model_size, peak_memory, versions
-from mmbrecq.runs.run_files import RunFiles, RunRecorder, rehearsal_text
+from mmbrecq.runs.run_files import RunFiles, model_size, peak_memory, rehearsal_text, versions
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """Names of the evaluations that a run may make, in this order."""
 
 JOURNAL = 'reconstruction.pth'
 
-DEFAULT_HOOKS = (ReconstructionLoggerHook, ReconstructionScalarsHook, ReconstructionProgressHook)
+DEFAULT_HOOKS = (
+    hooks.ReconstructionLoggerHook, hooks.ReconstructionScalarsHook, hooks.ReconstructionProgressHook,
+)  # fmt: skip
 
 
 @LOOPS.register_module()
-class PTQLoop(BaseLoop):
+class PTQLoop(TestLoop):
     """Quantizes the runner's model.
 
     Args:
@@ -95,9 +91,7 @@ class PTQLoop(BaseLoop):
         resume: bool = False,
         dry_run: bool = False,
     ) -> None:
-        super().__init__(runner, dataloader)
-        self.evaluator = runner.build_evaluator(evaluator)
-        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        super().__init__(runner, dataloader, evaluator)
         unknown = sorted(set(evaluations) - set(EVALUATIONS))
         if unknown:
             raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')
@@ -133,7 +127,10 @@ class PTQLoop(BaseLoop):
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         images, share = collect_images(self.runner.model, calibration, self.reconstructor.image_room(self.folder))
         check_runs(self.runner.model, example_of(images))
-        pictures = ReportPictures(self.dataloader.dataset, self.runner.cfg.get('default_scope') or '', self.folder)
+        scope, pictures = self.runner.cfg.get('default_scope'), None
+        if scope in VISUALIZER_TYPES:
+            folder = self.folder / 'pictures'
+            pictures = SideBySide(self.dataloader.dataset, build_visualizer(scope), folder, REPORTED)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
         if self.dry_run or not self.journal.units:
@@ -141,7 +138,8 @@ class PTQLoop(BaseLoop):
         if self.dry_run:
             return {}
         self._evaluate('float')
-        pictures.note_float(self.runner.model)
+        if pictures is not None:
+            pictures.note_float(self.runner.model)
         model = self._prepare(images)
         task_loss = task_loss_of(self.runner.model) if self._has_task_loss(share) else None
         if self.chosen is not None:
@@ -164,7 +162,9 @@ class PTQLoop(BaseLoop):
         example = example_of(images)
         del images, task
         self._finish(model)
-        self.summary.pictures = on_main(partial(pictures.draw, self.runner.model))
+        if pictures is not None:
+            paths = on_main(partial(pictures.compare, self.runner.model))
+            self.summary.pictures = [str(path.relative_to(self.folder)) for path in paths]
         self._deploy(model, example)
         self.summary.peak_memory_bytes = peak_memory()
         self.summary.seconds.total = time.perf_counter() - start
@@ -179,7 +179,7 @@ class PTQLoop(BaseLoop):
         identity = describe_config(self.runner.cfg)
         identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
-        self.journal = Journal(self.folder / JOURNAL, identity, self.config_text)
+        self.journal = Journal(self.folder / JOURNAL, self.runner.model, identity, self.config_text)
         if not self.resume:
             return
         if not self.journal.load():
@@ -247,8 +247,7 @@ class PTQLoop(BaseLoop):
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')
-        recorder = RunRecorder(task.model, self.summary, self.journal, self.files)
-        callback = Callbacks([HookCaller(self.runner), recorder])
+        callback = Callbacks([hooks.HookCaller(self.runner), self.files, self.journal])
         seconds = sum(unit.result.seconds for unit in task.resumed.values())
         start = time.perf_counter()
         try:
@@ -261,7 +260,7 @@ class PTQLoop(BaseLoop):
             self.runner.call_hook('after_reconstruct')
             self.journal.save()
         self.summary.seconds.reconstruct = seconds
-        kept = [f'{u.name} ({u.phase})' for u in self.summary.units if u.kept_nearest]
+        kept = [f'{u.name} ({u.stage})' for u in self.summary.units if u.kept_nearest]
         if kept:
             text = f'the reconstruction made these units worse, so they keep what they had: {", ".join(kept)}'
             self.summary.warnings.append(text)
@@ -318,7 +317,7 @@ class PTQLoop(BaseLoop):
 
     def _has_task_loss(self, calibration: CalibrationSet) -> bool:
         """Returns whether a loss needs the task loss and the images are annotated, so that it can be computed."""
-        asked = self.reconstructor.loss.needs_fisher or (self.chosen is not None and self.chosen.needs_task_loss)
+        asked = self.reconstructor.criterion.needs_fisher or (self.chosen is not None and self.chosen.needs_task_loss)
         return asked and all(gather(has_annotations(calibration.batches())))
 
     @contextmanager

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.evaluator import Evaluator
-from mmengine.runner import Runner
-from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner import Runner, TestLoop
 from torch.utils.data import DataLoader
 
 from mmbrecq.deploy.backends import DeployedModel
@@ -24,7 +23,7 @@ DEPLOYED_SUFFIXES = ('.onnx', '.xml')
 
 
 @LOOPS.register_module()
-class QuantizedTestLoop(BaseLoop):
+class QuantizedTestLoop(TestLoop):
     """Measures the results of a run; no calibration data is read.
 
     Args:
@@ -49,9 +48,7 @@ class QuantizedTestLoop(BaseLoop):
         float_checkpoint: str | None = None,
         show_dir: str | None = None,
     ) -> None:
-        super().__init__(runner, dataloader)
-        self.evaluator = runner.build_evaluator(evaluator)
-        self.evaluator.dataset_meta = getattr(self.dataloader.dataset, 'metainfo', None)
+        super().__init__(runner, dataloader, evaluator)
         self.checkpoint, self.quantizer = checkpoint, dict(quantizer)
         self.own_bits, self.float_checkpoint = own_bits, float_checkpoint
         self.drawing = None
@@ -64,10 +61,9 @@ class QuantizedTestLoop(BaseLoop):
         self.runner.call_hook('before_test')
         model = self.runner.model
         check_classes(model, self.dataloader.dataset)
-        float_predictions = []
         if self.drawing is not None and self.float_checkpoint is not None:
             load_float_checkpoint(model, self.float_checkpoint)
-            float_predictions = self.drawing.predict(model)
+            self.drawing.note_float(model)
         if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
             DeployedModel(model, Path(self.checkpoint)).attach()
         else:
@@ -76,8 +72,7 @@ class QuantizedTestLoop(BaseLoop):
         for name, value in metrics.items():
             self.runner.logger.info(f'{name}: {value!r}')
         if self.drawing is not None:
-            predictions = self.drawing.predict(model)
-            pictures = on_main(partial(self.drawing.draw, float_predictions, predictions, ('float', 'quantized')))
+            pictures = on_main(partial(self.drawing.compare, model))
             self.runner.logger.info(f'{len(pictures)} pictures of both predictions in {self.drawing.folder}')
         self.runner.call_hook('after_test')
         return metrics

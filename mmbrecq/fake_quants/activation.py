@@ -47,22 +47,11 @@ class FakeQuantize(nn.Module):
     def _register_scale(self, scale: Tensor) -> None:
         self.register_buffer('scale', scale)
 
-    def start(self) -> list[nn.Parameter]:
-        """Begins the optimisation, and returns the parameters that are learned."""
-        return []
-
-    def finish(self) -> None:
-        """Ends the optimisation."""
-
     def set_grid(self, scale: Tensor, zero_point: Tensor) -> None:
         """Sets the scale, to the bits that it keeps, and the zero-point, both ``()`` or ``(C,)``."""
         with torch.no_grad():
-            self.scale.copy_(self._kept(scale))
+            self.scale.copy_(scale if self.full_scale else short_scale(scale))
             self.zero_point.copy_(zero_point)
-
-    def _kept(self, scale: Tensor) -> Tensor:
-        """Returns the scale as it is stored."""
-        return scale if self.full_scale else short_scale(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -88,7 +77,7 @@ class FakeQuantize(nn.Module):
             if qtype.ch_axis is not None:
                 raise ExportError('expected a grid per tensor below 8 bits to export, but got one per channel')
             low, high = ((bounds - int(self.zero_point)) * self.scale.detach().cpu()).unbind()
-        return Clip((low.clone(), high.clone()), self.integer_clip)
+        return low.clone(), high.clone()
 
 
 @FAKE_QUANTS.register_module()
@@ -100,14 +89,3 @@ class LSQ(FakeQuantize):
 
     def _register_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale, requires_grad=False)
-
-    def start(self) -> list[nn.Parameter]:
-        assert isinstance(self.scale, nn.Parameter)
-        self.scale.requires_grad_(True)
-        return [self.scale]
-
-    def finish(self) -> None:
-        with torch.no_grad():
-            self.scale.copy_(self._kept(self.scale))
-        self.scale.requires_grad_(False)
-        self.scale.grad = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, find_parametrization
 
 LARGEST_BIAS = 2.0**30
 """In units of input scale times weight scale; int32 then has as much room again for the sum of products."""
@@ -48,11 +48,7 @@ def correct_bias(module: Any) -> None:
 
 def bias_correction(module: nn.Module) -> BiasCorrection | None:
     """Returns the correction of a module's bias, None where it has none."""
-    if not parametrize.is_parametrized(module, 'bias'):
-        return None
-    parametrizations: Any = module.parametrizations
-    found = parametrizations['bias'][0]
-    return found if isinstance(found, BiasCorrection) else None
+    return find_parametrization(module, 'bias', BiasCorrection)
 
 
 def bake_bias(module: nn.Module) -> None:

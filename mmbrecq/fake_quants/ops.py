@@ -17,19 +17,9 @@ from mmbrecq.functional import dequantize, expand
 from mmbrecq.kernels.native import BLOCK, kernel
 from mmbrecq.qtype import QType
 
-
-@dataclass(frozen=True)
-class Clip:
-    """How an exported grid is cut that is smaller than its container.
-
-    Args:
-        bounds: Smallest and largest value, scalars: integers in the container's dtype, or real values.
-        on_integers: Which of the two.
-    """
-
-    bounds: tuple[Tensor, Tensor]
-    on_integers: bool
-
+Clip = tuple[Tensor, Tensor]
+"""How an exported grid is cut that is smaller than its container: the smallest and the largest value, scalars. They are
+integers in the container's dtype between Q and DQ, or real values before Q."""
 
 UNBOUNDED = (-math.inf, math.inf)
 """Bounds of a rectifier that changes nothing."""
@@ -148,11 +138,11 @@ class FakeQuantizeFunction(torch.autograd.Function):
     @staticmethod
     def symbolic(g: Any, x: Any, scale: Any, zero_point: Any, qtype: QType, clip: Clip | None, keep: None) -> Any:
         axis = {} if qtype.ch_axis is None else {'axis_i': qtype.ch_axis}
-        bounds = [] if clip is None else [g.op('Constant', value_t=bound) for bound in clip.bounds]
-        if clip is not None and not clip.on_integers:
+        bounds = [g.op('Constant', value_t=bound) for bound in clip or ()]
+        if clip is not None and clip[0].is_floating_point():
             x = g.op('Clip', x, *bounds)
         codes = g.op('QuantizeLinear', x, scale, zero_point, **axis)
-        if clip is not None and clip.on_integers:
+        if clip is not None and not clip[0].is_floating_point():
             codes = g.op('Clip', codes, *bounds)
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
@@ -198,21 +188,11 @@ class DequantizeFunction(torch.autograd.Function):
         return g.op('DequantizeLinear', codes, scale, zero_point, **axis)
 
 
-def soft_rounding(alpha: Tensor, zeta: float, gamma: float) -> Tensor:
-    """Returns ``clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``, the rectified sigmoid; same shape."""
-    return torch.clamp(torch.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
-
-
-def initial_alpha(fraction: Tensor, zeta: float, gamma: float) -> Tensor:
-    """Returns the ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
-    return -torch.log((zeta - gamma) / (fraction - gamma) - 1)
-
-
 @dataclass(frozen=True)
 class Sigmoid:
-    """AdaRound's rectified sigmoid in terms of ``sigma``, the sigmoid of ``alpha`` clamped to where it is not cut.
+    """AdaRound's rectified sigmoid: the soft rounding ``h = clamp(sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)``.
 
-    The soft rounding is ``h = sigma * (zeta - gamma) + gamma``.
+    ``sigma`` is the sigmoid of ``alpha``, clamped to where the soft rounding is not cut.
 
     Args:
         zeta: Upper stretch of the rectified sigmoid, > 1.
@@ -226,6 +206,14 @@ class Sigmoid:
     def stretch(self) -> float:
         """``dh / dsigma``."""
         return self.zeta - self.gamma
+
+    def soft(self, alpha: Tensor) -> Tensor:
+        """Returns the soft rounding; same shape."""
+        return torch.clamp(torch.sigmoid(alpha) * self.stretch + self.gamma, 0, 1)
+
+    def inverse(self, fraction: Tensor) -> Tensor:
+        """Returns the ``alpha`` whose soft rounding equals ``fraction``, in [0, 1); same shape."""
+        return -torch.log(self.stretch / (fraction - self.gamma) - 1)
 
     def at(self, h: float) -> float:
         """Returns the ``sigma`` of a soft rounding ``h``."""

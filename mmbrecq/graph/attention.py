@@ -23,14 +23,17 @@ def attend(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns what ``module(query, key, value, ...)`` returns in evaluation mode; GraphError for unsupported forms."""
-    if key_padding_mask is not None or module.bias_k is not None or module.add_zero_attn or query.dim() != 3:
-        raise GraphError('expected attention over batches without padding masks or added keys')
+    if module.bias_k is not None or module.add_zero_attn or query.dim() != 3:
+        raise GraphError('expected attention over batches without added keys')
     heads, width = module.num_heads, module.head_dim
     q, k, v = (
         x.reshape(x.shape[0], x.shape[1], heads, width).transpose(1, 2)
         for x in (p if module.batch_first else p.transpose(0, 1) for p in _projections(module, query, key, value))
     )
     mask = None if attn_mask is None else _additive(attn_mask, q)
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, q)[:, None, None]
+        mask = padding if mask is None else mask + padding
     weights = None
     if need_weights:
         scores = (q * width**-0.5) @ k.transpose(-2, -1)
@@ -56,7 +59,7 @@ def _projections(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:
-    """Returns a mask, ``(L, S)`` or ``(N * heads, L, S)``, as numbers to add to the scores ``(N, heads, L, S)``."""
+    """Returns a mask as numbers to add to the scores ``(N, heads, L, S)``; ``(N * heads, L, S)`` gets their shape."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
     return mask.reshape(q.shape[0], q.shape[1], mask.shape[1], mask.shape[2]) if mask.dim() == 3 else mask

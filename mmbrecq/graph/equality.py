@@ -7,14 +7,13 @@ where the two first differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import GraphError, MMBrecqError, first_line
 from mmbrecq.graph.components import ImageForward, pre_hooks
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.traced_graph import evaluation_mode, other_size
@@ -61,10 +60,19 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
     layers = {path: m for path, m in model.named_modules() if path and not any(m.children())}
     for index, batch in enumerate(batches):
         # another height and width is more than every model has
-        with suppress(Exception) if index == 2 else nullcontext():
+        try:
             outputs, reads = _run(model, forward, batch, layers)
-            reference.outputs.append(outputs)
-            reference.reads.append(reads)
+        except MMBrecqError:
+            raise
+        except Exception as error:
+            if index == 2:
+                break
+            shape = ' x '.join(map(str, batch.shape))
+            raise GraphError(
+                f'{type(model).__name__} does not run on images of {shape}: {first_line(error)}'
+            ) from error
+        reference.outputs.append(outputs)
+        reference.reads.append(reads)
     return reference
 
 
@@ -166,6 +174,6 @@ def output_error(found: Tensor, wanted: Tensor) -> float:
         return 0.0 if torch.equal(found, wanted) else float('inf')
     found, wanted = found.double(), wanted.double()
     power = float(wanted.square().mean())
-    variance = float(wanted.var(0, correction=0).mean()) if len(wanted) > 1 else power
+    variance = float(wanted.var(0, correction=0).mean()) if wanted.dim() and len(wanted) > 1 else power
     allowed = max(variance, power * _ROUNDING / TOLERANCE, 1e-30)
     return float((found - wanted).square().mean()) / allowed

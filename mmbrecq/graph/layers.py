@@ -24,7 +24,11 @@ _FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED), F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
     F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
 }  # fmt: skip
-_PRODUCTS = (torch.matmul, torch.mm, operator.matmul, 'matmul', 'mm')
+_LINEAR = (torch.matmul, torch.mm, operator.matmul, 'matmul', 'mm')
+_AFFINE = (torch.addmm, 'addmm')
+PRODUCTS = (*_LINEAR, *_AFFINE, torch.bmm, torch.baddbmm, 'bmm', 'baddbmm')
+"""Functions and methods that a file has as products of matrices."""
+
 _FORWARDS = {kind.forward for kind in WEIGHTED}
 
 
@@ -134,14 +138,14 @@ def make_layers(model: nn.Module, graph: fx.Graph) -> None:
         if node.op not in ('call_function', 'call_method'):
             continue
         function, options = _call_of(node)
-        if function is None or _is_constant(options['input']):
+        if function is None or is_constant(options['input']):
             continue
         own = {name: value for name, value in options.items() if name != 'input'}
-        if not all(map(_is_constant, own.values())):
+        if not all(map(is_constant, own.values())):
             continue
         key = (function, *own.items())
         values = {name: v.meta['example'] if isinstance(v, fx.Node) else v for name, v in options.items()}
-        if node.target in _PRODUCTS:
+        if node.target in PRODUCTS:
             values['weight'] = values['weight'].t()
         if key not in made:
             made[key] = _path(model, graph, node, options['weight'])
@@ -154,8 +158,17 @@ def make_layers(model: nn.Module, graph: fx.Graph) -> None:
         while unused:
             dead = unused.pop()
             if not dead.users:
-                unused += [n for n in dead.all_input_nodes if n is not call and _is_constant(n)]
+                unused += [n for n in dead.all_input_nodes if n is not call and is_constant(n)]
                 graph.erase_node(dead)
+
+
+def copy_read_parameters(model: nn.Module, graph: fx.Graph) -> None:
+    """Gives every weight or bias of a layer that the graph reads elsewhere a buffer: those of the layer will change."""
+    for node in graph.nodes:
+        path, _, name = str(node.target).rpartition('.') if node.op == 'get_attr' else ('', '', '')
+        if path and isinstance(model.get_submodule(path), WEIGHTED):
+            node.target = free_name(model, f'{path}_{name}_read'.replace('.', '_'))
+            model.register_buffer(node.target, node.meta['example'].detach().clone())
 
 
 def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
@@ -181,14 +194,20 @@ def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:
     """Returns the function of a layer that ``node`` calls, None for another, and its arguments by name."""
     if node.target in _FUNCTIONS:
         return node.target, _named(node.target, node.args, node.kwargs)
-    if node.target in _PRODUCTS and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
+    if node.target in _LINEAR and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
         weight = node.args[1].meta['example']
         if isinstance(weight, Tensor) and weight.dim() == 2:
             return F.linear, {'input': node.args[0], 'weight': node.args[1]}
+    if node.target in _AFFINE and len(node.args) == 3 and not node.kwargs and _is_vector(node.args[0]):
+        return F.linear, dict(zip(('bias', 'input', 'weight'), node.args, strict=True))
     return None, {}
 
 
-def _is_constant(value: Any) -> bool:
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.meta['example'].dim() == 1
+
+
+def is_constant(value: Any) -> bool:
     """Returns whether the value follows from no input."""
     sources = sources_of(value) if isinstance(value, fx.Node) else ()
     return all(node.op not in ('placeholder', 'call_module') for node in sources)

@@ -20,6 +20,7 @@ _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _IDENTITIES = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
+_ROWS = ('flatten', 'reshape', 'view')
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
@@ -81,15 +82,17 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
         _check_statistics(model, node)
         _write_out_gain(model, node)
         source = node.args[0] if node.op == 'call_module' and node.args else None
-        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+        while isinstance(source, fx.Node) and _keeps_last_axis(source):
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or source.op != 'call_module' or not _has_one_reader(source):
             continue
         norm, layer = (model.get_submodule(str(n.target)) for n in (node, source))
         if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS:
             continue
-        if not _owns_channels(layer, source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
+        if not _owns_channels(layer, node) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
         _fold(layer, norm)
-        node.replace_all_uses_with(source)
+        node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
         replace_module(model, str(node.target), nn.Identity())
         folded.append(str(source.target))
@@ -118,12 +121,29 @@ def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
 
 
-def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
-    """Returns whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
+def _keeps_last_axis(node: fx.Node) -> bool:
+    """Returns whether ``node`` brings tokens, ``(N, L, C)``, to rows ``(N * L, C)`` that nothing else reads."""
+    if (
+        not _has_one_reader(node)
+        or node.op == 'call_module'
+        or getattr(node.target, '__name__', node.target) not in _ROWS
+    ):
+        return False
+    rows, tokens = (n.meta['example'] for n in (node, node.all_input_nodes[0]))
+    return isinstance(tokens, Tensor) and rows.dim() == 2 < tokens.dim() and rows.shape[1] == tokens.shape[-1]
+
+
+def _has_one_reader(node: fx.Node) -> bool:
+    """Returns whether one node reads the values of ``node``; others may read its shape."""
+    return sum(user.op != 'call_function' or user.target is not getattr for user in node.users) == 1
+
+
+def _owns_channels(layer: nn.Module, norm: fx.Node) -> bool:
+    """Returns whether axis 1, which a BatchNorm normalises, is that of the output channels of the layer before it."""
     if not isinstance(layer, WEIGHTED):
         return False
     axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
-    return bool(call.meta['example'].dim() == axes)
+    return bool(norm.meta['example'].dim() == axes)
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
+from mmbrecq.graph.layers import PRODUCTS
+from mmbrecq.graph.layers import is_constant as follows_from_no_input
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.symbolic import sources_of
 from mmbrecq.presets import Preset
@@ -50,13 +53,20 @@ class QuantizerPosition:
 def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     """Returns the positions of a graph in the order of its nodes."""
     quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
+    partial = _partial_concats(roles, set(quantized)) if preset.equal_concat else set()
+    quantized = [n for n in quantized if not all(_leads_to(user, partial, roles) for user in n.users)]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
     by_channel = _with_channel_scales([group[0] for group in groups if len(group) == 1], roles, preset)
     positions = []
+
+    def reads_float(user: fx.Node, node: fx.Node) -> bool:
+        is_summed = preset.add_operands == 'shortcut' and _is_summed_within(user, node, quantized, roles)
+        return is_summed or _reads_float(user, node, roles, preset) or _leads_to(user, partial, roles)
+
     for group in groups:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
-        readers = frozenset(u for n in group for u in n.users if _reads_float(u, n, roles, preset))
+        readers = frozenset(u for n in group for u in n.users if reads_float(u, n))
         per_channel = group[0] in by_channel
         # what a target computes of them between folded scales is float, and rounded as it is here
         full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
@@ -72,9 +82,13 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    if not roles.is_tensor(node) or roles.moves_only(node):
+    is_constant = node.op == 'get_attr' and torch.is_floating_point(node.meta['example'])
+    if not (roles.is_tensor(node) or is_constant) or roles.moves_only(node):
         return preset.quantizes_concat and roles.is_concat(node) and _joins_grids(node, roles)
     consumers = list(roles.consumers(node))
+    if is_constant:
+        # such as learned queries
+        return any(roles.is_weighted(c) for c in consumers)
     if all(_is_outside(c, preset) for c in consumers) or _is_fused(node, roles, preset):
         return False
     if any(roles.is_weighted(c) for c in consumers):
@@ -87,9 +101,8 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
         # a linear layer is an integer operator whatever follows it
         linear = isinstance(roles.module(node), nn.Linear)
         return not (linear and all(roles.is_add(c) and _stays_float(c, roles) for c in consumers))
-    if all(roles.is_add(c) for c in consumers) and preset.add_operands == 'shortcut':
-        return any(_is_shortcut(node, add, roles) for add in consumers)
-    return False
+    adds = [c for c in consumers if roles.is_add(c)]
+    return preset.add_operands == 'shortcut' and any(_is_shortcut(node, add, roles) for add in adds)
 
 
 def _joins_grids(concat: fx.Node, roles: Roles) -> bool:
@@ -170,7 +183,12 @@ def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> 
 
 
 def _is_outside(user: fx.Node, preset: Preset) -> bool:
-    """Returns whether ``user`` is the network's output, or an opaque module, whose layers have their own quantizers."""
+    """Returns whether ``user`` is the network's output, or an opaque module, whose layers have their own quantizers.
+
+    A product with a constant that is no layer counts too: targets would take it for a layer with a weight in float.
+    """
+    if user.target in PRODUCTS and any(map(follows_from_no_input, user.args[-2:])):
+        return True
     opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
     return user.op == 'output' or (opaque and not preset.conv_outputs)
 
@@ -185,8 +203,7 @@ def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> boo
 
 def _is_inner(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
     """Returns whether the target computes ``user`` within the layer ``node``, whose value has other readers too."""
-    fuses = preset.fuses is not None and not preset.conv_outputs and roles.kind(user) in preset.fuses
-    return fuses and roles.is_weighted(node) and roles.is_activation(user)
+    return roles.is_weighted(node) and roles.kind(user) in preset.fuses_beside
 
 
 def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
@@ -209,6 +226,30 @@ def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:
         # both read the same value: the later one in the graph
         return list(add.all_input_nodes).index(layer) == 1
     return source in sources_of(others[0])
+
+
+def _partial_concats(roles: Roles, quantized: set[fx.Node]) -> set[fx.Node]:
+    """Returns the concatenations of which some inputs are quantized for other readers: they read all in float."""
+    found = set()
+    for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
+        sources = {s for s in roles.sources(concat) if roles.is_tensor(s)}
+        if not sources <= quantized and not any(map(roles.is_weighted, roles.consumers(concat))):
+            found.add(concat)
+    return found
+
+
+def _leads_to(user: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:
+    """Returns whether the values that ``user`` moves reach nothing else than ``concats``."""
+    moves = roles.moves_only(user) and bool(user.users)
+    return user in concats or (moves and all(_leads_to(u, concats, roles) for u in user.users))
+
+
+def _is_summed_within(add: fx.Node, layer: fx.Node, quantized: list[fx.Node], roles: Roles) -> bool:
+    """Returns whether ``add`` is computed within ``layer``, for its other operand is quantized, and of no layer."""
+    if not roles.is_add(add) or not roles.is_weighted(layer):
+        return False
+    others = [source for source in roles.sources(add) if source is not layer]
+    return bool(others) and all(other in quantized and not roles.is_weighted(other) for other in others)
 
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:

@@ -43,7 +43,7 @@ _MEANS = (
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
     torch.mean, 'mean',
 )  # fmt: skip
-_SELECTIONS = (torch.amax, torch.amin, 'amax', 'amin', torch.stack, 'float', 'detach', 'type_as')
+_SELECTIONS = (torch.amax, torch.amin, 'amax', 'amin', 'float', 'detach', 'type_as')
 _CONVEX_MODES = ('nearest', 'nearest-exact', 'linear', 'bilinear', 'trilinear', 'area')
 
 

@@ -15,7 +15,7 @@ from mmbrecq.graph.symbolic import bind
 from mmbrecq.graph.tracer import WEIGHTED
 
 _ADD = (operator.add, torch.add, 'add')
-_CONCAT = (torch.cat, torch.concat, torch.concatenate)
+_CONCAT = (torch.cat, torch.concat, torch.concatenate, torch.stack)
 _ACTIVATION_CALLS = (
     F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish,
     torch.relu, torch.sigmoid, torch.tanh, F.sigmoid, 'relu', 'sigmoid', 'tanh',
@@ -23,13 +23,14 @@ _ACTIVATION_CALLS = (
 _ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
 # these move values without computing new ones, so values on a grid stay on it
 _MOVES = (nn.MaxPool2d, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ChannelShuffle)
+_MOVING = (
+    'flatten', 'reshape', 'reshape_as', 'view', 'view_as', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
+    'squeeze', 'unsqueeze', 'chunk', 'split', 'split_with_sizes', 'tensor_split', 'unbind', 'select', 'narrow',
+    'index_select', 'contiguous', 'expand', 'expand_as', 'clone',
+)  # fmt: skip
 _MOVES_CALLS = (
-    torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.chunk,
-    torch.split, torch.tensor_split, torch.unbind, torch.select, torch.narrow, torch.swapaxes, torch.movedim,
-    torch.unflatten, F.max_pool2d, F.pixel_shuffle, operator.getitem,
-    'flatten', 'reshape', 'view', 'permute', 'transpose', 'squeeze', 'unsqueeze', 'contiguous', 'chunk', 'split',
-    'tensor_split', 'split_with_sizes', 'unbind', 'select', 'narrow', 'swapaxes', 'movedim', 'unflatten', 'expand',
-    'clone', *_CONCAT,
+    *_MOVING, *(getattr(torch, name) for name in _MOVING if hasattr(torch, name)),
+    *_CONCAT, F.max_pool2d, F.pixel_shuffle, F.pixel_unshuffle, operator.getitem,
 )  # fmt: skip
 
 # of these, the ones whose output has the channels of their input, in the same order
@@ -79,7 +80,8 @@ class Roles:
 
     def is_add(self, node: fx.Node) -> bool:
         """Returns whether ``node`` adds two feature maps."""
-        return self._calls(node, _ADD) and sum(self.is_tensor(n) for n in node.all_input_nodes) == 2
+        maps = [n for n in node.all_input_nodes if self.is_tensor(n) and 'values' in n.meta.get('depends', ('values',))]
+        return self._calls(node, _ADD) and len(maps) == 2
 
     def is_affine(self, node: fx.Node) -> bool:
         """Returns whether ``node`` adds a constant to a feature map, or multiplies it by one."""

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mmbrecq.graph.symbolic import evaluate
@@ -18,6 +19,12 @@ from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
 
 _NUMBERS = (bool, int, float, str, type(None))
+_WINDOWS = (
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool1d, F.lp_pool2d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.unfold, F.fold,
+    torch.max_pool1d, torch.max_pool2d, torch.avg_pool1d, 'unfold',
+)  # fmt: skip
+"""Functions whose sizes are plain numbers in every file."""
 _NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
 
 
@@ -36,7 +43,7 @@ def resolve_sizes(
         base: Tracer of the graph, which is changed in place.
         more: Tracer of the same model with another batch size.
         wider: Tracer of the same model with another height and width; None where the model has only one.
-        keep_free: Whether height and width are to stay free even where the graph computes with them.
+        keep_free: Whether height and width are to stay free even where the graph computes with them, but for windows.
 
     Returns:
         The lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
@@ -56,7 +63,7 @@ def resolve_sizes(
     others = _values_in(more, theirs)
     constant = {n for n in values if _equal(values[n], others[n])}
     bound = [n for n in values if n in constant and not _equal(values[n], resized[n])]
-    if bound and not keep_free:
+    if bound and not (keep_free and all(user.target not in _WINDOWS for n in bound for user in n.users)):
         frozen = [f'{n.meta["owner"]}: {n.meta["line"]}' for n in bound]
         bound = []
     for node, (args, kwargs) in arguments.items():

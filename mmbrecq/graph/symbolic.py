@@ -6,11 +6,13 @@ compute with them as with any number, so whatever a model does with a size runs,
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import GraphError, first_line
 
 IN_PLACE_OPERATORS = {
     getattr(operator, f'i{name.strip("_")}'): getattr(operator, name)
@@ -48,6 +50,8 @@ def stand_in(node: fx.Node, tracer: Any) -> Any:
     example = node.meta['example']
     if isinstance(example, torch.Size):
         return SymbolicSize(node, tracer)
+    if isinstance(example, (torch.dtype, torch.layout)):
+        return example
     if type(example) not in (int, float):
         return ConcreteProxy(node, tracer)
     if 'size' not in node.meta['depends']:
@@ -63,22 +67,23 @@ def is_symbolic(value: Any) -> bool:
 
 
 class ConcreteProxy(fx.Proxy):
-    """A proxy that knows the value it had for the example input, and is of its type for ``isinstance``."""
+    """A proxy that knows the value it had for the example input."""
 
     @property
     def example(self) -> Any:
         """Value of this node for the example input."""
         return self.node.meta['example']
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self.example) if isinstance(self.example, Tensor) else type(self)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith('_') or not hasattr(self.example, name):
             raise AttributeError(f'a {type(self.example).__name__} has no attribute {name}')
         if callable(getattr(self.example, name)):
             return ConcreteAttribute(self, name)
+        if name == 'data':
+            return self.detach()
+        if name in ('mT', 'mH') and not self.example.is_complex():
+            # ONNX has no form of these
+            return self.transpose(-2, -1)
         return self.tracer.create_proxy('call_function', getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,6 +114,26 @@ class ConcreteProxy(fx.Proxy):
         if 'values' in self.node.meta['depends'] and not isinstance(self.example, (tuple, list)):
             raise ValueDependentError(value_dependent(what))
         return convert(self.example)
+
+
+@contextmanager
+def seen_as_tensors() -> Iterator[None]:
+    """Makes proxies of tensors tensors for ``isinstance`` within the block.
+
+    A ``__class__`` of their own would do the same, but compiled code believes it, and reads the memory of a tensor.
+    """
+    check = builtins.isinstance
+
+    def is_of(value: Any, kinds: Any) -> bool:
+        if check(value, kinds):
+            return True
+        return issubclass(type(value), ConcreteProxy) and check(value.example, Tensor) and issubclass(Tensor, kinds)
+
+    builtins.isinstance = is_of
+    try:
+        yield
+    finally:
+        builtins.isinstance = check
 
 
 def _augmented(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,6 +221,13 @@ for _kind in (SymbolicInt, SymbolicFloat):
 def value_dependent(what: str) -> str:
     """Returns the sentence that refuses to read values."""
     return f'{caller()}: expected Python to read no values of tensors, but {what} follows from the input'
+
+
+def obstacle(error: Exception) -> str:
+    """Returns the reason why something cannot be traced."""
+    if any(text in str(error) for text in ('ConcreteProxy', 'incompatible function arguments')):
+        return 'compiled code computes outside of what can be traced'
+    return first_line(error)
 
 
 def caller() -> str:
@@ -292,6 +324,12 @@ def flat(tree: Any) -> Iterator[Any]:
             yield from flat(item)
     elif tree is not None:
         yield tree
+
+
+def same(a: Any, b: Any) -> bool:
+    """Returns whether the tensors of two nested values are equal."""
+    pairs = list(zip(tensors_in(a), tensors_in(b), strict=False))
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
 def shares_memory(tensor: Tensor, result: Any) -> bool:

@@ -23,10 +23,11 @@ from mmbrecq.graph.components import (
     set_forward,
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
-from mmbrecq.graph.layers import bake_weights, fold_constants, free_name, make_layers
+from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
+from mmbrecq.graph.symbolic import obstacle
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 
 
@@ -112,7 +113,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
         except Exception as error:
             if not isinstance(error, UntraceableError) or not error.owner or error.owner in forced:
                 name = path or type(model).__name__
-                raise GraphError(f'{name} cannot be traced: {first_line(error)}') from error
+                raise GraphError(f'{name} cannot be traced: {obstacle(error)}') from error
             forced[error.owner] = first_line(error)
             by_size |= {error.owner} if error.by_size else set()
     traced.path = path
@@ -121,6 +122,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
     make_layers(model, traced.graph)
     fold_constants(model, traced.graph)
     traced.folded = fold_batch_norms(model, traced.graph)
+    copy_read_parameters(model, traced.graph)
     return traced
 
 

@@ -11,9 +11,8 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import copy
-from functools import partial
-from types import FunctionType, MethodType
+from copy import copy, deepcopy
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from mmbrecq.errors import GraphError, first_line
+from mmbrecq.errors import GraphError
 from mmbrecq.graph import symbolic
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of, pre_hooks
@@ -35,36 +34,13 @@ WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 """Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
 
+_INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, 'new_empty': 'new_zeros'}
+"""Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
+
+_SHAPED_AS = {'reshape_as': 'reshape', 'view_as': 'view', 'expand_as': 'expand'}
+"""Methods that read nothing of their argument but its shape."""
+
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
-
-
-@contextmanager
-def _guarded_functions(model: nn.Module) -> Iterator[None]:
-    """Makes functions with a backward pass of their own refuse traced values, which compiled code takes for tensors."""
-    apply = vars(torch.autograd.Function)['apply']
-
-    def guarded(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if any(map(symbolic.is_symbolic, symbolic.flat((args, kwargs)))):
-            raise GraphError(f'{cls.__name__} computes outside of what can be traced')
-        return apply.__func__(cls, *args, **kwargs)
-
-    # beside the method itself, names that modules have given to it: ``deform_conv = DeformConvFunction.apply``
-    files = {id(found): found for m in model.modules() if (found := getattr(type(m).forward, '__globals__', None))}
-    bound = [(file, name, value) for file in files.values() for name, value in file.items() if _is_apply(value)]
-    setattr(torch.autograd.Function, 'apply', classmethod(guarded))  # noqa: B010 - a method that torch declares
-    for file, name, value in bound:
-        file[name] = partial(guarded, value.__self__)
-    try:
-        yield
-    finally:
-        setattr(torch.autograd.Function, 'apply', apply)  # noqa: B010
-        for file, name, value in bound:
-            file[name] = value
-
-
-def _is_apply(value: Any) -> bool:
-    owner = value.__self__ if isinstance(value, MethodType) else None
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 class UntraceableError(GraphError):
@@ -126,9 +102,13 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
-            self._recording(components_of(model)), _SymbolicSizes(self), _guarded_functions(model),
+            self._recording(components_of(model)), _SymbolicSizes(self), symbolic.seen_as_tensors(),
         ):  # fmt: skip
-            return self.trace(entry)
+            graph = self.trace(entry)
+        for node in graph.nodes:
+            # a function of torch.fx.wrap that is traced through makes no call that generated code would have to wrap
+            node.meta.pop('is_wrapped', None)
+        return graph
 
     @contextmanager
     def _recording(self, components: list[nn.Module]) -> Iterator[None]:
@@ -169,7 +149,11 @@ class ConcreteTracer(fx.Tracer):
     ) -> Any:
         if self.is_evaluating or m is self._model:
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            # made within a forward pass, as `nn.ReLU()(x)` or a slice of layers
+            return forward(*args, **kwargs)
         last = list(self.graph.nodes)[-1]
         self._owners.append(path)
         try:
@@ -182,11 +166,13 @@ class ConcreteTracer(fx.Tracer):
                 return self.create_proxy('call_module', path, *_positional(m, args, kwargs))
             return attend(m, *args, **kwargs) if type(m) is nn.MultiheadAttention else forward(*args, **kwargs)
         except Exception as error:
-            if any(not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))):
+            if isinstance(error, UntraceableError) or any(
+                not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))
+            ):
                 raise
             _erase_after(self.graph, last)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
-            self.opaque[path] = f'{type(m).__name__} cannot be traced: {first_line(error)}'
+            self.opaque[path] = f'{type(m).__name__} cannot be traced: {symbolic.obstacle(error)}'
             if isinstance(error, symbolic.ValueDependentError):
                 self.value_dependent.add(path)
             return _unpacked(self.create_proxy('call_module', path, *_positional(m, args, kwargs)))
@@ -212,6 +198,9 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
+            target, args = _SHAPED_AS[target], (args[0], args[1].shape)
+        target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:
@@ -257,6 +246,8 @@ class ConcreteTracer(fx.Tracer):
             for name, layer in module.named_modules(prefix=path)
             if isinstance(layer, WEIGHTED) and name not in self.computing
         }
+        has_hooks = any(vars(module)[kind] for kind in ('_forward_hooks', '_forward_pre_hooks'))
+        unchanged = deepcopy((args, kwargs)) if has_hooks and path not in self.opaque else None
         called: dict[str, None] = {}
         watch = symbolic.WatchedValues(list(symbolic.tensors_in((args, kwargs))))
         with (
@@ -265,6 +256,8 @@ class ConcreteTracer(fx.Tracer):
         ):
             result = module(*args, **kwargs)
         node.meta['layers'] = list(called)
+        if unchanged and not symbolic.same(result, module.forward(*unchanged[0], **unchanged[1])):
+            raise UntraceableError('', f'expected hooks that only observe, but one of {path} changes what it computes')
         if watch.are_read:
             self.value_dependent.add(path)
         return result
@@ -308,6 +301,9 @@ class _SymbolicSizes(TorchFunctionMode):
             return func(*args, **kwargs)
         name = str(getattr(func, '__name__', ''))
         has_proxy = any(isinstance(value, fx.Proxy) for value in symbolic.flat((args, kwargs)))
+        if name in ('tensor', 'as_tensor', 'asarray') and isinstance(args[0], fx.Proxy):
+            # compiled code would read the memory of a tensor
+            return args[0].to(kwargs.get('dtype', args[0].dtype))
         is_in_place = name.endswith('_') and (not name.startswith('__') or name in _WRITES)
         written = kwargs.get('out', args[0] if args and is_in_place else None)
         if isinstance(written, Tensor) and not isinstance(written, fx.Proxy):

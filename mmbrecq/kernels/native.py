@@ -79,11 +79,9 @@ def kernel(operation: str, first: Tensor, *others: Tensor | None) -> Kernel | No
     if not first.is_cpu or first.dtype is not torch.float32 or not is_dense(first) or operation in DISABLED:
         return None
     for other in others:
-        if other is None:
-            continue
-        if not other.is_cpu or other.dtype not in (torch.float32, torch.uint8):
+        if other is not None and not (other.is_cpu and other.dtype in (torch.float32, torch.uint8)):
             return None
-        if other.shape != first.shape or other.stride() != first.stride():
+        if other is not None and (other.shape != first.shape or other.stride() != first.stride()):
             return None
     return (kernels() or {}).get(operation)
 

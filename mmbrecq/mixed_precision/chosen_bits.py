@@ -14,6 +14,7 @@ from mmbrecq.mixed_precision.sensitivity.measure import FISHER, loss_inputs, out
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
+from mmbrecq.schema import load_json
 
 
 class ChosenBits:
@@ -25,7 +26,7 @@ class ChosenBits:
     """
 
     def __init__(self, path: Path, reuse: bool) -> None:
-        self.path, self.result = path, SearchResult.load(path)
+        self.path, self.result = path, load_json(SearchResult, path, 'tools/search.py')
         self.reuse = reuse
         self._states = path.parent / self.result.states
 

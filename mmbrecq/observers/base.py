@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +22,8 @@ class BaseObserver:
     """Collects statistics of a tensor over batches and turns them into a scale and a zero-point.
 
     This class checks the values, lays them out as rows, one per scale, and keeps the ends of every row. A subclass may
-    keep more (:meth:`_update`, :meth:`_merge`, :meth:`state`), and may choose another range than all that was seen
-    (:meth:`_solve`). The statistics live on the device of the values.
+    keep more (:meth:`_update`, :meth:`_merge`), and may choose another range than all that was seen (:meth:`_solve`).
+    The statistics live on the device of the values; processes send each other their observers whole.
 
     Args:
         qtype: The grid; one scale per index of ``ch_axis``, or one per tensor when it is None.
@@ -37,10 +38,6 @@ class BaseObserver:
 
     def __init__(self, qtype: QType) -> None:
         self.qtype = qtype
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything observed."""
         self.first: int | None = None
         self.batches = 0
         self.low: Tensor | None = None
@@ -81,23 +78,13 @@ class BaseObserver:
         return scale.reshape(shape), zero_point.reshape(shape)
 
     def merge(self: Self, other: Self) -> None:
-        """Adds what ``other`` has observed, so that this observer has seen the batches of both.
-
-        Raises:
-            ConfigError: If ``other`` is of another type, grid or number of channels.
-        """
-        if type(other) is not type(self) or other.qtype != self.qtype:
-            raise ConfigError(
-                f'expected a {type(self).__name__} on {self.qtype} to merge, '
-                f'but got a {type(other).__name__} on {other.qtype}'
-            )
+        """Adds what ``other``, built alike, has observed, so that this observer has seen the batches of both."""
+        assert type(other) is type(self) and other.qtype == self.qtype
         if other.low is None or other.high is None:
             return
         if self.low is None or self.high is None:
-            self.load_state(other.state())
+            vars(self).update(copy.deepcopy(vars(other)))
             return
-        if self.low.shape != other.low.shape:
-            raise ConfigError(f'expected {self.low.numel()} channels to merge, but got {other.low.numel()}')
         self._merge(other)
         if self.first is None or other.first is None:
             self.batches += other.batches
@@ -105,15 +92,6 @@ class BaseObserver:
             # a batch on the border of two shares is seen by both
             first, end = min(self.first, other.first), max(self.first + self.batches, other.first + other.batches)
             self.first, self.batches = first, end - first
-
-    def state(self) -> dict[str, Any]:
-        """Returns the statistics: tensors, numbers and dicts of them, fit for ``torch.save`` and for sending."""
-        return {'first': self.first, 'batches': self.batches, 'low': self.low, 'high': self.high}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state` of an observer with the same options returned."""
-        self.first, self.batches = state['first'], state['batches']
-        self.low, self.high = state['low'], state['high']
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         """Adds finite ``rows`` ``(R, N)`` with their ends ``(R,)``; sets :attr:`low` and :attr:`high`."""
@@ -170,20 +148,11 @@ class MovingAverageObserver(BaseObserver):
             raise ConfigError(f'expected momentum of MovingAverageObserver in [0, 1), but got {momentum!r}')
         super().__init__(qtype)
         self.momentum = momentum
-
-    def reset(self) -> None:
-        """Forgets everything observed."""
-        super().reset()
         self._ends: list[tuple[Tensor, Tensor]] = []
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         self._ends.append((low, high))
-        self._average()
-
-    def _average(self) -> None:
-        self.low, self.high = self._ends[0]
-        for low, high in self._ends[1:]:
-            self.low, self.high = torch.lerp(low, self.low, self.momentum), torch.lerp(high, self.high, self.momentum)
+        super()._update(rows, low, high)
 
     def _merge(self: Average, other: Average) -> None:
         assert self.low is not None
@@ -201,16 +170,13 @@ class MovingAverageObserver(BaseObserver):
             (low, high), (other_low, other_high) = self._ends[shift + index], ends[index]
             self._ends[shift + index] = torch.minimum(low, other_low), torch.maximum(high, other_high)
         self._ends += ends[shared:]
-        self._average()
+        super()._merge(other)
 
-    def state(self) -> dict[str, Any]:
-        """Returns the statistics, see :meth:`BaseObserver.state`."""
-        return {**super().state(), 'ends': list(self._ends)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state` of an observer with the same options returned."""
-        super().load_state(state)
-        self._ends = list(state['ends'])
+    def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self._ends[0]
+        for next_low, next_high in self._ends[1:]:
+            low, high = torch.lerp(next_low, low, self.momentum), torch.lerp(next_high, high, self.momentum)
+        return super()._solve(low, high)
 
 
 def build_observer(cfg: Any, qtype: QType) -> BaseObserver:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -68,9 +68,8 @@ class StreamingHistogram:
             self.counts += torch.bincount(index, minlength=self.bins)
 
     def merge(self, other: StreamingHistogram) -> None:
-        """Adds the counts of ``other``, exactly; ConfigError if the numbers of bins differ."""
-        if other.bins != self.bins:
-            raise ConfigError(f'expected a histogram of {self.bins} bins to merge, but got {other.bins}')
+        """Adds the counts of ``other``, which has as many bins, exactly."""
+        assert other.bins == self.bins
         if other.low > other.high:
             return
         self._cover(other.low, other.high)
@@ -91,14 +90,6 @@ class StreamingHistogram:
         inside = (rank - before + 0.5) / int(self.counts[index])
         value = (self.start + index + inside) * self.width
         return min(max(value, self.low), self.high)
-
-    def state(self) -> dict[str, Any]:
-        """Returns everything that :meth:`load_state` needs."""
-        return {**vars(self), 'counts': self.counts.clone()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state` returned."""
-        vars(self).update(state, counts=state['counts'].clone())
 
     def _cover(self, low: float, high: float) -> None:
         """Widens the bins by the least power of two that spans ``low``, ``high``, 0 and all earlier values."""
@@ -146,14 +137,9 @@ class DistributionObserver(BaseObserver):
     MAX_KEPT = 2**20
 
     def __init__(self, qtype: QType, bins: int = 8192) -> None:
-        self.bins = bins
         super().__init__(qtype)
-
-    def reset(self) -> None:
-        """Forgets everything observed."""
-        super().reset()
         self.values: Tensor | None = None
-        self.histogram = StreamingHistogram(self.bins)
+        self.histogram = StreamingHistogram(bins)
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
         if self.qtype.ch_axis is None:
@@ -182,16 +168,6 @@ class DistributionObserver(BaseObserver):
                 f'expected a single batch for {type(self).__name__} with one scale per channel, but got another; '
                 'use MinMaxObserver or MovingAverageObserver, or one scale per tensor'
             )
-
-    def state(self) -> dict[str, Any]:
-        """Returns the statistics, see :meth:`BaseObserver.state`."""
-        return {**super().state(), 'values': self.values, 'histogram': self.histogram.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state` of an observer with the same options returned."""
-        super().load_state(state)
-        self.values = state['values']
-        self.histogram.load_state(state['histogram'])
 
 
 @OBSERVERS.register_module()

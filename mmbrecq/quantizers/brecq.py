@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
@@ -26,7 +27,7 @@ from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions, assign_bits, check_bits
-from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedGraph, QuantizedModel
+from mmbrecq.quantizers.quantized_model import UNCALLED, LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'
@@ -183,7 +184,11 @@ class BRECQQuantizer:
         )  # fmt: skip
         # its gradient would need the first layer's backward pass down to the images, and 256 levels gain nothing by it
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
-        model.get_submodule(ACTIVATION_QUANTIZERS).add_module(name, quantizer)
+        holder = model.get_submodule(ACTIVATION_QUANTIZERS)
+        while hasattr(holder, name):
+            # a method of modules, such as `to`
+            name += '_'
+        holder.add_module(name, quantizer)
         return f'{ACTIVATION_QUANTIZERS}.{name}'
 
     def _quantize_opaque(self, traced: TracedGraph, bits: Bits) -> dict[str, str]:
@@ -200,6 +205,8 @@ class BRECQQuantizer:
 
     def _quantize_weight(self, model: nn.Module, layer: str, bits: int) -> None:
         module: Any = model.get_submodule(layer)
+        if module.weight.dtype != torch.float32:
+            raise GraphError(f'expected layers in torch.float32, but got {layer} in {module.weight.dtype}')
         transposed = isinstance(module, TRANSPOSED)
         per_channel = self.weight.per_channel and not (transposed and module.groups > 1)
         qtype = self.preset.weight_qtype(bits, per_channel, int(transposed), self.weight.symmetric)
@@ -242,7 +249,7 @@ def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit
         weight_bits, activation_bits = bits.get(name, (None, None))
         reason = "the config says 'float'" if weight_bits is None else None
         if name not in bits:
-            reason = 'it lies on no path from the images to the outputs'
+            reason = UNCALLED
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers

@@ -15,7 +15,15 @@ FLOAT = 'float'
 
 
 @dataclass(frozen=True)
-class WeightOptions:
+class _GridOptions:
+    bits: int | None
+    per_channel: bool = False
+    symmetric: bool | None = None
+    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
+
+
+@dataclass(frozen=True)
+class WeightOptions(_GridOptions):
     """Holds the options of weights.
 
     Args:
@@ -26,29 +34,18 @@ class WeightOptions:
         rounding: Config of the fake quantizer that rounds.
     """
 
-    bits: int | None
     per_channel: bool = True
-    symmetric: bool | None = None
-    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
     rounding: Mapping[str, Any] = field(default_factory=lambda: {'type': 'AdaRound'})
 
 
 @dataclass(frozen=True)
-class ActivationOptions:
-    """Holds the options of activations.
+class ActivationOptions(_GridOptions):
+    """Holds the options of activations, those of :class:`WeightOptions` but one.
 
     Args:
-        bits: Bit-width, 2 to 8.
-        per_channel: One scale per channel, else one per tensor.
-        symmetric: Zero-point 0; None is the preset's choice.
-        observer: Config of the range estimator.
         fake_quant: Config of the fake quantizer.
     """
 
-    bits: int | None
-    per_channel: bool = False
-    symmetric: bool | None = None
-    observer: Mapping[str, Any] = field(default_factory=lambda: {'type': 'MSEObserver', 'p': 2.4})
     fake_quant: Mapping[str, Any] = field(default_factory=lambda: {'type': 'LSQ'})
 
 
@@ -110,9 +107,7 @@ def assign_bits(
         weight = check_bits(override.weight_bits, f'quantizer.overrides[{index}].weight_bits')
         activation = check_bits(override.activation_bits, f'quantizer.overrides[{index}].activation_bits')
         for layer in matching:
-            old_weight, old_activation = bits[layer]
-            bits[layer] = (
-                old_weight if override.weight_bits is None else weight,
-                old_activation if override.activation_bits is None else activation,
-            )
+            old = bits[layer]
+            given = (override.weight_bits is not None, override.activation_bits is not None)
+            bits[layer] = (weight if given[0] else old[0], activation if given[1] else old[1])
     return bits

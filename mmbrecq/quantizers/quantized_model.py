@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from mmbrecq.fake_quants import bias
 from mmbrecq.fake_quants.activation import FakeQuantize
-from mmbrecq.fake_quants.weight import WeightFakeQuantize, original_weight, pack_weight, weight_fake_quant
+from mmbrecq.fake_quants.weight import WeightFakeQuantize, pack_weight, weight_fake_quant
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import TracedGraph
 from mmbrecq.graph.tracer import CONVOLUTIONS
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.presets import Preset
+
+UNCALLED = 'it lies on no path from the images to the outputs'
+"""Reason of a layer that no graph runs."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,12 @@ class QuantizedGraph:
         sources, read = self._sources(), self.read_quantizers()
         for name, module, fake_quant in list(self.weights()):
             bias.bake_bias(module)
-            scales, values = [self.quantizers[p].scale for p in read.get(name, ())], original_weight(module)
-            bias.raise_weight_scale(module, fake_quant, fake_quant.quantized(values), scales, bias.LARGEST_BIAS)
+            scales = [self.quantizers[p].scale for p in read.get(name, ())]
+            bias.raise_weight_scale(module, fake_quant, fake_quant.values, scales, bias.LARGEST_BIAS)
             # a layer that reads several values has no single scale of its input
             source = next(iter(sources[name])) if len(sources.get(name, ())) == 1 else None
-            if self.preset.bias_rounded and source in self.quantizers and isinstance(module, CONVOLUTIONS):
+            is_apart = self.preset.bias_apart == 'linear' and not isinstance(module, CONVOLUTIONS)
+            if self.preset.bias_rounded and source in self.quantizers and not is_apart:
                 scale = bias.scale_read(module, self.quantizers[source].scale) * fake_quant.scale
                 bias.round_bias(module, scale)
             pack_weight(module)

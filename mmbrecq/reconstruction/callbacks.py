@@ -58,17 +58,20 @@ class Callback:
         """Is called after a pass over all units."""
 
 
+EVENTS = tuple(name for name in vars(Callback) if not name.startswith('_'))
+
+
 class Callbacks(Callback):
     """Several callbacks as one, called in their order."""
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = tuple(callbacks)
-        for name in ('before_stage', 'before_unit', 'after_step', 'after_unit', 'after_stage'):
-            setattr(self, name, partial(self._call, name))
+        for event in EVENTS:
+            setattr(self, event, partial(self._call, event))
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
-            getattr(callback, name)(*arguments)
+            getattr(callback, event)(*arguments)
 
 
 class Forecast:

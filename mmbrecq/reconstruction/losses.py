@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
+from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.values import CachedValues, Values
@@ -133,19 +134,42 @@ def task_fisher(
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
     squares = _Squares(model.image_graph, images, cache)
+    visit_task_losses(model, batches, images, task_loss, squares.run, squares.add)
+    return squares.normalised(FISHER_BATCH)
+
+
+def visit_task_losses(
+    model: QuantizedModel,
+    batches: Iterable[Any],
+    images: Values,
+    task_loss: TaskLoss,
+    forward: Callable[[Tensor], Any],
+    visit: Callable[[Tensor, slice], None],
+) -> None:
+    """Calls ``visit(loss, index)`` with the float network's task loss, summed over the images ``index`` of a batch.
+
+    Args:
+        model: The prepared model.
+        batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
+        images: Preprocessed images, ``(N, 3, H, W)``.
+        task_loss: Computes the loss through ``model.model``, as a mean over its batch.
+        forward: Computes the graph of the images.
+        visit: Takes its gradients.
+    """
     start = 0
-    model.image_graph.traced.attach(squares.run)
+    model.image_graph.traced.attach(forward)
     try:
         with torch.enable_grad(), model.quantization(weights=False, activations=False):
             for batch in batches:
-                stop = start + len(batch['inputs'])
-                x = images[start:stop].detach().requires_grad_(True)
-                # the loss is a mean over the batch: undo it, so that every image counts by itself
-                squares.add(task_loss(batch, x) * (stop - start), slice(start, stop))
-                start = stop
+                if start == len(images):
+                    break
+                x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
+                if len(x) < len(batch['inputs']):
+                    batch = {key: values[: len(x)] for key, values in batch.items()}
+                visit(task_loss(batch, x) * len(x), slice(start, start + len(x)))
+                start += len(x)
     finally:
         model.image_graph.attach()
-    return squares.normalised(FISHER_BATCH)
 
 
 def output_fisher(
@@ -169,9 +193,9 @@ def output_fisher(
     squares = _Squares(graph, inputs, cache)
     for index in batches_of(inputs, batch_size):
         with torch.no_grad(), graph.quantization(weights=False, activations=False):
-            targets = _tensors(graph(inputs[index]))
+            targets = flatten_outputs(graph(inputs[index])).values()
         with torch.enable_grad(), graph.quantization(weights=True, activations=False):
-            outputs = _tensors(squares.run(quantized_inputs[index].detach().requires_grad_(True)))
+            outputs = flatten_outputs(squares.run(quantized_inputs[index].detach().requires_grad_(True))).values()
             pairs = zip(outputs, targets, strict=True)
             squares.add(sum((o - t).square().sum() / t.square().mean().clamp_min(1e-12) for o, t in pairs), index)
     return squares.normalised(batch_size)
@@ -234,10 +258,3 @@ class _Squares:
                 weight.write(index.start, part / means[name] if means[name] else torch.ones_like(part))
         positions = {n: sum(count * s[1:].numel() for count, s in p) / len(self._images) for n, p in parts.items()}
         return FisherWeights(self._weights, {name: mean * positions[name] for name, mean in means.items()})
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Returns the tensors of nested outputs, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for part in value for tensor in _tensors(part)]

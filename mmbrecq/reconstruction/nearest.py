@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from mmbrecq.data.groups import batches_of
 from mmbrecq.distributed import gather
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
-from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -40,11 +39,16 @@ class NearestReconstructor(BaseReconstructor):
     """
 
     def __init__(self, memory_limit: int | str | None = None) -> None:
-        super().__init__((), memory_limit=memory_limit)
+        super().__init__(memory_limit=memory_limit)
 
     def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
         """Corrects the biases; there is no pass over units."""
-        with torch.no_grad(), _mean_errors(task.model) as errors:
+        errors: Errors = {}
+        with torch.no_grad(), ExitStack() as stack:
+            for name, module, fake_quant in task.model.weights():
+                if bias_correction(module) is not None:
+                    hook = partial(_note_error, errors, name, fake_quant)
+                    stack.callback(module.register_forward_hook(hook).remove)
             if task.model.region_graphs:
                 task.regions.observe()
             else:
@@ -60,21 +64,10 @@ class NearestReconstructor(BaseReconstructor):
         yield from ()
 
 
-@contextmanager
-def _mean_errors(model: QuantizedModel) -> Iterator[Errors]:
-    """Sums up, by the path of the layer and per channel, what quantizing its weight takes from its outputs."""
-    errors: Errors = {}
-    with ExitStack() as stack:
-        for name, module, fake_quant in model.weights():
-            if bias_correction(module) is not None:
-                hook = partial(_note_error, errors, name, fake_quant)
-                stack.callback(module.register_forward_hook(hook).remove)
-        yield errors
-
-
 def _note_error(
     errors: Errors, name: str, fake_quant: WeightFakeQuantize, module: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
+    """Adds, by the path of the layer and per channel, what quantizing its weight takes from its outputs."""
     fake_quant.enabled = True
     try:
         difference = output - module.forward(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,6 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
-from mmbrecq.reconstruction.schedules import LinearBeta, Plateau
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
 from mmbrecq.reconstruction.variables import Group, Variables
@@ -68,8 +68,7 @@ def optimize_unit(
     if not variables.groups:
         return 0
     optimizer = build_adam(variables.groups)
-    beta = LinearBeta(*options.beta, options.warmup)
-    plateau = Plateau(options.plateau)
+    best = math.inf
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
     # the position in the schedules is beyond the count where a plateau has skipped some
@@ -103,7 +102,7 @@ def optimize_unit(
             progress = position / options.iterations
             batches.begin()
             losses[count] = fitting.run(find_gradients)
-            variables.collect_gradients(beta(progress))
+            variables.collect_gradients(linear_beta(progress, *options.beta, options.warmup))
             average(parameter.grad for parameter in variables.parameters)
             for group, (_, lr, schedule) in zip(optimizer.param_groups, variables.groups, strict=True):
                 # a scheduler of torch's takes as long as a small layer
@@ -117,19 +116,34 @@ def optimize_unit(
                 _check_finite(losses[:count], name)
                 mean = float(latest.mean())
                 on_step(count, mean)
-                if plateau.reached(mean):
+                if options.plateau > 0 and mean > (1 - options.plateau) * best:
                     position = max(position, end)
+                best = min(best, mean)
     variables.finish()
     return count
+
+
+def linear_beta(t: float, start: float, end: float, warmup: float) -> float | None:
+    """Returns the exponent of AdaRound's regulariser: None during the warm-up, then linear from ``start`` to ``end``.
+
+    Args:
+        t: Elapsed fraction of the training.
+        start: Exponent after the warm-up; a high one lets variables near 1/2 move freely.
+        end: Exponent at the end; 2 pulls every variable to 0 or 1.
+        warmup: Fraction of the training without regulariser, in [0, 1).
+
+    Example:
+        >>> [linear_beta(t, 20.0, 2.0, warmup=0.2) for t in (0.1, 0.2, 0.6)]
+        [None, 20.0, 11.0]
+    """
+    progress = min(1.0, (t - warmup) / (1 - warmup))
+    return None if t < warmup else end + (start - end) * (1 - progress)
 
 
 def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:
     """Returns torch's Adam (Kingma and Ba, ICLR 2015) with one parameter group for each group of variables."""
     parameters = [{'params': members, 'lr': lr} for members, lr, _ in groups]
-    # on the CPU the fused implementation came with torch 2.4
-    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    fused = groups[0][0][0].device.type == 'cuda' or version >= (2, 4)
-    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:

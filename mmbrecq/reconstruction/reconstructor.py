@@ -44,11 +44,11 @@ from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, 
 from mmbrecq.registry import LOSSES
 
 
+@dataclass(kw_only=True, eq=False)
 class BaseReconstructor:
-    """Optimises all units in several passes.
+    """Optimises all units in several passes, those of :meth:`own_stages`.
 
     Args:
-        stages: The passes, in order.
         network: Options of :class:`StageOptions` for a last pass over the whole network as one unit: what was learned
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
@@ -61,36 +61,39 @@ class BaseReconstructor:
             ``'2GiB'``; None for half of what is available for the cache, and all of it for both.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        network: Mapping[str, Any] | None = None,
-        loss: Mapping[str, Any] | None = None,
-        mirror: bool = False,
-        cache: str = 'auto',
-        cache_dtype: str = 'float32',
-        memory_limit: int | str | None = None,
-    ) -> None:
-        self.stages = tuple(stages)
-        if network is not None:
-            options = parse_options(StageOptions, network, 'reconstructor.network', iterations=500)
+    network: Mapping[str, Any] | None = None
+    loss: Mapping[str, Any] | None = None
+    mirror: bool = False
+    cache: str = 'auto'
+    cache_dtype: str = 'float32'
+    memory_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.stages = tuple(self.own_stages())
+        if self.network is not None:
+            options = parse_options(StageOptions, self.network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
-        self.loss = build(LOSSES, dict(loss or {'type': 'MSELoss'}))
-        if mirror and self.loss.needs_fisher:
+        self.criterion = build(LOSSES, dict(self.loss or {'type': 'MSELoss'}))
+        if self.mirror and self.criterion.needs_fisher:
             raise ConfigError(
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
-                f'but got {type(self.loss).__name__}'
+                f'but got {type(self.criterion).__name__}'
             )
-        if cache_dtype not in DTYPES:
+        if self.cache_dtype not in DTYPES:
             raise ConfigError(
-                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {cache_dtype!r}'
+                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {self.cache_dtype!r}'
             )
-        self.mirror, self.cache, self.cache_dtype = mirror, cache, DTYPES[cache_dtype]
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, 'reconstructor.memory_limit')
+        limit = self.memory_limit
+        self.dtype = DTYPES[self.cache_dtype]
+        self.limit = None if limit is None else parse_bytes(limit, 'reconstructor.memory_limit')
+
+    def own_stages(self) -> Sequence[Stage]:
+        """Returns the passes before that over the network, in order."""
+        return ()
 
     def image_room(self, directory: Path) -> Callable[[Sequence[int], Tensor], Tensor]:
         """Allocates the calibration images by the same options as the cache; ``directory`` may take a file."""
-        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.memory_limit)
+        return partial(allocate_images, place=self.cache, directory=directory, memory_limit=self.limit)
 
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
@@ -102,12 +105,12 @@ class BaseReconstructor:
             count = len(task.images) * REGIONS_PER_IMAGE if part.is_region else -(-pixels // size)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
-            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.loss.needs_fisher else 0
+            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
             for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
                 units = stage_units(part, stage)
                 cached.append(peak_bytes(units, sizes, inputs, weights))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
-                needed = working_memory(part, units, stage, images, self.loss.needs_fisher)
+                needed = working_memory(part, units, stage, images, self.criterion.needs_fisher)
                 # features of regions are collected in memory, and then joined, wherever all else is cached
                 features = 2 * sizes[inputs] if part.is_region else 0
                 working += [(size + features, unit) for size, unit in needed]
@@ -115,14 +118,13 @@ class BaseReconstructor:
         images = task.observed or self._observed_at_once(observed, device)
         working += [(unit.bytes_of(images), unit.name) for unit in observed]
         most, beside = (max(sizes, default=(0, '')) for sizes in (cached, working))
-        limit, dtype = self.memory_limit, self.cache_dtype
-        plan = plan_cache(self.cache, most, beside, device, task.directory, limit, dtype)
+        plan = plan_cache(self.cache, most, beside, device, task.directory, self.limit, self.dtype)
         return replace(plan, observed=images)
 
     def _observed_at_once(self, observed: Sequence[ObservedUnit], device: torch.device) -> int:
         """Returns how many images are observed at once; results depend on it, so it is the same in all processes."""
         # of all memory, not of what happens to be available
-        room = self.memory_limit or psutil.virtual_memory().total // 2 // processes_here()
+        room = self.limit or psutil.virtual_memory().total // 2 // processes_here()
         # a GPU splits what it has no room for
         return min(gather(OBSERVED if device.type == 'cuda' else fitting_images(observed, room)))
 
@@ -141,7 +143,7 @@ class BaseReconstructor:
         examples = {n.name: n.meta.get('example') for n in part.traced.graph.nodes}
         mirrored = 1 if part.is_region else 1 + self.mirror
         sizes = {
-            name: self.cache_dtype.itemsize * mirrored * count * example[0].numel()
+            name: self.dtype.itemsize * mirrored * count * example[0].numel()
             for name, example in examples.items()
             if isinstance(example, Tensor) and example.dim() > 0
         }
@@ -152,8 +154,8 @@ class BaseReconstructor:
 
     def describe_loss(self, task: Task) -> str:
         """Returns the loss in words: what it weighs by is decided by the data."""
-        name = type(self.loss).__name__
-        if not self.loss.needs_fisher:
+        name = type(self.criterion).__name__
+        if not self.criterion.needs_fisher:
             return name
         if task.task_loss is None:
             return f'{name}, by the distance of quantized from float outputs, for there are no annotations'
@@ -180,7 +182,7 @@ class BaseReconstructor:
         with ActivationCache(plan, device, task.directory) as cache:
             images = cache.hold(task.images, self.mirror)
             fisher = self._fisher(task, images, cache)
-            run = _Run(task, self.loss, cache, callback, forecast)
+            run = _Run(task, self.criterion, cache, callback, forecast)
             for stage in self.stages:
                 if stage.name == 'activations' and not task.model.quantizes_activations:
                     continue
@@ -203,7 +205,7 @@ class BaseReconstructor:
                     del features
                     head_stage = _for_regions(stage)
                     weights = None
-                    if self.loss.needs_fisher and stage.granularity is None:
+                    if self.criterion.needs_fisher and stage.granularity is None:
                         # the task loss is about regions chosen by the annotations, not about these
                         weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
                     # nor do regions
@@ -213,7 +215,7 @@ class BaseReconstructor:
 
     def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
-        if not self.loss.needs_fisher:
+        if not self.criterion.needs_fisher:
             return None
         if task.task_loss is None:
             return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
@@ -274,31 +276,12 @@ class _Run:
                     outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
-            data = UnitData(
-                streams.quantized_inputs(unit),
-                streams.float_inputs(unit),
-                float_outputs,
-                *((None, None) if fisher is None else fisher.of(unit.outputs)),
-            )
-            power = data.power(self._loss_on(data), stage.options.batch_size)
-            self.callback.before_unit(stage, unit)
-            training = MicroBatches(unit.name, min(stage.options.batch_size, len(inputs)))
-            before, after, outputs, iterations = self._reconstruct(graph, stage, streams, unit, data, training)
+            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
-            kept = iterations > 0 and not after < before
-            split = [m.images for m in (training, streams.micro_batches(unit)) if m.split]
-            result = UnitResult(
-                unit.name, stage.name, unit.layers, before, before if kept else after, iterations,
-                time.perf_counter() - start, kept, power, min(split, default=None),
-            )  # fmt: skip
+            result = replace(result, seconds=time.perf_counter() - start)
             results.append(result)
             self.callback.after_unit(stage, unit, result, self.forecast.note(result))
         return results
-
-    def _loss_on(self, data: UnitData) -> UnitLoss:
-        """Returns the loss, or the plain one where what it weighs by is not known."""
-        known: UnitLoss = self.loss if data.fisher is not None or not self.loss.needs_fisher else MSELoss()
-        return known
 
     def _reconstruct(
         self,
@@ -306,36 +289,44 @@ class _Run:
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
-        data: UnitData,
-        micro_batches: MicroBatches,
-    ) -> tuple[float, float, list[CachedValues], int]:
-        """Optimises one unit; returns loss before, loss after, quantized outputs and the number of iterations."""
-        activations = stage.quantizes_activations
+        float_outputs: Sequence[CachedValues],
+        fisher: FisherWeights | None,
+    ) -> tuple[UnitResult, list[CachedValues]]:
+        """Optimises one unit; returns its result, without the time, and its quantized outputs."""
+        size, activations = stage.options.batch_size, stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
-        loss = self._loss_on(data)
+        known = (None, None) if fisher is None else fisher.of(unit.outputs)
+        data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
+        # the plain loss where what it weighs by is not known
+        loss: UnitLoss = self.loss if fisher is not None or not self.loss.needs_fisher else MSELoss()
+        power = data.power(loss, size)
+        self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             self._observe(graph, unit, streams)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        before = data.mean_loss(outputs, loss, stage.options.batch_size)
-        state = unit_state(graph.model, unit)
+        before = after = data.mean_loss(outputs, loss, size)
+        training = MicroBatches(unit.name, min(size, len(data.targets[0])))
+        state, kept = unit_state(graph.model, unit), False
         with graph.quantization(weights=True, activations=activations):
             iterations = optimize_unit(
                 unit.name, unit.module, weights, quantizers, data, loss, stage,
                 unit_generator(self.task.seed, stage.name, unit.name), self.cache.device,
-                lambda count, loss: self.callback.after_step(stage, unit, count, loss), micro_batches,
+                lambda count, loss: self.callback.after_step(stage, unit, count, loss), training,
             )  # fmt: skip
-        if iterations == 0:
-            return before, before, outputs, 0
-        if process_count() > 1:
-            # other kinds of processors differ in last bits
-            load_unit_state(graph.model, unit, on_main(lambda: unit_state(graph.model, unit)))
-        learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
-        after = data.mean_loss(learned, loss, stage.options.batch_size)
-        if after < before:
-            return before, after, learned, iterations
-        load_unit_state(graph.model, unit, state)
-        return before, after, outputs, iterations
+        if iterations > 0:
+            if process_count() > 1:
+                # other kinds of processors differ in last bits
+                load_unit_state(graph.model, unit, on_main(lambda: unit_state(graph.model, unit)))
+            learned = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
+            after = data.mean_loss(learned, loss, size)
+            kept = not after < before
+            if kept:
+                load_unit_state(graph.model, unit, state)
+            outputs, after = (outputs, before) if kept else (learned, after)
+        split = min((m.images for m in (training, streams.micro_batches(unit)) if m.split), default=None)
+        result = UnitResult(unit.name, stage.name, unit.layers, before, after, iterations, 0.0, kept, power, split)
+        return result, outputs
 
     def _observe(self, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams) -> None:
         """Finds the grids of a unit's activations from its quantized inputs, at once where there is room."""

@@ -24,7 +24,7 @@ class UnitResult:
 
     Args:
         name: Name of the unit.
-        stage: Name of the pass.
+        stage: Name of the pass: 'weights', 'activations', 'joint' or 'network'.
         layers: Paths of its quantized layers.
         loss_before: Loss over all calibration images before the pass: nearest rounding, observed step sizes.
         loss_after: Loss with what the pass learned.
@@ -45,6 +45,11 @@ class UnitResult:
     kept_nearest: bool
     power: float = math.nan
     images_at_once: int | None = None
+
+    @property
+    def learned_rounding(self) -> bool:
+        """Whether the pass learns the rounding of weights; the others start from what was learned."""
+        return self.stage not in ('activations', 'network')
 
     @property
     def relative_losses(self) -> tuple[float, float]:

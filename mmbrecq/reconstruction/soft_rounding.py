@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmbrecq.fake_quants.ops import add_regulariser_gradient_, regulariser_factor, soft_weight_, through_sigmoid_
 from mmbrecq.fake_quants.weight import AdaRound
+from mmbrecq.functional import expand
 from mmbrecq.kernels.native import Curve, kernel
 from mmbrecq.reconstruction.values import laid_out
 
@@ -18,30 +19,45 @@ class SoftRounding:
     that is kept from iteration to iteration.
 
     Args:
-        rounding: Fake quantizer of the layer, started; its ``alpha`` gets the order in memory.
+        rounding: Fake quantizer of the layer.
+        weight (Tensor): The float weight.
         layout: Order in memory of the weights of convolutions.
 
     Attributes:
-        alpha (Parameter): The variable, with the shape of the weight.
+        alpha (Parameter): The variable, with the shape of the weight; at first a weight inside the grid is kept.
         weight (Tensor): The soft-quantized weight times its gain.
     """
 
-    def __init__(self, rounding: AdaRound, layout: torch.memory_format) -> None:
-        assert rounding.alpha is not None
-        rounding.alpha.data = laid_out(rounding.alpha.detach(), layout)
-        self.alpha: nn.Parameter = rounding.alpha
-        self._curve, self._layout, self._scale = rounding.curve, layout, rounding.scale
+    def __init__(self, rounding: AdaRound, weight: Tensor, layout: torch.memory_format) -> None:
+        self._rounding, self._curve, self._layout = rounding, rounding.curve, layout
+        qtype, self._scale = rounding.qtype, rounding.scale
+        scale = expand(rounding.scale, weight.dim(), qtype.ch_axis)
+        offset = expand(rounding.zero_point.to(weight.dtype), weight.dim(), qtype.ch_axis)
+        ratio = weight / scale
+        floor = torch.floor(ratio)
+        codes = floor + offset
+        self._movable = (codes >= qtype.quant_min) & (codes < qtype.quant_max)
+        self._low = codes.clamp(qtype.quant_min, qtype.quant_max)
+        self.alpha = nn.Parameter(laid_out(self._curve.inverse(ratio - floor), layout))
         self.weight, self._grad = (torch.empty_like(self.alpha.detach()) for _ in range(2))
-        by_row, names = rounding.qtype.ch_axis in (None, 0), ('soft_weight', 'rounding_gradient')
+        by_row, names = qtype.ch_axis in (None, 0), ('soft_weight', 'rounding_gradient')
         self._write, self._derive = (kernel(name, self.weight) if by_row else None for name in names)
         if self._write is None or self._derive is None:
-            self._base, self._stride = (laid_out(x, layout) for x in rounding.line())
+            # the line through the weight rounded down and the weight rounded up
+            step = scale * self._movable
+            self._base = laid_out((self._low - offset) * scale + step * self._curve.gamma, layout)
+            self._stride = laid_out(step * self._curve.stretch, layout)
             self._sigma, self._centred, self._power = (torch.empty_like(self.weight) for _ in range(3))
         else:
             at = self._curve.at
             self._compiled_curve = Curve(self._curve.gamma, self._curve.stretch, at(0), at(0.5), at(1))
-            self._grid, self._one = laid_out(rounding.grid(), layout), self.weight.new_ones(1)
-            self._gain_grad = self.weight.new_empty(len(self.weight))
+            # twice the lower integer, without zero-point, plus 1 where the upper one differs
+            self._grid = laid_out((2 * (self._low - offset) + self._movable).to(torch.int16), layout)
+            self._one, self._gain_grad = self.weight.new_ones(1), self.weight.new_empty(len(self.weight))
+
+    def finish(self) -> None:
+        """Rounds every weight to the integer that it is closer to."""
+        self._rounding.codes.copy_(self._low + ((self._curve.soft(self.alpha.detach()) >= 0.5) & self._movable))
 
     def update(self, gain: Tensor | None) -> None:
         """Computes the weight anew, times a factor of one element or one for each scale."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,8 +14,8 @@ from torch.nn.utils import parametrize
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original_weight
-from mmbrecq.reconstruction.schedules import constant, cosine
+from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, original_weight
+from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import laid_out
@@ -23,7 +24,7 @@ SMALLEST = 0.01
 """Fraction of itself that a scale of an activation may shrink to."""
 
 Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
-"""Parameters, their learning rate, and its schedule."""
+"""Parameters, their learning rate, and its schedule: its factor at the elapsed fraction of the training, in [0, 1)."""
 
 
 class Variables:
@@ -61,8 +62,11 @@ class Variables:
         self.alphas = [layer.soft.alpha for layer in self._layers if layer.soft is not None]
         self.gains = [layer.gain for layer in self._layers if layer.gain is not None]
         self.offsets = [layer.correction.offset for layer in self._layers if layer.correction is not None]
-        self._quantizers = [q for q in quantizers if not q.fixed] if stage.learns_scale else []
-        scales = [p for q in self._quantizers for p in q.start()]
+        learning = [q for q in quantizers if stage.learns_scale and not q.fixed]
+        self._quantizers = [(q, q.scale) for q in learning if isinstance(q.scale, nn.Parameter)]
+        scales = [scale for _, scale in self._quantizers]
+        for scale in scales:
+            scale.requires_grad_(True)
         groups: list[Group] = [
             (self.alphas, self._options.lr, constant),
             (self.gains, self._options.weight_scale_lr, cosine),
@@ -115,8 +119,10 @@ class Variables:
         """Fixes what was learned."""
         for layer in self._layers:
             layer.finish()
-        for quantizer in self._quantizers:
-            quantizer.finish()
+        for quantizer, scale in self._quantizers:
+            quantizer.set_grid(scale.detach(), quantizer.zero_point)
+            scale.requires_grad_(False)
+            scale.grad = None
 
 
 class _Layer:
@@ -134,13 +140,14 @@ class _Layer:
         self.soft: SoftRounding | None = None
         self.bias: Tensor | None = None
         if stage.learns_rounding and isinstance(fake_quant, AdaRound):
-            fake_quant.start(original_weight(module))
-            self.soft = SoftRounding(fake_quant, layout)
+            self.soft = SoftRounding(fake_quant, original_weight(module), layout)
         # a soft weight is written anew before it is multiplied, so it needs no second tensor
-        quantized = self.soft.weight if self.soft else fake_quant.quantized(original_weight(module))
-        self.values = laid_out(quantized, layout)
+        self.values = laid_out(self.soft.weight if self.soft else fake_quant.values, layout)
+        # the factor on its scale: the integers do not follow it, it stretches the grid under them
+        self.gain: nn.Parameter | None = None
         if scale:
-            fake_quant.start_scale(original_weight(module))
+            ones = expand(torch.ones_like(fake_quant.scale), self.values.dim(), fake_quant.qtype.ch_axis)
+            self.gain = nn.Parameter(ones.clone())
         # whether all gradients are found from the output of the layer
         self.by_output = self.soft is None and called and _is_per_output(fake_quant, module)
         weight = torch.empty_like(self.values) if scale and not self.soft else self.values
@@ -148,12 +155,7 @@ class _Layer:
         self.correction = bias_correction(module) if stage.options.bias_lr > 0 else None
         if self.correction is not None:
             self.correction.offset.requires_grad_(True)
-            self.bias = _original_bias(module).clone().requires_grad_(not self.by_output)
-
-    @property
-    def gain(self) -> nn.Parameter | None:
-        """The factor on its scale, None where none is learned."""
-        return self.fake_quant.gain
+            self.bias = original(module, 'bias').clone().requires_grad_(not self.by_output)
 
     def update(self) -> None:
         """Computes weight and bias anew, from what is learned."""
@@ -162,7 +164,7 @@ class _Layer:
         elif self.gain is not None:
             torch.mul(self.values, self.gain, out=self.weight.detach())
         if self.bias is not None and self.correction is not None:
-            torch.add(_original_bias(self.module), self.correction.offset, out=self.bias.detach())
+            torch.add(original(self.module, 'bias'), self.correction.offset, out=self.bias.detach())
 
     def collect(self, beta: float | None, round_weight: float) -> None:
         """Carries the gradients of weight and bias on to what is learned."""
@@ -184,9 +186,10 @@ class _Layer:
     def finish(self) -> None:
         """Fixes what was learned."""
         if self.soft is not None:
-            self.fake_quant.finish()
+            self.soft.finish()
         if self.gain is not None:
-            self.fake_quant.finish_scale()
+            scale = self.fake_quant.scale
+            scale.copy_(short_scale(scale * self.gain.detach().reshape(scale.shape)))
         if self.correction is not None:
             self.correction.offset.requires_grad_(False)
             self.correction.offset.grad = None
@@ -209,15 +212,19 @@ def _is_per_output(fake_quant: WeightFakeQuantize, module: Any) -> bool:
     return fake_quant.scale.numel() in (1, channels)
 
 
-def _original_bias(module: Any) -> Tensor:
-    """Returns the bias without its correction."""
-    bias: Tensor = module.parametrizations['bias'].original
-    return bias.detach()
-
-
 def _called(module: nn.Module) -> set[nn.Module]:
     """Returns the modules that a graph calls; none are known of a module that is no graph."""
     graph = getattr(module, 'graph', None)
     if not isinstance(graph, fx.Graph):
         return set()
     return {module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module'}
+
+
+def cosine(t: float) -> float:
+    """Returns the factor of a learning rate that falls from 1 to 0 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+
+
+def constant(t: float) -> float:
+    """Returns 1: the learning rate does not change."""
+    return 1.0

@@ -6,7 +6,8 @@ import base64
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,48 +17,20 @@ from markupsafe import Markup
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
-from mmbrecq.report import charts, rows
-from mmbrecq.report.rows import format_cost
-from mmbrecq.report.summary import Summary, UnitRecord
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.report import rows
+from mmbrecq.report.summary import Summary
 from mmbrecq.runs.storage import write_text_atomic
 
-_PHASES = ('prepare', 'calibrate', 'reconstruct', 'evaluate', 'export')
 _LONGEST_NAME = 34
 
 
 def render_html(summary: Summary, date: str = '', folder: Path | None = None) -> str:
     """Returns the page, with the pictures in ``folder``: inline style and SVG, no script, nothing to load."""
-    title = ' '.join(part for part in (summary.bits_label, summary.model or Path(summary.config).stem) if part)
-    title = title or 'Quantization'
-    images = f'{summary.calibration.num_samples:,}' if summary.calibration.num_samples else ''
-    counts = Counter(f'W{b.weight or 32}A{b.activation or 32}' for b in summary.bits.values())
-    provenance = {
-        'Config': summary.config, 'Seed': '' if summary.seed is None else str(summary.seed),
-        'Calibration images': images, 'Their ids': images and summary.calibration.ids_file,
-        'Reconstruction loss': summary.loss, **summary.versions,
-    }  # fmt: skip
-    size, memory = summary.model_size_bytes, summary.peak_memory_bytes
-    sizes = [
-        ('Float model', size.float, ''),
-        ('Quantized model', size.quantized, rows.format_ratio(size.float, size.quantized)),
-        ('Peak host memory', memory.host, ''), ('Peak device memory', memory.device, ''),
-    ]  # fmt: skip
-    bar, verdict = macro('bits_bar'), macro('verdict')
-    checks = [(name, verdict(text, text == 'passed')) for name, text in summary.verify.items()]
-    for runtime, count in summary.integer_kernels.items():
-        text = f'{count.integer} of {count.quantized} quantized layers run in integers'
-        checks.append((rows.runtime_name(runtime), verdict(text, count.integer == count.quantized)))
-    unit_of = {layer: unit.name for unit in summary.units if unit.phase != 'network' for layer in unit.layers}
-    return _environment().get_template('report.html').render(
-        s=summary, title=title, heading=title.removeprefix(summary.bits_label).strip() or title, date=date,
-        numbers='summary.json', calibration=images, rows=rows.result_rows(summary),
-        pictures=_pictures(summary, folder), times=_times(summary),
-        counts=', '.join(f'{count} at {label}' for label, count in counts.most_common()),
-        bits=[(layer, unit_of.get(layer, ''), bar(b.weight), bar(b.activation)) for layer, b in summary.bits.items()],
-        float_layers=[entry.partition(': ')[::2] for entry in summary.float_layers], checks=checks,
-        sizes=[(name, rows.format_bytes(count), note) for name, count, note in sizes if count is not None],
-        provenance=[(name, value) for name, value in provenance.items() if value],
-    )  # fmt: skip
+    page = _environment().get_template('report.html')
+    counts = Counter(f'W{b.weight or 32}A{b.activation or 32}' for b in summary.bits.values()).most_common()
+    found = rows.result_rows(summary)
+    return page.render(s=summary, date=date, rows=found, counts=counts, pictures=_pictures(summary, folder))
 
 
 def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '') -> None:
@@ -70,11 +43,9 @@ def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> Non
     # a float layer loses nothing
     losses = {name: table.loss.get(name, {}) for name in table.searched}
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}
-    page = _environment().get_template('sensitivity.html').render(
-        title=f'{Path(config).stem}, sensitivities', config=config, table=table, weights=weights,
-        numbers='sensitivity.json',
-    )  # fmt: skip
-    write_text_atomic(page, path)
+    page = _environment().get_template('sensitivity.html')
+    title = f'{Path(config).stem}, sensitivities'
+    write_text_atomic(page.render(title=title, config=config, table=table, weights=weights), path)
 
 
 def macro(name: str) -> Any:
@@ -91,14 +62,74 @@ def _environment() -> Environment:
     environment.filters.update(
         px=lambda value: f'{value:.1f}', bytes=rows.format_bytes, seconds=rows.format_seconds, loss=rows.format_loss,
         losses=lambda unit: (unit.loss_before, unit.loss_after), list_values=lambda row: row.values(),
-        pair=lambda *pair: pair, short=_short, own_layers=_own_layers, numbers=_numbers, rises=_rises, costs=_costs,
-        front=charts.front,
+        pair=lambda *pair: pair, short=_short, front=front, stem=lambda path: Path(path).stem,
     )  # fmt: skip
-    environment.tests.update(drawable=charts.drawable, finite=lambda value: value is not None and math.isfinite(value))
-    functions = [charts.share, charts.log_axis, charts.front_axes, format_cost, _largest]
-    environment.globals.update({function.__name__.strip('_'): function for function in functions})
-    environment.globals.update({name: value for name, value in vars(rows).items() if callable(value)})
+    environment.tests.update(drawable=drawable, finite=lambda value: value is not None and math.isfinite(value))
+    functions = {**vars(rows), 'share': share, 'log_axis': log_axis, 'front_axes': front_axes, 'largest': _largest}
+    environment.globals.update({name: value for name, value in functions.items() if callable(value)})
     return environment
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values from ``low`` to ``high`` to the pixels from ``start`` to ``end``."""
+
+    start: float
+    end: float
+    low: float
+    high: float
+
+    def pixel(self, value: float) -> float:
+        """Returns the pixel of a value."""
+        return self.start + (value - self.low) * (self.end - self.start) / (self.high - self.low or 1)
+
+
+class LogAxis(Axis):
+    """Maps whole decades ``10**low .. 10**high``; values that are not above 0 have the pixel of the low end."""
+
+    def pixel(self, value: float) -> float:
+        """Returns the pixel of a value."""
+        return super().pixel(math.log10(value) if value > 0 else self.low)
+
+    def ticks(self) -> list[float]:
+        """Returns the labelled values: more than the decades on a short axis, and fewer on a long one."""
+        low, high = int(self.low), int(self.high)
+        values = [10.0**exponent for exponent in range(low, high + 1, max(1, math.ceil((high - low) / 8)))]
+        if high - low <= 2:
+            values += [factor * 10.0**exponent for exponent in range(low, high) for factor in (2, 5)]
+        return sorted(values)
+
+
+def share(value: float, largest: float) -> float:
+    """Returns ``value`` in percent of ``largest``, from 0 to 100; 0 where that is undefined."""
+    return 100 * min(max(value / largest, 0.0), 1.0) if largest > 0 and math.isfinite(value) else 0.0
+
+
+def drawable(unit: UnitResult) -> bool:
+    """Returns whether both losses of a unit are positive and finite, as a log axis needs them."""
+    return all(math.isfinite(loss) and loss > 0 for loss in (unit.loss_before, unit.loss_after))
+
+
+def log_axis(values: Iterable[Iterable[float]], start: float, end: float) -> LogAxis:
+    """Returns the axis of the fewest decades that hold all ``values`` above 0."""
+    logs = [math.log10(value) for row in values for value in row if value > 0]
+    low, high = (math.floor(min(logs)), math.ceil(max(logs))) if logs else (-1, 0)
+    return LogAxis(start, end, low, max(high, low + 1))
+
+
+def front(chosen: SearchResult) -> list[tuple[float, float]]:
+    """Returns cost and loss of the choices that can be drawn."""
+    return [(cost, loss) for cost, loss in chosen.front if loss > 0]
+
+
+def front_axes(chosen: SearchResult) -> tuple[Axis, LogAxis, list[float]]:
+    """Returns the axes of cost and loss, and the labelled costs."""
+    points, spent = front(chosen), chosen.spent[chosen.front_cost]
+    costs = [spent, *(cost for cost, _ in points)]
+    losses = [chosen.predicted, chosen.measured or 0.0, *(loss for _, loss in points)]
+    least, most = min(costs), max(costs)
+    labelled = [least + i * (most - least) / 5 for i in range(6)]
+    return Axis(92, 812, least, most), log_axis([losses], 274, 12), labelled
 
 
 def _encodable(value: Any) -> Any:
@@ -112,41 +143,9 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f'{name[: half - 1]}…{name[-half:]}'
 
 
-def _own_layers(unit: UnitRecord) -> str:
-    # the unit's own name in front of each layer would only repeat the first column
-    return ', '.join(layer.removeprefix(f'{unit.name}.') for layer in unit.layers)
-
-
-def _numbers(losses: Mapping[str, Mapping[int, float]]) -> list[int]:
-    """Returns the numbers of bits of the losses, the fewest first."""
-    return sorted({bits for row in losses.values() for bits in row})
-
-
-def _rises(units: Mapping[str, str], losses: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
-    """Returns a row for each layer: its name, its unit, and the rise of the loss at every number of bits."""
-    numbers = _numbers(losses)
-    return [[n, units.get(n, ''), *(f'{row.get(b, math.nan):.4g}' for b in numbers)] for n, row in losses.items()]
-
-
-def _costs(chosen: SearchResult) -> Iterator[tuple[str, ...]]:
-    """Yields a row for each cost: its name, what is spent, the share of the float model, and the budget."""
-    for name, spent in chosen.spent.items():
-        unit, whole = chosen.units.get(name, ''), chosen.float_costs.get(name)
-        budget = format_cost(chosen.budgets[name], unit) if name in chosen.budgets else rows.UNKNOWN
-        yield name, format_cost(spent, unit), f'{spent / whole:.3g}x' if whole else rows.UNKNOWN, budget
-
-
 def _largest(found: list[rows.ResultRow], metric: str) -> float:
     values = (row.metrics.get(metric, math.nan) for row in found)
     return max((value for value in values if math.isfinite(value)), default=0.0)
-
-
-def _times(summary: Summary) -> list[tuple[str, float]]:
-    parts = [(name, float(getattr(summary.seconds, name))) for name in _PHASES if getattr(summary.seconds, name)]
-    total = summary.seconds.total or 0.0
-    rest = total - sum(value for _, value in parts)
-    # less than one part in a hundred is the clock's reading
-    return parts + ([('other', rest)] if rest > 0.01 * total else [])
 
 
 def _pictures(summary: Summary, folder: Path | None) -> list[tuple[str, str]]:

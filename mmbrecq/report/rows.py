@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmbrecq.deploy.kernel_count import KernelCount
-from mmbrecq.report.summary import MetricValues, Summary, UnitRecord
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.report.summary import MetricValues, Summary
 
 RUNTIME_NAMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO', 'tensorrt': 'TensorRT'}
 UNKNOWN = '-'
@@ -117,6 +118,6 @@ def format_loss(loss: float) -> str:
     return f'{loss:.3g}' if math.isfinite(loss) else UNKNOWN
 
 
-def kept_words(unit: UnitRecord) -> str:
+def kept_words(unit: UnitResult) -> str:
     """Returns the mark of a unit that got worse: its weights, or its step sizes, are what they were before."""
     return 'kept nearest' if unit.learned_rounding else 'kept as it was'

@@ -5,22 +5,14 @@ Each field may still be empty, so that an unfinished run can be saved, read and 
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from mmbrecq.deploy.kernel_count import KernelCount
-from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.schema import decode, save_json
-
-if TYPE_CHECKING:
-    from mmbrecq.quantizers.quantized_model import QuantizedModel
-    from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.quantizers.quantized_model import QuantizedModel
+from mmbrecq.reconstruction.results import UnitResult
 
 # Metric names are the evaluator's own, such as 'accuracy/top1' or 'coco/bbox_mAP'.
 MetricValues = dict[str, float]
@@ -74,38 +66,6 @@ class ModelSize:
 
 
 @dataclass
-class UnitRecord:
-    """Records the reconstruction of one unit.
-
-    Attributes:
-        name: Name of the unit, as the graph has it.
-        layers: Names of its conv and linear layers.
-        loss_before: Loss with nearest rounding, >= 0.
-        loss_after: Loss after the last iteration, >= 0.
-        iterations: Number of iterations.
-        seconds: Wall-clock seconds.
-        phase: 'weights', 'activations', 'joint' or 'network'; empty where a run has one phase only.
-        kept_nearest: The loss got worse, so the unit keeps nearest rounding.
-        power: Loss of an output of zeros, to which both losses are relative; NaN where it is not known.
-    """
-
-    name: str
-    layers: list[str] = field(default_factory=list)
-    loss_before: float = float('nan')
-    loss_after: float = float('nan')
-    iterations: int = 0
-    seconds: float = 0.0
-    phase: str = ''
-    kept_nearest: bool = False
-    power: float = float('nan')
-
-    @property
-    def learned_rounding(self) -> bool:
-        """Whether its phase learns the rounding of weights; the others start from what was learned."""
-        return self.phase not in ('activations', 'network')
-
-
-@dataclass
 class LayerBits:
     """Holds the bits of one layer, 2 to 8: of its weight and of its input activation; None for float."""
 
@@ -156,7 +116,7 @@ class Summary:
     seconds: Seconds = field(default_factory=Seconds)
     peak_memory_bytes: PeakMemory = field(default_factory=PeakMemory)
     model_size_bytes: ModelSize = field(default_factory=ModelSize)
-    units: list[UnitRecord] = field(default_factory=list)
+    units: list[UnitResult] = field(default_factory=list)
     bits: dict[str, LayerBits] = field(default_factory=dict)
     float_layers: list[str] = field(default_factory=list)
     calibration: Calibration = field(default_factory=Calibration)
@@ -177,8 +137,7 @@ class Summary:
 
     def add_unit(self, result: UnitResult) -> None:
         """Records a finished unit."""
-        record = {f.name: getattr(result, f.name) for f in fields(UnitRecord) if hasattr(result, f.name)}
-        self.units.append(UnitRecord(**{**record, 'layers': list(result.layers), 'phase': result.stage}))
+        self.units.append(result)
         if result.images_at_once is not None:
             self.warnings.append(
                 f'the GPU had no room for a batch of {result.name} ({result.stage}): '
@@ -200,21 +159,6 @@ class Summary:
             return ''
         weight, activation = (_shown_bits(getattr(b, kind) for b in self.bits.values()) for kind in vars(LayerBits()))
         return f'W{weight}A{activation}'
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes ``summary.json`` whole or not at all; StorageError if it cannot be written."""
-        save_json(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Summary:
-        """Reads a file of :meth:`save`; absent keys have their defaults, and ConfigError names a bad key."""
-        try:
-            summary: Summary = decode(cls, json.loads(Path(path).read_text(encoding='utf-8')), 'summary')
-        except ConfigError as error:
-            raise ConfigError(f'{os.fspath(path)}: {error}') from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f'{os.fspath(path)}: expected a summary in JSON, but got {error}') from error
-        return summary
 
 
 def _shown_bits(bits: Iterable[int | None]) -> str:

@@ -65,11 +65,10 @@ def _caption(summary: Summary) -> str:
 
 def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
     """Returns a line for every layer, then the predicted loss and the costs beside their budgets."""
-    fixed = {layer.name: layer.bits[0] for layer in table.layers if layer.name not in chosen.bits}
     width = max(len(layer.name) for layer in table.layers)
     lines = []
     for layer in table.layers:
-        bits = (chosen.bits.get(layer.name) if layer.name in chosen.bits else fixed[layer.name]) or 32
+        bits = chosen.bits.get(layer.name, layer.bits[0]) or 32
         inputs = chosen.activation_bits.get(layer.name)
         note = '' if layer.name in chosen.bits else '  as the config has it'
         note = note if inputs is None else f'  input {inputs} {"#" * inputs}'
@@ -99,20 +98,15 @@ def _build_table(summary: Summary, style: box.Box) -> Table:
     if with_kernels:
         table.add_column('integer kernels', justify='right')
     for row in results:
-        cells = [Text(cell) for cell in _cells(row, results, metrics, summary)]
+        cells = [row.label]
+        for metric in metrics:
+            digits, value = rows.decimals(results, metric), row.metrics.get(metric)
+            reference = None if row.stage == 'float' else summary.metrics.float.get(metric)
+            cells += [rows.format_metric(value, digits), rows.format_difference(value, reference, digits)]
+        cells.append(rows.format_bytes(row.size))
         if with_kernels:
-            count = row.kernels
-            cells.append(Text(f'{count.integer} of {count.quantized}' if count else rows.UNKNOWN))
-        table.add_row(*cells, style='bold' if row.stage == 'quantized' else '')
+            cells.append(f'{row.kernels.integer} of {row.kernels.quantized}' if row.kernels else rows.UNKNOWN)
+        table.add_row(*map(Text, cells), style='bold' if row.stage == 'quantized' else '')
     if not results:
         table.add_row('no result yet')
     return table
-
-
-def _cells(row: rows.ResultRow, results: list[rows.ResultRow], metrics: list[str], summary: Summary) -> list[str]:
-    cells = [row.label]
-    for metric in metrics:
-        digits, value = rows.decimals(results, metric), row.metrics.get(metric)
-        reference = None if row.stage == 'float' else summary.metrics.float.get(metric)
-        cells += [rows.format_metric(value, digits), rows.format_difference(value, reference, digits)]
-    return [*cells, rows.format_bytes(row.size)]

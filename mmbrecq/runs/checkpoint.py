@@ -82,13 +82,12 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
 def _compare(own: Mapping[str, Any], weights: Mapping[str, Any], *, exact: bool) -> str:
     """Compares the keys, shapes and, if ``exact``, dtypes of a file with those of a model; see :func:`_describe`."""
     missing, unexpected = [n for n in own if n not in weights], [n for n in weights if n not in own]
-    tensors = {n: (own[n], weights[n]) for n in own if n in weights and isinstance(own[n], Tensor)}
-    tensors = {n: pair for n, pair in tensors.items() if isinstance(pair[1], Tensor)}
-    shapes = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in tensors.items() if a.shape != b.shape}
-    dtypes = {n: (a.dtype, b.dtype) for n, (a, b) in tensors.items() if n not in shapes and a.dtype != b.dtype}
-    if exact:
-        return _describe(missing, unexpected, ('shape', shapes), ('dtype', dtypes))
-    return _describe(_that_matter(missing), _that_matter(unexpected), ('shape', shapes))
+    both = {n: (own[n], weights[n]) for n in own if isinstance(own[n], Tensor) and isinstance(weights.get(n), Tensor)}
+    shapes = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in both.items() if a.shape != b.shape}
+    dtypes = {n: (a.dtype, b.dtype) for n, (a, b) in both.items() if n not in shapes and a.dtype != b.dtype}
+    if not exact:
+        missing, unexpected, dtypes = _that_matter(missing), _that_matter(unexpected), {}
+    return _describe(missing, unexpected, ('shape', shapes), ('dtype', dtypes))
 
 
 def _describe(

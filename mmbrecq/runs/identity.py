@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from mmbrecq.data.groups import Images, grouped
-from mmbrecq.distributed import gather
+from mmbrecq.distributed import gather, hash_of
 from mmbrecq.kernels.native import kernel_state
 
 IGNORED = frozenset({
@@ -67,10 +68,6 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Images, se
         images: Preprocessed calibration images of this process.
         seed: Of the run.
     """
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
     settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
     # of each image, so that it does not depend on how many processes have them
@@ -78,20 +75,11 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Images, se
     own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for part in parts for image in part]
     hashes = [digest for part in gather(own) for digest in part]
     return {
-        'quantizer': _in_words(settings),
-        'reconstructor': _in_words(cfg['reconstructor']),
+        'quantizer': json.dumps(settings, sort_keys=True, default=repr),
+        'reconstructor': json.dumps(cfg['reconstructor'], sort_keys=True, default=repr),
         'seed': str(seed),
         # a GPU never runs them
         'kernels': 'none' if parts[0].is_cuda else kernel_state(),
-        'float weights': weights.hexdigest()[:16],
+        'float weights': hash_of(model)[:16],
         'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }
-
-
-def _in_words(value: Any) -> str:
-    """Writes a config value with its keys in order."""
-    if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{key}: {_in_words(value[key])}' for key in sorted(value)) + '}'
-    if isinstance(value, (list, tuple)):
-        return '[' + ', '.join(map(_in_words, value)) + ']'
-    return repr(value)

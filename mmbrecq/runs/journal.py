@@ -14,16 +14,19 @@ from torch import nn
 from mmbrecq.distributed import on_main
 from mmbrecq.errors import CheckpointError, first_line
 from mmbrecq.graph.units import ReconstructionUnit
+from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import FinishedUnit, UnitResult, unit_state
+from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 
 
-class Journal:
+class Journal(Callback):
     """Keeps ``reconstruction.pth``; each version is written beside the last one and renamed.
 
     Args:
         path: The file.
+        model: Owner of all modules whose states are kept.
         identity: What the run depends on, each setting in words.
         config_text: The config, for a person to read.
 
@@ -33,8 +36,8 @@ class Journal:
         observed: Images that are observed at once, None before that is planned.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str], config_text: str) -> None:
-        self.path, self.identity, self.config_text = path, dict(identity), config_text
+    def __init__(self, path: Path, model: nn.Module, identity: Mapping[str, str], config_text: str) -> None:
+        self.path, self.model, self.identity, self.config_text = path, model, dict(identity), config_text
         self.units: dict[tuple[str, str], FinishedUnit] = {}
         self.metrics: dict[str, dict[str, float]] = {}
         self.observed: int | None = None
@@ -75,9 +78,8 @@ class Journal:
             )
         return {(unit.result.stage, unit.result.name): unit for unit in units}, metrics, meta.get('observed')
 
-    def add(self, model: nn.Module, unit: ReconstructionUnit, result: UnitResult) -> None:
-        """Adds a finished unit, and writes the file."""
-        self.units[result.stage, result.name] = FinishedUnit(result, unit_state(model, unit))
+    def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
+        self.units[result.stage, result.name] = FinishedUnit(result, unit_state(self.model, unit))
         self.save()
 
     @master_only

@@ -333,7 +333,7 @@ def test_bits_are_chosen_in_one_command(
     assert 0 < chosen['measured'] < math.inf
     if name.startswith('faster'):
         assert any('roi_head' in layer for layer in chosen['bits'])
-    first = [unit['name'] for unit in summary['units'] if unit['phase'] == 'weights']
+    first = [unit['name'] for unit in summary['units'] if unit['stage'] == 'weights']
     searched = set(chosen['bits'])
     assert first, 'what the config fixes is reconstructed'
     assert not any(set(unit['layers']) & searched for unit in summary['units'] if unit['name'] in first)

@@ -63,7 +63,7 @@ def test_images_are_drawn_the_way_up_that_the_pipeline_loads_them(
     sample.pred_instances = InstanceData()
     drawing = Drawing()
     side_by_side = SideBySide(Dataset(**loading), drawing, tmp_path / 'pictures')
-    assert len(side_by_side.draw([sample], [sample], ('left', 'right'))) == 1
+    assert len(side_by_side.draw([sample], [sample])) == 1
     wanted = np.zeros_like(drawing.image)
     wanted[expected] = (255, 0, 0)
     np.testing.assert_array_equal(drawing.image, wanted)

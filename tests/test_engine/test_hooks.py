@@ -16,7 +16,6 @@ from rich.console import Console
 from mmbrecq import progress
 from mmbrecq.engine.hooks import (
     HookCaller,
-    ReconstructionHook,
     ReconstructionLoggerHook,
     ReconstructionProgressHook,
     ReconstructionScalarsHook,
@@ -37,20 +36,8 @@ def result(name: str, kept: bool = False) -> UnitResult:
 
 
 def test_hooks_are_mmengines_own_kind() -> None:
-    assert issubclass(ReconstructionHook, Hook)
     for name in ('ReconstructionLoggerHook', 'ReconstructionScalarsHook', 'ReconstructionProgressHook'):
-        assert ROOT_HOOKS.get(f'mmbrecq.{name}') is not None
-
-
-def test_a_custom_hook_needs_no_point_but_those_it_uses() -> None:
-    hook: Any = ReconstructionHook()
-    runner: Any = object()
-    hook.before_reconstruct_stage(runner, STAGE, [], Progress(0, 1))
-    hook.before_reconstruct_unit(runner, STAGE, unit('a'))
-    hook.after_reconstruct_step(runner, STAGE, unit('a'), 1, 0.5)
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(1, 1))
-    hook.after_reconstruct_stage(runner, STAGE)
-    hook.after_reconstruct(runner)
+        assert issubclass(ROOT_HOOKS.get(f'mmbrecq.{name}'), Hook)
 
 
 def test_what_a_reconstruction_tells_reaches_every_hook() -> None:
@@ -77,9 +64,13 @@ def test_the_log_has_a_line_for_every_unit(done: int) -> None:
     runner: Any = SimpleNamespace(logger=SimpleNamespace(info=lines.append))
     hook = ReconstructionLoggerHook()
     count = done + 2
-    hook.before_reconstruct_stage(runner, STAGE, [], Progress(done, count))
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(done + 1, count, 100.0))
-    hook.after_reconstruct_unit(runner, STAGE, unit('b'), result('b', kept=True), Progress(count, count, 0.0))
+    hook.before_reconstruct_stage(runner, stage=STAGE, units=[], progress=Progress(done, count))
+    hook.after_reconstruct_unit(
+        runner, stage=STAGE, unit=unit('a'), result=result('a'), progress=Progress(done + 1, count, 100.0)
+    )
+    hook.after_reconstruct_unit(
+        runner, stage=STAGE, unit=unit('b'), result=result('b', kept=True), progress=Progress(count, count, 0.0)
+    )
     assert lines == [
         f'reconstruction of weights: {done + 2} units, 50 iterations of 4 images each'
         + ('; 1 units are done' if done else ''),
@@ -95,8 +86,8 @@ def test_losses_reach_the_backends_of_the_visualizer(done: int) -> None:
     scalars: list[Any] = []
     runner: Any = SimpleNamespace(visualizer=SimpleNamespace(add_scalar=lambda *values: scalars.append(values)))
     hook = ReconstructionScalarsHook()
-    hook.after_reconstruct_step(runner, STAGE, unit('a'), 50, 0.5)
-    hook.after_reconstruct_unit(runner, STAGE, unit('a'), result('a'), Progress(done + 1, 3))
+    hook.after_reconstruct_step(runner, stage=STAGE, unit=unit('a'), step=50, loss=0.5)
+    hook.after_reconstruct_unit(runner, result=result('a'), progress=Progress(done + 1, 3))
     assert scalars == [
         ('weights/a', 0.5, 50), ('weights/before', 0.25, done + 1), ('weights/after', 0.125, done + 1)
     ]  # fmt: skip
@@ -117,9 +108,11 @@ def test_the_bar_goes_with_its_unit_or_with_the_reconstruction(
     runner: Any = object()
     hook = ReconstructionProgressHook()
     hook.before_reconstruct_unit(runner, STAGE, unit('layer1'))
-    hook.after_reconstruct_step(runner, STAGE, unit('layer1'), 25, 0.125)
+    hook.after_reconstruct_step(runner, stage=STAGE, unit=unit('layer1'), step=25, loss=0.125)
     if not breaks_off:
-        hook.after_reconstruct_unit(runner, STAGE, unit('layer1'), result('layer1'), Progress(1, 1))
+        hook.after_reconstruct_unit(
+            runner, stage=STAGE, unit=unit('layer1'), result=result('layer1'), progress=Progress(1, 1)
+        )
     hook.after_reconstruct(runner)
     drawn = written.getvalue()
     assert drawn.rindex('\x1b[?25h') > drawn.rindex('\x1b[?25l')

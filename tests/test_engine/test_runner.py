@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from torch import nn
 
-from mmbrecq.engine.runner import ToolRunner
+from mmbrecq.engine.config import ToolRunner
 
 
 def make_runner(folder: Path) -> ToolRunner:

@@ -15,8 +15,6 @@ from mmbrecq.fake_quants.ops import (
     OutputGradient,
     Sigmoid,
     add_regulariser_gradient_,
-    initial_alpha,
-    soft_rounding,
     soft_weight_,
     through_sigmoid_,
 )
@@ -214,17 +212,17 @@ def test_gradients_from_the_output_are_those_of_the_weight(
 def test_soft_rounding_is_a_rectified_sigmoid() -> None:
     alpha = np.linspace(-9, 9, 37)
     expected = np.clip(1.2 / (1 + np.exp(-alpha)) - 0.1, 0, 1)
-    np.testing.assert_allclose(soft_rounding(torch.from_numpy(alpha), ZETA, GAMMA).numpy(), expected, atol=1e-14)
+    np.testing.assert_allclose(Sigmoid(ZETA, GAMMA).soft(torch.from_numpy(alpha)).numpy(), expected, atol=1e-14)
 
 
 def test_initial_alpha_starts_at_the_fraction() -> None:
     fraction = torch.tensor([0.0, 1e-3, 0.25, 0.5, 0.75, 0.999], dtype=torch.float64)
-    alpha = initial_alpha(fraction, ZETA, GAMMA)
-    torch.testing.assert_close(soft_rounding(alpha, ZETA, GAMMA), fraction, rtol=0, atol=1e-14)
+    curve = Sigmoid(ZETA, GAMMA)
+    torch.testing.assert_close(curve.soft(curve.inverse(fraction)), fraction, rtol=0, atol=1e-14)
     # 1/2 is the centre of the sigmoid
-    assert float(alpha[3]) == pytest.approx(0, abs=1e-12)
+    assert float(curve.inverse(fraction)[3]) == pytest.approx(0, abs=1e-12)
     # single precision too ends above 0 for every fraction that a float32 can hold below 1
-    assert torch.isfinite(initial_alpha(torch.tensor([0.0, 1 - 2**-24]), ZETA, GAMMA)).all()
+    assert torch.isfinite(Sigmoid(ZETA, GAMMA).inverse(torch.tensor([0.0, 1 - 2**-24]))).all()
 
 
 @pytest.mark.parametrize('ch_axis', [None, 0, 1])

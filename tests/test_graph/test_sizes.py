@@ -74,9 +74,13 @@ def test_maps_keep_height_and_width_free() -> None:
             r'backbone: test_sizes.py:\d+: expected the same',
         ),
         (lambda self, x: _masks(self, x).mean((2, 3)), r'backbone: test_sizes.py:\d+'),
+        (
+            lambda self, x: self.conv(x) * F.avg_pool2d(self.conv(x), x.shape[2:]),
+            r'backbone: test_sizes.py:\d+',
+        ),
         (lambda self, x: self.conv(x).flatten(1) @ torch.ones(256, 2), 'the model does not run at another height'),
     ],
-    ids=['int', 'folded', 'fixed'],
+    ids=['int', 'folded', 'window', 'fixed'],
 )
 def test_a_graph_that_computes_with_one_size_takes_no_other(function: Any, where: str) -> None:
     model = net(function, conv=conv())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -60,31 +62,17 @@ def test_every_value_finds_its_bin(values: list[float]) -> None:
 
 def test_merge_with_an_empty_one_changes_nothing() -> None:
     histogram, empty = filled(*growing()), StreamingHistogram(2048)
-    before = histogram.state()
+    before = copy.deepcopy(histogram)
     histogram.merge(empty)
-    restored = StreamingHistogram(2048)
-    restored.load_state(before)
-    assert same(histogram, restored)
+    assert same(histogram, before)
     empty.merge(histogram)
     assert same(empty, histogram)
-
-
-def test_merge_refuses_other_bins() -> None:
-    with pytest.raises(ConfigError, match='expected a histogram of 2048 bins to merge, but got 4096'):
-        StreamingHistogram(2048).merge(StreamingHistogram(4096))
 
 
 @pytest.mark.parametrize('bins', [100, 2047, 4096.0, 'many'])
 def test_bins_are_checked(bins: object) -> None:
     with pytest.raises(ConfigError, match='expected bins to be an integer of at least 2048'):
         StreamingHistogram(bins)  # type: ignore[arg-type]
-
-
-def test_state_is_a_snapshot() -> None:
-    histogram = filled(torch.tensor([1.0, 2.0]))
-    state = histogram.state()
-    histogram.add(torch.tensor([1.5]), 1.5, 1.5)
-    assert int(state['counts'].sum()) == 2
 
 
 @pytest.mark.parametrize('q', [0, 0.01, 1, 30, 50, 77.7, 99, 99.99, 100])

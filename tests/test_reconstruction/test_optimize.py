@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import doctest
+import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +19,7 @@ from mmbrecq.functional import affine_from_range
 from mmbrecq.qtype import QType
 from mmbrecq.reconstruction import MSELoss, Stage, StageOptions
 from mmbrecq.reconstruction.batches import UnitData
-from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, optimize_unit
+from mmbrecq.reconstruction.optimize import CHECK_INTERVAL, linear_beta, optimize_unit
 from mmbrecq.reconstruction.variables import Variables
 
 COUNT = 40
@@ -284,11 +287,12 @@ def test_the_regulariser_alone_settles_every_variable_on_its_nearer_side() -> No
     unit = Unit()
     nearest = unit.rounding.codes.clone()
     data = data_of(unit)
+    lower, scale = unit.fc.parametrizations['weight'].original, unit.rounding.scale[:, None]  # type: ignore[union-attr]
     hs = []
 
     def no_loss(output: Tensor, target: Tensor, fisher: Tensor | None) -> Tensor:
-        h = torch.clamp(torch.sigmoid(unit.rounding.alpha.detach()) * 1.2 - 0.1, 0, 1)  # type: ignore[union-attr]
-        hs.append(h)
+        ratio = unit.fc.weight.detach() / scale
+        hs.append(ratio - torch.floor(lower / scale))
         return 0 * MSELoss()(output, target)
 
     learn(unit, data, loss=no_loss, warmup=0, round_weight=1.0, iterations=400, lr=3e-2)
@@ -320,3 +324,34 @@ def test_losses_of_several_outputs_add_up(index: Any, importance: list[float] | 
         batch = data.read(index, floats=False)
         parts = list(batch.laid_out(torch.contiguous_format).parts(2))
         assert [len(part) for part in parts] == [2, 1] and all(part.importance == importance for part in parts)
+
+
+@pytest.mark.parametrize('t', [0.0, 0.1, 0.1999])
+def test_no_regulariser_during_the_warm_up(t: float) -> None:
+    assert linear_beta(t, 20, 2, 0.2) is None
+
+
+@pytest.mark.parametrize(
+    ('t', 'beta'), [(0.2, 20.0), (0.4, 15.5), (0.6, 11.0), (0.8, 6.5), (0.99, 2.225), (1.0, 2.0), (1.5, 2.0)]
+)
+def test_linear_from_start_to_end(t: float, beta: float) -> None:
+    """20 -> 2 after a warm-up of 20 %: 20 - 18 (t - 0.2) / 0.8."""
+    assert linear_beta(t, 20, 2, 0.2) == pytest.approx(beta)
+
+
+def test_without_warm_up() -> None:
+    assert [linear_beta(t / 4, start=10, end=4, warmup=0) for t in range(5)] == pytest.approx([10, 8.5, 7, 5.5, 4])
+
+
+def test_falls_at_every_step() -> None:
+    values = [linear_beta(0.25 + t / 200, 20, 2, 0.2) for t in range(150)]
+    assert all(a is not None and b is not None and a > b for a, b in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['fake_quants.masks', 'fake_quants.ops', *(f'reconstruction.{m}' for m in ('callbacks', 'methods', 'optimize'))],
+)
+def test_examples_of_docstrings_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f'mmbrecq.{name}'))
+    assert result.attempted > 0 and result.failed == 0

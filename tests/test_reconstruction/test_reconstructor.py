@@ -262,7 +262,9 @@ def test_independent_units_learn_the_same_whatever_the_others_did(prepared: Prep
     def learned(independent: bool, done: frozenset[tuple[str, str]]) -> tuple[UnitResult, dict[str, Tensor]]:
         stage = Stage('weights', StageOptions(**WEIGHTS), True, False, independent=independent)
         work = replace(task(prepared()), done=done)
-        results = run(BaseReconstructor([stage]), work)
+        reconstructor = BaseReconstructor()
+        reconstructor.stages = (stage,)
+        results = run(reconstructor, work)
         return results[-1], {name: t for name, t in state_of(work).items() if name.startswith('head')}
 
     before = frozenset(('weights', unit) for unit in UNITS[:3])
@@ -417,9 +419,9 @@ def test_as_many_images_as_the_limit_has_room_for_are_observed(
     made.run(work, whole, Diary())
     assert whole.observed == 64 and max(passed) == len(work.images)
     passed.clear()
-    made.memory_limit = whole.working_bytes // 4
+    made.limit = whole.working_bytes // 4
     limited = made.plan(work)
-    assert limited.observed < len(work.images) and limited.working_bytes <= made.memory_limit
+    assert limited.observed < len(work.images) and limited.working_bytes <= made.limit
     made.run(work, limited, Diary())
     assert max(passed) == limited.observed
     # a resumed run observes as it began, and is refused where that has no room

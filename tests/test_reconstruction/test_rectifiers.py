@@ -80,7 +80,7 @@ def traced(block: nn.Module) -> fx.GraphModule:
 def gradients(module: nn.Module, block: Block) -> list[Tensor]:
     """The output, and the gradients of input, step size and weights."""
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
-    (scale,) = block.quantizer.start()
+    scale = block.quantizer.scale.requires_grad_(True)
     (out,) = module(x)
     wanted = [x, scale, block.first.weight, block.first.bias, block.second.weight]
     return [out.detach(), *torch.autograd.grad(out.square().sum(), wanted)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from mmbrecq.kernels.native import kernels
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import Variables
+from mmbrecq.reconstruction.variables import Variables, constant, cosine
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -165,13 +166,31 @@ def loss_of(block: nn.Module) -> Tensor:
     return (block(x) - torch.randn(3, 5, generator=generator, dtype=torch.float64)).square().sum()
 
 
+def soft_values(fake_quant: WeightFakeQuantize, weight: Tensor, alpha: Tensor | None) -> Tensor:
+    """The quantized weight by autograd's own operations: soft of a variable, else that of the integers."""
+    qtype, shape = fake_quant.qtype, [-1 if fake_quant.scale.dim() else 1] + [1] * (weight.dim() - 1)
+    scale, zero = fake_quant.scale.reshape(shape), fake_quant.zero_point.double().reshape(shape)
+    if alpha is None:
+        return (fake_quant.codes.double() - zero) * scale
+    low = torch.floor(weight / scale) + zero
+    h = torch.clamp(torch.sigmoid(alpha) * 1.2 - 0.1, 0, 1) * ((low >= qtype.quant_min) & (low < qtype.quant_max))
+    return (low.clamp(qtype.quant_min, qtype.quant_max) - zero + h) * scale
+
+
 def by_autograd(rounding: type[WeightFakeQuantize], learn: bool, beta: float | None) -> dict[str, Tensor]:
     """Gradients of rounding, gains and offsets, each as one vector."""
-    block = block_of(rounding)
-    pairs = weights_of(block)
-    alphas = [p for m, fq in pairs for p in fq.start(original_weight(m))] if learn else []
-    gains = [p for m, fq in pairs for p in fq.start_scale(original_weight(m))]
-    offsets = [c.offset.requires_grad_(True) for m, _ in pairs if (c := bias_correction(m)) is not None]
+    block, alphas, gains = block_of(rounding), [], []
+    for module, fake_quant in weights_of(block):
+        weight, alpha = original_weight(module), None
+        gains.append(torch.ones([len(weight)] + [1] * (weight.dim() - 1), dtype=torch.float64))
+        if not fake_quant.scale.dim():
+            gains[-1] = torch.ones((), dtype=torch.float64)
+        if learn and rounding is AdaRound:
+            fraction = weight / fake_quant.scale.reshape(gains[-1].shape)
+            alpha = -torch.log(1.2 / (fraction - fraction.floor() + 0.1) - 1)
+            alphas.append(alpha.requires_grad_(True))
+        fake_quant.learned = soft_values(fake_quant, weight, alpha) * gains[-1].requires_grad_(True)
+    offsets = [c.offset.requires_grad_(True) for m, _ in weights_of(block) if (c := bias_correction(m)) is not None]
     total = loss_of(block)
     if beta is not None:
         for alpha in alphas:
@@ -251,10 +270,12 @@ def move(weights: Variables) -> None:
 
 
 def test_an_update_takes_over_what_was_learned(learning: tuple[nn.Module, Variables]) -> None:
-    """The tensors in force are the values of the fake quantizers' own formulas."""
+    """The tensors in force are the values of the formulas."""
     block, weights = learning
     move(weights)
-    expected = [m.weight.detach() for m, _ in weights_of(block)]
+    pairs, alphas = weights_of(block), weights.alphas or [None] * len(weights.gains)
+    values = [soft_values(fq, original_weight(m), a).detach() for (m, fq), a in zip(pairs, alphas, strict=True)]
+    expected = [value * gain.detach() for value, gain in zip(values, weights.gains, strict=True)]
     with weights.in_force():
         before = [m.weight.detach().clone() for m, _ in weights_of(block)]
         weights.update()
@@ -277,6 +298,21 @@ def test_everything_is_let_go(learning: tuple[nn.Module, Variables]) -> None:
     assert not any(list(fq.parameters()) for _, fq in weights_of(block))
 
 
+def test_the_gain_ends_in_the_scale() -> None:
+    """The integers stay; the scale keeps eight significant bits."""
+    block = block_of(NearestRounding).float()
+    weights = learning_of(block)
+    pairs = weights_of(block)
+    before = [(fq.codes.clone(), fq.scale.clone()) for _, fq in pairs]
+    factors = [0.5 + torch.rand(g.shape, generator=torch.Generator().manual_seed(6)) for g in weights.gains]
+    for gain, factor in zip(weights.gains, factors, strict=True):
+        gain.data.copy_(factor)
+    weights.finish()
+    for (_, fq), (codes, scale), factor in zip(pairs, before, factors, strict=True):
+        torch.testing.assert_close(fq.scale, scale * factor.reshape(scale.shape), rtol=2**-8, atol=0)
+        assert torch.equal(fq.scale, fq.scale.bfloat16().float()) and torch.equal(fq.codes, codes)
+
+
 def test_a_layer_that_is_not_called_keeps_its_rounding() -> None:
     block = block_of(AdaRound)
     weights = learning_of(block, called=False)
@@ -286,3 +322,17 @@ def test_a_layer_that_is_not_called_keeps_its_rounding() -> None:
     first, second = (alpha.grad for alpha in weights.alphas[:2])
     assert first is not None and not first.any()
     assert second is not None and second.any()
+
+
+@pytest.mark.parametrize('t', [0, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+def test_half_a_cosine(t: float) -> None:
+    assert cosine(t) == pytest.approx(math.cos(math.pi * t / 2) ** 2)
+
+
+def test_cosine_stays_at_zero() -> None:
+    assert cosine(1.0) == pytest.approx(0, abs=1e-15)
+    assert cosine(1.7) == pytest.approx(0, abs=1e-15)
+
+
+def test_constant() -> None:
+    assert {constant(t) for t in (0, 0.5, 1, 2)} == {1.0}

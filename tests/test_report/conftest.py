@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.summary import (
     Calibration,
     KernelCount,
@@ -13,7 +14,6 @@ from mmbrecq.report.summary import (
     PeakMemory,
     Seconds,
     Summary,
-    UnitRecord,
 )
 
 
@@ -40,9 +40,9 @@ def summary() -> Summary:
         peak_memory_bytes=PeakMemory(host=1_240_000_000, device=None),
         model_size_bytes=ModelSize(float=11_200_000, quantized=832_000),
         units=[
-            UnitRecord('backbone.conv1', ['backbone.conv1'], 0.5, 0.05, 2000, 12.5, 'weights', power=2.0),
-            UnitRecord('backbone.layer1.0', ['backbone.layer1.0.conv1'], 0.02, 0.03, 2000, 9.5, 'weights', True, 1.0),
-            UnitRecord('backbone.conv1', ['backbone.conv1'], 0.4, 0.3, 500, 3.5, 'activations', power=0.0),
+            UnitResult('backbone.conv1', 'weights', ('backbone.conv1',), 0.5, 0.05, 2000, 12.5, False, 2.0),
+            UnitResult('backbone.layer1.0', 'weights', ('backbone.layer1.0.conv1',), 0.02, 0.03, 2000, 9.5, True, 1.0),
+            UnitResult('backbone.conv1', 'activations', ('backbone.conv1',), 0.4, 0.3, 500, 3.5, False, 0.0),
         ],
         bits={
             'backbone.conv1': LayerBits(8, 4),

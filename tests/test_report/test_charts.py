@@ -7,8 +7,13 @@ import re
 
 import pytest
 
+from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.html import macro
-from mmbrecq.report.summary import UnitRecord
+
+
+def unit(name: str, before: float, after: float) -> UnitResult:
+    """Returns a result with losses."""
+    return UnitResult(name, 'weights', (), before, after, 1, 1.0, False)
 
 
 def numbers(markup: str, pattern: str) -> list[float]:
@@ -41,7 +46,7 @@ def test_float_has_no_bar() -> None:
 
 
 def test_losses_lie_on_a_log_axis() -> None:
-    markup = macro('loss_chart')([UnitRecord('u', [], 1.0, 0.001), UnitRecord('v', [], 0.1, 0.01)], 'label')
+    markup = macro('loss_chart')([unit('u', 1.0, 0.001), unit('v', 0.1, 0.01)], 'label')
     before = numbers(markup, r'class="before" cx="([\d.]+)"')
     after = numbers(markup, r'class="after" cx="([\d.]+)"')
     decade = (before[0] - after[0]) / 3
@@ -54,7 +59,7 @@ def test_losses_lie_on_a_log_axis() -> None:
 
 
 def test_gridlines_stand_where_their_losses_would() -> None:
-    markup = macro('loss_chart')([UnitRecord('u', [], 0.01, 1.0)], 'label')
+    markup = macro('loss_chart')([unit('u', 0.01, 1.0)], 'label')
     ticks = dict(re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)</text>', markup))
     places = {float(label): float(x) for x, label in ticks.items()}
     assert places[0.01] == numbers(markup, r'class="before" cx="([\d.]+)"')[0]
@@ -64,19 +69,19 @@ def test_gridlines_stand_where_their_losses_would() -> None:
 
 @pytest.mark.parametrize('losses', [(0.0, 0.0), (math.nan, 0.1), (0.1, math.inf), (1.0, 0.0)])
 def test_a_loss_off_the_axis_is_written_out(losses: tuple[float, float]) -> None:
-    markup = macro('loss_chart')([UnitRecord('u', [], *losses), UnitRecord('v', [], 0.2, 0.1)], 'label')
+    markup = macro('loss_chart')([unit('u', *losses), unit('v', 0.2, 0.1)], 'label')
     assert markup.count('class="after"') == 1
     assert re.search(r'>loss \S+ before, \S+ after</text>', markup)
 
 
 def test_no_more_than_nine_decades_are_labelled() -> None:
-    markup = macro('loss_chart')([UnitRecord('u', [], 1e10, 1e-20)], 'label')
+    markup = macro('loss_chart')([unit('u', 1e10, 1e-20)], 'label')
     assert markup.count('class="grid"') <= 9
 
 
 def test_a_long_name_keeps_both_ends() -> None:
     name = 'backbone.' + 'x' * 60 + '.conv2'
-    markup = macro('loss_chart')([UnitRecord(name, [], 1.0, 0.5)], 'label')
+    markup = macro('loss_chart')([unit(name, 1.0, 0.5)], 'label')
     assert re.search(r'>backbone\.x+…x+\.conv2</text>', markup)
     assert f'<title>{name}:' in markup
 

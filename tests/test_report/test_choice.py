@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from mmbrecq.mixed_precision.search import SearchResult
-from mmbrecq.report import render_html
-from mmbrecq.report.html import macro
+from mmbrecq.mixed_precision.search.bits import SearchResult
+from mmbrecq.report.html import macro, render_html
 from mmbrecq.report.summary import Summary
 from mmbrecq.schema import decode, encode
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.report import render_html, write_report
-from mmbrecq.report.html import write_sensitivities
-from mmbrecq.report.summary import LayerBits, Metrics, ModelSize, Seconds, Summary, UnitRecord
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.report.html import render_html, write_report, write_sensitivities
+from mmbrecq.report.summary import LayerBits, Metrics, ModelSize, Seconds, Summary
 
 VOID = {'meta', 'img'}
 LOADS = {'src', 'href', 'xlink:href', 'srcset', 'data', 'action', 'poster', 'background'}
@@ -143,7 +143,7 @@ def test_every_text_of_a_run_is_escaped() -> None:
     summary = Summary(
         config=evil, model=evil, preset=evil, seed=1, versions={evil: evil},
         metrics=Metrics(float={evil: 1.0}, quantized={evil: 0.5}, deployed={evil: {evil: 0.5}}),
-        seconds=Seconds(prepare=1.0, total=2.0), units=[UnitRecord(evil, [evil], 1.0, 0.5, phase=evil)],
+        seconds=Seconds(prepare=1.0, total=2.0), units=[UnitResult(evil, evil, (evil,), 1.0, 0.5, 1, 1.0, False)],
         bits={evil: LayerBits(2, 4)}, float_layers=[f'{evil}: {evil}'], warnings=[evil], verify={evil: evil},
     )  # fmt: skip
     summary.calibration.num_samples, summary.calibration.ids_file = 1, evil
@@ -167,6 +167,9 @@ def test_accessible(summary: Summary) -> None:
     assert [tag for tag, _ in page.tags].count('h1') == 1
 
 
+UNDRAWN = UnitResult('u', 'weights', (), math.nan, 0.0, 1, 1.0, False)
+
+
 @pytest.mark.parametrize(
     'strip',
     [
@@ -174,7 +177,7 @@ def test_accessible(summary: Summary) -> None:
         lambda s: Summary(config=s.config, metrics=Metrics(float=s.metrics.float)),
         lambda s: replace(s, metrics=Metrics(quantized=s.metrics.quantized), seconds=Seconds(reconstruct=3.0)),
         lambda s: replace(s, units=[], bits={}, seconds=Seconds(total=0.0)),
-        lambda s: replace(s, units=[UnitRecord('u', [], math.nan, 0.0)], model_size_bytes=ModelSize(quantized=5)),
+        lambda s: replace(s, units=[UNDRAWN], model_size_bytes=ModelSize(quantized=5)),
         lambda s: replace(s, metrics=Metrics(float={'m': math.nan}, quantized={'m': math.nan})),
         lambda s: replace(s, metrics=Metrics(float={'m': 0.0}, quantized={'n': -1.0})),
     ],

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmbrecq.errors import ConfigError
-from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary, UnitRecord
-from mmbrecq.schema import decode, encode
+from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary
+from mmbrecq.schema import decode, encode, load_json, save_json
 
 SCHEMA = {
     'metrics': {'float', 'nearest', 'weights', 'quantized', 'deployed'},
@@ -30,8 +31,8 @@ def test_keys_are_the_documented_ones(summary: Summary) -> None:
     for name, keys in SCHEMA.items():
         assert set(plain[name]) == keys
     unit_keys = {
-        'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'phase', 'kept_nearest',
-        'power',
+        'name', 'layers', 'loss_before', 'loss_after', 'iterations', 'seconds', 'stage', 'kept_nearest',
+        'power', 'images_at_once',
     }  # fmt: skip
     assert set(plain['units'][0]) == unit_keys
     assert plain['bits']['backbone.conv1'] == {'weight': 8, 'activation': 4}
@@ -45,8 +46,8 @@ def test_round_trip_through_json(summary: Summary) -> None:
 
 def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
     path = tmp_path / 'summary.json'
-    summary.save(path)
-    assert Summary.load(path) == summary
+    save_json(summary, path)
+    assert load_json(Summary, path, 'tools/ptq.py') == summary
     assert [entry.name for entry in tmp_path.iterdir()] == ['summary.json']
 
 
@@ -58,7 +59,7 @@ def test_empty_summary_goes_round() -> None:
 
 
 def test_non_finite_numbers_become_null() -> None:
-    unit = UnitRecord('unit', loss_before=math.inf, loss_after=math.nan)
+    unit = UnitResult('unit', 'weights', (), math.inf, math.nan, 1, 1.0, False)
     plain = encode(Summary(metrics=Metrics(float={'accuracy/top1': math.nan}), units=[unit]))
     json.dumps(plain, allow_nan=False)
     assert plain['metrics']['float'] == {'accuracy/top1': None}
@@ -106,8 +107,8 @@ def test_bad_file_is_named(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / 'summary.json'
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=r'summary\.json: .*expected .*, but got'):
-        Summary.load(path)
+    with pytest.raises(TableError, match=r'summary\.json: (cannot be read: |expected what tools/ptq\.py writes, but)'):
+        load_json(Summary, path, 'tools/ptq.py')
 
 
 @pytest.mark.parametrize(

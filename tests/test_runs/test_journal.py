@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from mmbrecq.errors import CheckpointError
+from mmbrecq.reconstruction.callbacks import Progress
 from mmbrecq.reconstruction.results import UnitResult
+from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.runs import journal as module
 from mmbrecq.runs.journal import Journal
 
 IDENTITY = {'quantizer.weight.bits': '2', 'seed': '3', 'float weights': 'abc'}
+
+
+MODEL: Any = object()
+STAGE: Any = Stage('weights', StageOptions(), True, False)
 
 
 def result(name: str) -> UnitResult:
@@ -26,18 +32,17 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A journal of two units and a metric."""
     monkeypatch.setattr(module, 'unit_state', lambda model, unit: {f'{unit.name}.scale': torch.tensor([1 / 3])})
     path = tmp_path / 'reconstruction.pth'
-    journal = Journal(path, IDENTITY, 'seed = 3')
+    journal = Journal(path, MODEL, IDENTITY, 'seed = 3')
     journal.metrics['float'] = {'accuracy/top1': 100 / 3}
     journal.observed = 16
-    model: Any = object()
     for name in ('first', 'second'):
         unit: Any = SimpleNamespace(name=name)
-        journal.add(model, unit, result(name))
+        journal.after_unit(STAGE, unit, result(name), Progress(1, 1))
     return path
 
 
 def test_everything_comes_back(written: Path) -> None:
-    journal = Journal(written, IDENTITY, '')
+    journal = Journal(written, MODEL, IDENTITY, '')
     assert journal.load()
     assert list(journal.units) == [('weights', 'first'), ('weights', 'second')]
     assert journal.units['weights', 'second'].result == result('second')
@@ -47,16 +52,16 @@ def test_everything_comes_back(written: Path) -> None:
 
 
 def test_units_are_added_to_those_of_the_interrupted_run(written: Path) -> None:
-    journal = Journal(written, IDENTITY, '')
+    journal = Journal(written, MODEL, IDENTITY, '')
     journal.load()
     unit: Any = SimpleNamespace(name='third')
-    journal.add(unit, unit, result('third'))
-    again = Journal(written, IDENTITY, '')
+    journal.after_unit(STAGE, unit, result('third'), Progress(1, 1))
+    again = Journal(written, MODEL, IDENTITY, '')
     assert again.load() and [name for _, name in again.units] == ['first', 'second', 'third']
 
 
 def test_nothing_to_take_up(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / 'none.pth', IDENTITY, '')
+    journal = Journal(tmp_path / 'none.pth', MODEL, IDENTITY, '')
     assert not journal.load() and not journal.units
 
 
@@ -64,7 +69,7 @@ def test_what_a_killed_process_left_half_written_goes(written: Path) -> None:
     partial, other = written.with_name('.reconstruction.pth.17.partial'), written.with_name('.other.17.partial')
     for path in (partial, other):
         path.write_bytes(b'half')
-    assert Journal(written, IDENTITY, '').load()
+    assert Journal(written, MODEL, IDENTITY, '').load()
     assert not partial.exists() and other.exists()
 
 
@@ -79,7 +84,7 @@ def test_what_a_killed_process_left_half_written_goes(written: Path) -> None:
 )
 def test_another_run_is_refused_by_name(written: Path, changed: dict[str, str], said: str) -> None:
     before = written.read_bytes()
-    journal = Journal(written, {**IDENTITY, **changed}, '')
+    journal = Journal(written, MODEL, {**IDENTITY, **changed}, '')
     with pytest.raises(CheckpointError) as error:
         journal.load()
     assert str(error.value) == (
@@ -92,10 +97,10 @@ def test_another_run_is_refused_by_name(written: Path, changed: dict[str, str], 
 def test_a_broken_file_is_refused(written: Path, content: bytes) -> None:
     written.write_bytes(content)
     with pytest.raises(CheckpointError, match='expected the state of an interrupted run, but it cannot be read'):
-        Journal(written, IDENTITY, '').load()
+        Journal(written, MODEL, IDENTITY, '').load()
 
 
 def test_another_checkpoint_is_refused(written: Path) -> None:
     torch.save({'state_dict': {}, 'meta': {}}, written)
     with pytest.raises(CheckpointError, match='cannot be read'):
-        Journal(written, IDENTITY, '').load()
+        Journal(written, MODEL, IDENTITY, '').load()

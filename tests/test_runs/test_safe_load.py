@@ -18,7 +18,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmbrecq.errors import CheckpointError, DependencyError
-from mmbrecq.runs.safe_load import read_checkpoint
+from mmbrecq.runs.safe_load import Dropped, read_checkpoint
 
 ZOO = Path(os.environ.get('MMBRECQ_DATA', Path(__file__).parents[3] / 'shared' / 'data')).parent / 'zoo'
 
@@ -53,17 +53,13 @@ def training_checkpoint(tmp_path: Path) -> Path:
 def test_mmengines_training_checkpoint(training_checkpoint: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match='Weights only load failed'):
         torch.load(training_checkpoint, weights_only=True)
-    table = dict(HistoryBuffer._statistics_methods)
     checkpoint = read_checkpoint(training_checkpoint)
     assert checkpoint['state_dict']['weight'].tolist() == [0, 1, 2, 3]
-    assert checkpoint['meta'] == {'epoch': 3, 'best': 0.5, 'seed': 7, 'extra': {'a': {'b': 1}}}
-    assert checkpoint['meta']['extra'].a.b == 1
-    losses = checkpoint['message_hub']['log_scalars']['train/loss']
-    assert isinstance(losses, HistoryBuffer) and losses.data[0].tolist() == [3, 1, 2]
-    assert losses.statistics('min') == 1 and losses.statistics('mean') == 2
-    palette = checkpoint['message_hub']['runtime_info']['dataset_meta']['palette']
-    np.testing.assert_array_equal(palette, np.arange(6).reshape(2, 3))
-    assert HistoryBuffer._statistics_methods == table
+    meta, hub = checkpoint['meta'], checkpoint['message_hub']
+    assert meta['epoch'] == 3 and meta['extra'] == {'a': {'b': 1}}
+    assert hub['runtime_info']['dataset_meta']['classes'] == ('a', 'b')
+    dropped = [meta['best'], hub['log_scalars']['train/loss'], hub['runtime_info']['dataset_meta']['palette']]
+    assert all(isinstance(value, Dropped) and not vars(value) for value in dropped)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(training_checkpoint, weights_only=True)  # the wider list does not outlive the call
 
@@ -78,7 +74,7 @@ def test_files_of_either_numpy(training_checkpoint: Path, tmp_path: Path, module
         buffer = buffer.replace(name, f'{module}.multiarray'.encode())
     path.write_bytes(buffer)
     assert f'{module}.multiarray'.encode() in path.read_bytes()
-    assert read_checkpoint(path)['meta']['best'] == 0.5
+    assert isinstance(read_checkpoint(path)['meta']['best'], Dropped)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +82,7 @@ def test_files_of_either_numpy(training_checkpoint: Path, tmp_path: Path, module
     [
         ((os.system, 'touch {mark}'), r'\w+\.system'),
         ((eval, "open('{mark}', 'w')"), r'(?:builtins\.)?eval'),
-        ((getattr, 'text', 'format'), 'builtins.getattr'),
-        ((getattr, HistoryBuffer, '__init__'), 'builtins.getattr'),
-        ((getattr, HistoryBuffer, '__subclasses__'), 'builtins.getattr'),
+        ((setattr, HistoryBuffer, 'mean', 'text'), 'setattr'),
     ],
 )
 def test_a_file_that_asks_for_more_is_refused(tmp_path: Path, call: tuple[Any, ...], name: str) -> None:
@@ -100,33 +94,14 @@ def test_a_file_that_asks_for_more_is_refused(tmp_path: Path, call: tuple[Any, .
     assert not mark.exists()
 
 
-def test_a_history_buffer_cannot_bring_methods_along(tmp_path: Path) -> None:
-    buffer = HistoryBuffer([1.0], [1])
-    state = {**buffer.__dict__, 'statistics_methods': {'mean': np.ndarray}, 'mean': torch.Size}
-
-    class Buffer(HistoryBuffer):  # type: ignore[misc]
-        def __getstate__(self) -> dict[str, Any]:
-            return state
-
-    Buffer.__module__, Buffer.__qualname__ = HistoryBuffer.__module__, HistoryBuffer.__qualname__
-    pickled = Buffer.__new__(Buffer)
-    original = HistoryBuffer
-    import mmengine.logging.history_buffer as home
-
-    home.HistoryBuffer = Buffer
-    try:
-        torch.save({'state_dict': {}, 'hub': pickled}, tmp_path / 'a.pth')
-    finally:
-        home.HistoryBuffer = original
-    loaded = read_checkpoint(tmp_path / 'a.pth')['hub']
-    assert loaded.statistics('mean') == 1 and HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
-    assert loaded.mean() == 1
+def test_attributes_are_not_read(tmp_path: Path) -> None:
+    torch.save({'state_dict': {}, 'meta': Evil(getattr, 'text', 'format')}, tmp_path / 'a.pth')
+    assert isinstance(read_checkpoint(tmp_path / 'a.pth')['meta'], Dropped)
 
 
-def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+def test_arrays_of_objects_are_not_built(tmp_path: Path) -> None:
     torch.save({'a': np.array([None, {}], dtype=object)}, tmp_path / 'objects.pth')
-    with pytest.raises(CheckpointError, match=r'objects\.pth asks for numpy\.dtype\S*, which is not on the list'):
-        read_checkpoint(tmp_path / 'objects.pth')
+    assert isinstance(read_checkpoint(tmp_path / 'objects.pth')['a'], Dropped)
 
 
 @pytest.mark.parametrize(('kept', 'zipped'), [(0.5, True), (0.99, True), (0.5, False), (0, True), (0.01, False)])
@@ -196,9 +171,6 @@ def test_checkpoints_of_real_trainings(name: str) -> None:
     checkpoint = read_checkpoint(ZOO / f'{name}.pth')
     weights = checkpoint['state_dict'].values()
     assert sum(weight.numel() for weight in weights) * 4 == pytest.approx((ZOO / f'{name}.pth').stat().st_size, rel=0.3)
-    if 'bccd' in name:
-        losses = checkpoint['message_hub']['log_scalars']['train/loss']
-        assert isinstance(losses, HistoryBuffer) and len(losses.data[0]) > 10 and losses.mean() > 0
 
 
 @pytest.mark.parametrize('name', ['weights.safetensors', 'a1b2c3'])

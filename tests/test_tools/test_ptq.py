@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmengine.hooks import Hook
 from onnx import numpy_helper
 
-from mmbrecq.engine.hooks import ReconstructionHook
 from mmbrecq.registry import HOOKS
 
 TINY = (
@@ -83,11 +83,11 @@ def test_summary(demo_run: Any) -> None:
     assert (
         summary['seed'] == 0 and summary['preset'] == 'academic' and summary['versions']['torch'] in torch.__version__
     )
-    assert [(u['phase'], u['name']) for u in summary['units']] == [
-        (phase, unit) for phase in ('weights', 'activations') for unit in UNITS
+    assert [(u['stage'], u['name']) for u in summary['units']] == [
+        (stage, unit) for stage in ('weights', 'activations') for unit in UNITS
     ]
     for unit in summary['units']:
-        assert unit['iterations'] == (20 if unit['phase'] == 'weights' else 10)
+        assert unit['iterations'] == (20 if unit['stage'] == 'weights' else 10)
         assert 0 <= unit['loss_after'] <= unit['loss_before']
     assert {name: tuple(bits.values()) for name, bits in summary['bits'].items() if name != 'head.fc'} == {
         name: (8, 8) if name == 'backbone.conv1' else (2, 4) for name in summary['bits'] if name != 'head.fc'
@@ -172,7 +172,7 @@ def calls() -> list[tuple[str, ...]]:
     """What the hook that the test registers was told."""
     told: list[tuple[str, ...]] = []
 
-    class TellingHook(ReconstructionHook):
+    class TellingHook(Hook):
         def before_reconstruct_stage(self, runner: Any, stage: Any, units: Any, progress: Any) -> None:
             told.append(('before stage', stage.name, str(len(units))))
 
@@ -232,7 +232,7 @@ def test_qdrop_learns_everything_in_one_pass(call: Any, config: Callable[[str], 
     outcome = call('ptq', path, 'calibration.num_samples=32', 'exporters=[]', 'evaluations=[weights,quantized]')
     assert outcome.status == 0, outcome.err
     summary = summary_of(tmp_path / 'work')
-    assert [(unit['phase'], unit['name']) for unit in summary['units']] == [('joint', unit) for unit in UNITS]
+    assert [(unit['stage'], unit['name']) for unit in summary['units']] == [('joint', unit) for unit in UNITS]
     # weights that were fitted to quantized activations are not measured without them
     assert summary['metrics']['quantized'] and not summary['metrics']['weights']
 
@@ -242,7 +242,7 @@ def test_float_activations(call: Any, demo: Path, tmp_path: Path) -> None:
     outcome = call('ptq', demo, *TINY, *options)
     assert outcome.status == 0, outcome.err
     summary = summary_of(tmp_path / 'work')
-    assert {unit['phase'] for unit in summary['units']} == {'weights'}
+    assert {unit['stage'] for unit in summary['units']} == {'weights'}
     assert {bits['activation'] for bits in summary['bits'].values()} == {None}
     assert {bits['weight'] for bits in summary['bits'].values()} == {4, 8}
     assert summary['metrics']['weights'] == summary['metrics']['quantized'] != {}

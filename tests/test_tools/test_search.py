@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.mixed_precision.costs import Call, LayerShape
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.schema import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / 'configs' / 'demo' / 'resnet_digits_w2a4.py'
@@ -52,7 +53,7 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
     assert f'{size["quantized"] / 1e3:.1f}' == predicted
     assert {bits['weight'] for bits in summary['bits'].values()} == {2, 4, 8}
     # the rounding is the analysis's; what the config fixes is reconstructed
-    assert [unit['name'] for unit in summary['units'] if unit['phase'] == 'weights'] == ['backbone.conv1', 'head.fc']
+    assert [unit['name'] for unit in summary['units'] if unit['stage'] == 'weights'] == ['backbone.conv1', 'head.fc']
     search = summary['search']
     assert search['bits'] == {name: bits['weight'] for name, bits in summary['bits'].items() if name in search['bits']}
     assert len(search['bits']) == 19
@@ -75,7 +76,7 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
         )
         assert outcome.status == 0, outcome.err
         summary = json.loads((tmp_path / option / 'summary.json').read_text())
-        assert len([unit for unit in summary['units'] if unit['phase'] == 'weights']) == 10
+        assert len([unit for unit in summary['units'] if unit['stage'] == 'weights']) == 10
         assert summary['search']['measured'] > 0
         (log,) = (tmp_path / option).glob('*/*.log')
         assert reason in log.read_text()
@@ -168,7 +169,7 @@ def save_table(folder: Path) -> None:
     shapes = [LayerShape(name, 'Conv2d', (4, 3, 3, 3), calls, (8, 8), 4, True) for name in 'abc']
     loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
     table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
-    table.save(folder / 'sensitivity.json')
+    save_json(table, folder / 'sensitivity.json')
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def save_table(folder: Path) -> None:
         (('search.searcher.type=Greedy', '--budget=size=1x'), "unknown searcher type 'Greedy'"),
         (
             ('search.generations=3', '--budget=size=1x'),
-            "unknown option 'generations' of search: expected costs or searcher or ",
+            "unknown option 'generations' of search: expected candidates or ",
         ),
         (('--table=none.json', '--budget=size=1x'), 'none.json: cannot be read: No such file or directory'),
     ],
@@ -203,7 +204,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
     ]
     loss = {name: {2: 1.0, 8: 0.0} for name in 'ab'}
     table = SensitivityTable('divergence', [2, 8], shapes, ['a', 'b'], dict.fromkeys('abc', 'unit'), 100, {}, loss)
-    table.save(tmp_path / 'work' / 'sensitivity.json')
+    save_json(table, tmp_path / 'work' / 'sensitivity.json')
     assert re.search(message, call('search', DEMO, *words).error)
     assert not (tmp_path / 'work' / 'bits.py').exists()
 
@@ -223,7 +224,7 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
         ),
         ('search.activation_candidates=8', "expected option 'activation_candidates' of search to be a list, but got 8"),
         ('search.images=0', 'search.images to be an integer >= 1, but got 0'),
-        ('search.generations=3', "unknown option 'generations' of search: expected costs or searcher or "),
+        ('search.generations=3', "unknown option 'generations' of search: expected candidates or "),
         ('search=3', "expected 'search' to be a dict, but got 3"),
         ('search.budgets.speed=3', "expected budgets of the costs size, bitops, but got one of 'speed'"),
         ('search.budgets.size=tiny', 'expected the budget of size to be a number above 0'),

@@ -6,7 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
+from mmbrecq.errors import ExportError
 from mmbrecq.presets import Preset
+
+_COUNTED = ('ceil_mode', 'count_include_pad', 'pads')
 
 
 def rewrite_for(proto: Any, preset: Preset) -> None:
@@ -17,6 +20,7 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     CPU has no VNNI it moves int8 weights that need all 8 bits to uint8, one by one, and refuses a file in which two of
     them share a zero-point.
     """
+    _check_pooling(proto.graph)
     _drop_aliases(proto.graph)
     if preset.folds_channel_scales:
         fold_channel_scales(proto)
@@ -72,10 +76,11 @@ def clip_signed_values(proto: Any) -> None:
 
 
 def _keep_rank(proto: Any) -> None:
-    """Writes every Gather of one index as a Gather that keeps its axis and a Squeeze.
+    """Writes every Gather of one index, and every reduction that drops axes, as one that keeps them and a Squeeze.
 
     OpenVINO's low-precision transformations (seen with 2026.4) take scales per channel through a Gather and leave them
-    the axis that it drops, after which shapes do not fit, or fit by chance.
+    the axis that it drops, after which shapes do not fit, or fit by chance. Its CPU plugin fuses scales per channel
+    into a reduction, and applies those of tokens ``(N, L, C)`` along ``L``.
     """
     import numpy as np
     from onnx import helper, numpy_helper
@@ -83,18 +88,38 @@ def _keep_rank(proto: Any) -> None:
     from mmbrecq.deploy.verify.onnx_graph import OnnxGraph
 
     view, graph = OnnxGraph(proto, 'the exported graph'), proto.graph
+
+    def constant(name: str, value: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64).reshape(-1), name))
+        return name
+
     for node, found in zip(list(graph.node), view.nodes, strict=True):
-        index = view.constant(found.input(1)) if found.op == 'Gather' else None
-        source = view.producer(found.input(0))
-        if index is None or index.ndim or (source is not None and source.op == 'Shape'):
-            continue
-        names = [f'{node.name}/{end}' for end in ('index', 'axis', 'kept')]
-        for name, value in zip(names, (index, found.attributes.get('axis', 0)), strict=False):
-            graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
-        squeeze = helper.make_node('Squeeze', [names[2], names[1]], list(node.output), name=f'{node.name}/Squeeze')
-        node.input[1], node.output[0] = names[0], names[2]
-        graph.node.insert(list(graph.node).index(node) + 1, squeeze)
+        axes: Any = None
+        if found.op == 'Gather':
+            index, source = view.constant(found.input(1)), view.producer(found.input(0))
+            if index is not None and not index.ndim and (source is None or source.op != 'Shape'):
+                axes = found.attributes.get('axis', 0)
+                node.input[1] = constant(f'{node.name}/index', index)
+        elif found.op.startswith('Reduce') and not found.attributes.get('keepdims', 1):
+            axes = found.attributes.get('axes', view.constant(found.input(1)))
+            next(a for a in node.attribute if a.name == 'keepdims').i = int(axes is not None)
+        if axes is not None:
+            names = [f'{node.name}/kept', constant(f'{node.name}/axes', axes)]
+            squeeze = helper.make_node('Squeeze', names, list(node.output), name=f'{node.name}/Squeeze')
+            node.output[0] = names[0]
+            graph.node.insert(list(graph.node).index(node) + 1, squeeze)
     _drop_unread(graph)
+
+
+def _check_pooling(graph: Any) -> None:
+    """Refuses average pooling of which OpenVINO and, in integers, ONNX Runtime count what lies beyond the padding."""
+    for node in graph.node:
+        counts = {a.name: a.i or any(a.ints) for a in node.attribute if a.name in _COUNTED}
+        if node.op_type == 'AveragePool' and len(counts) == len(_COUNTED) and all(counts.values()):
+            raise ExportError(
+                f'expected average pooling with padding without ceil_mode or count_include_pad, but {node.name} has '
+                'both, which runtimes compute differently'
+            )
 
 
 def _give_biases(proto: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -27,12 +27,28 @@ from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, is_latency
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
-from mmbrecq.runs.storage import write_text_atomic
+from mmbrecq.schema import load_json, save_json
 
 FLOAT, INT8 = 'float', 'int8'
 KINDS = (FLOAT, INT8)
 
 RUNTIMES: dict[str, type[BaseBackend]] = {'openvino': OpenVINOBackend, 'onnxruntime': ONNXRuntimeBackend}
+
+
+ORIGIN = ('runtime', 'version', 'cpu', 'threads')
+"""What the latencies of a file are of."""
+
+
+@dataclass
+class Latencies:
+    """The latencies of a file: those of each layer by its shape, in float and in integers."""
+
+    runtime: str
+    version: str
+    cpu: str
+    threads: int
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    unit: str = 'ms'
 
 
 @COST_MODELS.register_module()
@@ -72,19 +88,20 @@ class MeasuredLatency(BaseCostModel):
         for package in ('onnx', self.backend.package):
             require(package)
         version = metadata.version(self.backend.package)
-        self.origin = {'runtime': self.backend.name, 'version': version, 'cpu': cpu_name(), 'threads': num_threads}
-        self.path = Path(path) if path is not None else _default_path(self.origin)
-        self.figures: dict[str, dict[str, float]] = self._load() if self.path.exists() else {}
+        self.kept = Latencies(self.backend.name, version, cpu_name(), num_threads)
+        self.path = Path(path) if path is not None else _default_path(self.kept)
+        if self.path.exists():
+            self.kept = self._load()
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
         self.prepare([layer])
         kind = FLOAT if None in bits else INT8
-        return sum(self.figures[shape_key(layer, call)][kind] for call in layer.calls)
+        return sum(self.kept.layers[shape_key(layer, call)][kind] for call in layer.calls)
 
     def prepare(self, layers: Sequence[LayerShape]) -> None:
         """Times the layers whose shapes have no figure, and keeps the figures in the file."""
         calls = {shape_key(layer, call): (layer, call) for layer in layers for call in layer.calls}
-        missing = {key: calls[key] for key in calls if key not in self.figures}
+        missing = {key: calls[key] for key in calls if key not in self.kept.layers}
         if not missing:
             return
         times: dict[tuple[str, str], list[float]] = {(key, kind): [] for key in missing for kind in KINDS}
@@ -101,9 +118,8 @@ class MeasuredLatency(BaseCostModel):
                 spent = self.backend(files[key, kind], self.num_threads).seconds(example)
                 times[key, kind].append(1e3 * spent / copies_of(layer, call))
         for key in missing:
-            self.figures[key] = {kind: min(times[key, kind]) for kind in KINDS}
-        content = {**self.origin, 'unit': 'ms', 'layers': self.figures}
-        write_text_atomic(json.dumps(content, indent=1) + '\n', self.path)
+            self.kept.layers[key] = {kind: min(times[key, kind]) for kind in KINDS}
+        save_json(self.kept, self.path)
 
     def _write(self, folder: Path, layer: LayerShape, call: Call, integer: bool) -> Path:
         """The file of a layer, in the form that the runtime reads."""
@@ -119,25 +135,19 @@ class MeasuredLatency(BaseCostModel):
             return path.with_suffix('.xml')
         return path
 
-    def _load(self) -> dict[str, dict[str, float]]:
-        try:
-            content: Any = json.loads(self.path.read_text(encoding='utf-8'))
-            rows = {str(key): {kind: row[kind] for kind in KINDS} for key, row in content['layers'].items()}
-            origin = {key: content[key] for key in self.origin}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise TableError(
-                f'{self.path}: expected latencies as MeasuredLatency keeps them, but got {error!r}'
-            ) from error
-        for key, value in self.origin.items():
-            if origin[key] != value:
+    def _load(self) -> Latencies:
+        found = load_json(Latencies, self.path, 'MeasuredLatency')
+        for name in ORIGIN:
+            kept, own = getattr(found, name), getattr(self.kept, name)
+            if kept != own:
                 raise TableError(
-                    f'{self.path}: expected latencies of {key} {value!r}, but they are of {origin[key]!r}; remove the '
-                    'file to measure them here'
+                    f'{self.path}: expected latencies of {name} {own!r}, but they are of {kept!r}; remove the file to '
+                    'measure them here'
                 )
-        for key, kind in ((key, kind) for key in rows for kind in KINDS):
-            if not is_latency(value := rows[key][kind]):
+        for key, kind in ((key, kind) for key in found.layers for kind in KINDS):
+            if not is_latency(value := found.layers[key].get(kind)):
                 raise TableError(f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}")
-        return rows
+        return found
 
 
 def shape_key(layer: LayerShape, call: Call) -> str:
@@ -156,9 +166,11 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _default_path(origin: dict[str, Any]) -> Path:
+def _default_path(kept: Latencies) -> Path:
     folder = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
-    name = '-'.join(re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in origin.values())
+    name = '-'.join(
+        re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in (getattr(kept, name) for name in ORIGIN)
+    )
     return folder / 'latency' / f'{name}.json'
 
 

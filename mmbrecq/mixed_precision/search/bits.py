@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs import BaseCostModel, ModelSize
+from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
-from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
-from mmbrecq.schema import decode, encode
+from mmbrecq.schema import save_json
 
 RESULT = 'search.json'
 """File beside a written config that has what was chosen, and why."""
@@ -29,8 +28,8 @@ _FACTORS = {
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """Options of a search, as a config gives them.
+class SearchOptions(AnalysisOptions):
+    """Options of an analysis and of the search that follows it, as a config gives them.
 
     Args:
         costs: Configs of the cost models; one for every name that has a budget.
@@ -47,6 +46,7 @@ class SearchOptions:
     reuse: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.costs:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
 
@@ -194,21 +194,6 @@ class SearchResult:
     inputs: dict[str, str] = field(default_factory=dict)
     states: str = ''
 
-    def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
-        write_text_atomic(json.dumps(encode(self), indent=1) + '\n', path)
-
-    @classmethod
-    def load(cls, path: Path) -> SearchResult:
-        """Reads the file; TableError where it is missing, or no such file."""
-        try:
-            found: SearchResult = decode(cls, json.loads(path.read_text(encoding='utf-8')), 'result')
-        except OSError as error:
-            raise TableError(f'{path}: cannot be read: {error.strerror}') from error
-        except (ValueError, ConfigError) as error:
-            raise TableError(f'{path}: expected what tools/search.py writes, but it is not: {error}') from error
-        return found
-
     def overrides(self) -> list[dict[str, object]]:
         """Returns the bits as the quantizer's ``overrides``."""
         inputs = {name: {'activation_bits': bits} for name, bits in self.activation_bits.items()}
@@ -265,5 +250,5 @@ def write_bit_config(
     body = ''.join(f'        dict({line}),\n' for line in lines)
     head = f'# {comment}\n_base_ = [{relative(base)!r}]\nfloat_checkpoint = {checkpoint!r}\n'
     search = f'search = dict(result={RESULT!r})\n'
-    result.save(path.with_name(RESULT))
+    save_json(result, path.with_name(RESULT))
     write_text_atomic(f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n{search}', path)

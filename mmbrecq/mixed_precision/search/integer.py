@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmbrecq.dependencies import require
 from mmbrecq.errors import BudgetError, ConfigError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
-Row = dict[int, float]
 Product = tuple[int, int, float]
 
 INFEASIBLE = 2
@@ -44,6 +43,7 @@ class IntegerProgram:
             BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
 
         problem.check_budgets()
         products = _products(problem)
@@ -56,9 +56,7 @@ class IntegerProgram:
             objective / max(np.abs(objective).max(), 1e-300),
             integrality=np.arange(size) < singles,
             bounds=Bounds(0, np.concatenate([upper.ravel(), np.ones(len(products))])),
-            constraints=[
-                LinearConstraint(_matrix(rows, size), *ends) for rows, *ends in _constraints(problem, products)
-            ],
+            constraints=[LinearConstraint(csr_array(rows), *ends) for rows, *ends in _constraints(problem, products)],
             options={'time_limit': self.time_limit, 'mip_rel_gap': 1e-9},
         )
         if result.status == INFEASIBLE:
@@ -78,29 +76,20 @@ def _products(problem: BitProblem) -> list[Product]:
     ]
 
 
-def _constraints(problem: BitProblem, products: list[Product]) -> Iterator[tuple[list[Row], float, float]]:
-    """Rows of ``{column: factor}``, with their bounds."""
-    layers, count = problem.loss.shape
-    yield [dict.fromkeys(range(i * count, (i + 1) * count), 1.0) for i in range(layers)], 1, 1
+def _constraints(problem: BitProblem, products: list[Product]) -> Iterator[tuple[NDArray[np.float64], float, float]]:
+    """Yields rows of factors of all variables, ``(rows, variables)``, with their bounds."""
+    (layers, count), size = problem.loss.shape, problem.loss.size + len(products)
+    choices, every = np.eye(size)[: layers * count].reshape(layers, count, size), np.eye(size)
+    yield choices.sum(1), 1, 1
     for cost in problem.costs.values():
         if np.isfinite(cost.budget):
             # in units of the budget, so that the solver's absolute tolerance means the same everywhere
-            scaled = cost.table.ravel() / max(cost.budget - cost.fixed, 1e-300)
-            yield [dict(enumerate(scaled.tolist()))], -np.inf, 1
+            yield np.tensordot(cost.table / max(cost.budget - cost.fixed, 1e-300), choices)[None], -np.inf, 1
     for tie in problem.ties:
         for second in dict.fromkeys(second for _, second in problem.candidates):
             same = [c for c, candidate in enumerate(problem.candidates) if candidate[1] == second]
             for i, j in pairwise(tie):
-                yield [{**{i * count + c: 1.0 for c in same}, **{j * count + c: -1.0 for c in same}}], 0, 0
+                yield (choices[i, same] - choices[j, same]).sum(0)[None], 0, 0
     for column, (a, b, _) in enumerate(products, start=layers * count):
-        yield [{column: 1.0, a: -1.0}, {column: 1.0, b: -1.0}], -np.inf, 0
-        yield [{column: -1.0, a: 1.0, b: 1.0}], -np.inf, 1
-
-
-def _matrix(rows: list[Row], columns: int) -> Any:
-    """The rows as a sparse matrix."""
-    from scipy.sparse import coo_array
-
-    entries = [(value, i, column) for i, row in enumerate(rows) for column, value in row.items()]
-    values, row_indices, column_indices = zip(*entries, strict=True)
-    return coo_array((values, (row_indices, column_indices)), shape=(len(rows), columns)).tocsr()
+        yield every[column] - every[[a, b]], -np.inf, 0
+        yield (every[a] + every[b] - every[column])[None], -np.inf, 1

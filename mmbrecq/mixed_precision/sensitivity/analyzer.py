@@ -38,6 +38,7 @@ from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
+from mmbrecq.schema import save_json
 
 STAGE = 'sensitivity'
 
@@ -78,16 +79,16 @@ class Analyzer:
         self._begin(first)
         self.check(self.table)
         # before any state, which it tells the origin of
-        self.table.save(self.path)
+        save_json(self.table, self.path)
         for bits in candidates:
             task = first if bits == candidates[0] else self.prepare(bits, None)
             self._reconstruct(task, bits)
             self._measure(task, bits)
-            self.table.save(self.path)
+            save_json(self.table, self.path)
         for bits in self.table.activation_candidates:
             if any(bits not in self.table.activation_loss.get(name, {}) for name in self.table.values):
                 measure_activations(self.prepare(candidates[0], bits), self.table, bits)
-                self.table.save(self.path)
+                save_json(self.table, self.path)
         return self.table
 
     def _begin(self, fewest: Task) -> None:

@@ -18,7 +18,7 @@ from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.progress import track
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
-from mmbrecq.reconstruction.losses import TaskLoss
+from mmbrecq.reconstruction.losses import TaskLoss, visit_task_losses
 from mmbrecq.reconstruction.task import Task
 
 BATCH = 64
@@ -117,11 +117,7 @@ def squared_gradients(
 ) -> list[Images]:
     """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
 
-    Args:
-        model: The prepared model.
-        batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
-        images: ``(N, 3, H, W)``, or groups of them.
-        task_loss: Computes the loss through ``model.model``, as a mean over its batch.
+    The arguments are those of :func:`~mmbrecq.reconstruction.losses.visit_task_losses`.
 
     Returns:
         ``[(N, ...)]``, of the shapes of the outputs.
@@ -133,22 +129,12 @@ def squared_gradients(
         outputs[:] = _flat(found)
         return found
 
+    def square(loss: Tensor, index: slice) -> None:
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
+        squares.append([gradient.square() for gradient in gradients])
+
     squares: list[list[Tensor]] = []
-    start = 0
-    model.image_graph.traced.attach(record)
-    try:
-        with torch.enable_grad(), model.quantization(weights=False, activations=False):
-            for batch in batches:
-                if start == len(images):
-                    break
-                x = images[start : start + len(batch['inputs'])].detach().requires_grad_(True)
-                # the batch may have more images than are asked for
-                loss = task_loss({key: batch[key][: len(x)] for key in ('inputs', 'data_samples')}, x) * len(x)
-                gradients = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
-                squares.append([gradient.square() for gradient in gradients])
-                start += len(x)
-    finally:
-        model.image_graph.attach()
+    visit_task_losses(model, batches, images, task_loss, record, square)
     return [joined(parts) for parts in zip(*squares, strict=True)]
 
 

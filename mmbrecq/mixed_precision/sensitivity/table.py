@@ -16,7 +16,7 @@ from mmbrecq.mixed_precision.costs.layers import LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
-from mmbrecq.schema import load_json, save_json
+from mmbrecq.schema import load_json
 
 LOSSES = ('outputs', 'fisher')
 FLOAT_BITS = 32
@@ -139,10 +139,6 @@ class SensitivityTable:
     activation_candidates: list[int] = field(default_factory=list)
     values: dict[str, ValueGroup] = field(default_factory=dict)
     activation_loss: dict[str, dict[int, float]] = field(default_factory=dict)
-
-    def save(self, path: Path) -> None:
-        """Writes ``sensitivity.json``, whole or not at all."""
-        save_json(self, path)
 
     @classmethod
     def load(cls, path: Path) -> SensitivityTable:

@@ -12,7 +12,8 @@ import pytest
 
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs import BitOperations, BitSerialAccelerator, Call, LatencyTable, LayerShape, ModelSize
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import BitOperations, BitSerialAccelerator, LatencyTable, ModelSize
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(

@@ -6,8 +6,9 @@ import pytest
 from small_models import classifier, images, prepare
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmbrecq.mixed_precision.costs import ModelSize, layer_shapes, other_bytes
-from mmbrecq.runs.measure import model_size
+from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
+from mmbrecq.mixed_precision.costs.models import ModelSize
+from mmbrecq.runs.run_files import model_size
 
 
 @pytest.mark.parametrize('name', ['resnet', 'mobilenetv2', 'regnet', 'vgg'])

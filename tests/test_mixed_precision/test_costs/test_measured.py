@@ -19,8 +19,8 @@ from mmbrecq.building import build
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs import Call, LayerShape, MeasuredLatency
-from mmbrecq.mixed_precision.costs.measured import COPIES, copies_of, layer_graph, shape_key
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.measured import COPIES, MeasuredLatency, copies_of, layer_graph, shape_key
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(
@@ -158,11 +158,11 @@ def test_without_a_path_figures_are_kept_in_the_cache(tmp_path: Path, monkeypatc
         ({'runtime': 'OpenVINO'}, "expected latencies of runtime 'ONNX Runtime', but they are of 'OpenVINO'"),
         ({'cpu': 'Z80'}, "but they are of 'Z80'"),
         ({'threads': 2}, 'expected latencies of threads 1, but they are of 2'),
-        ({'layers': 3}, 'expected latencies as MeasuredLatency keeps them'),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': 1.0}}}, "got KeyError('int8')"),
+        ({'layers': 3}, 'expected what MeasuredLatency writes, but it is not: '),
+        ({'layers': {'Linear 10x32 of 3x32': {'float': 1.0}}}, 'to be >= 0, but got None'),
         ({'layers': {'Linear 10x32 of 3x32': {'float': 1.0, 'int8': -1}}}, "int8 latency of 'Linear 10x32 of 3x32'"),
         ({'layers': {'Linear 10x32 of 3x32': {'float': float('nan'), 'int8': 1}}}, 'to be >= 0, but got nan'),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': True, 'int8': 1}}}, 'to be >= 0, but got True'),
+        ({'layers': {'Linear 10x32 of 3x32': {'float': True, 'int8': 1}}}, 'expected float, but got True'),
     ],
 )
 def test_bad_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

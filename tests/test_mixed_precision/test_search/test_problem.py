@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmbrecq.errors import BudgetError, TableError
-from mmbrecq.mixed_precision.search import BitProblem, Cost
+from mmbrecq.errors import BudgetError
+from mmbrecq.mixed_precision.search.problem import BitProblem, Cost
 
 CANDIDATES = ((2, 8), (4, 8), (8, 8))
 
@@ -60,23 +60,3 @@ def test_a_budget_below_the_least_cost_says_what_that_is() -> None:
     with pytest.raises(BudgetError, match=re.escape(expected)):
         problem(costs={'size': size}).check_budgets()
     problem().check_budgets()
-
-
-SIZE = problem().costs['size'].table
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        ({'loss': np.ones((2, 3))}, r'the loss to be a table of shape (3, 3), but got (2, 3)'),
-        ({'loss': np.array([[1, 1, 1], [1, np.nan, 1], [1, 1, 1]])}, "the loss of layer 'conv' is nan"),
-        ({'costs': {'size': Cost(SIZE * [1, np.inf, 1])}}, "cost 'size' of layer 'stem' is inf"),
-        ({'costs': {'time': Cost(SIZE - 30)}}, "cost 'time' of layer 'stem' to be >= 0, but got -28"),
-        ({'pairs': {(1, 0): np.zeros((3, 3))}}, 'two layers in order, but got the indices 1 and 0'),
-        ({'pairs': {(0, 2): np.zeros((2, 3))}}, "the loss of 'stem' with 'fc' to be 3 x 3 finite numbers"),
-        ({'allowed': np.array([[1, 1, 1], [0, 0, 0], [1, 1, 1]], bool)}, "layer 'conv' may have, but it may have none"),
-    ],
-)
-def test_tables_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(TableError, match=re.escape(message)):
-        problem(**changes)

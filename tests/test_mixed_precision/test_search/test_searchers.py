@@ -13,7 +13,10 @@ import pytest
 
 from mmbrecq.building import build
 from mmbrecq.errors import BudgetError, ConfigError, DependencyError
-from mmbrecq.mixed_precision.search import BitProblem, Cost, GeneticSearcher, IntegerProgram, NSGA2Searcher, find_front
+from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
+from mmbrecq.mixed_precision.search.integer import IntegerProgram
+from mmbrecq.mixed_precision.search.nsga2 import NSGA2Searcher, find_front
+from mmbrecq.mixed_precision.search.problem import BitProblem, Cost
 from mmbrecq.registry import SEARCHERS
 
 CANDIDATES = ((2, 8), (4, 8), (8, 8))

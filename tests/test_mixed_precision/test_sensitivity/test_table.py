@@ -15,10 +15,10 @@ from small_models import calibrate, classifier, conv, images, net, prepare
 from torch import Tensor
 
 from mmbrecq.errors import TableError
-from mmbrecq.mixed_precision.costs import Call, LayerShape
-from mmbrecq.mixed_precision.sensitivity import SensitivityTable
+from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
-from mmbrecq.mixed_precision.sensitivity.table import value_groups
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable, value_groups
+from mmbrecq.schema import save_json
 
 
 def layer(name: str) -> LayerShape:
@@ -37,13 +37,13 @@ def table() -> SensitivityTable:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    table().save(tmp_path / 'sensitivity.json')
+    save_json(table(), tmp_path / 'sensitivity.json')
     again = SensitivityTable.load(tmp_path / 'sensitivity.json')
     assert again.loss == table().loss
     assert again.pairs == table().pairs
     assert again.losses().tolist() == [[1.5, 0.5], [2.5, -0.25]]
     assert [shape.macs for shape in again.layers] == [shape.macs for shape in table().layers]
-    again.save(tmp_path / 'again.json')
+    save_json(again, tmp_path / 'again.json')
     assert (tmp_path / 'again.json').read_text() == (tmp_path / 'sensitivity.json').read_text()
     again.check_complete(tmp_path / 'again.json')
 
@@ -60,7 +60,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 )
 def test_bad_files(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], message: str) -> None:
     path = tmp_path / 'sensitivity.json'
-    table().save(path)
+    save_json(table(), path)
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))

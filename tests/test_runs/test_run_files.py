@@ -11,7 +11,7 @@ import torch
 
 from mmbrecq.errors import CheckpointError
 from mmbrecq.runs.checkpoint import check_grids, grids_of
-from mmbrecq.runs.measure import model_size, peak_memory, versions
+from mmbrecq.runs.run_files import model_size, peak_memory, versions
 from mmbrecq.version import __version__
 
 WEIGHTS = {'backbone.conv1': (8, 3 * 7 * 7, 8), 'head.fc': (10, 8, 8)}

@@ -1,0 +1,185 @@
+"""Acceptance: forms in which strangers write models, each right from the float model to runtime and checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import drop_block2d
+
+import mmbrecq
+from mmbrecq.errors import ExportError, GraphError
+
+Middle = Callable[[Any, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A stem, a middle, and a classifier; ``spare`` is never called."""
+
+    def __init__(self, middle: Middle, **modules: nn.Module) -> None:
+        super().__init__()
+        self.middle = middle
+        self.stem, self.last, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3), nn.Linear(16, 10)
+        self.spare = nn.Linear(2, 2)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.last(self.middle(self, self.stem(x)))).mean((2, 3)))
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1)
+
+
+def tokens(attend: Callable[[Any, Tensor], Tensor]) -> Middle:
+    """The rows and columns of 8 x 8 pixels as tokens, ``(N, 64, 8)``, and back."""
+
+    def middle(self: Any, x: Tensor) -> Tensor:
+        return attend(self, x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape_as(x)
+
+    return middle
+
+
+def written_one_by_one(self: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:, :4], y[:, 4:] = F.relu(x[:, :4]), x[:, 4:]
+    return y
+
+
+def partly_rectified(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.norm(torch.cat([x[:, :4], self.c(x)[:, 4:]], 1))) + x
+
+
+def view_of_a_split(self: Any, x: Tensor) -> Tensor:
+    y = F.relu(x)
+    rows = y.unbind(1)
+    rows[2].mul_(2.0)
+    y.unflatten(1, (2, 4))[:, 1].add_(1.0)
+    return y
+
+
+def product_from_the_left(self: Any, x: Tensor) -> Tensor:
+    return (self.fc.weight[:8, :8] @ F.relu(x).flatten(2)).reshape(x.shape)
+
+
+def affine_product(self: Any, x: Tensor) -> Tensor:
+    pixels = F.relu(x).permute(0, 2, 3, 1)
+    y = torch.addmm(self.stem.bias, pixels.reshape(-1, 8), self.c.weight[..., 0, 0])
+    return y.reshape(pixels.shape).permute(0, 3, 1, 2)
+
+
+def largest_mask(self: Any, t: Tensor) -> Tensor:
+    mask = torch.ones(t.shape[1], t.shape[1]).triu(1).bool()
+    return (t @ t.mT).masked_fill(mask, torch.finfo(t.dtype).min).softmax(-1) @ t
+
+
+def padded_attention(self: Any, t: Tensor) -> Tensor:
+    padding = torch.arange(t.shape[1])[None].expand(t.shape[0], -1) > 40
+    return t + self.attention(t, t, t, key_padding_mask=padding)[0]
+
+
+def learned_queries(self: Any, t: Tensor) -> Tensor:
+    return t + self.attention(self.fc.bias[None, None, :8].expand(t.shape[0], -1, -1), t, t)[0]
+
+
+def mean_of_tokens(self: Any, t: Tensor) -> Tensor:
+    return t + self.l2(F.linear(t, self.l.weight).mean(1))[:, None]
+
+
+KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
+    'a tensor that is made empty and written': (written_one_by_one, {}),
+    'a concatenation of which a layer and a norm read parts': (
+        partly_rectified,
+        {'c': conv, 'norm': lambda: nn.BatchNorm2d(8)},
+    ),
+    'a convolution before a pre-activation block': (
+        lambda self, x: x + self.c(F.relu(self.norm(x))),
+        {'c': conv, 'norm': lambda: nn.BatchNorm2d(8)},
+    ),
+    'writes through unbind and unflatten': (view_of_a_split, {}),
+    'a constant matrix on the left': (product_from_the_left, {}),
+    'addmm': (affine_product, {'c': conv}),
+    'mT and finfo': (tokens(largest_mask), {}),
+    'a padding mask': (tokens(padded_attention), {'attention': lambda: nn.MultiheadAttention(8, 2, batch_first=True)}),
+    'learned queries': (tokens(learned_queries), {'attention': lambda: nn.MultiheadAttention(8, 2, batch_first=True)}),
+    'the mean of tokens behind a layer without bias': (
+        tokens(mean_of_tokens),
+        {'l': lambda: nn.Linear(8, 8), 'l2': lambda: nn.Linear(8, 8)},
+    ),
+    'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
+    'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
+    'modules made within a forward pass': (lambda self, x: nn.Sequential(self.c, nn.ReLU())[:2](x), {'c': conv}),
+    'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    middle, modules = KINDS[name]
+    return Net(middle, **{key: make() for key, make in modules.items()}).eval()
+
+
+@pytest.mark.parametrize('preset', ['openvino', 'tensorrt'])
+@pytest.mark.parametrize('name', KINDS)
+def test_a_model_is_right_from_float_to_the_runtime(name: str, preset: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, 3, 16, 16, generator=generator) + torch.randn(16, 3, 1, 1, generator=generator)
+    quantized = mmbrecq.quantize(build(name), images, preset=preset, method='nearest')
+    with torch.no_grad():
+        wanted = build(name)(images)
+    found = quantized(images)
+    assert float((found - wanted).square().mean() / wanted.var(0).mean()) < 0.02
+    quantized.export(tmp_path / ('model.xml' if preset == 'openvino' else 'model.onnx'), images)
+    assert max(deviation.error for deviation in quantized.deviations) < 1e-6
+    quantized.save(tmp_path / 'model.pth')
+    torch.testing.assert_close(mmbrecq.load(tmp_path / 'model.pth', build(name))(images), found, rtol=0, atol=0)
+
+
+def hooked() -> nn.Module:
+    model = Net(lambda self, x: self.act(x), act=nn.ReLU())
+    model.act.register_forward_hook(lambda module, args, result: result - 1.0)
+    return model
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def fails(self: Any, x: Tensor) -> Tensor:
+    raise ValueError('expected 4 channels')
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (hooked, 'expected hooks that only observe, but one of act changes what it computes'),
+        (
+            lambda: Net(lambda self, x: scripted(x)),
+            'Net cannot be traced: compiled code computes outside of what can be traced',
+        ),
+        (
+            lambda: Net(lambda self, x: self.act(x), act=torch.jit.script(nn.ReLU())),
+            'expected modules of Python, but got act compiled by TorchScript',
+        ),
+        (
+            lambda: Net(lambda self, x: F.avg_pool2d(F.relu(x), 3, 2, 1, True)),
+            'expected average pooling with padding without ceil_mode or count_include_pad',
+        ),
+        (lambda: Net(fails), 'Net does not run on images of 1 x 3 x 16 x 16: expected 4 channels'),
+        (
+            lambda: Net(lambda self, x: self.c(x.bfloat16()).float(), c=conv().bfloat16()),
+            'expected layers in torch.float32, but got c in torch.bfloat16',
+        ),
+    ],
+)
+def test_a_model_is_refused_at_once(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises((GraphError, ExportError), match=re.escape(message)):
+        mmbrecq.quantize(make(), torch.randn(4, 3, 16, 16), method='nearest')
