@@ -277,9 +277,7 @@ def test_images_of_both_orientations(
     draw_plainly = Batches._draw
     monkeypatch.setattr(ptq_loop, 'collect_images', collect)
     monkeypatch.setattr(Batches, '_draw', draw)
-    # the task loss of a two-stage detector draws regions of its own
-    loss = 'FisherLoss' if name.startswith('retinanet') else 'MSELoss'
-    options = (*QUICK, 'evaluations=[quantized]', f'reconstructor.loss.type={loss}')
+    options = (*QUICK, 'evaluations=[quantized]', 'reconstructor.loss.type=FisherLoss')
 
     def quantize(folder: Path, *more: str) -> tuple[dict[str, Any], Any, Any]:
         outcome = call('ptq', CONFIGS / f'{name}.py', *options, *more, work_dir=folder)
