@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.layers import replace_module
-from mmbrecq.graph.symbolic import bind
+from mmbrecq.graph.symbolic import bind, called_module
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_IDENTITIES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-)  # fmt: skip
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
@@ -28,9 +26,10 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
         if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
     for node in reversed(list(graph.nodes)):
-        unread = not node.users and node.op not in ('placeholder', 'output')
+        module = called_module(model, node)
         # a module that holds others may have an effect beside its value
-        if unread and (node.op != 'call_module' or not any(model.get_submodule(str(node.target)).children())):
+        has_effect = node.op in ('placeholder', 'output') or (module is not None and any(module.children()))
+        if not node.users and not has_effect:
             graph.erase_node(node)
 
 
@@ -55,7 +54,7 @@ def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
         return False
     if node.op == 'call_module':
-        return isinstance(model.get_submodule(str(node.target)), _IDENTITIES)
+        return isinstance(called_module(model, node), (nn.Identity, _DropoutNd))
     # functions that draw random numbers while a model is trained have this argument, and batch_norm
     bound = bind(node)
     is_off = bound is not None and bound.arguments.get('training') is False
@@ -80,13 +79,14 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     for node in list(graph.nodes):
         _check_statistics(model, node)
         _write_out_gain(model, node)
-        source = node.args[0] if node.op == 'call_module' and node.args else None
-        if not isinstance(source, fx.Node) or source.op != 'call_module' or len(source.users) > 1:
+        norm = called_module(model, node)
+        if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS or not node.args:
             continue
-        norm, layer = (model.get_submodule(str(n.target)) for n in (node, source))
-        if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS:
+        source: Any = node.args[0]
+        if len(source.users) > 1 or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
-        if not _owns_channels(layer, source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
+        layer = called_module(model, source)
+        if not isinstance(layer, WEIGHTED) or not _owns_channels(layer, source):
             continue
         _fold(layer, norm)
         node.replace_all_uses_with(source)
@@ -97,11 +97,9 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
 
 
 def _check_statistics(model: nn.Module, node: fx.Node) -> None:
-    by_batch = False
-    if node.op == 'call_module':
-        norm = model.get_submodule(str(node.target))
-        by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
-    elif node.target is F.batch_norm:
+    norm = called_module(model, node)
+    by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
+    if node.target is F.batch_norm:
         by_batch = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get('training', False))
     if by_batch:
         raise GraphError(
@@ -112,16 +110,14 @@ def _check_statistics(model: nn.Module, node: fx.Node) -> None:
 
 def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
     """Gives a norm that has no gain a gain of 1: a file asks for one, and knows the number of channels from it."""
-    norm: Any = model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+    norm = called_module(model, node)
     if isinstance(norm, _NormBase) and norm.weight is None:
         norm.weight = nn.Parameter(torch.ones(norm.num_features, device=node.meta['example'].device))
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
 
 
-def _owns_channels(layer: nn.Module, call: fx.Node) -> bool:
+def _owns_channels(layer: Any, call: fx.Node) -> bool:
     """Returns whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
-    if not isinstance(layer, WEIGHTED):
-        return False
     axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
     return bool(call.meta['example'].dim() == axes)
 
@@ -130,8 +126,7 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         # in float64, so that folding costs no more than the last rounding
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        factor = factor * norm.weight.double()
+        factor = (norm.running_var.double() + norm.eps).rsqrt() * norm.weight.double()
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
         bias = bias * factor + norm.bias.double()
         weight = layer.weight.double()
