@@ -6,11 +6,9 @@ Inception module. It is recognised by what its nodes compute, never by the name 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
-import torch
 from torch import fx, nn
 
 from mmbrecq.errors import PatternError
@@ -20,8 +18,6 @@ from mmbrecq.graph.units import is_below
 
 MAX_LAYERS = 10
 """A module with more layers than this is a stage: the blocks within it are units, or else its layers."""
-
-_MULTIPLY = (operator.mul, torch.mul, 'mul')
 
 
 def find_blocks(model: nn.Module, graph: fx.Graph, blocks: Iterable[str] | None) -> list[str]:
@@ -87,8 +83,8 @@ def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
         sources = [passed[n] for n in node.all_input_nodes if n in passed]
         if node.op == 'placeholder' or (sources and _has_tensors(node)):
             passed[node] = frozenset(node.meta.get('layers', ())).union(*sources)
-        is_product = node.op != 'call_module' and node.target in _MULTIPLY
-        if len(set(sources)) > 1 and (roles.is_add(node) or roles.is_concat(node) or is_product):
+        joins = roles.is_add(node) or roles.is_concat(node) or roles.operation(node) == 'mul'
+        if len(set(sources)) > 1 and joins:
             yield node
 
 

@@ -8,12 +8,10 @@ Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from mmbrecq.fake_quants.activation import FakeQuantize
@@ -21,12 +19,8 @@ from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.tracer import TRANSPOSED
 
 _HOMOGENEOUS = (
-    nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Flatten,
-    FakeQuantize,
-)  # fmt: skip
-_HOMOGENEOUS_CALLS = (
-    F.relu, torch.relu, F.leaky_relu, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-    torch.flatten, operator.getitem, 'relu', 'flatten', 'view', 'reshape', 'contiguous',
+    'relu', 'leakyrelu', 'maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d', 'flatten', 'getitem',
+    'view', 'reshape', 'contiguous',
 )  # fmt: skip
 
 
@@ -97,11 +91,9 @@ class _Finder:
     def _keeps_channels(self, node: fx.Node, sources: list[fx.Node]) -> bool:
         if not self.roles.is_tensor(node):
             return False
-        homogeneous = isinstance(self.roles.module(node), _HOMOGENEOUS)
-        if node.op in ('call_function', 'call_method'):
-            homogeneous = node.target in _HOMOGENEOUS_CALLS
+        is_homogeneous = self.roles.operation(node) in _HOMOGENEOUS or isinstance(self.roles.module(node), FakeQuantize)
         same = len({n.meta['example'].shape[:2] for n in (node, *sources)}) == 1
-        return same and (self.roles.is_add(node) or (homogeneous and len(sources) == 1))
+        return same and (self.roles.is_add(node) or (is_homogeneous and len(sources) == 1))
 
     def _find(self, key: Any) -> Any:
         self.leader.setdefault(key, key)

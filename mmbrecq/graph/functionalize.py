@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.graph.assignment import Assignments
-from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS, bind, dependence, evaluate
+from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS, bind, called_module, dependence, evaluate
 
 _PERMUTES = ('permute', 'transpose', 't', 'T', 'mT', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
 _SPLITS = ('chunk', 'split', 'tensor_split', 'split_with_sizes', 'unbind')
@@ -35,9 +35,9 @@ def switch_off_in_place(model: nn.Module, graph: fx.Graph, opaque: Container[str
     """Makes modules that are one operation of a functionalized graph overwrite nothing."""
     for node in graph.nodes:
         if node.op == 'call_module' and str(node.target) not in opaque:
-            module = model.get_submodule(str(node.target))
+            module = called_module(model, node)
             if hasattr(module, 'inplace'):
-                setattr(module, 'inplace', False)  # noqa: B010 - no common base has it
+                module.inplace = False
 
 
 class _Functionalizer(Assignments):
@@ -79,7 +79,7 @@ class _Functionalizer(Assignments):
         if _is_same(node):
             self.values[node] = present
             return present
-        module = self.model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+        module = called_module(self.model, node)
         if module is not None and not type(module).__module__.startswith('torch.'):
             raise self._refusal('a module returns a view of what is written')
         args, kwargs = fx.node.map_arg(self.calls[node], self.value)
@@ -92,7 +92,7 @@ class _Functionalizer(Assignments):
     def _replace(self, node: fx.Node) -> None:
         """Gives a node that writes a form that does not, and makes later readers see its effect."""
         written = self._written(node)
-        if node.op == 'call_module' and not hasattr(self.model.get_submodule(str(node.target)), 'inplace'):
+        if node.op == 'call_module' and not hasattr(called_module(self.model, node), 'inplace'):
             self._shield(node, written)
             return
         if len(written) != 1 or not isinstance(written[0].meta['example'], Tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from itertools import chain, count
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mmbrecq.graph.components import pre_hooks
-from mmbrecq.graph.symbolic import sources_of
+from mmbrecq.graph.symbolic import called_module, operation, sources_of
 from mmbrecq.graph.tracer import WEIGHTED
 
 _CONV = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
@@ -24,10 +23,8 @@ _FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.conv_transpose1d: (nn.ConvTranspose1d, _TRANSPOSED), F.conv_transpose2d: (nn.ConvTranspose2d, _TRANSPOSED),
     F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
 }  # fmt: skip
-_LINEAR = (torch.matmul, torch.mm, operator.matmul, 'matmul', 'mm')
-_AFFINE = (torch.addmm, 'addmm')
-PRODUCTS = (*_LINEAR, *_AFFINE, torch.bmm, torch.baddbmm, 'bmm', 'baddbmm')
-"""Functions and methods that a file has as products of matrices."""
+PRODUCTS = ('matmul', 'mm', 'addmm', 'bmm', 'baddbmm')
+"""What a file has as products of matrices."""
 
 _FORWARDS = {kind.forward for kind in WEIGHTED}
 
@@ -145,7 +142,7 @@ def make_layers(model: nn.Module, graph: fx.Graph) -> None:
             continue
         key = (function, *own.items())
         values = {name: v.meta['example'] if isinstance(v, fx.Node) else v for name, v in options.items()}
-        if node.target in PRODUCTS:
+        if operation(node) in PRODUCTS:
             values['weight'] = values['weight'].t()
         if key not in made:
             made[key] = _path(model, graph, node, options['weight'])
@@ -178,7 +175,7 @@ def fold_constants(model: nn.Module, graph: fx.Graph) -> None:
     """
     constant = [n for n in graph.nodes if all(source.op not in ('placeholder', 'output') for source in sources_of(n))]
     for node in constant:
-        if node.op == 'call_module' and isinstance(model.get_submodule(str(node.target)), WEIGHTED):
+        if isinstance(called_module(model, node), WEIGHTED):
             name = free_name(model, f'{node.name}_value')
             model.register_buffer(name, node.meta['example'].detach().clone())
             with graph.inserting_before(node):
@@ -194,11 +191,11 @@ def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:
     """Returns the function of a layer that ``node`` calls, None for another, and its arguments by name."""
     if node.target in _FUNCTIONS:
         return node.target, _named(node.target, node.args, node.kwargs)
-    if node.target in _LINEAR and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
+    if operation(node) in ('matmul', 'mm') and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
         weight = node.args[1].meta['example']
         if isinstance(weight, Tensor) and weight.dim() == 2:
             return F.linear, {'input': node.args[0], 'weight': node.args[1]}
-    if node.target in _AFFINE and len(node.args) == 3 and not node.kwargs and _is_vector(node.args[0]):
+    if operation(node) == 'addmm' and len(node.args) == 3 and not node.kwargs and _is_vector(node.args[0]):
         return F.linear, dict(zip(('bias', 'input', 'weight'), node.args, strict=True))
     return None, {}
 

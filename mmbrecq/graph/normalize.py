@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.layers import replace_module
-from mmbrecq.graph.symbolic import bind
+from mmbrecq.graph.symbolic import bind, called_module, operation
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_IDENTITIES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-)  # fmt: skip
 _ROWS = ('flatten', 'reshape', 'view')
 
 
@@ -29,9 +27,10 @@ def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
         if _is_identity(model, node):
             node.replace_all_uses_with(node.args[0])
     for node in reversed(list(graph.nodes)):
-        unread = not node.users and node.op not in ('placeholder', 'output')
+        module = called_module(model, node)
         # a module that holds others may have an effect beside its value
-        if unread and (node.op != 'call_module' or not any(model.get_submodule(str(node.target)).children())):
+        has_effect = node.op in ('placeholder', 'output') or (module is not None and any(module.children()))
+        if not node.users and not has_effect:
             graph.erase_node(node)
 
 
@@ -56,7 +55,7 @@ def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
         return False
     if node.op == 'call_module':
-        return isinstance(model.get_submodule(str(node.target)), _IDENTITIES)
+        return isinstance(called_module(model, node), (nn.Identity, _DropoutNd))
     # functions that draw random numbers while a model is trained have this argument, and batch_norm
     bound = bind(node)
     is_off = bound is not None and bound.arguments.get('training') is False
@@ -81,15 +80,16 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     for node in list(graph.nodes):
         _check_statistics(model, node)
         _write_out_gain(model, node)
-        source = node.args[0] if node.op == 'call_module' and node.args else None
-        while isinstance(source, fx.Node) and _keeps_last_axis(source):
+        norm = called_module(model, node)
+        if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS or not node.args:
+            continue
+        source: Any = node.args[0]
+        while _keeps_last_axis(source):
             source = source.args[0]
-        if not isinstance(source, fx.Node) or source.op != 'call_module' or not _has_one_reader(source):
+        if not _has_one_reader(source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
-        norm, layer = (model.get_submodule(str(n.target)) for n in (node, source))
-        if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS:
-            continue
-        if not _owns_channels(layer, node) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
+        layer = called_module(model, source)
+        if not isinstance(layer, WEIGHTED) or not _owns_channels(layer, node):
             continue
         _fold(layer, norm)
         node.replace_all_uses_with(node.args[0])
@@ -100,11 +100,9 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
 
 
 def _check_statistics(model: nn.Module, node: fx.Node) -> None:
-    by_batch = False
-    if node.op == 'call_module':
-        norm = model.get_submodule(str(node.target))
-        by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
-    elif node.target is F.batch_norm:
+    norm = called_module(model, node)
+    by_batch = isinstance(norm, _BatchNorm) and (norm.running_var is None or norm.training)
+    if node.target is F.batch_norm:
         by_batch = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get('training', False))
     if by_batch:
         raise GraphError(
@@ -115,7 +113,7 @@ def _check_statistics(model: nn.Module, node: fx.Node) -> None:
 
 def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
     """Gives a norm that has no gain a gain of 1: a file asks for one, and knows the number of channels from it."""
-    norm: Any = model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+    norm = called_module(model, node)
     if isinstance(norm, _NormBase) and norm.weight is None:
         norm.weight = nn.Parameter(torch.ones(norm.num_features, device=node.meta['example'].device))
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
@@ -123,11 +121,7 @@ def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
 
 def _keeps_last_axis(node: fx.Node) -> bool:
     """Returns whether ``node`` brings tokens, ``(N, L, C)``, to rows ``(N * L, C)`` that nothing else reads."""
-    if (
-        not _has_one_reader(node)
-        or node.op == 'call_module'
-        or getattr(node.target, '__name__', node.target) not in _ROWS
-    ):
+    if not _has_one_reader(node) or operation(node) not in _ROWS:
         return False
     rows, tokens = (n.meta['example'] for n in (node, node.all_input_nodes[0]))
     return isinstance(tokens, Tensor) and rows.dim() == 2 < tokens.dim() and rows.shape[1] == tokens.shape[-1]
@@ -138,10 +132,8 @@ def _has_one_reader(node: fx.Node) -> bool:
     return sum(user.op != 'call_function' or user.target is not getattr for user in node.users) == 1
 
 
-def _owns_channels(layer: nn.Module, norm: fx.Node) -> bool:
+def _owns_channels(layer: Any, norm: fx.Node) -> bool:
     """Returns whether axis 1, which a BatchNorm normalises, is that of the output channels of the layer before it."""
-    if not isinstance(layer, WEIGHTED):
-        return False
     axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
     return bool(norm.meta['example'].dim() == axes)
 
@@ -150,8 +142,7 @@ def _fold(layer: Any, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():
         # in float64, so that folding costs no more than the last rounding
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        factor = factor * norm.weight.double()
+        factor = (norm.running_var.double() + norm.eps).rsqrt() * norm.weight.double()
         bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
         bias = bias * factor + norm.bias.double()
         weight = layer.weight.double()

@@ -9,7 +9,6 @@ levels for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from torch import fx, nn
 from mmbrecq.graph.layers import PRODUCTS
 from mmbrecq.graph.layers import is_constant as follows_from_no_input
 from mmbrecq.graph.roles import Roles
-from mmbrecq.graph.symbolic import sources_of
+from mmbrecq.graph.symbolic import operation, sources_of
 from mmbrecq.presets import Preset
 
 
@@ -67,17 +66,12 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         layers = {str(c.target): None for n in group for c in roles.consumers(n) if roles.is_weighted(c)}
         non_negative = all(roles.non_negative(n) for n in group)
         readers = frozenset(u for n in group for u in n.users if reads_float(u, n))
-        per_channel = group[0] in by_channel
+        first, per_channel = group[0], group[0] in by_channel
         # what a target computes of them between folded scales is float, and rounded as it is here
-        full_scale = any(_combines_grids(n, set(quantized), roles) for n in group)
-        full_scale = full_scale and not (per_channel and preset.folds_channel_scales)
-        name = group[0].name
-        positions.append(
-            QuantizerPosition(
-                name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel,
-                joins=roles.is_concat(group[0]),
-            )
-        )  # fmt: skip
+        is_folded = per_channel and preset.folds_channel_scales
+        full_scale = not is_folded and any(_combines_grids(n, set(quantized), roles) for n in group)
+        values = first.name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel
+        positions.append(QuantizerPosition(*values, joins=roles.is_concat(first)))
     return positions
 
 
@@ -107,29 +101,20 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
 
 def _joins_grids(concat: fx.Node, roles: Roles) -> bool:
     """Returns whether a layer reads values of several producers right behind the concatenation."""
-
-    def is_read(node: fx.Node) -> bool:
-        moves = [u for u in node.users if roles.moves_only(u) and not roles.is_concat(u)]
-        return any(map(roles.is_weighted, node.users)) or any(map(is_read, moves))
-
-    return len(set(roles.sources(concat))) > 1 and is_read(concat)
+    readers = roles.consumers(concat, lambda user: roles.moves_only(user) and not roles.is_concat(user))
+    return len(set(roles.sources(concat))) > 1 and any(map(roles.is_weighted, readers))
 
 
 def _stays_float(add: fx.Node, roles: Roles) -> bool:
-    """Returns whether a sum belongs to a residual stream of which layers read normalised values alone."""
-    readers = list(_readers(add, roles))
+    """Returns whether a sum belongs to a residual stream of which layers read normalised values alone.
+
+    Its readers are found through nodes that move or scale it, or add a constant.
+    """
+    found = roles.consumers(add, lambda user: roles.moves_only(user) or roles.is_affine(user))
+    readers = [reader for reader in found if reader.op != 'output']
     if any(roles.is_weighted(reader) for reader in readers):
         return False
     return any(roles.is_norm(r) for r in readers) or all(roles.is_add(r) and _stays_float(r, roles) for r in readers)
-
-
-def _readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
-    """Yields the nodes that read the value, through those that move or scale it or add a constant; no output."""
-    for consumer in roles.consumers(node):
-        if roles.is_affine(consumer):
-            yield from _readers(consumer, roles)
-        elif consumer.op != 'output':
-            yield consumer
 
 
 def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset) -> set[fx.Node]:
@@ -158,7 +143,7 @@ def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
         return False
     else:
         readers = [r for r in readers if not (r in node.users and _reads_float(r, node, roles, preset))]
-    within = set(_pixel_readers(node, roles))
+    within = set(roles.consumers(node, roles.moves_pixels))
     return bool(readers) and all(roles.is_depthwise(reader) and reader in within for reader in readers)
 
 
@@ -169,17 +154,13 @@ def _becomes(node: fx.Node, read: set[fx.Node], roles: Roles) -> bool:
     return any(user in read or _becomes(user, read, roles) for user in node.users)
 
 
-def _pixel_readers(node: fx.Node, roles: Roles) -> Iterator[fx.Node]:
-    for user in node.users:
-        if roles.moves_pixels(user):
-            yield from _pixel_readers(user, roles)
-        elif not roles.moves_only(user):
-            yield user
-
-
 def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Returns whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid."""
-    return _is_outside(user, preset) or _is_inner(user, node, roles, preset)
+    """Returns whether ``user`` goes on reading the value of ``node`` in float where a layer reads it on a grid.
+
+    It does where the target computes it within the layer ``node``, whose value has other readers too.
+    """
+    is_inner = roles.is_weighted(node) and roles.kind(user) in preset.fuses_beside
+    return is_inner or _is_outside(user, preset)
 
 
 def _is_outside(user: fx.Node, preset: Preset) -> bool:
@@ -187,7 +168,7 @@ def _is_outside(user: fx.Node, preset: Preset) -> bool:
 
     A product with a constant that is no layer counts too: targets would take it for a layer with a weight in float.
     """
-    if user.target in PRODUCTS and any(map(follows_from_no_input, user.args[-2:])):
+    if operation(user) in PRODUCTS and any(map(follows_from_no_input, user.args[-2:])):
         return True
     opaque = any(layer != user.target for layer in user.meta.get('layers', ()))
     return user.op == 'output' or (opaque and not preset.conv_outputs)
@@ -201,19 +182,11 @@ def _combines_grids(node: fx.Node, quantized: set[fx.Node], roles: Roles) -> boo
     return bool(inputs) and all(n in quantized or _combines_grids(n, quantized, roles) for n in inputs)
 
 
-def _is_inner(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:
-    """Returns whether the target computes ``user`` within the layer ``node``, whose value has other readers too."""
-    return roles.is_weighted(node) and roles.kind(user) in preset.fuses_beside
-
-
 def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     """Returns whether the only reader is an activation function that is computed together with this layer or add."""
-    users = list(node.users)
-    if len(users) != 1 or not roles.is_activation(users[0]):
-        return False
-    if not (roles.is_weighted(node) or roles.is_add(node)):
-        return False
-    return preset.fuses is None or roles.kind(users[0]) in preset.fuses
+    user, *others = node.users
+    is_fusible = not others and roles.is_activation(user) and (roles.is_weighted(node) or roles.is_add(node))
+    return is_fusible and (preset.fuses is None or roles.kind(user) in preset.fuses)
 
 
 def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:

@@ -6,7 +6,6 @@ Operations that are not listed here have no bounds. Constants have those of thei
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mmbrecq.graph.symbolic import bind
+from mmbrecq.graph.symbolic import bind, operation
 
 Range = tuple[float, float]
 
@@ -24,26 +23,15 @@ _ZERO: Range = (0.0, 0.0)
 _UNIT: Range = (0.0, 1.0)
 
 # the smallest values of SiLU, GELU, Mish and Hardswish are rounded down
-_FIXED: Mapping[Any, Range] = {
-    **dict.fromkeys((F.relu, torch.relu, 'relu', F.softplus, torch.exp, 'exp', nn.ReLU, nn.Softplus), _POSITIVE),
-    **dict.fromkeys((torch.abs, 'abs', operator.abs, torch.square, 'square', torch.sqrt, 'sqrt'), _POSITIVE),
-    **dict.fromkeys((torch.rsqrt, 'rsqrt', torch.norm, 'norm', torch.var, 'var', torch.std, 'std'), _POSITIVE),
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, 'sigmoid', F.hardsigmoid, nn.Sigmoid, nn.Hardsigmoid), _UNIT),
-    **dict.fromkeys((torch.softmax, F.softmax, 'softmax', nn.Softmax, nn.Softmax2d), _UNIT),
-    **dict.fromkeys((torch.tanh, F.tanh, 'tanh', nn.Tanh), (-1.0, 1.0)),
-    **dict.fromkeys((F.relu6, nn.ReLU6), (0.0, 6.0)),
-    **dict.fromkeys((F.silu, nn.SiLU), (-0.279, math.inf)),
-    **dict.fromkeys((F.gelu, nn.GELU), (-0.171, math.inf)),
-    **dict.fromkeys((F.mish, nn.Mish), (-0.309, math.inf)),
-    **dict.fromkeys((F.hardswish, nn.Hardswish), (-0.376, math.inf)),
-}
+_FIXED: Mapping[str, Range] = {
+    **dict.fromkeys(('relu', 'softplus', 'exp', 'abs', 'square', 'sqrt', 'rsqrt', 'norm', 'var', 'std'), _POSITIVE),
+    **dict.fromkeys(('sigmoid', 'hardsigmoid', 'softmax', 'softmax2d'), _UNIT),
+    'tanh': (-1.0, 1.0), 'relu6': (0.0, 6.0), 'silu': (-0.279, math.inf), 'gelu': (-0.171, math.inf),
+    'mish': (-0.309, math.inf), 'hardswish': (-0.376, math.inf),
+}  # fmt: skip
 # means of values, and of the zeros with which they pad
-_MEANS = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-    torch.mean, 'mean',
-)  # fmt: skip
-_SELECTIONS = (torch.amax, torch.amin, 'amax', 'amin', 'float', 'detach', 'type_as')
+_MEANS = ('mean', *(f'{kind}avgpool{axes}d' for kind in ('', 'adaptive') for axes in (1, 2, 3)))
+_SELECTIONS = ('amax', 'amin', 'float', 'detach', 'typeas')
 _CONVEX_MODES = ('nearest', 'nearest-exact', 'linear', 'bilinear', 'trilinear', 'area')
 
 
@@ -58,32 +46,32 @@ def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module
     """
     if node.op == 'get_attr':
         return _operand(node.meta.get('example'), known)
-    operation = node.target if module is None else type(module)
+    name = operation(node, module)
     values = [_operand(value, known) for value in node.args]
     found = ANY
     if node.op in ('placeholder', 'output'):
         pass
-    elif operation in _FIXED:
-        found = _FIXED[operation]
-    elif moves or operation in _MEANS:
+    elif name in _FIXED:
+        found = _FIXED[name]
+    elif moves or name in _MEANS:
         found = _hull(_ZERO, *_leaves(node.args, known))
-    elif operation in _SELECTIONS or resize_mode(node, module) in _CONVEX_MODES:
+    elif name in _SELECTIONS or resize_mode(node, module) in _CONVEX_MODES:
         found = _hull(*_leaves(node.args, known))
     elif isinstance(module, nn.Hardtanh):
         found = float(module.min_val), float(module.max_val)
-    elif operation in _BINARY and len(values) == 2 and not node.kwargs:
-        same = operation in _MUL and node.args[0] is node.args[1]
-        found = _POSITIVE if same else _BINARY[operation](*values)
-    elif operation in (operator.neg, torch.neg, 'neg'):
+    elif name in _BINARY and len(values) == 2 and not node.kwargs:
+        same = name == 'mul' and node.args[0] is node.args[1]
+        found = _POSITIVE if same else _BINARY[name](*values)
+    elif name == 'neg':
         found = -values[0][1], -values[0][0]
-    elif operation in (operator.pow, torch.pow, 'pow') and len(values) == 2:
+    elif name == 'pow' and len(values) == 2:
         even = isinstance(node.args[1], (int, float)) and node.args[1] % 2 == 0
         found = _POSITIVE if even or values[0][0] >= 0 else ANY
-    elif operation in (torch.clamp, 'clamp', torch.clip, 'clip'):
+    elif name == 'clamp':
         found = _clamped(node, known)
-    elif operation in (torch.sum, 'sum') and values[0][0] >= 0:
+    elif name == 'sum' and values[0][0] >= 0:
         found = _POSITIVE
-    elif operation is torch.where and len(values) == 3:
+    elif node.target is torch.where and len(values) == 3:
         found = _hull(*values[1:])
     return ANY if any(map(math.isnan, found)) else found
 
@@ -147,12 +135,8 @@ def _smaller(a: Range, b: Range) -> Range:
     return min(a[0], b[0]), min(a[1], b[1])
 
 
-_MUL = (operator.mul, torch.mul, torch.multiply, 'mul')
-_BINARY: Mapping[Any, Callable[[Range, Range], Range]] = {
-    **dict.fromkeys((operator.add, torch.add, 'add'), lambda a, b: (a[0] + b[0], a[1] + b[1])),
-    **dict.fromkeys((operator.sub, torch.sub, 'sub'), lambda a, b: (a[0] - b[1], a[1] - b[0])),
-    **dict.fromkeys(_MUL, _multiplied),
-    **dict.fromkeys((operator.truediv, torch.div, 'div'), _divided),
-    **dict.fromkeys((torch.clamp_min, 'clamp_min', torch.maximum, 'maximum'), _larger),
-    **dict.fromkeys((torch.clamp_max, 'clamp_max', torch.minimum, 'minimum'), _smaller),
-}
+_BINARY: Mapping[str, Callable[[Range, Range], Range]] = {
+    'add': lambda a, b: (a[0] + b[0], a[1] + b[1]), 'sub': lambda a, b: (a[0] - b[1], a[1] - b[0]),
+    'mul': _multiplied, 'div': _divided,
+    'clampmin': _larger, 'maximum': _larger, 'clampmax': _smaller, 'minimum': _smaller,
+}  # fmt: skip

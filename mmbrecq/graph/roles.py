@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmbrecq.graph.ranges import Range, resize_mode, value_range
-from mmbrecq.graph.symbolic import bind
+from mmbrecq.graph.symbolic import bind, called_module, operation
 from mmbrecq.graph.tracer import WEIGHTED
 
-_ADD = (operator.add, torch.add, 'add')
-_CONCAT = (torch.cat, torch.concat, torch.concatenate, torch.stack)
-_ACTIVATION_CALLS = (
-    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish,
-    torch.relu, torch.sigmoid, torch.tanh, F.sigmoid, 'relu', 'sigmoid', 'tanh',
+_CONCAT = ('cat', 'stack')
+_ACTIVATIONS = (
+    'relu', 'relu6', 'silu', 'gelu', 'hardswish', 'hardsigmoid', 'leakyrelu', 'elu', 'mish', 'sigmoid', 'tanh',
 )  # fmt: skip
 _ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
 # these move values without computing new ones, so values on a grid stay on it
-_MOVES = (nn.MaxPool2d, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d, nn.ChannelShuffle)
 _MOVING = (
-    'flatten', 'reshape', 'reshape_as', 'view', 'view_as', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
-    'squeeze', 'unsqueeze', 'chunk', 'split', 'split_with_sizes', 'tensor_split', 'unbind', 'select', 'narrow',
-    'index_select', 'contiguous', 'expand', 'expand_as', 'clone',
+    'flatten', 'reshape', 'reshapeas', 'view', 'viewas', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
+    'squeeze', 'unsqueeze', 'chunk', 'split', 'splitwithsizes', 'tensorsplit', 'unbind', 'select', 'narrow', 'getitem',
+    'indexselect', 'contiguous', 'expand', 'expandas', 'clone', 'maxpool2d', 'pixelshuffle', 'pixelunshuffle',
+    'zeropad2d', 'channelshuffle', *_CONCAT,
 )  # fmt: skip
-_MOVES_CALLS = (
-    *_MOVING, *(getattr(torch, name) for name in _MOVING if hasattr(torch, name)),
-    *_CONCAT, F.max_pool2d, F.pixel_shuffle, F.pixel_unshuffle, operator.getitem,
-)  # fmt: skip
+# of what moves values, this has the channels of its input, in the same order
+_WITHIN_CHANNELS = ('maxpool2d', 'upsample', 'interpolate', 'zeropad2d', 'contiguous', 'clone')
 
-# of these, the ones whose output has the channels of their input, in the same order
-_MOVES_PIXELS = (nn.MaxPool2d, nn.Upsample, nn.ZeroPad2d)
-_MOVES_PIXELS_CALLS = (F.max_pool2d, F.interpolate, 'contiguous', 'clone')
-
-_NORMS = (
-    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.modules.batchnorm._NormBase,
-)  # fmt: skip
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 _NORM_CALLS = (
-    F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm, F.instance_norm, F.local_response_norm, F.normalize,
-    torch.layer_norm, torch.group_norm, torch.rms_norm, torch.batch_norm, torch.instance_norm,
+    'layernorm', 'groupnorm', 'rmsnorm', 'batchnorm', 'instancenorm', 'localresponsenorm', 'normalize',
+    # what a normalisation that is written out computes of its input first
+    'var', 'std', 'varmean', 'stdmean', 'square', 'pow', 'norm', 'linalgvectornorm',
 )  # fmt: skip
-# what a normalisation that is written out computes of its input first
-_SPREAD_CALLS = (
-    torch.var, torch.std, torch.var_mean, torch.std_mean, torch.square, torch.pow, torch.norm,
-    torch.linalg.vector_norm, operator.pow, 'var', 'std', 'square', 'pow', 'norm',
-)  # fmt: skip
-_MEAN_CALLS = (torch.mean, 'mean')
-_AFFINE_CALLS = (
-    *_ADD, operator.sub, torch.sub, 'sub', operator.mul, torch.mul, 'mul', operator.truediv, torch.div, 'div',
-    operator.neg, torch.neg, 'neg',
-)  # fmt: skip
+_AFFINE = ('add', 'sub', 'mul', 'div', 'neg')
 
 _NEAREST = ('nearest', 'nearest-exact')
 
@@ -67,7 +48,12 @@ class Roles:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Returns the module that ``node`` calls, None for a function."""
-        return self.model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+        module: nn.Module | None = called_module(self.model, node)
+        return module
+
+    def operation(self, node: fx.Node) -> str:
+        """Returns the name of what ``node`` computes, see :func:`mmbrecq.graph.symbolic.operation`."""
+        return operation(node, self.module(node))
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Returns whether the value is a floating-point tensor."""
@@ -81,18 +67,18 @@ class Roles:
     def is_add(self, node: fx.Node) -> bool:
         """Returns whether ``node`` adds two feature maps."""
         maps = [n for n in node.all_input_nodes if self.is_tensor(n) and 'values' in n.meta.get('depends', ('values',))]
-        return self._calls(node, _ADD) and len(maps) == 2
+        return self.operation(node) == 'add' and len(maps) == 2
 
     def is_affine(self, node: fx.Node) -> bool:
         """Returns whether ``node`` adds a constant to a feature map, or multiplies it by one."""
-        return self._calls(node, _AFFINE_CALLS) and sum(self.is_tensor(n) for n in node.all_input_nodes) == 1
+        return self.operation(node) in _AFFINE and sum(self.is_tensor(n) for n in node.all_input_nodes) == 1
 
     def is_norm(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is a normalisation, or the first operation of one that is written out."""
-        if isinstance(self.module(node), _NORMS) or self._calls(node, (*_NORM_CALLS, *_SPREAD_CALLS)):
+        if isinstance(self.module(node), _NORMS) or self.operation(node) in _NORM_CALLS:
             return True
-        subtracted = node.all_input_nodes[1:] if self._calls(node, (operator.sub, torch.sub, 'sub')) else ()
-        return any(self._calls(n, _MEAN_CALLS) and node.all_input_nodes[0] in n.all_input_nodes for n in subtracted)
+        subtracted = node.all_input_nodes[1:] if self.operation(node) == 'sub' else ()
+        return any(self.operation(n) == 'mean' and node.all_input_nodes[0] in n.all_input_nodes for n in subtracted)
 
     def is_convolution(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is a convolution that is not transposed."""
@@ -105,12 +91,11 @@ class Roles:
 
     def moves_pixels(self, node: fx.Node) -> bool:
         """Returns whether ``node`` moves values within their channels alone."""
-        within = isinstance(self.module(node), _MOVES_PIXELS) or self._calls(node, _MOVES_PIXELS_CALLS)
-        return within and self.moves_only(node)
+        return self.operation(node) in _WITHIN_CHANNELS and self.moves_only(node)
 
     def is_concat(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is a concatenation."""
-        return self._calls(node, _CONCAT)
+        return self.operation(node) in _CONCAT
 
     def is_activation(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is an element-wise activation function."""
@@ -118,16 +103,16 @@ class Roles:
         if module is not None:
             known = type(module).__module__ == 'torch.nn.modules.activation'
             return (known and not isinstance(module, nn.MultiheadAttention)) or self.kind(node) in _ACTIVATION_NAMES
-        return self._calls(node, _ACTIVATION_CALLS)
+        return self.operation(node) in _ACTIVATIONS
 
     def moves_only(self, node: fx.Node) -> bool:
         """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""
-        module = self.module(node)
-        moves = isinstance(module, _MOVES) or self._calls(node, _MOVES_CALLS)
-        if node.target is operator.getitem and not self.is_tensor(source := node.all_input_nodes[0]):
+        name = self.operation(node)
+        moves = name in _MOVING
+        if name == 'getitem' and not self.is_tensor(source := node.all_input_nodes[0]):
             # one of several values that are computed at once is a new one
             moves = self.moves_only(source)
-        return moves or resize_mode(node, module) in _NEAREST or self._pads_with_zeros(node)
+        return moves or resize_mode(node, self.module(node)) in _NEAREST or self._pads_with_zeros(node)
 
     def kind(self, node: fx.Node) -> str:
         """Returns the class name of the module, or the name of the function."""
@@ -144,21 +129,13 @@ class Roles:
                 self._ranges[each] = value_range(each, self._ranges, self.module(each), self.moves_only(each))
         return self._ranges[node][0] >= 0
 
-    def consumers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Yields the nodes that compute with the value, found through those that only move it."""
-        for user in node.users:
-            if self.moves_only(user):
-                yield from self.consumers(user)
-            else:
-                yield user
+    def consumers(self, node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
+        """Yields the nodes that compute with the value, found ``through`` those that, by default, only move it."""
+        return _across(node, 'users', through or self.moves_only)
 
     def sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """Yields the nodes that compute what ``node`` reads, found through those that only move it."""
-        for source in node.all_input_nodes:
-            if self.moves_only(source):
-                yield from self.sources(source)
-            else:
-                yield source
+        return _across(node, 'all_input_nodes', self.moves_only)
 
     def _pads_with_zeros(self, node: fx.Node) -> bool:
         bound = bind(node) if node.target is F.pad else None
@@ -166,5 +143,10 @@ class Roles:
             return False
         return bound.arguments.get('mode', 'constant') != 'constant' or bound.arguments.get('value') in (None, 0)
 
-    def _calls(self, node: fx.Node, targets: tuple[Any, ...]) -> bool:
-        return node.op in ('call_function', 'call_method') and node.target in targets
+
+def _across(node: fx.Node, direction: str, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    for other in getattr(node, direction):
+        if through(other):
+            yield from _across(other, direction, through)
+        else:
+            yield other

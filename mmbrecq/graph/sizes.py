@@ -7,25 +7,21 @@ in just these numbers: each is replaced by an expression of the batch size, or r
 from __future__ import annotations
 
 import operator
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mmbrecq.graph.symbolic import evaluate
+from mmbrecq.graph.symbolic import evaluate, operation
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
 
 _NUMBERS = (bool, int, float, str, type(None))
 _WINDOWS = (
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool1d, F.lp_pool2d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.unfold, F.fold,
-    torch.max_pool1d, torch.max_pool2d, torch.avg_pool1d, 'unfold',
+    'maxpool1d', 'maxpool2d', 'maxpool3d', 'avgpool1d', 'avgpool2d', 'avgpool3d', 'lppool1d', 'lppool2d',
+    'adaptiveavgpool1d', 'adaptiveavgpool2d', 'adaptivemaxpool1d', 'adaptivemaxpool2d', 'unfold', 'fold',
 )  # fmt: skip
 """Functions whose sizes are plain numbers in every file."""
-_NOT_COMPUTED = ('placeholder', 'get_attr', 'output')
 
 
 class _DifferentError(Exception):
@@ -63,7 +59,7 @@ def resolve_sizes(
     others = _values_in(more, theirs)
     constant = {n for n in values if _equal(values[n], others[n])}
     bound = [n for n in values if n in constant and not _equal(values[n], resized[n])]
-    if bound and not (keep_free and all(user.target not in _WINDOWS for n in bound for user in n.users)):
+    if bound and not (keep_free and all(operation(user) not in _WINDOWS for n in bound for user in n.users)):
         frozen = [f'{n.meta["owner"]}: {n.meta["line"]}' for n in bound]
         bound = []
     for node, (args, kwargs) in arguments.items():
@@ -124,19 +120,20 @@ def _matched(
 
 
 def _merged(a: Any, b: Any, same: dict[fx.Node, fx.Node], batch: _BatchSize | None) -> Any:
-    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-        if isinstance(b, fx.Node) and same.get(b) is a:
-            return a
+    ours: list[Any] = []
+    theirs: list[Any] = []
+    # what is left are the sequences, with None for each value
+    if str(fx.node.map_aggregate(a, ours.append)) != str(fx.node.map_aggregate(b, theirs.append)):
         raise _DifferentError
-    if type(a) is not type(b):
+    merged = iter([_merged_value(x, y, same, batch) for x, y in zip(ours, theirs, strict=True)])
+    return fx.node.map_aggregate(a, lambda _: next(merged))
+
+
+def _merged_value(a: Any, b: Any, same: dict[fx.Node, fx.Node], batch: _BatchSize | None) -> Any:
+    if isinstance(b, fx.Node) and same.get(b) is a:
+        return a
+    if type(a) is not type(b) or isinstance(a, fx.Node):
         raise _DifferentError
-    if isinstance(a, slice):
-        return slice(*(_merged(getattr(a, k), getattr(b, k), same, batch) for k in ('start', 'stop', 'step')))
-    if isinstance(a, dict) and list(a) == list(b):
-        return {key: _merged(a[key], b[key], same, batch) for key in a}
-    if isinstance(a, (tuple, list)) and len(a) == len(b):
-        items = [_merged(x, y, same, batch) for x, y in zip(a, b, strict=True)]
-        return items if isinstance(a, list) else tuple(items)
     if a == b or (a != a and b != b):
         return a
     if batch is None or type(a) not in (int, float):
@@ -169,9 +166,8 @@ def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
         return values[node] if node in values else node.meta['example']
 
     for node in traced.graph.nodes:
-        if node.op in _NOT_COMPUTED or node.op == 'call_module' or not node.meta['depends'] <= {'size'}:
-            continue
-        values[node] = evaluate(node, *fx.node.map_arg((node.args, node.kwargs), value))
+        if node.op in ('call_function', 'call_method') and node.meta['depends'] <= {'size'}:
+            values[node] = evaluate(node, *fx.node.map_arg((node.args, node.kwargs), value))
     return values
 
 
@@ -183,24 +179,19 @@ def _values_in(traced: ConcreteTracer, nodes: dict[fx.Node, fx.Node]) -> dict[fx
 
 def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
     """Replaces nodes by their values wherever others read them."""
+    present: dict[fx.Node, Any] = {}
     for node, value in constant.items():
-        users = [user for user in node.users if user not in constant]
-        if not users or not (isinstance(value, Tensor) or _is_number(value)):
-            continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not constant.keys() >= node.users.keys():
             name = f'_size_constant{len(traced.constants)}'
             traced.constants[name] = value
             with traced.graph.inserting_after(node):
-                new: Any = traced.graph.get_attr(name)
-            new.meta.update(node.meta, example=value, depends=set())
-        else:
-            new = tuple(value) if isinstance(value, tuple) else value
-        for user in users:
-            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), partial(_replaced, {node: new}))
-
-
-def _replaced(values: dict[fx.Node, Any], node: fx.Node) -> Any:
-    return values.get(node, node)
+                present[node] = traced.graph.get_attr(name)
+            present[node].meta.update(node.meta, example=value, depends=set())
+        elif _is_number(value):
+            present[node] = tuple(value) if isinstance(value, tuple) else value
+    for user in traced.graph.nodes:
+        if user not in constant:
+            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: present.get(n, n))
 
 
 def _is_number(value: Any) -> bool:

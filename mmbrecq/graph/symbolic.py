@@ -268,6 +268,29 @@ def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], model
     return function(*args, **kwargs)
 
 
+def called_module(model: nn.Module, node: fx.Node) -> Any:
+    """Returns the module that a node calls, None for another operation."""
+    return model.get_submodule(str(node.target)) if node.op == 'call_module' else None
+
+
+_SYNONYMS = {'truediv': 'div', 'multiply': 'mul', 'concat': 'cat', 'concatenate': 'cat', 'clip': 'clamp'}
+
+
+def operation(node: fx.Node, module: nn.Module | None = None) -> str:
+    """Returns one name for the module of torch, the functions and the method of an operation, such as ``maxpool2d``.
+
+    It is empty for a ``module`` that is not of torch, whatever the name of its class.
+    """
+    if node.op == 'call_module':
+        name = type(module).__name__ if type(module).__module__.startswith('torch.nn.') else ''
+    elif node.op in ('call_function', 'call_method'):
+        name = str(getattr(node.target, '__name__', node.target))
+    else:
+        name = ''
+    name = name.lower().replace('_', '')
+    return _SYNONYMS.get(name, name)
+
+
 def bind(node: fx.Node) -> inspect.BoundArguments | None:
     """Returns the arguments of a call of a function by name; None where its signature is unknown."""
     try:
