@@ -54,6 +54,12 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     quantized = [n for n in roles.graph.nodes if _is_quantized(n, roles, preset)]
     partial = _partial_concats(roles, set(quantized)) if preset.equal_concat else set()
     quantized = [n for n in quantized if not all(_leads_to(user, partial, roles) for user in n.users)]
+    # where others read the same moved values on their grid, a concatenation reads all on one
+    mixed = [
+        c for c in partial if not all(_reads_apart(s, partial, roles) for s in set(roles.sources(c)) & set(quantized))
+    ]
+    joined = set(quantized).union(s for c in mixed for s in roles.sources(c) if roles.is_tensor(s))
+    partial, quantized = partial.difference(mixed), [n for n in roles.graph.nodes if n in joined]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
     by_channel = _with_channel_scales([group[0] for group in groups if len(group) == 1], roles, preset)
     positions = []
@@ -89,9 +95,12 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
         return True
     if node.op == 'placeholder':
         return False
-    if not roles.is_weighted(node):
-        return roles.is_activation(node) or (roles.is_add(node) and not _stays_float(node, roles))
-    if preset.conv_outputs:
+    if roles.is_add(node):
+        return not _stays_float(node, roles)
+    if roles.is_activation(node):
+        # what is only normalised next gains nothing by a grid, but as the output of an integer layer
+        return preset.conv_outputs or not all(map(roles.is_norm, consumers))
+    if preset.conv_outputs and roles.is_weighted(node):
         # a linear layer is an integer operator whatever follows it
         linear = isinstance(roles.module(node), nn.Linear)
         return not (linear and all(roles.is_add(c) and _stays_float(c, roles) for c in consumers))
@@ -189,16 +198,19 @@ def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     return is_fusible and (preset.fuses is None or roles.kind(user) in preset.fuses)
 
 
-def _is_shortcut(layer: fx.Node, add: fx.Node, roles: Roles) -> bool:
-    """Returns whether ``layer`` is, of two convolutions that meet in an add, the one beside the longer branch."""
-    others = [n for n in add.all_input_nodes if n is not layer]
-    if not others or not roles.is_weighted(others[0]):
-        return False
-    source = layer.all_input_nodes[0]
-    if source is others[0].all_input_nodes[0]:
-        # both read the same value: the later one in the graph
-        return list(add.all_input_nodes).index(layer) == 1
-    return source in sources_of(others[0])
+def _is_shortcut(node: fx.Node, add: fx.Node, roles: Roles) -> bool:
+    """Returns whether ``add`` is computed within a convolution, and reads ``node`` beside it.
+
+    Of two layers it is computed within the one at the end of the longer branch. Where it stays in float, only the
+    second of two layers counts.
+    """
+    layers = [n for n in add.all_input_nodes if roles.is_weighted(n)]
+    if len(layers) > 1:
+        before = [sum(map(roles.is_weighted, sources_of(layer))) for layer in layers]
+        # of branches of one length it is the later one
+        return node is layers[before[0] >= before[1]]
+    within = [layer for layer in layers if layer is not node and not isinstance(roles.module(layer), nn.Linear)]
+    return bool(within) and not _stays_float(add, roles)
 
 
 def _partial_concats(roles: Roles, quantized: set[fx.Node]) -> set[fx.Node]:
@@ -209,6 +221,13 @@ def _partial_concats(roles: Roles, quantized: set[fx.Node]) -> set[fx.Node]:
         if not sources <= quantized and not any(map(roles.is_weighted, roles.consumers(concat))):
             found.add(concat)
     return found
+
+
+def _reads_apart(source: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:
+    """Returns whether what moves the values of ``source`` reaches ``concats`` alone, or none of them."""
+    moves = [user for user in source.users if roles.moves_only(user) and user not in concats]
+    reached = [set(roles.consumers(user, lambda u: roles.moves_only(u) and u not in concats)) for user in moves]
+    return all(found <= concats or not found & concats for found in reached)
 
 
 def _leads_to(user: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:

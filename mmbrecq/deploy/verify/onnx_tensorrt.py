@@ -92,7 +92,8 @@ def _narrows_a_grid(graph: OnnxGraph, node: Node) -> bool:
 def check_residuals(graph: OnnxGraph) -> Iterator[Violation]:
     """T5: a residual add reads one convolution directly, and everything else through Q/DQ.
 
-    Without a Q behind it, or with an input in float, the sum is computed in float whatever else comes before it.
+    Without a Q behind it, or with an input in float, the sum is computed in float whatever else comes before it. A
+    residual stream that is nowhere quantized may be such an input.
     """
     quantized = {layer.node for layer in graph.layers() if layer.weight_dq is not None and layer.node.op in CONV_OPS}
     for add in graph.of_type('Add'):
@@ -106,9 +107,11 @@ def check_residuals(graph: OnnxGraph) -> Iterator[Violation]:
             yield Violation('T5', add.name, message)
         elif sum(direct) == 1:
             shortcut = computed[direct.index(False)]
-            if graph.quantized_sources(shortcut) is None and _is_quantized(graph, add):
-                found = title(graph.producer(shortcut))
-                yield Violation('T5', add.name, f'expected Q/DQ on the shortcut, but it comes from {found}')
+            found = graph.producer(shortcut)
+            readers = [] if found is None or found.op != 'Add' else graph.consumers(found.outputs[0])
+            is_stream = bool(readers) and all(reader.op != 'QuantizeLinear' for reader in readers)
+            if graph.quantized_sources(shortcut) is None and _is_quantized(graph, add) and not is_stream:
+                yield Violation('T5', add.name, f'expected Q/DQ on the shortcut, but it comes from {title(found)}')
         elif any(through) and all(graph.quantized_sources(tensor) is not None for tensor in computed):
             conv = next(node for node in through if node is not None)
             message = f'expected no Q/DQ between {title(conv)} and the add'
