@@ -9,8 +9,9 @@ import hashlib
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -77,20 +78,28 @@ def share_of(count: int) -> range:
     return range(count * own // processes, count * (own + 1) // processes)
 
 
-def aligned_batches(count: int, size: int, first: int = 0) -> list[slice]:
+def aligned_batches(count: int, size: int, first: int = 0, ends: Sequence[int] = ()) -> list[slice]:
     """Returns slices of a share into batches of ``size`` that end where those of a single process would.
 
     Args:
         count: Length of the share.
         size: Size of a batch.
         first: Index of the share's first element in the whole.
+        ends: Indices in the whole, rising, at which a batch ends whatever its size.
 
     Example:
         >>> aligned_batches(5, 4, first=2)
         [slice(0, 2, None), slice(2, 5, None)]
     """
-    stops = [*range(size - first % size, count, size), count]
+    parts = pairwise([0, *ends, first + count])
+    stops = [min(stop, end) - first for start, end in parts for stop in range(start + size, end + size, size)]
+    stops = [*(stop for stop in stops if 0 < stop < count), count]
     return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False) if stop > start]
+
+
+def batch_number(index: int, size: int, ends: Sequence[int] = ()) -> int:
+    """Returns the number of the batch of an element of the whole, see :func:`aligned_batches`."""
+    return len(aligned_batches(index + 1, size, ends=ends)) - 1
 
 
 def gather(value: T) -> list[T]:

@@ -28,12 +28,13 @@ from mmbrecq.calibration.calibrator import (
     observing,
 )  # fmt: skip
 from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.data.images import example_of
 from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.deploy.kernel_count import KernelCount
-from mmbrecq.distributed import aligned_batches, copy_from_main
+from mmbrecq.distributed import batch_number, copy_from_main
 from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, take_reference
@@ -69,12 +70,12 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise GraphError(f'expected a model that can be copied, but got: {first_line(error)}') from error
 
 
-def prepare(model: nn.Module, images: Tensor, quantizer: BRECQQuantizer) -> QuantizedModel:
+def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> QuantizedModel:
     """Traces a model, inserts its quantizers, and checks that the graph computes the model's outputs.
 
     Args:
         model: A float model; it is changed in place.
-        images (Tensor): Preprocessed images, ``(N, C, H, W)``; one is repeated.
+        images: Preprocessed images, ``(N, C, H, W)``, or groups of them; one is repeated.
         quantizer: Decides grids and units.
 
     Returns:
@@ -128,9 +129,9 @@ def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activat
     count = equalize_parts(model, task.images, task.regions, at_once, first_batch)
     calibrate_weights(model)
     if activations:
-        batches = aligned_batches(len(task.images), at_once, task.first)
+        batches = batches_of(task.images, at_once, task.first)
         images = (task.images[batch] for batch in track(batches, 'calibration'))
-        calibrate_activations(model, images, task.first // at_once)
+        calibrate_activations(model, images, batch_number(task.first, at_once, grouped(task.images).ends))
         calibrate_regions(model, task.regions, first_batch)
     copy_from_main(model.model)
     return count

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from mmbrecq import distributed
-from mmbrecq.distributed import aligned_batches, average, gather, join_processes, mean_over, on_main, share_of
+from mmbrecq.distributed import (
+    aligned_batches,
+    average,
+    batch_number,
+    gather,
+    join_processes,
+    mean_over,
+    on_main,
+    share_of,
+)
 from mmbrecq.errors import ConfigError
 
 
@@ -42,6 +52,23 @@ def test_batches_of_shares_end_where_those_of_the_whole_do(
         assert [i for start, stop in parts for i in range(start, stop)] == list(share)
         assert {stop for _, stop in parts[:-1]} <= ends
         assert {start // size for start, _ in parts} == {i // size for i in share}
+
+
+@pytest.mark.parametrize(('ends', 'size'), [([7, 24], 10), ([3, 9, 24], 4), ([24], 5), ([], 5)])
+@pytest.mark.parametrize('processes', [1, 2, 5])
+def test_batches_of_shares_end_where_groups_do(
+    monkeypatch: pytest.MonkeyPatch, ends: list[int], size: int, processes: int
+) -> None:
+    bounds = [0, *(ends or [24])]
+    whole = [i for start, stop in pairwise(bounds) for i in range(start, stop, size)]
+    for index in range(processes):
+        as_process(monkeypatch, index, processes)
+        share = share_of(24)
+        parts = aligned_batches(len(share), size, share.start, ends)
+        starts = [share.start + part.start for part in parts]
+        assert starts == sorted({share.start, *(i for i in whole if i in share)})
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(share)))
+        assert batch_number(share.start, size, ends) == sum(i <= share.start for i in whole) - 1
 
 
 def test_one_process_has_everything_to_itself() -> None:

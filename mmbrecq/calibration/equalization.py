@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 
 from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
-from mmbrecq.distributed import aligned_batches, gather, process_count
+from mmbrecq.data.groups import Images, batches_of, grouped
+from mmbrecq.distributed import batch_number, gather, process_count
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.components import pre_hooks
 from mmbrecq.graph.roles import Roles
@@ -30,15 +31,15 @@ SMALLEST = 0.01
 
 
 def equalize_parts(
-    model: QuantizedModel, images: Tensor, regions: RegionCapture, at_once: int = OBSERVED, first_batch: int = 0
+    model: QuantizedModel, images: Images, regions: RegionCapture, at_once: int = OBSERVED, first_batch: int = 0
 ) -> int:
     """Equalises a model, by passes over ``at_once`` images, and its heads, see :func:`equalize`."""
 
     def run() -> None:
-        for part in track(aligned_batches(len(images), at_once, regions.first), 'ranges of channels'):
+        for part in track(batches_of(images, at_once, regions.first), 'ranges of channels'):
             model.image_graph(images[part])
 
-    count = equalize(model, model.image_graph, run, regions.first // at_once)
+    count = equalize(model, model.image_graph, run, batch_number(regions.first, at_once, grouped(images).ends))
     return count + sum(equalize(model, head, regions.observe, first_batch) for head in model.region_graphs)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq.data.groups import Images
 from mmbrecq.errors import DataError, GraphError
 from mmbrecq.graph.components import region_heads, set_forward
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
@@ -23,14 +24,14 @@ class RegionCapture:
 
     Args:
         model: The prepared detector.
-        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        images: Preprocessed calibration images, ``(N, 3, H, W)``, or groups of them.
         batches: Returns the calibration data, in the order of ``images``.
         seed: Seed of the draw of regions.
         first: Number of the first image among those of all processes.
     """
 
     def __init__(
-        self, model: QuantizedModel, images: Tensor, batches: Callable[[], Iterable[Any]], seed: int, first: int = 0
+        self, model: QuantizedModel, images: Images, batches: Callable[[], Iterable[Any]], seed: int, first: int = 0
     ) -> None:
         self.model, self.images, self.batches, self.seed, self.first = model, images, batches, seed, first
         self._heads = {head.path: head for head in region_heads(model.model)}

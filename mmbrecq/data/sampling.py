@@ -82,6 +82,7 @@ class CalibrationSet(Dataset[Any]):
     Attributes:
         ids: One name per image, in order: its path relative to the dataset's root, else the dataset's own id.
         first: Number of the first image among those of all processes.
+        ends: Numbers, among those, at which groups of images end; no batch is of two groups.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class CalibrationSet(Dataset[Any]):
         self.ids = [images.id_of(index) for index in indices]
         self._images, self._indices, self.first = images, list(indices), first
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.ends: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,23 +110,21 @@ class CalibrationSet(Dataset[Any]):
             return DataError(f'image {name} holds non-finite values')
         return data
 
-    def share(self) -> CalibrationSet:
-        """Returns the images of this process; DataError where there is not one for every process."""
+    def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
+        """Returns this process's images, ordered by ``groups`` of their numbers; DataError where a process has none."""
         if len(self) < process_count():
             raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
         share = share_of(len(self))
-        indices = self._indices[share.start : share.stop]
-        return CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
+        indices = ([self._indices[i] for group in groups for i in group] or self._indices)[share.start : share.stop]
+        found = CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
+        found.ends = [*accumulate(map(len, groups))]
+        return found
 
-    @property
-    def first_batch(self) -> int:
-        """Number of the first batch among those of all processes."""
-        return self.first // self.batch_size
-
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self, size: int | None = None) -> Iterator[dict[str, Any]]:
         """Yields every image once, the last batch smaller where the number does not divide.
 
-        Where several processes have a share of the images each, batches end where they end in one process.
+        Where several processes have a share of the images each, batches end where they end in one process. They are of
+        ``size`` images, by default ``batch_size``.
 
         Yields:
             The argument of ``model.data_preprocessor(data, False)``: ``inputs``, a list of B images of (C, H, W), and
@@ -133,7 +133,7 @@ class CalibrationSet(Dataset[Any]):
         Raises:
             DataError: An image cannot be read or holds a non-finite value.
         """
-        parts = aligned_batches(len(self), self.batch_size, self.first)
+        parts = aligned_batches(len(self), size or self.batch_size, self.first, self.ends)
         # without a generator of its own every pass would draw from the global one
         loader = DataLoader(
             self, batch_sampler=[[*range(part.start, part.stop)] for part in parts], num_workers=self.num_workers,

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build
 from mmbrecq.data import CalibrationSet, build_calibration_set
+from mmbrecq.data.groups import Images, grouped
 from mmbrecq.data.images import collect_images, example_of
 from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import DeployedModel, build_exporters
 from mmbrecq.deploy.comparison import compare
-from mmbrecq.distributed import check_same_bits, gather, on_main, process_count
+from mmbrecq.distributed import batch_number, check_same_bits, gather, on_main, process_count
 from mmbrecq.engine import hooks
 from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
@@ -124,9 +125,8 @@ class PTQLoop(TestLoop):
         check_classes(self.runner.model, self.dataloader.dataset)
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
-        share = calibration.share()
-        images = collect_images(self.runner.model, share, self.reconstructor.image_room(self.folder))
-        check_runs(self.runner.model, images[:2])
+        images, share = collect_images(self.runner.model, calibration, self.reconstructor.image_room(self.folder))
+        check_runs(self.runner.model, example_of(images))
         scope, pictures = self.runner.cfg.get('default_scope'), None
         if scope in VISUALIZER_TYPES:
             folder = self.folder / 'pictures'
@@ -150,9 +150,9 @@ class PTQLoop(TestLoop):
         plan = self.reconstructor.plan(task)
         self.journal.observed = plan.observed
         self.runner.logger.info(str(plan))
-        self._calibrate(task, plan.observed, share.first_batch)
+        self._calibrate(task, plan.observed, batch_number(share.first, share.batch_size, share.ends))
         task = self._with_learned_rounding(task, inputs)
-        if plan.place == 'disk' and images.device.type == 'cpu':
+        if plan.place == 'disk':
             images = images_on_disk(images, self.folder)
             task = replace(task, images=images)
         self.files.write_inputs(model, calibration.ids)
@@ -210,22 +210,23 @@ class PTQLoop(TestLoop):
             self.chosen.result.measured = self.chosen.measure(task)
             self.files.write_summary()
 
-    def _rehearse(self, images: Tensor) -> None:
+    def _rehearse(self, images: Images) -> None:
         """Refuses within seconds a model that the target cannot run; a dry run prints a forecast of the work."""
         start = time.perf_counter()
         forecast = self.reconstructor if self.dry_run else None
         # all processes rehearse alike, since calibration brings together what each of them has seen
-        few = on_main(lambda: images[:4].cpu()).to(images.device)
         model, count = self.runner.model, len(images)
+        few = on_main(lambda: grouped(images).parts[0][:4].cpu()).to(next(model.parameters()).device)
         found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
             master_only(print)(rehearsal_text(found))
 
-    def _prepare(self, images: Tensor) -> QuantizedModel:
+    def _prepare(self, images: Images) -> QuantizedModel:
         with self._timed('prepare'):
             # the same in all processes, since all must find the same graph
-            example = on_main(lambda: example_of(images).cpu()).to(images.device)
+            device = next(self.runner.model.parameters()).device
+            example = on_main(lambda: example_of(images).cpu()).to(device)
             model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
         for line in self.summary.float_layers + self.summary.warnings:

@@ -14,10 +14,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph.layers import replace_module
-from mmbrecq.graph.symbolic import bind, called_module
+from mmbrecq.graph.symbolic import bind, called_module, operation
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_ROWS = ('flatten', 'reshape', 'view')
 
 
 def drop_identities(model: nn.Module, graph: fx.Graph) -> None:
@@ -83,13 +84,15 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
         if not isinstance(norm, _BatchNorm) or type(norm).forward not in _FORWARDS or not node.args:
             continue
         source: Any = node.args[0]
-        if len(source.users) > 1 or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
+        while _keeps_last_axis(source):
+            source = source.args[0]
+        if not _has_one_reader(source) or uses[str(source.target)] > 1 or uses[str(node.target)] > 1:
             continue
         layer = called_module(model, source)
-        if not isinstance(layer, WEIGHTED) or not _owns_channels(layer, source):
+        if not isinstance(layer, WEIGHTED) or not _owns_channels(layer, node):
             continue
         _fold(layer, norm)
-        node.replace_all_uses_with(source)
+        node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
         replace_module(model, str(node.target), nn.Identity())
         folded.append(str(source.target))
@@ -116,10 +119,23 @@ def _write_out_gain(model: nn.Module, node: fx.Node) -> None:
         norm.bias = nn.Parameter(torch.zeros_like(norm.weight))
 
 
-def _owns_channels(layer: Any, call: fx.Node) -> bool:
-    """Returns whether axis 1 of a layer's value, which a BatchNorm normalises, is that of its output channels."""
+def _keeps_last_axis(node: fx.Node) -> bool:
+    """Returns whether ``node`` brings tokens, ``(N, L, C)``, to rows ``(N * L, C)`` that nothing else reads."""
+    if not _has_one_reader(node) or operation(node) not in _ROWS:
+        return False
+    rows, tokens = (n.meta['example'] for n in (node, node.all_input_nodes[0]))
+    return isinstance(tokens, Tensor) and rows.dim() == 2 < tokens.dim() and rows.shape[1] == tokens.shape[-1]
+
+
+def _has_one_reader(node: fx.Node) -> bool:
+    """Returns whether one node reads the values of ``node``; others may read its shape."""
+    return sum(user.op != 'call_function' or user.target is not getattr for user in node.users) == 1
+
+
+def _owns_channels(layer: Any, norm: fx.Node) -> bool:
+    """Returns whether axis 1, which a BatchNorm normalises, is that of the output channels of the layer before it."""
     axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()
-    return bool(call.meta['example'].dim() == axes)
+    return bool(norm.meta['example'].dim() == axes)
 
 
 def _fold(layer: Any, norm: _BatchNorm) -> None:

@@ -37,6 +37,9 @@ ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
 _INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, 'new_empty': 'new_zeros'}
 """Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
 
+_SHAPED_AS = {'reshape_as': 'reshape', 'view_as': 'view', 'expand_as': 'expand'}
+"""Methods that read nothing of their argument but its shape."""
+
 _WRITES = ('__setitem__', *(f'__{function.__name__}__' for function in symbolic.IN_PLACE_OPERATORS))
 
 
@@ -195,6 +198,8 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
+            target, args = _SHAPED_AS[target], (args[0], args[1].shape)
         target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out
@@ -122,11 +124,10 @@ class UnitData:
         return self._mean(lambda index: [torch.zeros_like(x[index]) for x in self.targets], loss, batch_size)
 
     def _mean(self, outputs: Callable[[slice], Sequence[Tensor]], loss: UnitLoss, batch_size: int) -> float:
-        count, total = len(self.targets[0]), 0.0
-        for start in range(0, count, batch_size):
-            index = slice(start, min(start + batch_size, count))
+        total = 0.0
+        for index in batches_of(self.targets[0], batch_size):
             total += float(self.loss(outputs(index), index, loss)) * (index.stop - index.start)
-        return mean_over(total, count)
+        return mean_over(total, len(self.targets[0]))
 
 
 class Batches:
@@ -194,7 +195,11 @@ class Batches:
             self._draw()
 
     def _draw(self) -> None:
-        index = torch.randperm(len(self.data.targets[0]), generator=self.generator)[: self.batch_size]
+        starts = grouped(self.data.targets[0]).starts
+        # a group gives as many of the batches as it has of the images
+        image = int(torch.randint(starts[-1], (), generator=self.generator)) if len(starts) > 2 else 0
+        first, stop = next(group for group in pairwise(starts) if image < group[1])
+        index = first + torch.randperm(stop - first, generator=self.generator)[: self.batch_size]
         self.left -= 1
         self._next = index, None if self._reader is None else self._reader.submit(self._read, index)
 
@@ -210,7 +215,8 @@ def is_slow(data: UnitData) -> bool:
     values = [*data.quantized_inputs, *data.float_inputs, *data.targets, *(data.fisher or ())]
     return any(
         isinstance(x, FileValues) or (isinstance(x, MemoryValues) and x.tensor.device.type != x.device.type)
-        for x in values
+        for value in values
+        for x in grouped(value).parts
     )
 
 

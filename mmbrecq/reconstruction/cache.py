@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from mmbrecq.byte_size import show_bytes
 from mmbrecq.calibration.calibrator import OBSERVED
+from mmbrecq.data.groups import Grouped, Images
 from mmbrecq.distributed import processes_here
 from mmbrecq.errors import ConfigError, StorageError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, empty, reserve
+from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, Values, empty, reserve
 
 PLACES = ('auto', 'device', 'host', 'disk')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
@@ -65,7 +67,7 @@ def peak_bytes(
     """Returns the most bytes cached at once over a run, and the unit at which that is.
 
     Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
-    as they were before learning and after it; the images are the same in both.
+    as they were before learning and after it. The images are the same in both, and there from the start to the end.
 
     Args:
         units: In the order of execution.
@@ -82,7 +84,7 @@ def peak_bytes(
         total += sum(sizes[name] for name in unit.outputs)
         if total > worst:
             worst, where = total, unit.name
-        live = {name for name in live if last.get(name, -1) > index}
+        live = {name for name in live if name == images or last.get(name, -1) > index}
     return worst, where
 
 
@@ -167,12 +169,14 @@ def allocate_images(
     return like.new_empty(tuple(shape))
 
 
-def images_on_disk(images: Tensor, directory: Path) -> Tensor:
-    """Returns images on the CPU in a mapped file: themselves where they are in one, else a copy.
+def images_on_disk(images: Images, directory: Path) -> Images:
+    """Returns images in a mapped file: themselves where they are in one or on a GPU, else a copy.
 
     Raises:
         StorageError: The disk is full.
     """
+    if isinstance(images, Grouped):
+        return Grouped([images_on_disk(part, directory) for part in images.parts], images.ends)
     return images if images.is_shared() else _mapped(images.shape, images.dtype, directory).copy_(images)
 
 
@@ -217,16 +221,21 @@ class ActivationCache:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def allocate(self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format) -> CachedValues:
+    def allocate(
+        self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format, like: Values | None = None
+    ) -> CachedValues:
         """Returns uninitialised values; they are freed, on the disk too, when the last reference goes.
 
         Args:
             shape: ``(N, ...)``.
             layout: Order in memory of images, ``(N, C, H, W)``.
+            like: Another value of the images, which says whether they are groups; each group has a shape of its own.
 
         Raises:
             StorageError: The disk is full.
         """
+        if isinstance(like, Grouped):
+            return Grouped((), like.ends, like.starts, partial(self.allocate, layout=layout))
         if self._folder is None:
             place = self.device if self.plan.place == 'device' else 'cpu'
             return MemoryValues(empty(shape, layout, dtype=self.plan.dtype, device=place), self.device)
@@ -234,12 +243,14 @@ class ActivationCache:
         path = Path(self._folder.name) / f'{self._count}.bin'
         return FileValues(path, shape, self.plan.dtype, self.device, layout)
 
-    def hold(self, images: Tensor, mirror: bool = False) -> CachedValues:
+    def hold(self, images: Images, mirror: bool = False) -> Values:
         """Returns the values that a network reads, without a copy.
 
         Args:
-            images (Tensor): ``(N, 3, H, W)``, or features of regions.
-            mirror: Whether the mirror image of each follows.
+            images: ``(N, 3, H, W)``, or features of regions.
+            mirror: Whether the mirror image of each follows, in each group.
         """
+        if isinstance(images, Grouped):
+            return Grouped([self.hold(part, mirror) for part in images.parts], images.ends)
         values = MemoryValues(images, self.device)
         return MirroredValues(values) if mirror else values

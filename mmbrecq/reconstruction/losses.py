@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
 from mmbrecq.graph.structure import flatten_outputs
@@ -132,7 +133,7 @@ def task_fisher(
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
-    squares = _Squares(model.image_graph, len(images), cache)
+    squares = _Squares(model.image_graph, images, cache)
     visit_task_losses(model, batches, images, task_loss, squares.run, squares.add)
     return squares.normalised(FISHER_BATCH)
 
@@ -189,9 +190,8 @@ def output_fisher(
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
     """
-    squares = _Squares(graph, len(inputs), cache)
-    for start in range(0, len(inputs), batch_size):
-        index = slice(start, min(start + batch_size, len(inputs)))
+    squares = _Squares(graph, inputs, cache)
+    for index in batches_of(inputs, batch_size):
         with torch.no_grad(), graph.quantization(weights=False, activations=False):
             targets = flatten_outputs(graph(inputs[index])).values()
         with torch.enable_grad(), graph.quantization(weights=True, activations=False):
@@ -209,9 +209,9 @@ def weighted_outputs(graph: QuantizedGraph) -> set[str]:
 class _Squares:
     """Squared gradients at the weighted outputs of a graph, over all calibration images."""
 
-    def __init__(self, graph: QuantizedGraph, count: int, cache: ActivationCache) -> None:
+    def __init__(self, graph: QuantizedGraph, images: Values, cache: ActivationCache) -> None:
         self._recorder = _Recorder(graph.compiled, weighted_outputs(graph))
-        self._count, self._cache = count, cache
+        self._images, self._cache = images, cache
         self._weights: dict[str, CachedValues] = {}
         self._sums: dict[str, float] = {}
 
@@ -225,7 +225,8 @@ class _Squares:
         gradients = torch.autograd.grad(loss, [value for _, value in values], allow_unused=True, materialize_grads=True)
         for (name, _), gradient in zip(values, gradients, strict=True):
             if name not in self._weights:
-                self._weights[name] = self._cache.allocate((self._count, *gradient.shape[1:]))
+                shape = len(self._images), *gradient.shape[1:]
+                self._weights[name] = self._cache.allocate(shape, like=self._images)
                 self._sums[name] = 0.0
             squares = gradient.square()
             self._weights[name].write(index.start, squares)
@@ -236,10 +237,8 @@ class _Squares:
 
         A level of a feature pyramid on which no object of the calibration images falls is such an output.
         """
-        means = {
-            name: mean_over(self._sums[name], self._count * weight.sample_shape.numel())
-            for name, weight in self._weights.items()
-        }
+        parts = {n: [(len(part), part.sample_shape) for part in grouped(w).parts] for n, w in self._weights.items()}
+        means = {n: mean_over(self._sums[n], sum(count * s.numel() for count, s in p)) for n, p in parts.items()}
         for name, mean in means.items():
             if not 0 <= mean < float('inf'):
                 raise NonFiniteError(f"expected finite gradients at '{name}', but their mean square is {mean}")
@@ -254,8 +253,8 @@ class _Squares:
                 logger='current', level=WARNING,
             )  # fmt: skip
         for name, weight in self._weights.items():
-            for start in range(0, self._count, batch_size):
-                part = weight[start : start + batch_size]
-                weight.write(start, part / means[name] if means[name] else torch.ones_like(part))
-        positions = {name: weight.sample_shape[1:].numel() for name, weight in self._weights.items()}
+            for index in batches_of(weight, batch_size):
+                part = weight[index]
+                weight.write(index.start, part / means[name] if means[name] else torch.ones_like(part))
+        positions = {n: sum(count * s[1:].numel() for count, s in p) / len(self._images) for n, p in parts.items()}
         return FisherWeights(self._weights, {name: mean * positions[name] for name, mean in means.items()})

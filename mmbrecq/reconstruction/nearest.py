@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.calibration.calibrator import OBSERVED
-from mmbrecq.distributed import aligned_batches, gather
+from mmbrecq.data.groups import batches_of
+from mmbrecq.distributed import gather
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.cache import CachePlan
@@ -52,7 +53,7 @@ class NearestReconstructor(BaseReconstructor):
                 task.regions.observe()
             else:
                 with task.model.quantization(weights=False, activations=False):
-                    for batch in aligned_batches(len(task.images), plan.observed or OBSERVED, task.first):
+                    for batch in batches_of(task.images, plan.observed or OBSERVED, task.first):
                         task.model(task.images[batch])
         everywhere = gather(errors)
         for name in {name: None for seen in everywhere for name in seen}:

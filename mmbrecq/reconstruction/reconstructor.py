@@ -18,7 +18,8 @@ from mmbrecq.building import build, parse_options
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
-from mmbrecq.distributed import gather, on_main, process_count, process_index, processes_here
+from mmbrecq.data.groups import grouped
+from mmbrecq.distributed import batch_number, gather, on_main, process_count, process_index, processes_here
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
@@ -38,7 +39,7 @@ from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_sta
 from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.task import Task
-from mmbrecq.reconstruction.values import CachedValues
+from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, observed_units, working_memory
 from mmbrecq.registry import LOSSES
 
@@ -97,9 +98,11 @@ class BaseReconstructor:
     def plan(self, task: Task) -> CachePlan:
         """Decides where activations are cached; raises before any work where they fit nowhere."""
         device = next(task.model.model.parameters()).device
-        cached, working = [], []
+        cached, working, pixels = [], [], sum(images.numel() for images in grouped(task.images).parts)
         for part in task.model.graphs:
-            count = len(task.images) * (REGIONS_PER_IMAGE if part.is_region else 1)
+            size = part.traced.example[0].numel()
+            # groups count by their pixels, as if all images were of the traced size
+            count = len(task.images) * REGIONS_PER_IMAGE if part.is_region else -(-pixels // size)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
             weights = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
@@ -210,7 +213,7 @@ class BaseReconstructor:
                 callback.after_stage(stage)
                 yield stage, results
 
-    def _fisher(self, task: Task, images: CachedValues, cache: ActivationCache) -> FisherWeights | None:
+    def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
         if not self.criterion.needs_fisher:
             return None
@@ -243,8 +246,8 @@ class _Run:
         self,
         graph: QuantizedGraph,
         stage: Stage,
-        inputs: CachedValues,
-        quantized_inputs: CachedValues | None,
+        inputs: Values,
+        quantized_inputs: Values | None,
         fisher: FisherWeights | None,
         first: int | None,
     ) -> list[UnitResult]:
@@ -332,7 +335,8 @@ class _Run:
 
         def run(images: int) -> None:
             at_once = images if fitting.split else size
-            first = None if streams.first is None or fitting.split else streams.first // size
+            known = streams.first is not None and not fitting.split
+            first = batch_number(streams.first or 0, size, grouped(self.task.images).ends) if known else None
             # observers of a failed attempt are gone with it
             with observing(self.task.model, graph.unit_quantizers(unit), first):
                 streams.observe(unit, at_once)

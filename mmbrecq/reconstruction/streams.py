@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from mmbrecq.distributed import aligned_batches
+from mmbrecq.data.groups import batches_of
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.reconstruction.batches import MicroBatches
@@ -35,35 +35,32 @@ class Streams:
         self,
         graph: QuantizedGraph,
         units: Sequence[ReconstructionUnit],
-        inputs: CachedValues,
+        inputs: Values,
         cache: ActivationCache,
         batch_size: int,
-        quantized_inputs: CachedValues | None = None,
+        quantized_inputs: Values | None = None,
         first: int | None = 0,
     ) -> None:
         self.first = first
-        self._batches = aligned_batches(len(inputs), batch_size, first or 0)
+        self._images, self._batches = inputs, batches_of(inputs, batch_size, first)
         self.graph, self.units, self.cache = graph, units, cache
         name = next(n.name for n in graph.traced.graph.nodes if n.op == 'placeholder')
-        self.count = len(inputs)
-        self.float_values: dict[str, CachedValues] = {name: inputs}
-        self.quantized_values: dict[str, CachedValues] = {
-            name: inputs if quantized_inputs is None else quantized_inputs
-        }
+        self.float_values: dict[str, Values] = {name: inputs}
+        self.quantized_values: dict[str, Values] = {name: inputs if quantized_inputs is None else quantized_inputs}
         self._last = last_readers(units)
         # an iteration reads inputs in two streams, targets once: the unit that reads a value decides
         self._layouts: dict[str, torch.memory_format] = {}
         for unit in units:
             for value in unit.inputs:
                 self._layouts.setdefault(value, memory_format(unit.module))
-        self._batch_size = min(batch_size, self.count)
+        self._batch_size = min(batch_size, len(inputs))
         self._fitting: dict[str, MicroBatches] = {}
 
-    def float_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
+    def float_inputs(self, unit: ReconstructionUnit) -> list[Values]:
         """Returns the inputs of ``unit`` in the float stream, each ``(N, ...)``."""
         return [self.float_values[name] for name in unit.inputs]
 
-    def quantized_inputs(self, unit: ReconstructionUnit) -> list[CachedValues]:
+    def quantized_inputs(self, unit: ReconstructionUnit) -> list[Values]:
         """Returns the inputs of ``unit`` in the quantized stream, each ``(N, ...)``."""
         return [self.quantized_values[name] for name in unit.inputs]
 
@@ -79,8 +76,9 @@ class Streams:
                 results = unit.module(*[x[part] for x in inputs])
                 if not outputs:
                     for name, result in zip(unit.outputs, results, strict=True):
-                        shape = self.count, *result.shape[1:]
-                        outputs.append(self.cache.allocate(shape, self._layouts.get(name, torch.contiguous_format)))
+                        shape = len(self._images), *result.shape[1:]
+                        layout = self._layouts.get(name, torch.contiguous_format)
+                        outputs.append(self.cache.allocate(shape, layout, self._images))
                 for output, result in zip(outputs, results, strict=True):
                     output.write(start, result)
 
@@ -99,16 +97,14 @@ class Streams:
         """
         inputs = self.quantized_inputs(unit)
         with torch.no_grad(), self.graph.quantization(weights=True, activations=False):
-            for batch in aligned_batches(self.count, size, self.first or 0):
+            for batch in batches_of(self._images, size, self.first):
                 unit.module(*[x[batch] for x in inputs])
 
     def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
         """Returns how many images a unit computes at once in a pass."""
         return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self._batch_size))
 
-    def advance(
-        self, index: int, float_outputs: Sequence[CachedValues], quantized_outputs: Sequence[CachedValues]
-    ) -> None:
+    def advance(self, index: int, float_outputs: Sequence[Values], quantized_outputs: Sequence[Values]) -> None:
         """Hands the outputs of unit ``index`` on and frees what no later unit reads."""
         unit = self.units[index]
         self.float_values.update(zip(unit.outputs, float_outputs, strict=True))

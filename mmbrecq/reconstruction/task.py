@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mmbrecq.calibration.regions import RegionCapture
+from mmbrecq.data.groups import Images
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.losses import TaskLoss
 from mmbrecq.reconstruction.results import FinishedUnit
@@ -21,7 +20,7 @@ class Task:
 
     Args:
         model: Prepared, with calibrated grids.
-        images (Tensor): Preprocessed calibration images, ``(N, 3, H, W)``.
+        images: Preprocessed calibration images, ``(N, 3, H, W)``, or groups of them.
         batches: Gives the calibration data with annotations again, in the order of ``images``.
         task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
             distance of the outputs.
@@ -35,7 +34,7 @@ class Task:
     """
 
     model: QuantizedModel
-    images: Tensor
+    images: Images
     batches: Callable[[], Iterable[Any]]
     task_loss: TaskLoss | None
     seed: int

@@ -52,13 +52,7 @@ class Values(Protocol):
 
 
 class CachedValues(Values, Protocol):
-    """One value of the graph for all calibration images, ``(N, ...)``.
-
-    Args:
-        sample_shape: Shape of one image's value, the ``...``.
-    """
-
-    sample_shape: torch.Size
+    """One value of the graph for all calibration images, ``(N, ...)``."""
 
     def write(self, start: int, batch: Tensor) -> None:
         """Sets the values of the images from ``start`` on."""
@@ -160,7 +154,7 @@ class MirroredValues:
         values: The images.
     """
 
-    def __init__(self, values: CachedValues) -> None:
+    def __init__(self, values: MemoryValues) -> None:
         self.values, self.sample_shape = values, values.sample_shape
 
     def __len__(self) -> int:
@@ -173,9 +167,6 @@ class MirroredValues:
         mirrored = (index >= len(self.values)).to(images.device)
         images[mirrored] = images[mirrored].flip(-1)
         return images
-
-    def write(self, start: int, batch: Tensor) -> None:
-        raise AssertionError('images are read only')
 
 
 def reserve(file: int, size: int) -> None:

@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from mmbrecq.data.groups import Images, grouped
 from mmbrecq.distributed import gather, hash_of
 from mmbrecq.kernels.native import kernel_state
 
@@ -56,7 +57,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
         yield path, repr(value)
 
 
-def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, seed: int) -> dict[str, str]:
+def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Images, seed: int) -> dict[str, str]:
     """Returns what states of units depend on: settings in the config's words, weights and images by their hash.
 
     The bits of layers are no part of it.
@@ -70,14 +71,15 @@ def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Tensor, se
     settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
     settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}
     # of each image, so that it does not depend on how many processes have them
-    own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in images]
+    parts = grouped(images).parts
+    own = [hashlib.sha256(image.cpu().numpy().tobytes()).digest() for part in parts for image in part]
     hashes = [digest for part in gather(own) for digest in part]
     return {
         'quantizer': json.dumps(settings, sort_keys=True, default=repr),
         'reconstructor': json.dumps(cfg['reconstructor'], sort_keys=True, default=repr),
         'seed': str(seed),
         # a GPU never runs them
-        'kernels': 'none' if images.is_cuda else kernel_state(),
+        'kernels': 'none' if parts[0].is_cuda else kernel_state(),
         'float weights': hash_of(model)[:16],
         'calibration images': hashlib.sha256(b''.join(hashes)).hexdigest()[:16],
     }

@@ -15,8 +15,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from mmbrecq.data.groups import Grouped
+from mmbrecq.data.images import collect_images
+from mmbrecq.engine import ptq_loop
 from mmbrecq.engine.drawing import SHOWN
+from mmbrecq.reconstruction.batches import Batches
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs' / 'demo'
@@ -241,6 +246,62 @@ def test_images_smaller_than_the_stride(scenes: Path, quantize: Callable[..., An
     outcome = quantize(*tiny, *options, name=name)
     assert outcome.status == 0, outcome.err
     assert all(unit['iterations'] > 0 for unit in summary_of(tmp_path / 'work')['units'])
+
+
+@pytest.fixture
+def both_orientations(scenes: Path) -> None:
+    """Makes a third of the scenes 96 pixels wide and 64 high, and the others 64 wide and 96 high."""
+    for number, path in enumerate(sorted((scenes / 'images').iterdir())):
+        image = cv2.imread(str(path))
+        assert cv2.imwrite(str(path), image[:64] if number % 3 == 0 else image[:, :64])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_images_of_both_orientations(
+    both_orientations: None, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """Each orientation is a group, no step is of both, and a resumed run ends where an uninterrupted one does."""
+    found: list[Any] = []
+    steps: set[tuple[int, ...]] = set()
+
+    def collect(*args: Any) -> Any:
+        found.append(collect_images(*args))
+        return found[-1]
+
+    def draw(batches: Batches) -> None:
+        draw_plainly(batches)
+        index = batches._next[0] if batches._next else torch.tensor([0])
+        if isinstance(batches.data.targets[0], Grouped):
+            steps.add(tuple(sorted({int(i >= found[-1][0].starts[1]) for i in index})))
+
+    draw_plainly = Batches._draw
+    monkeypatch.setattr(ptq_loop, 'collect_images', collect)
+    monkeypatch.setattr(Batches, '_draw', draw)
+    options = (*QUICK, 'evaluations=[quantized]', 'reconstructor.loss.type=FisherLoss')
+
+    def quantize(folder: Path, *more: str) -> tuple[dict[str, Any], Any, Any]:
+        outcome = call('ptq', CONFIGS / f'{name}.py', *options, *more, work_dir=folder)
+        assert outcome.status == 0, outcome.err
+        summary = summary_of(folder)
+        losses = [(unit['name'], unit['loss_before'], unit['loss_after']) for unit in summary['units']]
+        return torch.load(folder / 'quantized.pth', weights_only=True)['state_dict'], losses, summary['metrics']
+
+    state, losses, metrics = quantize(tmp_path / 'whole')
+    images, drawn = found[0]
+    assert sorted(tuple(part.shape[1:]) for part in images.parts) == [(3, 64, 96), (3, 96, 64)]
+    assert sum(map(len, images.parts)) == 16 and images.ends == drawn.ends
+    for image, batch in zip((row for part in images.parts for row in part), drawn.batches(1), strict=True):
+        assert image.shape[1:] == batch['inputs'][0].shape[1:]
+    assert steps == {(0,), (1,)}
+    assert all(0 <= after <= before for _, before, after in losses)
+    journal = tmp_path / 'cut' / 'reconstruction.pth'
+    journal.parent.mkdir()
+    saved = torch.load(tmp_path / 'whole' / 'reconstruction.pth', weights_only=True)
+    saved['units'] = saved['units'][:7]
+    torch.save(saved, journal)
+    again, same_losses, same_metrics = quantize(tmp_path / 'cut', '--resume')
+    assert all(torch.equal(tensor, again[key]) for key, tensor in state.items())
+    assert (same_losses, same_metrics) == (losses, metrics)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,10 @@ def normalised(norm: nn.Module) -> nn.Module:
     return norm
 
 
+def _in_rows(self: Any, tokens: Tensor) -> Tensor:
+    return self.bn(tokens.flatten(0, -2)).reshape_as(tokens)
+
+
 @pytest.mark.parametrize(
     ('function', 'modules', 'folded'),
     [
@@ -166,6 +170,10 @@ def normalised(norm: nn.Module) -> nn.Module:
         (lambda self, x: self.bn(self.conv(x)) + self.conv(x * 2), {'bn': nn.BatchNorm2d(4)}, []),
         (lambda self, x: self.bn(self.conv(x)) * self.conv.weight.mean(), {'bn': nn.BatchNorm2d(4)}, []),
         (lambda self, x: self.bn(torch.relu(self.conv(x))), {'bn': nn.BatchNorm2d(4)}, []),
+        # LeViT brings its tokens to rows, and back to the shape that they had
+        (lambda self, x: _in_rows(self, self.fc(x)), {'fc': nn.Linear(8, 6), 'bn': nn.BatchNorm1d(6)}, ['fc']),
+        (lambda self, x: self.bn(self.fc(x).reshape(-1, 3)), {'fc': nn.Linear(8, 6), 'bn': nn.BatchNorm1d(3)}, []),
+        (lambda self, x: self.bn(self.conv(x).flatten(0, 2)), {'bn': nn.BatchNorm1d(8)}, []),
     ],
 )  # fmt: skip
 def test_only_the_batch_norm_of_the_output_channels_is_folded(

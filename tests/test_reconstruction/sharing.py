@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from conftest import IMAGES, labels, make_classifier, make_images
 from torch import nn
 
+from mmbrecq import pipeline
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights
 from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq.data.groups import Grouped, grouped
 from mmbrecq.distributed import aligned_batches, check_same_bits, join_processes, on_main, process_index, share_of
 from mmbrecq.errors import ConfigError, ProcessError
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
@@ -76,6 +79,26 @@ def reconstruct(share: range, loss: str) -> dict[str, Any]:
     }
 
 
+def groups(share: range) -> dict[str, Any]:
+    """The same for images of two sizes, of which a process may have one alone; its steps draw groups of their own."""
+    images, ends = make_images(), [14, IMAGES]
+    sizes = zip(images.split(14), ((8, 12), (12, 8)), strict=True)
+    whole = Grouped([nn.functional.interpolate(part, size, mode='bilinear') for part, size in sizes], ends)
+    own = Grouped(grouped(whole[share.start : share.stop]).parts, ends)
+    weight = {'bits': 2, 'observer': {'type': 'MinMaxObserver'}}
+    activation = {'bits': 4, 'observer': {'type': 'MovingAverageObserver'}}
+    quantizer = BRECQQuantizer(weight, activation, first_last_8bit=False, equalization=0.75)
+    model = quantizer.prepare(make_classifier(), images[:2])
+    task = replace(task_of(model, share), images=own, task_loss=None)
+    pipeline.calibrate(task, BATCH)
+    state = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    steps = {'batch_size': 4, 'iterations': 30}
+    reconstructor = BRECQReconstructor(steps, steps, loss={'type': 'FisherLoss'}, cache='host')
+    results = reconstructor.run(task, reconstructor.plan(task), Callback())
+    losses = [(result.loss_before, result.loss_after) for result in results]
+    return {'groups': len(own.parts), 'calibrated': state, 'losses': losses, 'digest': check_same_bits(model.model)}
+
+
 def refusals(model: nn.Module) -> dict[str, str]:
     """What is said of an error in the first process, and of models that differ."""
     said = {}
@@ -108,6 +131,7 @@ def main() -> None:
     found['equalized'] = prepare(share, 'MinMaxObserver', equalization=0.75).model.state_dict()
     for loss in ('MSELoss', 'FisherLoss'):
         found[loss] = reconstruct(share, loss)
+    found['groups'] = groups(share)
     found['refusals'] = refusals(make_classifier())
     torch.save(found, f'{sys.argv[1]}{process_index()}')
 

@@ -434,9 +434,10 @@ def test_bfloat16_takes_half_of_the_room(prepared: Prepare, task: MakeTask) -> N
     work = task(prepared())
     plans = [brecq(cache_dtype=dtype).plan(work) for dtype in ('float32', 'bfloat16')]
     assert [plan.dtype for plan in plans] == [torch.float32, torch.bfloat16]
-    # not at the first unit, which reads the images: they stay as they are
     assert plans[0].peak_unit == plans[1].peak_unit == 'backbone.first'
-    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
+    # the images stay as they are
+    images = 4 * work.images.numel()  # type: ignore[union-attr]
+    assert plans[0].peak_bytes - images == 2 * (plans[1].peak_bytes - images)
 
 
 @pytest.mark.parametrize('place', ['host', 'disk'])
@@ -474,7 +475,7 @@ def test_no_more_is_cached_than_was_planned(
         nonlocal live
         live -= size
 
-    def counted(self: ActivationCache, shape: Any, *layout: Any) -> CachedValues:
+    def counted(self: ActivationCache, shape: Any, *layout: Any, like: Any = None) -> CachedValues:
         nonlocal live, peak
         values = allocate(self, shape, *layout)
         size = 4 * torch.Size(shape).numel()
@@ -487,8 +488,8 @@ def test_no_more_is_cached_than_was_planned(
     reconstructor = brecq({'iterations': 2}, {'iterations': 2}, cache='host', **options)
     plan = reconstructor.plan(work)
     reconstructor.run(work, plan, Diary())
-    assert peak <= plan.peak_bytes
-    assert peak > plan.peak_bytes / 2
+    # the images are there from the start to the end
+    assert peak + 4 * work.images.numel() == plan.peak_bytes  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize('granularity', ['layer', 'block'])
@@ -518,7 +519,9 @@ def test_mirror_images_are_learned_from_like_others(prepared: Prepare, task: Mak
     assert not same(state_of(mirrored), state_of(plain))
     assert [(r.name, r.loss_after) for r in results] == [(r.name, r.loss_after) for r in expected]
     plans = extended.plan(mirrored), make().plan(plain)
-    assert plans[0].peak_bytes == 2 * plans[1].peak_bytes
+    # mirror images are made when they are read
+    kept = 4 * images.numel()  # type: ignore[union-attr]
+    assert plans[0].peak_bytes - kept == 2 * (plans[1].peak_bytes - kept)
 
 
 def test_mirror_images_have_no_fisher_weights() -> None:

@@ -88,3 +88,16 @@ def test_models_that_differ_are_refused(found: tuple[Found, Found, Found]) -> No
     assert 'bits' not in alone
     assert first['bits'] == 'expected the same model in all processes, but 0 and 1 differ'
     assert second['bits'] == 'expected the same model in all processes, but 1 and 0 differ'
+
+
+def test_groups_are_calibrated_as_by_one_process_and_learned_in_step(found: tuple[Found, Found, Found]) -> None:
+    """The first process has images of one group, the second of both."""
+    alone, first, second = (part['groups'] for part in found)
+    assert [part['groups'] for part in (alone, first, second)] == [2, 1, 2]
+    for part in (first, second):
+        for name, tensor in part['calibrated'].items():
+            torch.testing.assert_close(tensor, alone['calibrated'][name], rtol=1e-6, atol=1e-7)
+    assert first['losses'] == second['losses'] and first['digest'] == second['digest']
+    # what the distance of outputs weighs by depends on the batch
+    assert first['losses'][0][0] == pytest.approx(alone['losses'][0][0], rel=0.05)
+    assert sum(after < before for before, after in first['losses']) >= 4

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
+from mmbrecq.data.groups import Images, batches_of, joined
 from mmbrecq.distributed import gather, mean_over
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
@@ -49,23 +50,23 @@ class OutputLoss:
 
     Args:
         graph: A prepared graph.
-        inputs (Tensor): ``(N, ...)`` images, or features of regions; of several processes each has its own.
+        inputs: ``(N, ...)`` images, or features of regions; of several processes each has its own.
         squared_gradients: Of the task loss at each output, of the output's shape, see :func:`squared_gradients`.
     """
 
     def __init__(
-        self, graph: QuantizedGraph, inputs: Tensor, squared_gradients: Sequence[Tensor] | None = None
+        self, graph: QuantizedGraph, inputs: Images, squared_gradients: Sequence[Images] | None = None
     ) -> None:
         self._graph, self._inputs = graph, inputs
         with graph.quantization(weights=False, activations=False):
             self._targets = list(self._outputs())
             # of several processes one may have no image
-            outputs = self._targets[0] if self._targets else _flat(graph(inputs.new_zeros(1, *inputs.shape[1:])))
+            outputs = self._targets[0] if self._targets else _flat(graph(torch.zeros_like(graph.traced.example[:1])))
         self.kind = 'divergence' if len(outputs) == 1 and outputs[0].dim() == 2 else 'distance'
         if squared_gradients is not None:
             self.kind = FISHER
             # one weight per element, batch by batch
-            self._weights = list(zip(*(weight.split(BATCH) for weight in squared_gradients), strict=True))
+            self._weights = [[weight[batch] for weight in squared_gradients] for batch in batches_of(inputs, BATCH)]
         own = [float(sum(batch[i].square().sum() for batch in self._targets)) for i in range(len(outputs))]
         self._power = [sum(parts) for parts in zip(*gather(own), strict=True)]
 
@@ -92,17 +93,17 @@ class OutputLoss:
 
     @torch.no_grad()
     def _outputs(self) -> Iterator[list[Tensor]]:
-        for start in range(0, len(self._inputs), BATCH):
-            yield _flat(self._graph(self._inputs[start : start + BATCH]))
+        for batch in batches_of(self._inputs, BATCH):
+            yield _flat(self._graph(self._inputs[batch]))
 
 
-def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool) -> OutputLoss:
+def output_loss(task: Task, graph: QuantizedGraph, inputs: Images, fisher: bool) -> OutputLoss:
     """Builds the loss of one graph of a task.
 
     Args:
         task: Has a task loss where ``fisher`` is asked for.
         graph: One of the graphs of the task's model.
-        inputs (Tensor): Of the graph; the first images of the task's, or features of regions.
+        inputs: Of the graph; the first images of the task's, or features of regions.
         fisher: Whether the annotations of the images weigh the errors.
     """
     if not fisher:
@@ -112,8 +113,8 @@ def output_loss(task: Task, graph: QuantizedGraph, inputs: Tensor, fisher: bool)
 
 
 def squared_gradients(
-    model: QuantizedModel, batches: Iterable[Any], images: Tensor, task_loss: TaskLoss
-) -> list[Tensor]:
+    model: QuantizedModel, batches: Iterable[Any], images: Images, task_loss: TaskLoss
+) -> list[Images]:
     """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
 
     The arguments are those of :func:`~mmbrecq.reconstruction.losses.visit_task_losses`.
@@ -134,14 +135,14 @@ def squared_gradients(
 
     squares: list[list[Tensor]] = []
     visit_task_losses(model, batches, images, task_loss, record, square)
-    return [torch.cat(parts) for parts in zip(*squares, strict=True)]
+    return [joined(parts) for parts in zip(*squares, strict=True)]
 
 
 def _flat(outputs: Any) -> list[Tensor]:
     return list(flatten_outputs(outputs).values())
 
 
-def loss_inputs(task: Task, graph: QuantizedGraph, images: int | None) -> Tensor:
+def loss_inputs(task: Task, graph: QuantizedGraph, images: int | None) -> Images:
     """Returns the inputs of a graph of a task that losses are measured on: the first ``images``, or all regions."""
     if not graph.is_region:
         return task.images[:images]
@@ -159,7 +160,7 @@ def measure_activations(task: Task, table: SensitivityTable, bits: int) -> None:
         table: Gets the losses.
         bits: Of the activations.
     """
-    calibrate_activations(task.model, task.images.split(BATCH))
+    calibrate_activations(task.model, (task.images[batch] for batch in batches_of(task.images, BATCH)))
     calibrate_regions(task.model, task.regions)
     for part in task.model.graphs:
         own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
