@@ -298,10 +298,9 @@ class OutputGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         output, gain, bias = ctx.saved_tensors
+        out_grad = grad
         if ctx.ch_axis == -1:
-            output, out_grad = output.reshape(-1, output.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        else:
-            out_grad = grad
+            output, out_grad = (t.reshape(-1, t.shape[-1]) for t in (output, grad))
         mean = output.new_zeros(output.shape[1]) if bias is None else bias
         if grad.device.type == 'cpu':
             # the sums of a normalisation's backward pass, which takes both of them in one pass over memory

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mmbrecq.graph.symbolic import dependence, evaluate
+from mmbrecq.graph.symbolic import dependence, evaluate, example_of
 from mmbrecq.graph.tracer import UntraceableError
 
 
@@ -37,11 +37,11 @@ class Assignments:
         for at in [i for i, e in enumerate(entries) if e is Ellipsis]:
             entries[at : at + 1] = [slice(None)] * (base.meta['example'].dim() - used)
         kept = [self._as_slice(e) for e in entries if e is not None]
-        selects = self._emit_function(operator.getitem, base, tuple(kept)) if kept else base
-        shown = self._emit_function(operator.getitem, base, index)
+        selects = self._emit(operator.getitem, base, tuple(kept)) if kept else base
+        shown = self._emit(operator.getitem, base, index)
         new = self._like(new, shown)
         if shown.meta['example'].shape != selects.meta['example'].shape:
-            new = self._emit_method('reshape_as', new, selects)
+            new = self._emit('reshape_as', new, selects)
         return self._nested(base, 0, kept, new)
 
     def _nested(self, base: fx.Node, axis: int, slices: list[Any], new: fx.Node) -> fx.Node:
@@ -52,23 +52,23 @@ class Assignments:
             return new
         taken, size = slices[axis], base.meta['example'].shape[axis]
         around = (slice(None),) * axis
-        inner = self._emit_function(operator.getitem, base, (*around, taken))
+        inner = self._emit(operator.getitem, base, (*around, taken))
         inner = self._nested(inner, axis + 1, slices, new)
         if isinstance(taken, list) or taken.step not in (None, 1):
             order = list(range(size))
             for rank, index in enumerate(taken if isinstance(taken, list) else order[taken]):
                 order[index] = size + rank
-            both = self._emit_function(torch.cat, [base, inner], axis)
+            both = self._emit(torch.cat, [base, inner], axis)
             ranks = torch.tensor(order, device=base.meta['example'].device)
-            return self._emit_method('index_select', both, axis, self._constant(ranks))
+            return self._emit('index_select', both, axis, self._constant(ranks))
         start, stop, _ = slice(example_of(taken.start), example_of(taken.stop)).indices(size)
         pieces = [inner]
         if start > 0:
-            pieces.insert(0, self._emit_function(operator.getitem, base, (*around, slice(None, taken.start))))
+            pieces.insert(0, self._emit(operator.getitem, base, (*around, slice(None, taken.start))))
         if max(start, stop) < size:
             end = taken.stop if stop >= start else taken.start
-            pieces.append(self._emit_function(operator.getitem, base, (*around, slice(end, None))))
-        return inner if len(pieces) == 1 else self._emit_function(torch.cat, pieces, axis)
+            pieces.append(self._emit(operator.getitem, base, (*around, slice(end, None))))
+        return inner if len(pieces) == 1 else self._emit(torch.cat, pieces, axis)
 
     def _scattered(self, base: fx.Node, entries: list[Any], new: Any) -> fx.Node:
         """Returns the node of what ``base`` holds after ``base[entries] = new`` where indices are tensors."""
@@ -77,26 +77,26 @@ class Assignments:
         if is_mask and (not isinstance(example_of(new), Tensor) or example_of(new).dim() == 0):
             mask = entries[0]
             for _ in range(base.meta['example'].dim() - examples[0].dim()):
-                mask = self._emit_method('unsqueeze', mask, -1)
-            return self._emit_function(torch.where, mask, self._like(new, base), base)
+                mask = self._emit('unsqueeze', mask, -1)
+            return self._emit(torch.where, mask, self._like(new, base), base)
         if not all(isinstance(e, Tensor) for e in examples):
             raise self._refusal('an assignment to a list of indices beside slices cannot be followed')
-        shown = self._emit_function(operator.getitem, base, tuple(entries))
-        return self._emit_function(torch.index_put, base, tuple(entries), self._like(new, shown))
+        shown = self._emit(operator.getitem, base, tuple(entries))
+        return self._emit(torch.index_put, base, tuple(entries), self._like(new, shown))
 
     def _like(self, value: Any, shown: fx.Node) -> fx.Node:
         """Returns the node of ``value`` with the shape and the type of ``shown``."""
         example = example_of(value)
         if not isinstance(example, Tensor):
-            return self._emit_function(torch.full_like, shown, value)
+            return self._emit(torch.full_like, shown, value)
         wanted = shown.meta['example']
         if example.dtype != wanted.dtype:
-            value = self._emit_method('to', value, wanted.dtype)
+            value = self._emit('to', value, wanted.dtype)
         if example.shape == wanted.shape:
             return value
         for _ in range(example.dim() - wanted.dim()):
-            value = self._emit_method('squeeze', value, 0)
-        return self._emit_method('expand_as', value, shown)
+            value = self._emit('squeeze', value, 0)
+        return self._emit('expand_as', value, shown)
 
     def _as_slice(self, entry: Any) -> Any:
         return entry if isinstance(entry, (slice, list)) else slice(entry, self._end(entry, 1))
@@ -105,23 +105,15 @@ class Assignments:
         if example_of(start) < 0 and example_of(start) + example_of(count) == 0:
             return None
         is_symbolic = isinstance(start, fx.Node) or isinstance(count, fx.Node)
-        return self._emit_function(operator.add, start, count) if is_symbolic else start + count
+        return self._emit(operator.add, start, count) if is_symbolic else start + count
 
-    def _example_of(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
-        return evaluate(node, args, kwargs, self.model)
-
-    def _emit_function(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        return self._emit('call_function', function, args, {})
-
-    def _emit_method(self, name: str, *args: Any) -> fx.Node:
-        return self._emit('call_method', name, args, {})
-
-    def _emit(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def _emit(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Returns the node of a call of a function, or of a method."""
+        op = 'call_method' if isinstance(target, str) else 'call_function'
         with self.graph.inserting_before(self.before):
             node = self.graph.create_node(op, target, args, kwargs)
         node.meta.update(self.anchor.meta, writes=[], view=None)
-        node.meta['example'] = self._example_of(node)
+        node.meta['example'] = evaluate(node, model=self.model)
         node.meta['depends'] = dependence(node)
         return node
 
@@ -137,11 +129,6 @@ class Assignments:
         is_opaque = self.anchor.op == 'call_module'
         owner = self.anchor.meta['caller' if is_opaque else 'owner']
         return UntraceableError(owner, f'{self.anchor.meta.get("line", self.anchor.name)}: {reason}')
-
-
-def example_of(value: Any) -> Any:
-    """Returns the value of an argument for the example input."""
-    return value.meta['example'] if isinstance(value, fx.Node) else value
 
 
 def _listed(entry: Any) -> Any:

@@ -63,14 +63,15 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
                 regions.setdefault(path, set()).add(node)
     layers = {path: {layer for n in region for layer in n.meta.get('layers', ())} for path, region in regions.items()}
     whole = len(layers.get('', ()))
-    possible = {
-        path: type(model.get_submodule(path))
-        for path, region in regions.items()
-        if 2 <= len(layers[path]) <= MAX_LAYERS and len(layers[path]) < whole and _has_one_output(region)
-    }
+    possible = {}
+    for path, region in regions.items():
+        outputs = [node for node in region if _has_tensors(node) and not region.issuperset(node.users)]
+        if 2 <= len(layers[path]) <= MAX_LAYERS and len(layers[path]) < whole and len(outputs) == 1:
+            possible[path] = type(model.get_submodule(path))
     owners = (node.meta['owner'] for node in _joins(model, graph))
     joined = {next((path for path in _ancestors(owner) if len(layers[path]) > 1), '') for owner in owners}
-    joined = {path for path in joined if path in possible and not _reads_input(regions[path])}
+    reading = set(next(n for n in graph.nodes if n.op == 'placeholder').users)
+    joined = {path for path in joined if path in possible and not reading & regions[path]}
     types = {possible[path] for path in joined if possible[path].forward is not nn.Sequential.forward}
     return {path for path, kind in possible.items() if path in joined or kind in types}
 
@@ -94,14 +95,6 @@ def _ancestors(path: str) -> Iterator[str]:
         yield path
         path = path.rpartition('.')[0]
     yield ''
-
-
-def _has_one_output(region: set[fx.Node]) -> bool:
-    return sum(_has_tensors(n) and not region.issuperset(n.users) for n in region) == 1
-
-
-def _reads_input(region: set[fx.Node]) -> bool:
-    return any(source.op == 'placeholder' for node in region for source in node.all_input_nodes)
 
 
 def _has_tensors(node: fx.Node) -> bool:

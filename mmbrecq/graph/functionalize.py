@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.graph.assignment import Assignments
-from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS, bind, called_module, dependence, evaluate
+from mmbrecq.graph.symbolic import IN_PLACE_OPERATORS, bind, called_module, dependence, evaluate, example_of
 
 _PERMUTES = ('permute', 'transpose', 't', 'T', 'mT', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
 _SPLITS = ('chunk', 'split', 'tensor_split', 'split_with_sizes', 'unbind')
@@ -107,7 +107,7 @@ class _Functionalizer(Assignments):
         if new.meta['example'].shape != target.meta['example'].shape:
             raise self._refusal(f'{_name(node)} changes the shape of a tensor in place')
         if new.meta['example'].dtype != target.meta['example'].dtype:
-            new = self._emit_method('to', new, target.meta['example'].dtype)
+            new = self._emit('to', new, target.meta['example'].dtype)
         elif new is not node:
             self.dead.append(node)
         self._write(target, new)
@@ -135,7 +135,7 @@ class _Functionalizer(Assignments):
             node.meta['view'] = None
         for tensor in written:
             present = self.value(tensor)
-            copy = self._emit_method('clone', present)
+            copy = self._emit('clone', present)
             node.replace_input_with(present, copy)
 
     def _write(self, target: fx.Node, new: fx.Node) -> None:
@@ -168,17 +168,16 @@ class _Functionalizer(Assignments):
         shown = self._run(view, probe)
         if isinstance(shown, Tensor) and shown.numel() == probe.numel():
             if torch.equal(shown.reshape(-1), probe.reshape(-1)):
-                return self._emit_method('reshape_as', new, base)
+                return self._emit('reshape_as', new, base)
             if name in _PERMUTES and shown.dim() == probe.dim():
                 sizes = torch.zeros([2 + axis for axis in range(probe.dim())])
                 order = [size - 2 for size in self._run(view, sizes).shape]
-                return self._emit_method('permute', new, *[order.index(axis) for axis in range(probe.dim())])
+                return self._emit('permute', new, *[order.index(axis) for axis in range(probe.dim())])
         raise self._refusal(f'the effect of a write into a view by {name} of shape {tuple(shape)} cannot be followed')
 
     def _run(self, view: fx.Node, probe: Tensor) -> Any:
         base = view.meta['view']
-        args, kwargs = fx.node.map_arg(self.calls[view], lambda n: probe if n is base else n.meta['example'])
-        return evaluate(view, args, kwargs, self.model)
+        return evaluate(view, lambda n: probe if n is base else example_of(n), self.model, self.calls[view])
 
     def _slices(self, view: fx.Node, name: str) -> Any:
         """Returns the index by which a view selects, None where it does not."""
@@ -199,17 +198,19 @@ class _Functionalizer(Assignments):
         base, name = parts.meta['view'], _name(parts)
         if name not in _SPLITS or base is None or not isinstance(base.meta['example'], Tensor):
             raise self._refusal(f'the effect of a write into a result of {name} cannot be followed')
-        args, kwargs = self.calls[parts]
+        args, kwargs = fx.node.map_arg(self.calls[parts], self.value)
         dim = kwargs.get('dim', args[-1] if len(args) > (1 if name == 'unbind' else 2) else 0)
-        split = self._emit(parts.op, parts.target, *fx.node.map_arg((args, kwargs), self.value))
+        split = self._emit(parts.target, *args, **kwargs)
         count = len(parts.meta['example'])
         index = int(part.args[1]) % count  # type: ignore[arg-type]
-        items = [new if i == index else self._emit_function(operator.getitem, split, i) for i in range(count)]
-        return self._emit_function(torch.stack if name == 'unbind' else torch.cat, items, dim)
+        items = [new if i == index else self._emit(operator.getitem, split, i) for i in range(count)]
+        return self._emit(torch.stack if name == 'unbind' else torch.cat, items, dim)
 
     def _out_of_place(self, node: fx.Node, target: fx.Node) -> fx.Node:
         """Returns the node of the same result that overwrites nothing."""
         name = _name(node)
+        plain = name.removesuffix('_')
+        function = getattr(torch, plain, getattr(F, plain, None))
         if node.op == 'call_module':
             pass  # `switch_off_in_place` does it when nothing is traced any more
         elif name in ('copy_', 'fill_', 'zero_'):
@@ -220,13 +221,13 @@ class _Functionalizer(Assignments):
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != 'out'}
         elif node.target in IN_PLACE_OPERATORS:
             node.target = IN_PLACE_OPERATORS[node.target]
-        elif node.op == 'call_method' and hasattr(Tensor, name.removesuffix('_')):
-            node.target = name.removesuffix('_')
-        elif node.op == 'call_function' and name.endswith('_') and hasattr(_home(name), name.removesuffix('_')):
-            node.target = getattr(_home(name), name.removesuffix('_'))
+        elif node.op == 'call_method' and hasattr(Tensor, plain):
+            node.target = plain
+        elif node.op == 'call_function' and name != plain and function is not None:
+            node.target = function
         elif not self._switch_off(node):
             raise self._refusal(f'{name} writes into a tensor')
-        node.meta['example'] = self._example_of(node)
+        node.meta['example'] = evaluate(node, model=self.model)
         self.before = node.next
         return node
 
@@ -272,8 +273,3 @@ def _name(node: fx.Node) -> str:
     if node.target is getattr:
         return str(node.args[1])
     return str(getattr(node.target, '__name__', node.target))
-
-
-def _home(name: str) -> Any:
-    """Returns the module of torch that has the function that overwrites nothing."""
-    return torch if hasattr(torch, name.removesuffix('_')) else F

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from mmbrecq.graph.layers import PRODUCTS
 from mmbrecq.graph.layers import is_constant as follows_from_no_input
-from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.roles import Roles, joined
 from mmbrecq.graph.symbolic import operation, sources_of
 from mmbrecq.presets import Preset
 
@@ -246,12 +246,8 @@ def _is_summed_within(add: fx.Node, layer: fx.Node, quantized: list[fx.Node], ro
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:
     """Merges the values that meet in concatenations."""
-    groups = {node: [node] for node in quantized}
+    pairs = []
     for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
-        sources = [s for s in roles.sources(concat) if s in groups]
-        for other in sources[1:]:
-            first, second = groups[sources[0]], groups[other]
-            if first is not second:
-                first += second
-                groups.update(dict.fromkeys(second, first))
-    return list({id(group): sorted(group, key=quantized.index) for group in groups.values()}.values())
+        sources = [s for s in roles.sources(concat) if s in quantized]
+        pairs += [(sources[0], other) for other in sources[1:]]
+    return joined(pairs, quantized)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch.nn.functional as F
@@ -150,3 +151,15 @@ def _across(node: fx.Node, direction: str, through: Callable[[fx.Node], bool]) -
             yield from _across(other, direction, through)
         else:
             yield other
+
+
+def joined(pairs: Sequence[tuple[Any, Any]], items: Iterable[Any] = ()) -> list[list[Any]]:
+    """Returns the groups of items that are joined in ``pairs``, directly or by others, in the order of the items."""
+    groups = {item: [item] for item in chain(items, *pairs)}
+    for a, b in pairs:
+        first, second = groups[a], groups[b]
+        if first is not second:
+            first += second
+            groups.update(dict.fromkeys(second, first))
+    order = {item: index for index, item in enumerate(groups)}
+    return [sorted(group, key=order.__getitem__) for group in {id(g): g for g in groups.values()}.values()]

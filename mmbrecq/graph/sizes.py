@@ -92,7 +92,7 @@ class _BatchSize:
             with self.input.graph.inserting_after(self.last):
                 node = self.last = self.input.graph.call_function(function, args)
             node.meta.update(owner='', caller='', line='', depends={'size'})
-            node.meta['example'] = evaluate(node, fx.node.map_arg(args, lambda n: n.meta['example']), {})
+            node.meta['example'] = evaluate(node)
             self.made[(function, *args)] = node
         return self.made[(function, *args)]
 
@@ -167,7 +167,7 @@ def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
 
     for node in traced.graph.nodes:
         if node.op in ('call_function', 'call_method') and node.meta['depends'] <= {'size'}:
-            values[node] = evaluate(node, *fx.node.map_arg((node.args, node.kwargs), value))
+            values[node] = evaluate(node, value)
     return values
 
 
@@ -181,7 +181,8 @@ def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
     """Replaces nodes by their values wherever others read them."""
     present: dict[fx.Node, Any] = {}
     for node, value in constant.items():
-        if isinstance(value, Tensor) and not constant.keys() >= node.users.keys():
+        users = [user for user in node.users if user not in constant]
+        if isinstance(value, Tensor) and users:
             name = f'_size_constant{len(traced.constants)}'
             traced.constants[name] = value
             with traced.graph.inserting_after(node):
@@ -189,8 +190,7 @@ def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
             present[node].meta.update(node.meta, example=value, depends=set())
         elif _is_number(value):
             present[node] = tuple(value) if isinstance(value, tuple) else value
-    for user in traced.graph.nodes:
-        if user not in constant:
+        for user in users if node in present else ():
             user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: present.get(n, n))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
 from torch.overrides import TorchFunctionMode
 
 from mmbrecq.errors import GraphError, first_line
@@ -42,7 +43,10 @@ _INNER = (str(Path(torch.__file__).parent) + '/', str(Path(__file__).parent) + '
 
 
 class ValueDependentError(GraphError):
-    """Raised when Python reads the values of a tensor that follows from the input."""
+    """Raised when Python reads the values of a tensor that follows from the input; ``what`` is read."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f'{caller()}: expected Python to read no values of tensors, but {what} follows from the input')
 
 
 def stand_in(node: fx.Node, tracer: Any) -> Any:
@@ -112,7 +116,7 @@ class ConcreteProxy(fx.Proxy):
     def read(self, what: str, convert: Callable[[Any], Any]) -> Any:
         """Converts the value of the example to a number; ValueDependentError if it follows from the input's values."""
         if 'values' in self.node.meta['depends'] and not isinstance(self.example, (tuple, list)):
-            raise ValueDependentError(value_dependent(what))
+            raise ValueDependentError(what)
         return convert(self.example)
 
 
@@ -148,23 +152,8 @@ for _in_place, _plain in IN_PLACE_OPERATORS.items():
     setattr(ConcreteProxy, f'__{_in_place.__name__}__', _augmented(_in_place, _plain))
 
 
-class ConcreteAttribute(ConcreteProxy):
-    """A method of a proxy; a method call when called, else a node of its own."""
-
-    def __init__(self, root: ConcreteProxy, attr: str) -> None:
-        # the node is made on first use, so that x.view(...) records one call and no getattr
-        self.root, self.attr = root, attr
-        self.tracer = root.tracer
-        self._node: fx.Node | None = None
-
-    @property
-    def node(self) -> fx.Node:  # type: ignore[override]
-        if self._node is None:
-            self._node = self.tracer.create_proxy('call_function', getattr, (self.root, self.attr), {}).node
-        return self._node
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy('call_method', self.attr, (self.root, *args), kwargs)
+class ConcreteAttribute(Attribute, ConcreteProxy):
+    """A method of a proxy; a method call when called, else a node of its own, which is made on first use."""
 
 
 class _Symbolic:
@@ -218,11 +207,6 @@ for _kind in (SymbolicInt, SymbolicFloat):
                 setattr(_kind, _method, _recorded(getattr(_kind, _method), _function, _reflected))
 
 
-def value_dependent(what: str) -> str:
-    """Returns the sentence that refuses to read values."""
-    return f'{caller()}: expected Python to read no values of tensors, but {what} follows from the input'
-
-
 def obstacle(error: Exception) -> str:
     """Returns the reason why something cannot be traced."""
     if any(text in str(error) for text in ('ConcreteProxy', 'incompatible function arguments')):
@@ -257,8 +241,19 @@ class WatchedValues(TorchFunctionMode):
         return result
 
 
-def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module | None = None) -> Any:
-    """Returns the result of a method or function, or that of a module of ``model``, which overwrites nothing."""
+def example_of(value: Any) -> Any:
+    """Returns the value of an argument for the example input."""
+    return value.meta['example'] if isinstance(value, fx.Node) else value
+
+
+def evaluate(
+    node: fx.Node, value: Callable[[fx.Node], Any] = example_of, model: nn.Module | None = None, call: Any = None
+) -> Any:
+    """Returns the result of a method or function, or that of a module of ``model``, which overwrites nothing.
+
+    Its arguments, those of the node or those of ``call``, are the ``value`` of each node among them.
+    """
+    args, kwargs = fx.node.map_arg(call or (node.args, node.kwargs), value)
     if node.op == 'call_method':
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Any = node.target
@@ -327,7 +322,7 @@ def dependence(node: fx.Node) -> set[str]:
     if is_attribute or name in _READS_SIZES:
         return (depends - {'values'}) | {'size'}
     if any(not isinstance(v, Tensor) for v in flat(node.meta['example'])):
-        raise ValueDependentError(value_dependent(f'a result of {name}'))
+        raise ValueDependentError(f'a result of {name}')
     return depends
 
 

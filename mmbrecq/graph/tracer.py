@@ -154,7 +154,7 @@ class ConcreteTracer(fx.Tracer):
         except NameError:
             # made within a forward pass, as `nn.ReLU()(x)` or a slice of layers
             return forward(*args, **kwargs)
-        last = list(self.graph.nodes)[-1]
+        count = len(self.graph.nodes)
         self._owners.append(path)
         try:
             if path in self.forced:
@@ -170,7 +170,8 @@ class ConcreteTracer(fx.Tracer):
                 not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))
             ):
                 raise
-            _erase_after(self.graph, last)
+            for node in reversed(list(self.graph.nodes)[count:]):
+                self.graph.erase_node(node)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
             self.opaque[path] = f'{type(m).__name__} cannot be traced: {symbolic.obstacle(error)}'
             if isinstance(error, symbolic.ValueDependentError):
@@ -236,9 +237,9 @@ class ConcreteTracer(fx.Tracer):
             return None
         if node.op == 'get_attr':
             return self._attribute(str(node.target))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta['example'])
         if node.op != 'call_module':
-            return symbolic.evaluate(node, args, kwargs)
+            return symbolic.evaluate(node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), symbolic.example_of)
         path, module = str(node.target), self._model.get_submodule(str(node.target))
         # an opaque module may own layers that it does not run
         layers = {
@@ -354,9 +355,3 @@ def _unpacked(value: Any) -> Any:
         return value
     items = [_unpacked(operator.getitem(value, i)) for i in range(len(value))]
     return items if isinstance(value.example, list) else tuple(items)
-
-
-def _erase_after(graph: fx.Graph, last: fx.Node) -> None:
-    nodes = list(graph.nodes)
-    for node in reversed(nodes[nodes.index(last) + 1 :]):
-        graph.erase_node(node)

@@ -46,6 +46,12 @@ def is_below(path: str, ancestor: str) -> bool:
     return not ancestor or path == ancestor or path.startswith(ancestor + '.')
 
 
+def check_granularity(granularity: str, where: str = 'granularity') -> None:
+    """Raises ConfigError, which names ``where``, unless units are cut so."""
+    if granularity not in GRANULARITIES:
+        raise ConfigError(f'expected {where} to be one of {list(GRANULARITIES)}, but got {granularity!r}')
+
+
 def cut_units(
     model: nn.Module,
     graph: fx.Graph,
@@ -68,8 +74,7 @@ def cut_units(
         granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
             ``net`` (everything).
     """
-    if granularity not in GRANULARITIES:
-        raise ConfigError(f'expected granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}')
+    check_granularity(granularity)
     builders = [_UnitBuilder(model, run) for run in _merge_shared(_runs(graph, layers, blocks, granularity), layers)]
     needed = {name for builder in builders for name in builder.inputs}
     needed |= {n.name for n in next(n for n in graph.nodes if n.op == 'output').all_input_nodes}

@@ -23,7 +23,7 @@ from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.symbolic import sources_of
 from mmbrecq.graph.traced_graph import TracedGraph, trace_image_graph, trace_region_head
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
-from mmbrecq.graph.units import GRANULARITIES, ReconstructionUnit, cut_units, is_below
+from mmbrecq.graph.units import ReconstructionUnit, check_granularity, cut_units, is_below
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions, assign_bits, check_bits
@@ -82,15 +82,12 @@ class BRECQQuantizer:
         self.weight_bits = check_bits(self.weight.bits, 'quantizer.weight.bits')
         self.activation_bits = check_bits(self.activation.bits, 'quantizer.activation.bits')
         self.overrides = [parse_options(Override, o, f'quantizer.overrides[{i}]') for i, o in enumerate(overrides)]
-        if granularity not in GRANULARITIES:
-            raise ConfigError(
-                f'expected quantizer.granularity to be one of {list(GRANULARITIES)}, but got {granularity!r}'
-            )
+        check_granularity(granularity, 'quantizer.granularity')
         if isinstance(equalization, bool) or not isinstance(equalization, (int, float)) or not 0 <= equalization <= 1:
             raise ConfigError(f'expected quantizer.equalization to be a number in [0, 1], but got {equalization!r}')
-        self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
         if not isinstance(merge_branches, bool):
             raise ConfigError(f'expected quantizer.merge_branches to be a boolean, but got {merge_branches!r}')
+        self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
         self.equalization, self.merge_branches = float(equalization), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
@@ -133,16 +130,15 @@ class BRECQQuantizer:
         for position in find_positions(Roles(traced.model, traced.graph), self.preset):
             names += self._insert(traced, position, bits)
         opaque_inputs = self._quantize_opaque(traced, bits)
-        for layer, (weight_bits, _) in bits.items():
-            if weight_bits is not None:
-                self._quantize_weight(traced.model, layer, weight_bits)
         model = traced.model
+        quantized = {layer: weight_bits for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
+        for layer, weight_bits in quantized.items():
+            self._quantize_weight(model, layer, weight_bits)
         found = {name: model.get_submodule(name) for name in (*names, *opaque_inputs.values())}
         quantizers = {name: module for name, module in found.items() if isinstance(module, FakeQuantize)}
-        quantized = {layer for layer, (weight_bits, _) in bits.items() if weight_bits is not None}
 
         def cut(granularity: str) -> list[ReconstructionUnit]:
-            units = cut_units(model, traced.graph, quantized, set(quantizers), blocks, traced.path, granularity)
+            units = cut_units(model, traced.graph, set(quantized), set(quantizers), blocks, traced.path, granularity)
             more = [tuple(opaque_inputs[n] for n in unit.layers if n in opaque_inputs) for unit in units]
             return [replace(unit, quantizers=unit.quantizers + own) for unit, own in zip(units, more, strict=True)]
 
@@ -152,7 +148,9 @@ class BRECQQuantizer:
 
     def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
         """Inserts the quantizer of a position; returns its path, or nothing where the values stay in float."""
-        position_bits = self._position_bits(position.layers, bits)
+        # the most of its readers, or the default where no layer reads it
+        own = [b for b in (bits[layer][1] for layer in position.layers) if b is not None]
+        position_bits = max(own, default=None) if position.layers else self.activation_bits
         if position_bits is None:
             return []
         name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
@@ -163,12 +161,6 @@ class BRECQQuantizer:
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
             node.replace_all_uses_with(new, delete_user_cb=partial(_moves, position.float_readers | {new}))
         return [path]
-
-    def _position_bits(self, layers: Sequence[str], bits: Bits) -> int | None:
-        """Returns the bits of a value: the most of its readers, or the default where no layer reads it."""
-        if not layers:
-            return self.activation_bits
-        return max((b for b in (bits[layer][1] for layer in layers) if b is not None), default=None)
 
     def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
         options, node = self.activation, position.nodes[0] if position.nodes else None
@@ -247,9 +239,7 @@ def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit
         if not own or not isinstance(module, WEIGHTED):
             continue
         weight_bits, activation_bits = bits.get(name, (None, None))
-        reason = "the config says 'float'" if weight_bits is None else None
-        if name not in bits:
-            reason = UNCALLED
+        reason = UNCALLED if name not in bits else "the config says 'float'" if weight_bits is None else None
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from small_models import conv, images, net
 from torch import Tensor, fx, nn
 
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.symbolic import operation
 from mmbrecq.graph.traced_graph import trace_image_graph
 
 
@@ -22,6 +24,23 @@ def last_node(function: Any, **modules: nn.Module) -> tuple[Roles, fx.Node]:
     roles = Roles(model, traced.graph)
     output = next(n for n in traced.graph.nodes if n.op == 'output')
     return roles, output.all_input_nodes[0]
+
+
+class ReLU(nn.Module):
+    """A stranger's, with a name of torch."""
+
+
+@pytest.mark.parametrize(
+    ('kind', 'target', 'module', 'name'),
+    [
+        ('call_module', 'pool', nn.MaxPool2d(2), 'maxpool2d'), ('call_function', F.max_pool2d, None, 'maxpool2d'),
+        ('call_function', operator.truediv, None, 'div'), ('call_function', torch.div, None, 'div'),
+        ('call_method', 'div', None, 'div'), ('call_module', 'act', nn.ReLU(), 'relu'),
+        ('call_module', 'relu', ReLU(), ''), ('get_attr', 'relu', None, ''),
+    ],
+)  # fmt: skip
+def test_an_operation_has_one_name(kind: str, target: Any, module: nn.Module | None, name: str) -> None:
+    assert operation(fx.Graph().create_node(kind, target), module) == name
 
 
 class _Named(nn.Conv2d):
