@@ -39,6 +39,10 @@ class BaseBackend(metaclass=ABCMeta):
     """File name suffix that this runtime reads, with its dot."""
     package: ClassVar[str]
     """Import name of the runtime."""
+    input_names: list[str]
+    """Names of the inputs, in the order of the call."""
+    output_names: list[str]
+    """Names of the outputs, in the order of the result."""
 
     def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
         self.path = Path(path)
@@ -105,28 +109,13 @@ class BaseBackend(metaclass=ABCMeta):
         """What runs the graph on these arrays; where the runtime can, it leaves the outputs in memory of its own."""
         return lambda: self._run(arrays)
 
-    @property
-    @abstractmethod
-    def version(self) -> str:
-        """Version of the runtime."""
-
-    @property
-    @abstractmethod
-    def input_names(self) -> list[str]:
-        """Names of the inputs, in the order of the call."""
-
-    @property
-    @abstractmethod
-    def output_names(self) -> list[str]:
-        """Names of the outputs, in the order of the result."""
-
     @abstractmethod
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers that run in integers, read from the runtime's own execution graph."""
 
     @abstractmethod
     def _load(self) -> None:
-        """Imports the runtime and compiles the file once."""
+        """Imports the runtime, compiles the file once, and sets the names of inputs and outputs."""
 
     @abstractmethod
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:

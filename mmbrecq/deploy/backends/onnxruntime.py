@@ -55,7 +55,8 @@ class ONNXRuntimeBackend(BaseBackend):
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
         self._session = self._open(self._shareless() if self.exact_products else str(self.path), options)
-        self._version: str = onnxruntime.__version__
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
 
     def _options(self) -> Any:
         import onnxruntime
@@ -101,21 +102,6 @@ class ONNXRuntimeBackend(BaseBackend):
         for name in self.output_names:
             binding.bind_output(name)
         return lambda: self._session.run_with_iobinding(binding)
-
-    @property
-    def version(self) -> str:
-        """Version of ONNX Runtime."""
-        return self._version
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the graph's inputs."""
-        return [value.name for value in self._session.get_inputs()]
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the graph's outputs."""
-        return [value.name for value in self._session.get_outputs()]
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers that ONNX Runtime's optimizer turned into integer operators.

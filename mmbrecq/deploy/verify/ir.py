@@ -16,6 +16,7 @@ from mmbrecq.deploy.verify.onnx_graph import Array
 from mmbrecq.deploy.verify.violation import Violation
 from mmbrecq.errors import ExportError
 
+# Operations of the IR that have integer kernels; all take their weight as input 1
 LAYERS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
 SHAPE_OPS = ('Reshape', 'Squeeze', 'Transpose', 'Unsqueeze')
 MOVE_OPS = (*SHAPE_OPS, 'MaxPool', 'Pad', 'Slice', 'StridedSlice', 'Split', 'VariadicSplit')

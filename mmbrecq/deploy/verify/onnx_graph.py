@@ -133,13 +133,14 @@ class OnnxGraph:
         """Nodes that read the integers of a Q, through the Clip that narrows its grid; DQ nodes in a sound file."""
         return self.consumers((self.integer_clip(quantizer) or quantizer).outputs[0])
 
-    def quantizer(self, dq: Node) -> Node | None:
-        """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none."""
-        clip = maker = self.producer(dq.input(0))
+    def quantizer(self, dq: Node | None) -> Node | None:
+        """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none, or no DQ."""
+        clip = maker = None if dq is None or dq.op != 'DequantizeLinear' else self.producer(dq.input(0))
         if maker is not None and maker.op == 'Clip':
             maker = self.producer(maker.input(0))
-        found = maker is not None and maker.op == 'QuantizeLinear'
-        return maker if found and maker is not None and clip in (maker, self.integer_clip(maker)) else None
+        if maker is None or maker.op != 'QuantizeLinear':
+            return None
+        return maker if clip in (maker, self.integer_clip(maker)) else None
 
     def zero_point_range(self, node: Node) -> tuple[int, int] | None:
         """Integer range of a Q or DQ node's container; ONNX's uint8 where nothing says otherwise."""
@@ -147,7 +148,7 @@ class OnnxGraph:
             value = self.constant(tensor)
             if value is not None:
                 return integer_range(value.dtype)
-        quantizer = self.quantizer(node) if node.op == 'DequantizeLinear' else None
+        quantizer = self.quantizer(node)
         return (0, 255) if quantizer is None else self.zero_point_range(quantizer)
 
     def zero_point(self, node: Node) -> Array:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+Faults = Iterator[tuple[str, str]]
+"""What the check of one rule finds: names of nodes, each with a sentence; see :class:`Violation`."""
 
 
 @dataclass(frozen=True)
