@@ -7,17 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.deploy.backends.base import BaseBackend
-from mmbrecq.deploy.kernel_count import KernelCount
-from mmbrecq.deploy.verify.ir import LAYERS
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.deploy.verify.ir import INTEGER_OPS, LAYERS, SHAPE_OPS
 from mmbrecq.errors import BackendError
 from mmbrecq.presets import IR_PRESET
 from mmbrecq.registry import BACKENDS
 
 # Their layer types in the plugin's execution graph
 WEIGHTED_LAYERS = frozenset({'Convolution', 'Deconvolution', 'FullyConnected', 'MatMul'})
-# Operations between a stored weight and the layer that reads it
-WEIGHT_PATH = frozenset({'Convert', 'Subtract', 'Multiply', 'Reshape', 'Transpose'})
 INTEGER_PRECISIONS = frozenset({'u8', 'i8'})
 INTEGER_TYPES = frozenset({'i8', 'u8', 'i4', 'u4'})
 
@@ -113,7 +110,7 @@ def _port_name(port: Any) -> str:
 def _has_quantized_weight(node: Any) -> bool:
     """Whether the weight of ``node`` is stored as integers, or is a constant behind a FakeQuantize."""
     source = node.input_value(1).get_node()
-    while source.get_type_name() in WEIGHT_PATH:
+    while source.get_type_name() in (*SHAPE_OPS, *INTEGER_OPS):
         source = source.input_value(0).get_node()
     if source.get_type_name() == 'FakeQuantize':
         return bool(source.input_value(0).get_node().get_type_name() == 'Constant')

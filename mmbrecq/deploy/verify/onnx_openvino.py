@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_tensorrt import check_inputs
-from mmbrecq.deploy.verify.violation import Faults
 
 # They move values within their channels.
 CHANNEL_OPS = frozenset({'Identity', 'MaxPool', 'Pad', 'Resize'})
@@ -64,7 +63,7 @@ def check_per_tensor(graph: OnnxGraph) -> Faults:
 
 
 def _is_read_by_channel(graph: OnnxGraph, quantizer: Node, channels: int) -> bool:
-    readers = [reader for dq in graph.dequantizers(quantizer) for reader in graph.consumers(dq.outputs[0])]
+    readers = graph.readers_behind(quantizer)
     for reader in readers:
         if reader.op in MOVE_OPS | {'Resize'}:
             if reader.op not in CHANNEL_OPS:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_structure import title
-from mmbrecq.deploy.verify.violation import Faults
 
 
 def check_outputs(graph: OnnxGraph) -> Faults:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Layer, Node, OnnxGraph
-from mmbrecq.deploy.verify.violation import Faults
+from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Faults, Layer, Node, OnnxGraph
 
 # Opset from which Q and DQ take a type; ONNX's version history of the two operators.
 OPSET_OF_TYPE = {

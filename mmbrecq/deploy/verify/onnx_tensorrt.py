@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_structure import quantization_nodes, title
-from mmbrecq.deploy.verify.violation import Faults
 
 # TensorRT fuses these into the convolution before them.
 FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu'})
@@ -54,7 +53,7 @@ def check_fusions(graph: OnnxGraph) -> Faults:
         for quantizer in graph.consumers(conv.outputs[0]):
             if quantizer.op != 'QuantizeLinear':
                 continue
-            for fused in _readers_behind(graph, quantizer):
+            for fused in graph.readers_behind(quantizer):
                 if fused.op in FUSED_OPS and not _narrows_a_grid(graph, fused):
                     between = f'{title(conv)} and {title(fused)}'
                     yield quantizer.name, f'expected no Q/DQ between {between}, but got {quantizer.name!r}'
@@ -62,15 +61,6 @@ def check_fusions(graph: OnnxGraph) -> Faults:
         pad = None if before is None else graph.producer(before.input(0))
         if before is not None and pad is not None and pad.op == 'Pad':
             yield before.name, f'expected no Q/DQ between {title(pad)} and {title(conv)}, but got {before.name!r}'
-
-
-def _readers_behind(graph: OnnxGraph, quantizer: Node) -> list[Node]:
-    return [
-        reader
-        for dq in graph.dequantizers(quantizer)
-        if dq.op == 'DequantizeLinear'
-        for reader in graph.consumers(dq.outputs[0])
-    ]
 
 
 def _narrows_a_grid(graph: OnnxGraph, node: Node) -> bool:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Array, Node, OnnxGraph, integer_range
+from mmbrecq.deploy.verify.onnx_graph import Array, Faults, Node, OnnxGraph, integer_range
 from mmbrecq.deploy.verify.onnx_structure import title
-from mmbrecq.deploy.verify.violation import Faults, Grid
 
 # A float weight counts as on its grid within this part of a step.
 GRID_TOLERANCE = 1e-3
@@ -84,7 +83,7 @@ def _grid_fault(graph: OnnxGraph, node: Node, clip: Node | None) -> str | None:
     grids = None if graph.expected is None else graph.expected.activations
     if grids is None:
         return None
-    grid = Grid(*graph.grid_key(node), *integers)
+    grid = graph.grid(node, integers)
     if grid in grids:
         return None
     meant = ' or '.join(f'{g.low}..{g.high}' for g in grids if g[:2] == grid[:2])

@@ -8,12 +8,29 @@ from pathlib import Path
 
 from mmbrecq.deploy.verify import onnx_openvino, onnx_ort, onnx_structure, onnx_tensorrt, onnx_values
 from mmbrecq.deploy.verify.ir import read_ir, verify_ir
-from mmbrecq.deploy.verify.onnx_graph import OnnxGraph, read_onnx
-from mmbrecq.deploy.verify.violation import ExpectedQuantization, Faults, Violation
+from mmbrecq.deploy.verify.onnx_graph import ExpectedQuantization, Faults, OnnxGraph, read_onnx
 from mmbrecq.errors import ConfigError, ExportError
 
 NAMED = 3
 """Violations that an error names."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken rule.
+
+    Args:
+        rule: Id of the rule, such as ``'C1'``.
+        node: Name of the node that breaks it; the graph's name where no single node does.
+        message: One sentence: what is expected, what was found.
+    """
+
+    rule: str
+    node: str
+    message: str
+
+    def __str__(self) -> str:
+        return f'{self.rule} {self.node}: {self.message}'
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,8 @@ def verify_file(path: str | Path, preset: str, expected: ExpectedQuantization | 
         raise ExportError(f'{path}: expected an exported file, but there is none')
     rules = rules_of(preset, path.suffix)
     if path.suffix == '.xml':
-        found = [violation for violation in verify_ir(read_ir(path)) if violation.rule in rules]
-        return sorted(found, key=lambda violation: violation.rule)
+        found = [Violation(*fault) for fault in verify_ir(read_ir(path))]
+        return sorted((v for v in found if v.rule in rules), key=lambda violation: violation.rule)
     graph = read_onnx(path, expected)
     return [Violation(name, *fault) for name, rule in rules.items() if rule.onnx for fault in rule.onnx(graph)]
 
