@@ -30,10 +30,10 @@ from mmbrecq.calibration.calibrator import (
 from mmbrecq.calibration.equalization import equalize_parts
 from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.data.images import example_of
+from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
-from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.distributed import batch_number, copy_from_main
 from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from mmbrecq.deploy.verify import PRESETS, RULES, verify_file
-from mmbrecq.deploy.verify.rules import rules_of
+from mmbrecq.deploy.verify.verifier import rules_of
 from mmbrecq.engine.config import add_debug, run_tool
 
 

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.summary import MetricValues, Summary
 
-RUNTIME_NAMES = {'onnxruntime': 'ONNX Runtime', 'openvino': 'OpenVINO', 'tensorrt': 'TensorRT'}
 UNKNOWN = '-'
 
 
@@ -33,11 +32,6 @@ class ResultRow:
     kernels: KernelCount | None = None
 
 
-def runtime_name(runtime: str) -> str:
-    """Returns the displayed name of a runtime."""
-    return RUNTIME_NAMES.get(runtime, runtime)
-
-
 def result_rows(summary: Summary) -> list[ResultRow]:
     """Returns the stages evaluated so far, from float to deployed."""
     metrics, size = summary.metrics, summary.model_size_bytes
@@ -49,7 +43,7 @@ def result_rows(summary: Summary) -> list[ResultRow]:
     ]
     for runtime, values in metrics.deployed.items():
         kernels = summary.integer_kernels.get(runtime)
-        rows.append(ResultRow('deployed', f'deployed in {runtime_name(runtime)}', values, kernels=kernels))
+        rows.append(ResultRow('deployed', f'deployed in {runtime}', values, kernels=kernels))
     return [row for row in rows if row.metrics]
 
 

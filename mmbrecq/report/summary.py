@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.results import UnitResult

@@ -32,8 +32,8 @@ def summary() -> Summary:
             weights={'accuracy/top1': 81.5, 'accuracy/top5': 98.25},
             quantized={'accuracy/top1': 81.02, 'accuracy/top5': 98.0},
             deployed={
-                'onnxruntime': {'accuracy/top1': 81.01, 'accuracy/top5': 98.01},
-                'openvino': {'accuracy/top1': 81.04, 'accuracy/top5': 98.02},
+                'ONNX Runtime': {'accuracy/top1': 81.01, 'accuracy/top5': 98.01},
+                'OpenVINO': {'accuracy/top1': 81.04, 'accuracy/top5': 98.02},
             },
         ),
         seconds=Seconds(prepare=2.0, calibrate=8.0, reconstruct=190.0, evaluate=30.0, export=5.0, total=240.0),
@@ -53,5 +53,5 @@ def summary() -> Summary:
         calibration=Calibration(1024, 'calibration_ids.json'),
         warnings=['No kernel below 8 bits.'],
         verify={'deploy/model.onnx': 'passed', 'deploy/model.xml': 'V3: relu_4'},
-        integer_kernels={'onnxruntime': KernelCount(3, 3), 'openvino': KernelCount(3, 2)},
+        integer_kernels={'ONNX Runtime': KernelCount(3, 3), 'OpenVINO': KernelCount(3, 2)},
     )

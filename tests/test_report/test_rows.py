@@ -77,7 +77,7 @@ def test_rows_come_in_order_of_the_run(summary: Summary) -> None:
 
 
 def test_stages_without_a_result_are_left_out() -> None:
-    summary = Summary(metrics=Metrics(float={'a': 1.0}, quantized={'b': 2.0}, deployed={'openvino': {}}))
+    summary = Summary(metrics=Metrics(float={'a': 1.0}, quantized={'b': 2.0}, deployed={'OpenVINO': {}}))
     made = rows.result_rows(summary)
     assert [row.stage for row in made] == ['float', 'quantized']
     assert rows.metric_names(made) == ['a', 'b']

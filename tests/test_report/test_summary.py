@@ -36,8 +36,8 @@ def test_keys_are_the_documented_ones(summary: Summary) -> None:
     }  # fmt: skip
     assert set(plain['units'][0]) == unit_keys
     assert plain['bits']['backbone.conv1'] == {'weight': 8, 'activation': 4}
-    assert plain['integer_kernels']['openvino'] == {'quantized': 3, 'integer': 2, 'float_layers': {}}
-    assert plain['metrics']['deployed']['openvino']['accuracy/top1'] == 81.04
+    assert plain['integer_kernels']['OpenVINO'] == {'quantized': 3, 'integer': 2, 'float_layers': {}}
+    assert plain['metrics']['deployed']['OpenVINO']['accuracy/top1'] == 81.04
 
 
 def test_round_trip_through_json(summary: Summary) -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +15,30 @@ import torch
 from torch import Tensor
 
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.kernel_count import KernelCount
 from mmbrecq.errors import BackendError, MMBrecqError, first_line
 
 WARM_UP, FEWEST_RUNS = 2, 3
+
+
+@dataclass(frozen=True)
+class KernelCount:
+    """The quantized layers of a file, and those among them that its runtime executes with integer arithmetic.
+
+    Args:
+        quantized: Calls of convolutions and linear layers whose weight is stored as integers.
+        integer: Those that the runtime's own execution graph computes in 8-bit integers.
+        float_layers: Names of the others in the order of the file, each with the reason.
+    """
+
+    quantized: int = 0
+    integer: int = 0
+    float_layers: dict[str, str] = field(default_factory=dict)
+
+    def describe(self, runtime: str) -> str:
+        """Returns the count in words, with the layers that run in float and why."""
+        floats = ', '.join(f'{name} ({why})' for name, why in self.float_layers.items())
+        words = f'{runtime} runs {self.integer} of {self.quantized} quantized layers in integers'
+        return f'{words}; in float: {floats}' if floats else words
 
 
 class BaseBackend(metaclass=ABCMeta):
@@ -39,6 +60,10 @@ class BaseBackend(metaclass=ABCMeta):
     """File name suffix that this runtime reads, with its dot."""
     package: ClassVar[str]
     """Import name of the runtime."""
+    input_names: list[str]
+    """Names of the inputs, in the order of the call."""
+    output_names: list[str]
+    """Names of the outputs, in the order of the result."""
 
     def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
         self.path = Path(path)
@@ -105,28 +130,13 @@ class BaseBackend(metaclass=ABCMeta):
         """What runs the graph on these arrays; where the runtime can, it leaves the outputs in memory of its own."""
         return lambda: self._run(arrays)
 
-    @property
-    @abstractmethod
-    def version(self) -> str:
-        """Version of the runtime."""
-
-    @property
-    @abstractmethod
-    def input_names(self) -> list[str]:
-        """Names of the inputs, in the order of the call."""
-
-    @property
-    @abstractmethod
-    def output_names(self) -> list[str]:
-        """Names of the outputs, in the order of the result."""
-
     @abstractmethod
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers that run in integers, read from the runtime's own execution graph."""
 
     @abstractmethod
     def _load(self) -> None:
-        """Imports the runtime and compiles the file once."""
+        """Imports the runtime, compiles the file once, and sets the names of inputs and outputs."""
 
     @abstractmethod
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mmbrecq.building import build
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.backends.base import BaseBackend
-from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
 from mmbrecq.errors import BackendError
 from mmbrecq.graph.components import attach, head_file, region_heads, set_forward
 from mmbrecq.graph.structure import nest_outputs

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.backends.base import BaseBackend
-from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
 from mmbrecq.deploy.verify.onnx_graph import Layer, OnnxGraph
 from mmbrecq.registry import BACKENDS
 
@@ -19,6 +18,7 @@ from mmbrecq.registry import BACKENDS
 INTEGER_OPS = frozenset(
     {'QLinearConv', 'ConvInteger', 'QGemm', 'QLinearMatMul', 'MatMulInteger', 'MatMulIntegerToFloat'}
 )
+PROVIDERS = ['CPUExecutionProvider']
 
 
 @BACKENDS.register_module()
@@ -54,8 +54,10 @@ class ONNXRuntimeBackend(BaseBackend):
         options = self._options()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
-        self._session = self._open(self._shareless() if self.exact_products else str(self.path), options)
-        self._version: str = onnxruntime.__version__
+        model = self._shareless() if self.exact_products else str(self.path)
+        self._session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
+        self.input_names = [value.name for value in self._session.get_inputs()]
+        self.output_names = [value.name for value in self._session.get_outputs()]
 
     def _options(self) -> Any:
         import onnxruntime
@@ -83,12 +85,6 @@ class ONNXRuntimeBackend(BaseBackend):
             return str(self.path)  # the runtime says what is wrong with the file
         return model.SerializeToString() if unshare_weights(model) else str(self.path)
 
-    @staticmethod
-    def _open(model: str | bytes, options: Any) -> Any:
-        import onnxruntime
-
-        return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
-
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         feed = dict(zip(self.input_names, arrays, strict=True))
         outputs: Sequence[np.ndarray[Any, Any]] = self._session.run(self.output_names, feed)
@@ -101,21 +97,6 @@ class ONNXRuntimeBackend(BaseBackend):
         for name in self.output_names:
             binding.bind_output(name)
         return lambda: self._session.run_with_iobinding(binding)
-
-    @property
-    def version(self) -> str:
-        """Version of ONNX Runtime."""
-        return self._version
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the graph's inputs."""
-        return [value.name for value in self._session.get_inputs()]
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the graph's outputs."""
-        return [value.name for value in self._session.get_outputs()]
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers that ONNX Runtime's optimizer turned into integer operators.
@@ -166,7 +147,7 @@ class ONNXRuntimeBackend(BaseBackend):
             # The level above changes layouts only, and renames nodes on the way
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             options.optimized_model_filepath = str(Path(folder) / 'optimized.onnx')
-            self._open(model, options)
+            onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
             optimized = onnx.load(options.optimized_model_filepath)
         names = {node.name for node in optimized.graph.node if node.op_type in INTEGER_OPS}
         return names | {name.rsplit('/', 1)[0] for name in names if name.endswith('Fusion')}
@@ -176,19 +157,14 @@ def unshare_weights(model: Any) -> bool:
     """Gives every DequantizeLinear integers and zero-point of its own; tells whether there was something to copy."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     read: set[str] = set()
-    copies: dict[str, Any] = {}
+    count = len(constants)
     for index, node in enumerate(model.graph.node):
         if node.op_type != 'DequantizeLinear' or node.input[0] not in constants:
             continue
-        shared = node.input[0] in read
-        read.add(node.input[0])
-        for place in (0, 2) if shared else ():
+        for place in (0, 2) if node.input[0] in read else ():
             if place < len(node.input) and node.input[place] in constants:
-                name = f'{node.input[place]}/{index}'
-                copies[name] = constants[node.input[place]]
-                node.input[place] = name
-    for name, tensor in copies.items():
-        copy = model.graph.initializer.add()
-        copy.CopyFrom(tensor)
-        copy.name = name
-    return bool(copies)
+                copy = model.graph.initializer.add()
+                copy.CopyFrom(constants[node.input[place]])
+                copy.name = node.input[place] = f'{copy.name}/{index}'
+        read.add(node.input[0])
+    return len(model.graph.initializer) > count

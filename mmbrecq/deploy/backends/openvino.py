@@ -7,20 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.deploy.backends.base import BaseBackend
-from mmbrecq.deploy.kernel_count import KernelCount
+from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
+from mmbrecq.deploy.verify.ir import INTEGER_OPS, LAYERS, SHAPE_OPS
 from mmbrecq.errors import BackendError
 from mmbrecq.presets import IR_PRESET
 from mmbrecq.registry import BACKENDS
 
-# Operations of the IR that have integer kernels; all take their weight as input 1
-WEIGHTED_OPS = frozenset(
-    {'Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul'}
-)
 # Their layer types in the plugin's execution graph
 WEIGHTED_LAYERS = frozenset({'Convolution', 'Deconvolution', 'FullyConnected', 'MatMul'})
-# Operations between a stored weight and the layer that reads it
-WEIGHT_PATH = frozenset({'Convert', 'Subtract', 'Multiply', 'Reshape', 'Transpose'})
 INTEGER_PRECISIONS = frozenset({'u8', 'i8'})
 INTEGER_TYPES = frozenset({'i8', 'u8', 'i4', 'u4'})
 
@@ -60,7 +54,8 @@ class OpenVINOBackend(BaseBackend):
             preset = self._model.get_rt_info(list(IR_PRESET)).astype(str)
             options['LP_TRANSFORMS_MODE'] = preset == 'openvino'
         self._compiled = core.compile_model(self._model, 'CPU', options)
-        self._version: str = openvino.__version__
+        self.input_names = [_port_name(port) for port in self._compiled.inputs]
+        self.output_names = [_port_name(port) for port in self._compiled.outputs]
 
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         results = self._compiled(list(arrays))
@@ -75,27 +70,12 @@ class OpenVINOBackend(BaseBackend):
         run: Callable[[], object] = request.infer
         return run
 
-    @property
-    def version(self) -> str:
-        """Version of OpenVINO, with its build."""
-        return self._version
-
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the model's inputs."""
-        return [_port_name(port) for port in self._compiled.inputs]
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the model's outputs."""
-        return [_port_name(port) for port in self._compiled.outputs]
-
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers whose execution graph node computes in u8 or i8."""
         quantized = [
             node.get_friendly_name()
             for node in self._model.get_ordered_ops()
-            if node.get_type_name() in WEIGHTED_OPS and _has_quantized_weight(node)
+            if node.get_type_name() in LAYERS and _has_quantized_weight(node)
         ]
         integer: set[str] = set()
         others: dict[str, str] = {}
@@ -130,7 +110,7 @@ def _port_name(port: Any) -> str:
 def _has_quantized_weight(node: Any) -> bool:
     """Whether the weight of ``node`` is stored as integers, or is a constant behind a FakeQuantize."""
     source = node.input_value(1).get_node()
-    while source.get_type_name() in WEIGHT_PATH:
+    while source.get_type_name() in (*SHAPE_OPS, *INTEGER_OPS):
         source = source.input_value(0).get_node()
     if source.get_type_name() == 'FakeQuantize':
         return bool(source.input_value(0).get_node().get_type_name() == 'Constant')

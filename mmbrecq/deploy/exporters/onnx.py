@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from mmbrecq.deploy.exporters.base import BaseExporter
+from mmbrecq.deploy.exporters.onnx_rewrite import rewrite_for
+from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS
 from mmbrecq.errors import ExportError, first_line
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.registry import EXPORTERS
 
 INPUT_NAME = 'images'
-
-STANDARD_DOMAINS = ('', 'ai.onnx')
-"""Whose operations every runtime has."""
 
 
 @EXPORTERS.register_module()
@@ -56,13 +55,10 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     """
     import onnx
 
-    from mmbrecq.deploy.exporters.onnx_rewrite import rewrite_for
-
     buffer = io.BytesIO()
     sink: Any = buffer
     compiled = graph.compiled.eval()
     outputs = graph.traced.example_outputs()
-    options: dict[str, Any] = {'dynamo': False} if torch.__version__ >= '2.5' else {}
     try:
         with torch.no_grad(), warnings.catch_warnings(), _nothing_printed():
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
@@ -70,7 +66,7 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
             torch.onnx.export(
                 compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
                 dynamic_axes=_free_axes(outputs, graph.traced.free_size), opset_version=opset,
-                do_constant_folding=False, **options,
+                do_constant_folding=False, dynamo=False,
             )  # fmt: skip
     except Exception as error:
         reason = first_line(error)

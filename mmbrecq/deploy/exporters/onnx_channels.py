@@ -10,27 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.deploy.exporters.onnx_editor import OnnxEditor
 from mmbrecq.deploy.verify.onnx_graph import Array, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_openvino import CHANNEL_OPS
 
 
-def fold_channel_scales(proto: Any) -> None:
+def fold_channel_scales(edit: OnnxEditor) -> None:
     """Gives every quantizer of activations that has a scale per channel, and one zero-point, the scale 1, in place."""
-    from onnx import helper, numpy_helper
+    constants, makers = edit.constants, edit.makers
 
-    graph, view = proto.graph, OnnxGraph(proto, 'the exported graph')
-    makers = {name: node for node in graph.node for name in node.output}
-    constants = view.constants
-
-    def store(name: str, values: Array) -> str:
-        graph.initializer.append(numpy_helper.from_array(values, name))
-        constants[name] = values
-        return name
-
-    def put(op: str, inputs: list[str], name: str, readers: list[Any], **attributes: Any) -> None:
-        """Lets nodes read ``op`` of a tensor in its place."""
-        node = makers[name] = helper.make_node(op, inputs, [name], name=name, **attributes)
-        graph.node.insert(min(list(graph.node).index(reader) for reader in readers), node)
+    def put(op: str, inputs: list[str], name: str, readers: list[Any], **attributes: Any) -> str:
+        """Writes ``op`` of a tensor before the nodes that shall read it."""
+        return edit.insert(min(map(edit.index, readers)), op, inputs, name, name, **attributes)
 
     def scale_weight(node: Any, factors: Array, name: str) -> None:
         """Multiplies the scales of a weight; another layer that shares its integers keeps its own."""
@@ -40,39 +31,37 @@ def fold_channel_scales(proto: Any) -> None:
         factors = np.repeat(factors, len(weight) // len(factors))
         if dq is None:
             factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
-            node.input[1] = store(f'{name}/weight', (weight * factors).astype(weight.dtype))
+            node.input[1] = edit.store(f'{name}/weight', (weight * factors).astype(weight.dtype))
             return
         scales = (constants[grid[0]] * factors).astype(np.float32)
         zeros = np.zeros(scales.shape, constants[grid[1]].dtype)
-        inputs = [codes, store(f'{name}/scales', scales), store(f'{name}/zero_points', zeros)]
-        put('DequantizeLinear', inputs, f'{name}/weight', [node], axis=0)
-        node.input[1] = f'{name}/weight'
+        inputs = [codes, edit.store(f'{name}/scales', scales), edit.store(f'{name}/zero_points', zeros)]
+        node.input[1] = put('DequantizeLinear', inputs, f'{name}/weight', [node], axis=0)
 
-    for found in list(view.activation_quantizers()):
-        scale, zero_point = view.scale(found), view.constant(found.input(2))
+    for found in edit.activation_quantizers():
+        scale, zero_point = edit.scale(found), edit.constant(found.input(2))
         if scale is None or zero_point is None or not scale.ndim:
             continue
-        quantizer, dq = (makers[node.outputs[0]] for node in (found, *view.dequantizers(found)))
-        name, writer, layers = found.name, _writer(view, found), _readers(view, dq.output[0], scale.size)
+        quantizer, dq = (makers[node.outputs[0]] for node in (found, *edit.dequantizers(found)))
+        name, writer, layers = found.name, _writer(edit, found), _readers(edit, dq.output[0], scale.size)
         rank = len((writer or layers[0]).attributes['kernel_shape'])
-        divisor = store(f'{name}/scales', scale.astype(np.float32).reshape(-1, *[1] * rank))
+        divisor = edit.store(f'{name}/scales', scale.astype(np.float32).reshape(-1, *[1] * rank))
         if writer is None:
-            put('Div', [quantizer.input[0], divisor], f'{name}/Div', [quantizer])
-            quantizer.input[0] = f'{name}/Div'
+            quantizer.input[0] = put('Div', [quantizer.input[0], divisor], f'{name}/Div', [quantizer])
         else:
             node = makers[writer.outputs[0]]
             scale_weight(node, 1 / scale, f'{node.name}/output')
             if writer.input(2):
                 bias = (constants[node.input[2]] / scale).astype(np.float32)
-                node.input[2] = store(f'{node.name}/output/bias', bias)
+                node.input[2] = edit.store(f'{node.name}/output/bias', bias)
         for layer in layers:
             scale_weight(makers[layer.outputs[0]], scale, f'{layer.name}/input')
         if not layers:
-            readers = [node for node in graph.node if dq.output[0] in node.input]
+            readers = [node for node in edit.proto.node if dq.output[0] in node.input]
             put('Mul', [dq.output[0], divisor], f'{name}/Mul', readers)
             for node in readers:
                 node.input[:] = [f'{name}/Mul' if tensor == dq.output[0] else tensor for tensor in node.input]
-        grid = [store(f'{name}/scale', np.ones((), np.float32)), store(f'{name}/zero_point', np.asarray(zero_point[0]))]
+        grid = [edit.store(f'{name}/scale', np.float32(1)), edit.store(f'{name}/zero_point', zero_point[0])]
         for node in (quantizer, dq):
             node.input[1:] = grid
             node.attribute.remove(next(a for a in node.attribute if a.name == 'axis'))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +61,11 @@ def convert(source: Path) -> Any:
     """The ``.onnx`` file at ``source`` as a model of OpenVINO."""
     import openvino
 
-    with _no_usage_reports():
-        return openvino.convert_model(source)
-
-
-@contextmanager
-def _no_usage_reports() -> Iterator[None]:
-    """``convert_model`` reports its use over the network, and waits for it; not where it takes itself for CI."""
+    # it reports its use over the network, and waits for that; not where it takes itself for CI
     before = os.environ.get('CI')
     os.environ['CI'] = 'true'
     try:
-        yield
+        return openvino.convert_model(source)
     finally:
         if before is None:
             del os.environ['CI']

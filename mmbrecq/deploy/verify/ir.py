@@ -13,9 +13,12 @@ import numpy as np
 
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.verify.onnx_graph import Array
-from mmbrecq.deploy.verify.violation import Violation
 from mmbrecq.errors import ExportError
 
+Faults = Iterator[tuple[str, str, str]]
+"""Broken rules, as :class:`~mmbrecq.deploy.verify.Violation` has them."""
+
+# Operations of the IR that have integer kernels; all take their weight as input 1
 LAYERS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'GroupConvolutionBackpropData', 'MatMul')
 SHAPE_OPS = ('Reshape', 'Squeeze', 'Transpose', 'Unsqueeze')
 MOVE_OPS = (*SHAPE_OPS, 'MaxPool', 'Pad', 'Slice', 'StridedSlice', 'Split', 'VariadicSplit')
@@ -36,7 +39,7 @@ def read_ir(path: Path) -> list[Any]:
     return operations
 
 
-def verify_ir(operations: list[Any]) -> Iterator[Violation]:
+def verify_ir(operations: list[Any]) -> Faults:
     """Applies the rules that an IR can be held against."""
     for op in (op for op in operations if op.get_type_name() == 'FakeQuantize' and not _is_constant(_inputs(op)[0])):
         name = op.get_friendly_name()
@@ -44,43 +47,43 @@ def verify_ir(operations: list[Any]) -> Iterator[Violation]:
         integers = any(_dtype(reader)[0] in 'iu' for reader in _readers(op))
         for result in (reader for reader in _reached(op, integers, MOVE_OPS) if reader.get_type_name() == 'Result'):
             output = result.get_friendly_name()
-            yield Violation('V6', name, f'expected a float network output, but it quantizes output {output!r}')
+            yield 'V6', name, f'expected a float network output, but it quantizes output {output!r}'
         # OpenVINO folds what is multiplied and added before it into the range that it reads
         largest = max((_constant(end) for end in _inputs(op)[3:5]), key=np.size)
         size, readers = largest.size, list(_reached(op, integers, CHANNEL_OPS))
         by_channel = largest.shape[1:2] == (size,) or not any(r.get_type_name() in LAYERS for r in readers)
         if size != 1 and not (by_channel and all(map(_keeps_channels, readers))):
             message = 'expected one range per tensor, or depthwise convolutions that read its channels'
-            yield Violation('V5', name, f'{message}, but got {size}')
+            yield 'V5', name, f'{message}, but got {size}'
     layers = (op for op in operations if op.get_type_name() in LAYERS)
     for source in {source.get_name(): source for layer in layers for source in _inputs(layer)[:2]}.values():
         yield from _weight_faults(source)
 
 
-def _range_faults(op: Any, is_weight: bool) -> Iterator[Violation]:
+def _range_faults(op: Any, is_weight: bool) -> Faults:
     name, levels = op.get_friendly_name(), int(op.get_attributes()['levels'])
     first, last, low, high = (_constant(source) for source in _inputs(op)[1:5])
     for a, b in ((first, last), (low, high)):
         if not (np.isfinite(b - a) & (a < b)).all():
             found = f'{np.ravel(a)[0]:g}..{np.ravel(b)[0]:g}'
-            yield Violation('C1', name, f'expected a constant finite range with low < high, but got {found}')
+            yield 'C1', name, f'expected a constant finite range with low < high, but got {found}'
             return
     steps = low * (levels - 1) / (high - low)
     symmetric = (np.abs(steps + levels // 2) <= TOLERANCE).all()
     on_levels = (np.abs(steps - np.rint(steps)) <= TOLERANCE).all() and (steps > 0.5 - levels).all()
     if levels not in (255, 256):
-        yield Violation('V1', name, f'expected 255 or 256 levels, but got {levels}')
+        yield 'V1', name, f'expected 255 or 256 levels, but got {levels}'
     elif is_weight and not symmetric:
-        yield Violation('V4', name, 'expected a symmetric weight, but its zero-point is not 0')
+        yield 'V4', name, 'expected a symmetric weight, but its zero-point is not 0'
     elif (low > 0).any():
-        yield Violation('V3', name, f'expected a range that starts at 0, but it starts at {low.max():g}')
+        yield 'V3', name, f'expected a range that starts at 0, but it starts at {low.max():g}'
     elif (low < 0).any() and not symmetric and (levels == 255 or not on_levels):
         found = f'{np.ravel(low)[0]:g}..{np.ravel(high)[0]:g} in {levels}'
         message = 'expected 0 among the levels of the range, or a symmetric one in 255 levels'
-        yield Violation('V2', name, f'{message}, but got {found}')
+        yield 'V2', name, f'{message}, but got {found}'
 
 
-def _weight_faults(op: Any) -> Iterator[Violation]:
+def _weight_faults(op: Any) -> Faults:
     """Faults of a quantized constant, ``(integers - zero_point) * scale`` or a FakeQuantize; none of other values."""
     name, scale, zero_point = '', np.ones(()), np.zeros(())
     while (kind := op.get_type_name()) in (*SHAPE_OPS, *INTEGER_OPS):
@@ -96,12 +99,12 @@ def _weight_faults(op: Any) -> Iterator[Violation]:
         yield from _range_faults(op, is_weight=True)
     elif kind == 'Constant' and name and _dtype(op)[0] in 'iu':
         if not (np.isfinite(scale) & (scale > 0)).all():
-            yield Violation('C1', name, f'expected constant finite scales > 0, but got {scale.min():g}')
+            yield 'C1', name, f'expected constant finite scales > 0, but got {scale.min():g}'
         if _dtype(op) not in ('i8', 'u8'):
-            yield Violation('V1', name, f'expected an 8-bit weight, but got {_dtype(op)}')
+            yield 'V1', name, f'expected an 8-bit weight, but got {_dtype(op)}'
         # u8 around 128 holds the same values as i8 around 0
         elif (zero_point != (128 if _dtype(op) == 'u8' else 0)).any():
-            yield Violation('V4', name, 'expected a symmetric weight, but its zero-point is not 0')
+            yield 'V4', name, 'expected a symmetric weight, but its zero-point is not 0'
 
 
 def _reached(op: Any, integers: bool, moves: tuple[str, ...]) -> Iterator[Any]:

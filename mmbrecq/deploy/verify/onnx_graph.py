@@ -1,4 +1,4 @@
-"""A read-only view of an ONNX file with Q/DQ nodes: who makes a tensor, who reads it, what is constant."""
+"""A read-only view of an ONNX file with Q/DQ nodes, and what the quantized torch model says of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mmbrecq.dependencies import require
-from mmbrecq.deploy.verify.violation import ExpectedQuantization
 from mmbrecq.errors import ExportError, first_line
 
 Array = npt.NDArray[Any]
+Faults = Iterator[tuple[str, str]]
+"""Names of nodes that break a rule, each with a sentence, see :class:`~mmbrecq.deploy.verify.Violation`."""
 
 CONV_OPS = frozenset({'Conv', 'ConvTranspose'})
 LAYER_OPS = CONV_OPS | {'Gemm', 'MatMul'}
+# Whose operations every runtime has.
 STANDARD_DOMAINS = frozenset({'', 'ai.onnx'})
 # Their output holds only values of their inputs, or zeros: what lies on a grid stays on it.
 MOVE_OPS = frozenset(
@@ -27,6 +29,33 @@ MOVE_OPS = frozenset(
 )
 # Bounds of activation functions that are written as a Clip: ReLU6, Hardtanh, and ReLU1.
 ACTIVATION_BOUNDS = frozenset({(0.0, 6.0), (-1.0, 1.0), (0.0, 1.0)})
+
+
+class Grid(NamedTuple):
+    """An activation grid: scales and zero-points, one or one per channel, and the smallest and the largest integer."""
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class ExpectedQuantization:
+    """What the quantized torch model says about the ONNX file that was written from it.
+
+    Args:
+        layers: Number of convolution and linear calls with quantized weights; a layer that is called once per pyramid
+            level counts once per call.
+        weights: Path of a layer, with which the name of its integers begins -> smallest and largest integer; None
+            leaves weights unchecked.
+        activations: Grids of all activation quantizers; None leaves them unchecked. They are known by their values,
+            because an exporter shares constants that are equal, and inlines others without a name.
+    """
+
+    layers: int
+    weights: Mapping[str, tuple[int, int]] | None = None
+    activations: frozenset[Grid] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,13 +162,19 @@ class OnnxGraph:
         """Nodes that read the integers of a Q, through the Clip that narrows its grid; DQ nodes in a sound file."""
         return self.consumers((self.integer_clip(quantizer) or quantizer).outputs[0])
 
-    def quantizer(self, dq: Node) -> Node | None:
-        """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none."""
-        clip = maker = self.producer(dq.input(0))
+    def readers_behind(self, quantizer: Node) -> list[Node]:
+        """Nodes that read what comes from a Q through its DQ."""
+        dequantizers = [node for node in self.dequantizers(quantizer) if node.op == 'DequantizeLinear']
+        return [reader for dq in dequantizers for reader in self.consumers(dq.outputs[0])]
+
+    def quantizer(self, dq: Node | None) -> Node | None:
+        """The Q whose integers a DQ reads, through the Clip that narrows its grid; None if there is none, or no DQ."""
+        clip = maker = None if dq is None or dq.op != 'DequantizeLinear' else self.producer(dq.input(0))
         if maker is not None and maker.op == 'Clip':
             maker = self.producer(maker.input(0))
-        found = maker is not None and maker.op == 'QuantizeLinear'
-        return maker if found and maker is not None and clip in (maker, self.integer_clip(maker)) else None
+        if maker is None or maker.op != 'QuantizeLinear':
+            return None
+        return maker if clip in (maker, self.integer_clip(maker)) else None
 
     def zero_point_range(self, node: Node) -> tuple[int, int] | None:
         """Integer range of a Q or DQ node's container; ONNX's uint8 where nothing says otherwise."""
@@ -147,7 +182,7 @@ class OnnxGraph:
             value = self.constant(tensor)
             if value is not None:
                 return integer_range(value.dtype)
-        quantizer = self.quantizer(node) if node.op == 'DequantizeLinear' else None
+        quantizer = self.quantizer(node)
         return (0, 255) if quantizer is None else self.zero_point_range(quantizer)
 
     def zero_point(self, node: Node) -> Array:
@@ -226,17 +261,15 @@ class OnnxGraph:
         node = self.producer(quantizer.input(0))
         if node is None or node.op != 'Clip' or self.integer_clip(quantizer) is not None:
             return None
-        fills = (self.grid_key(quantizer), self.zero_point_range(quantizer)) in self._known_grids()
+        container, grids = self.zero_point_range(quantizer), self.expected and self.expected.activations
+        fills = container is not None and self.grid(quantizer, container) in (grids or ())
         return None if fills or self.clip_bounds(node) in ACTIVATION_BOUNDS else node
 
-    def grid_key(self, quantizer: Node) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Scales and zero-points of a Q, by which a grid of the model is found."""
+    def grid(self, quantizer: Node, integers: tuple[int, int]) -> Grid:
+        """The grid of a Q that is cut at two integers."""
         scale, zero_point = self.scale(quantizer), self.zero_point(quantizer)
-        return tuple(() if scale is None else np.ravel(scale).tolist()), tuple(np.ravel(zero_point).tolist())
-
-    def _known_grids(self) -> set[tuple[object, object]]:
-        grids = () if self.expected is None else self.expected.activations or ()
-        return {(tuple(grid[:2]), (grid.low, grid.high)) for grid in grids}
+        scales = tuple(() if scale is None else np.ravel(scale).tolist())
+        return Grid(scales, tuple(np.ravel(zero_point).tolist()), *integers)
 
 
 def _read_node(proto: Any, source: str) -> Node:

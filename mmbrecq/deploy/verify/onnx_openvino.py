@@ -5,34 +5,31 @@ Source: OpenVINO's specification of FakeQuantize and its pages on low-precision 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_tensorrt import half_quantized_faults
-from mmbrecq.deploy.verify.violation import Violation
+from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Faults, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_tensorrt import check_inputs
 
 # They move values within their channels.
 CHANNEL_OPS = frozenset({'Identity', 'MaxPool', 'Pad', 'Resize'})
 
 
-def check_levels(graph: OnnxGraph) -> Iterator[Violation]:
+def check_levels(graph: OnnxGraph) -> Faults:
     """V1: 8-bit containers, so that the converted FakeQuantize has 256 levels."""
     weights = {layer.weight_dq for layer in graph.layers() if layer.weight_dq is not None}
     for node in [*graph.activation_quantizers(), *sorted(weights, key=lambda dq: dq.name)]:
         container = graph.zero_point_range(node)
         levels = None if container is None else container[1] - container[0] + 1
         if levels != 256:
-            yield Violation('V1', node.name, f'expected 256 levels, but got {levels or "a type without levels"}')
+            yield node.name, f'expected 256 levels, but got {levels or "a type without levels"}'
 
 
-def check_signed(graph: OnnxGraph) -> Iterator[Violation]:
+def check_signed(graph: OnnxGraph) -> Faults:
     """V2: int8 activations have zero-point 0, their range is -128..127 steps."""
     for node in graph.activation_quantizers():
         low = _lowest(graph, node)
         if graph.zero_point_range(node) == (-128, 127) and low not in (-128, 0):
-            yield Violation('V2', node.name, f'expected a range of -128..127 steps, but got {low}..{low + 255}')
+            yield node.name, f'expected a range of -128..127 steps, but got {low}..{low + 255}'
 
 
 def _lowest(graph: OnnxGraph, node: Node) -> int:
@@ -41,9 +38,9 @@ def _lowest(graph: OnnxGraph, node: Node) -> int:
     return container[0] - int(graph.zero_point(node).flat[0])
 
 
-def check_layer_inputs(graph: OnnxGraph) -> Iterator[Violation]:
+def check_layer_inputs(graph: OnnxGraph) -> Faults:
     """V4: both inputs of a convolution or linear layer are quantized, or neither, and weights are symmetric."""
-    yield from half_quantized_faults(graph, 'V4')
+    yield from check_inputs(graph)
     for dq in dict.fromkeys(layer.weight_dq for layer in graph.layers()):
         container = None if dq is None else graph.zero_point_range(dq)
         if dq is None or container is None:
@@ -53,20 +50,20 @@ def check_layer_inputs(graph: OnnxGraph) -> Iterator[Violation]:
         offset = graph.zero_point(dq) - middle
         if np.any(offset):
             worst = offset[offset != 0].flat[0]
-            yield Violation('V4', dq.name, f'expected a symmetric weight, but its zero-point lies at {worst}')
+            yield dq.name, f'expected a symmetric weight, but its zero-point lies at {worst}'
 
 
-def check_per_tensor(graph: OnnxGraph) -> Iterator[Violation]:
+def check_per_tensor(graph: OnnxGraph) -> Faults:
     """V5: activations have one scale per tensor, or one per channel where of all layers depthwise convolutions read."""
     for node in graph.activation_quantizers():
         scale = graph.scale(node)
         if scale is not None and scale.size != 1 and not _is_read_by_channel(graph, node, scale.size):
             message = 'expected one scale per tensor, or depthwise convolutions that read its channels'
-            yield Violation('V5', node.name, f'{message}, but got {scale.size} scales')
+            yield node.name, f'{message}, but got {scale.size} scales'
 
 
 def _is_read_by_channel(graph: OnnxGraph, quantizer: Node, channels: int) -> bool:
-    readers = [reader for dq in graph.dequantizers(quantizer) for reader in graph.consumers(dq.outputs[0])]
+    readers = graph.readers_behind(quantizer)
     for reader in readers:
         if reader.op in MOVE_OPS | {'Resize'}:
             if reader.op not in CHANNEL_OPS:
@@ -77,18 +74,18 @@ def _is_read_by_channel(graph: OnnxGraph, quantizer: Node, channels: int) -> boo
     return quantizer.attributes.get('axis', 1) == 1
 
 
-def check_network_outputs(graph: OnnxGraph) -> Iterator[Violation]:
+def check_network_outputs(graph: OnnxGraph) -> Faults:
     """V6: network outputs are not quantized."""
     for tensor in graph.outputs:
         for dq in graph.quantized_sources(tensor) or []:
-            yield Violation('V6', dq.name, f'expected a float network output, but it quantizes output {tensor!r}')
+            yield dq.name, f'expected a float network output, but it quantizes output {tensor!r}'
 
 
-def check_concats(graph: OnnxGraph) -> Iterator[Violation]:
+def check_concats(graph: OnnxGraph) -> Faults:
     """V7: the quantized inputs of a Concat have one grid: OpenVINO takes them to one, whatever the file says."""
     for concat in graph.of_type('Concat'):
         sources = [dq for tensor in concat.inputs for dq in graph.quantized_sources(tensor) or []]
         scales = {dq: scale for dq in sources if (scale := graph.scale(dq)) is not None and np.isfinite(scale).all()}
         if not all(graph.same_grid(dq, next(iter(scales))) for dq in scales):
             values = ', '.join(f'{np.ravel(scale)[0]:g}' for scale in scales.values())
-            yield Violation('V7', concat.name, f'expected one grid on all quantized inputs, but got scales {values}')
+            yield concat.name, f'expected one grid on all quantized inputs, but got scales {values}'

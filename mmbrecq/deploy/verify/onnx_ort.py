@@ -6,16 +6,13 @@ optimized graphs that it writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_structure import title
-from mmbrecq.deploy.verify.violation import Violation
 
 
-def check_outputs(graph: OnnxGraph) -> Iterator[Violation]:
+def check_outputs(graph: OnnxGraph) -> Faults:
     """O1: a quantized convolution feeds a Q, with nothing but a ReLU or Clip between; a network output is exempt."""
     for layer in graph.layers():
         integer = layer.weight_dq is not None and graph.quantized_sources(layer.data) is not None
@@ -31,10 +28,10 @@ def check_outputs(graph: OnnxGraph) -> Iterator[Violation]:
         others = [reader for reader in readers if reader.op != 'QuantizeLinear']
         if others or len(readers) != 1:
             found = ', '.join(title(reader) for reader in others or readers) or 'nothing'
-            yield Violation('O1', layer.node.name, f'expected a QuantizeLinear after it, but got {found}')
+            yield layer.node.name, f'expected a QuantizeLinear after it, but got {found}'
 
 
-def check_relu_grids(graph: OnnxGraph) -> Iterator[Violation]:
+def check_relu_grids(graph: OnnxGraph) -> Faults:
     """O2: after a ReLU the grid is uint8 with zero-point 0; an int8 zero-point 0 leaves the convolution in float."""
     for node in graph.activation_quantizers():
         clip = graph.producer(node.input(0))
@@ -44,7 +41,7 @@ def check_relu_grids(graph: OnnxGraph) -> Iterator[Violation]:
         if graph.zero_point_range(node) != (0, 255) or zero_point.any():
             kind = graph.constant(node.input(2))
             found = f'{"no type" if kind is None else kind.dtype.name} and {zero_point.flat[0]}'
-            yield Violation('O2', node.name, f'expected uint8 and zero-point 0 after {title(clip)}, but got {found}')
+            yield node.name, f'expected uint8 and zero-point 0 after {title(clip)}, but got {found}'
 
 
 def _non_negative(graph: OnnxGraph, node: Node | None) -> bool:
@@ -57,7 +54,7 @@ def _non_negative(graph: OnnxGraph, node: Node | None) -> bool:
     return node is not None and node.op == 'Relu'
 
 
-def check_pools(graph: OnnxGraph) -> Iterator[Violation]:
+def check_pools(graph: OnnxGraph) -> Faults:
     """O3: a max-pool between a DQ and a Q has one scale and zero-point on both sides."""
     for pool in graph.of_type('MaxPool'):
         before = graph.producer(pool.input(0))
@@ -69,5 +66,4 @@ def check_pools(graph: OnnxGraph) -> Iterator[Violation]:
             first, second = graph.scale(before), graph.scale(after)
             if first is not None and second is not None and not np.isnan([first.min(), second.min()]).any():
                 scales = f'{first.flat[0]:g} and {second.flat[0]:g}'
-                message = f'expected one scale and zero-point before and after it, but got scales {scales}'
-                yield Violation('O3', pool.name, message)
+                yield pool.name, f'expected one scale and zero-point before and after it, but got scales {scales}'

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Layer, Node, OnnxGraph
-from mmbrecq.deploy.verify.violation import Violation
+from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Faults, Layer, Node, OnnxGraph
 
 # Opset from which Q and DQ take a type; ONNX's version history of the two operators.
 OPSET_OF_TYPE = {
@@ -28,36 +27,36 @@ def quantization_nodes(graph: OnnxGraph) -> Iterator[Node]:
     return graph.of_type('QuantizeLinear', 'DequantizeLinear')
 
 
-def check_scales(graph: OnnxGraph) -> Iterator[Violation]:
+def check_scales(graph: OnnxGraph) -> Faults:
     """C1: scales are constant, finite and positive."""
     for node in quantization_nodes(graph):
         scale = graph.scale(node)
         if scale is None:
-            yield Violation('C1', node.name, f'expected a constant scale, but {node.input(1)!r} is computed')
+            yield node.name, f'expected a constant scale, but {node.input(1)!r} is computed'
         elif not (np.isfinite(scale).all() and (scale > 0).all()):
             worst = scale[~(np.isfinite(scale) & (scale > 0))].flat[0]
-            yield Violation('C1', node.name, f'expected finite scales > 0, but got {worst:g}')
+            yield node.name, f'expected finite scales > 0, but got {worst:g}'
 
 
-def check_zero_points(graph: OnnxGraph) -> Iterator[Violation]:
+def check_zero_points(graph: OnnxGraph) -> Faults:
     """C2: a constant zero-point of the scale's shape is given."""
     for node in quantization_nodes(graph):
         scale, zero_point = graph.constant(node.input(1)), graph.constant(node.input(2))
         if not node.input(2):
-            yield Violation('C2', node.name, 'expected a zero-point, but it is left out')
+            yield node.name, 'expected a zero-point, but it is left out'
         elif zero_point is None:
-            yield Violation('C2', node.name, f'expected a constant zero-point, but {node.input(2)!r} is computed')
+            yield node.name, f'expected a constant zero-point, but {node.input(2)!r} is computed'
         elif scale is not None and zero_point.shape != scale.shape:
-            expected = f'expected a zero-point of the shape {scale.shape} of the scale'
-            yield Violation('C2', node.name, f'{expected}, but got {zero_point.shape}')
+            shapes = f'{scale.shape} of the scale, but got {zero_point.shape}'
+            yield node.name, f'expected a zero-point of the shape {shapes}'
 
 
-def check_axes(graph: OnnxGraph) -> Iterator[Violation]:
+def check_axes(graph: OnnxGraph) -> Faults:
     """C3: per-channel axis explicit, its length the scale's, the axis of a weight its output channels."""
     for node in quantization_nodes(graph):
         scale = graph.constant(node.input(1))
         if scale is not None and (message := _axis_fault(node, scale, graph.constant(node.input(0)))):
-            yield Violation('C3', node.name, message)
+            yield node.name, message
     for layer in graph.layers():
         dq = layer.weight_dq
         scale = None if dq is None else graph.constant(dq.input(1))
@@ -67,7 +66,7 @@ def check_axes(graph: OnnxGraph) -> Iterator[Violation]:
         axes = None if ndim is None else _channel_axes(graph, layer, dq, ndim)
         if ndim is not None and axes is not None and axis % ndim not in axes:
             message = f'expected the output channels (axis {axes[0]}) of {layer.node.op} {layer.node.name!r}'
-            yield Violation('C3', dq.name, f'{message}, but got axis {axis}')
+            yield dq.name, f'{message}, but got axis {axis}'
 
 
 def _axis_fault(node: Node, scale: Array, data: Array | None) -> str | None:
@@ -117,7 +116,7 @@ def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
     return None if data is None else data.ndim
 
 
-def check_opset(graph: OnnxGraph) -> Iterator[Violation]:
+def check_opset(graph: OnnxGraph) -> Faults:
     """C4: the opset knows the types and attributes that Q, DQ and a Clip between them use."""
     needs: list[tuple[Node, str, int | None]] = [
         (clip, 'a Clip of integers', OPSET_OF_INTEGER_CLIP)
@@ -126,14 +125,14 @@ def check_opset(graph: OnnxGraph) -> Iterator[Violation]:
     ]
     for node in (node for node in graph.nodes if node.op in ('QuantizeLinear', 'DequantizeLinear')):
         if node.domain not in STANDARD_DOMAINS:
-            yield Violation('C4', node.name, f'expected the ONNX operator, but got {node.op} of {node.domain!r}')
+            yield node.name, f'expected the ONNX operator, but got {node.op} of {node.domain!r}'
         else:
             needs += [(node, what, opset) for what, opset in _needs(graph, node)]
     for node, what, opset in needs:
         if opset is None:
-            yield Violation('C4', node.name, f'expected a type of {node.op}, but got {what}')
+            yield node.name, f'expected a type of {node.op}, but got {what}'
         elif graph.opset < opset:
-            yield Violation('C4', node.name, f'expected opset {opset} or later for {what}, but got {graph.opset}')
+            yield node.name, f'expected opset {opset} or later for {what}, but got {graph.opset}'
 
 
 def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
@@ -150,34 +149,34 @@ def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
             yield f'attribute {name!r}', OPSET_OF_ATTRIBUTE[name]
 
 
-def check_pairs(graph: OnnxGraph) -> Iterator[Violation]:
+def check_pairs(graph: OnnxGraph) -> Faults:
     """C5: every Q feeds one DQ of the same grid, none is right behind another pair, every quantized layer is there."""
     for node in graph.of_type('QuantizeLinear'):
         yield from _pair_faults(graph, node)
     for node in graph.of_type('DequantizeLinear'):
         if graph.constant(node.input(0)) is None and graph.quantizer(node) is None:
             before = title(graph.producer(node.input(0)))
-            yield Violation('C5', node.name, f'expected a QuantizeLinear or a constant before it, but got {before}')
+            yield node.name, f'expected a QuantizeLinear or a constant before it, but got {before}'
     if graph.expected is not None:
         found = sum(layer.weight_dq is not None for layer in graph.layers())
         if found != graph.expected.layers:
-            message = f'expected {graph.expected.layers} quantized convolution and linear layers, but got {found}'
-            yield Violation('C5', graph.name, message)
+            layers = f'{graph.expected.layers} quantized convolution and linear layers'
+            yield graph.name, f'expected {layers}, but got {found}'
 
 
-def _pair_faults(graph: OnnxGraph, node: Node) -> Iterator[Violation]:
+def _pair_faults(graph: OnnxGraph, node: Node) -> Faults:
     clip, readers = graph.integer_clip(node), graph.dequantizers(node)
     leaves = any(maker.outputs[0] in graph.outputs for maker in (node, clip) if maker is not None)
     if len(readers) != 1 or readers[0].op != 'DequantizeLinear' or leaves:
         found = ', '.join([*map(title, readers), *['a graph output'] * leaves]) or 'nothing'
-        yield Violation('C5', node.name, f'expected one DequantizeLinear to read it, but got {found}')
+        yield node.name, f'expected one DequantizeLinear to read it, but got {found}'
     elif _known(graph, node, readers[0]) and not graph.same_grid(node, readers[0]):
-        yield Violation('C5', node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ')
+        yield node.name, f'expected the scale and zero-point of {readers[0].name!r}, but they differ'
     earlier = graph.producer((graph.grid_clip(node) or node).input(0))
     while earlier is not None and earlier.op == 'Identity':
         earlier = graph.producer(earlier.input(0))
     if earlier is not None and earlier.op == 'DequantizeLinear':
-        yield Violation('C5', node.name, f'expected one quantization, but {earlier.name!r} is right before it')
+        yield node.name, f'expected one quantization, but {earlier.name!r} is right before it'
 
 
 def _known(graph: OnnxGraph, first: Node, second: Node) -> bool:

@@ -5,13 +5,10 @@ Source: the ONNX operator specification of QuantizeLinear, DequantizeLinear and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Array, Node, OnnxGraph, integer_range
+from mmbrecq.deploy.verify.onnx_graph import Array, Faults, Node, OnnxGraph, integer_range
 from mmbrecq.deploy.verify.onnx_structure import title
-from mmbrecq.deploy.verify.violation import Grid, Violation
 
 # A float weight counts as on its grid within this part of a step.
 GRID_TOLERANCE = 1e-3
@@ -19,11 +16,11 @@ GRID_TOLERANCE = 1e-3
 TOLERANCE = 8 * float(np.finfo(np.float32).eps)
 
 
-def check_weights(graph: OnnxGraph) -> Iterator[Violation]:
+def check_weights(graph: OnnxGraph) -> Faults:
     """C6: weights lie on their grid, integers or floats that quantization leaves as they are, of the bits expected."""
     for dq in dict.fromkeys(layer.weight_dq for layer in graph.layers() if layer.weight_dq is not None):
         if (fault := _weight_fault(graph, dq)) is not None:
-            yield Violation('C6', dq.name, fault)
+            yield dq.name, fault
 
 
 def _weight_fault(graph: OnnxGraph, dq: Node) -> str | None:
@@ -57,7 +54,7 @@ def _expand(values: Array, ndim: int, axis: int) -> Array:
     return values if values.size == 1 else values.reshape([-1 if i == axis % ndim else 1 for i in range(ndim)])
 
 
-def check_grids(graph: OnnxGraph) -> Iterator[Violation]:
+def check_grids(graph: OnnxGraph) -> Faults:
     """C7: a grid is one of the model's, holds 0, and is cut at integers of its container.
 
     Bounds of a Clip between Q and DQ are such integers, bounds of one before a Q are
@@ -70,7 +67,7 @@ def check_grids(graph: OnnxGraph) -> Iterator[Violation]:
             # a grid may end where an activation function does
             clip, message = before, _grid_fault(graph, node, before)
         if message:
-            yield Violation('C7', node.name if clip is None else clip.name, message)
+            yield node.name if clip is None else clip.name, message
 
 
 def _grid_fault(graph: OnnxGraph, node: Node, clip: Node | None) -> str | None:
@@ -86,7 +83,7 @@ def _grid_fault(graph: OnnxGraph, node: Node, clip: Node | None) -> str | None:
     grids = None if graph.expected is None else graph.expected.activations
     if grids is None:
         return None
-    grid = Grid(*graph.grid_key(node), *integers)
+    grid = graph.grid(node, integers)
     if grid in grids:
         return None
     meant = ' or '.join(f'{g.low}..{g.high}' for g in grids if g[:2] == grid[:2])
@@ -120,7 +117,7 @@ def _clip_integers(graph: OnnxGraph, node: Node, clip: Node, container: tuple[in
     return f'expected bounds that are {grid}, but got {bounds[0]:g} and {bounds[1]:g}'
 
 
-def check_biases(graph: OnnxGraph) -> Iterator[Violation]:
+def check_biases(graph: OnnxGraph) -> Faults:
     """C8: biases are float32 constants."""
     for layer in graph.layers():
         tensor = layer.node.input(2) or _added_bias(graph, layer.node)
@@ -128,9 +125,9 @@ def check_biases(graph: OnnxGraph) -> Iterator[Violation]:
             continue
         value, maker = graph.constant(tensor), graph.producer(tensor)
         if value is not None and value.dtype != np.float32:
-            yield Violation('C8', layer.node.name, f'expected a float32 bias, but got {value.dtype.name}')
+            yield layer.node.name, f'expected a float32 bias, but got {value.dtype.name}'
         elif value is None and maker is not None and maker.op in ('QuantizeLinear', 'DequantizeLinear', 'Cast'):
-            yield Violation('C8', layer.node.name, f'expected a float32 bias, but it comes from {title(maker)}')
+            yield layer.node.name, f'expected a float32 bias, but it comes from {title(maker)}'
 
 
 def _added_bias(graph: OnnxGraph, node: Node) -> str:
@@ -148,7 +145,7 @@ def _added_bias(graph: OnnxGraph, node: Node) -> str:
     return other[0] if stored else ''
 
 
-def check_bias_range(graph: OnnxGraph) -> Iterator[Violation]:
+def check_bias_range(graph: OnnxGraph) -> Faults:
     """C9: a bias fits int32 in units of input scale times weight scale, to which runtimes round it."""
     for layer in graph.layers():
         bias, dq = graph.constant(layer.node.input(2)), layer.weight_dq
@@ -160,5 +157,4 @@ def check_bias_range(graph: OnnxGraph) -> Iterator[Violation]:
         step = np.ravel(weights) * min(inputs)
         # what C1 reports is not reported again
         if (step > 0).all() and (units := np.abs(bias / step).max()) >= 2**31:
-            message = f'expected a bias below 2^31 units of its scales, but got {units:.3g}'
-            yield Violation('C9', layer.node.name, message)
+            yield layer.node.name, f'expected a bias below 2^31 units of its scales, but got {units:.3g}'

@@ -168,9 +168,7 @@ def cpu_name() -> str:
 
 def _default_path(kept: Latencies) -> Path:
     folder = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
-    name = '-'.join(
-        re.sub(r'[^A-Za-z0-9.]+', '_', str(value)).strip('_') for value in (getattr(kept, name) for name in ORIGIN)
-    )
+    name = '-'.join(re.sub(r'[^A-Za-z0-9.]+', '_', str(getattr(kept, name))).strip('_') for name in ORIGIN)
     return folder / 'latency' / f'{name}.json'
 
 

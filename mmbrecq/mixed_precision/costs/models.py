@@ -11,9 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mmbrecq.building import check_integer
 from mmbrecq.byte_size import weight_bytes
 from mmbrecq.errors import ConfigError, TableError
@@ -35,11 +32,6 @@ class BaseCostModel(metaclass=ABCMeta):
 
     def prepare(self, layers: Sequence[LayerShape]) -> None:  # noqa: B027, most have nothing to prepare
         """Does at once what all layers of a network need before their costs are asked for; by default nothing."""
-
-    def table(self, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> NDArray[np.float64]:
-        """Returns the costs of all layers at all candidates, ``(layers, candidates)``, see :meth:`cost`."""
-        self.prepare(layers)
-        return np.array([[self.cost(layer, bits) for bits in candidates] for layer in layers])
 
     def cost(self, layer: LayerShape, bits: Bits) -> float:
         """Returns the cost of one layer, see :meth:`layer_cost`; TableError where it is negative or not finite."""

@@ -76,13 +76,7 @@ class NSGA2Searcher:
         start = generator.integers(0, sizes, (self.population, len(sizes)))
         # the ends of the front are hard to find from the middle
         start[:2] = np.stack([np.zeros_like(sizes), sizes - 1])
-        algorithm = NSGA2(
-            self.population,
-            sampling=start,
-            crossover=UniformCrossover(),
-            mutation=DrawAnew(),
-            eliminate_duplicates=True,
-        )
+        algorithm = NSGA2(self.population, sampling=start, crossover=UniformCrossover(), mutation=DrawAnew())
         counts = {'n_var': len(sizes), 'n_obj': 1 + len(problem.costs), 'n_ieq_constr': len(limits)}
         tables = Tables(**counts, xl=np.zeros(len(sizes)), xu=sizes - 1)
         result = minimize(tables, algorithm, ('n_gen', self.iterations), seed=seed)

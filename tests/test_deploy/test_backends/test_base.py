@@ -20,6 +20,7 @@ class Doubling(BaseBackend):
     def _load(self) -> None:
         if self.failure is not None:
             raise self.failure
+        self.input_names, self.output_names = ['x'], ['double', 'negative']
 
     def _run(self, arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         (x,) = arrays
@@ -27,10 +28,6 @@ class Doubling(BaseBackend):
         if x.ndim != 2:
             raise RuntimeError('rank must be 2\nsecond line')
         return [2 * x, -x]
-
-    version = '1.0'
-    input_names = property(lambda self: ['x'])
-    output_names = property(lambda self: ['double', 'negative'])
 
     def integer_kernels(self) -> KernelCount:
         return KernelCount(0, 0)

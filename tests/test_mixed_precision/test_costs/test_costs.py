@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import pytest
 
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
-from mmbrecq.mixed_precision.costs.models import BitOperations, BitSerialAccelerator, LatencyTable, ModelSize
+from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import (
+    BaseCostModel,
+    BitOperations,
+    BitSerialAccelerator,
+    LatencyTable,
+    ModelSize,
+)
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(
@@ -25,6 +32,12 @@ HEAD = LayerShape(
 )  # fmt: skip
 UP = LayerShape('up', 'ConvTranspose2d', (8, 6, 2, 2), (Call((8, 5, 5), (6, 10, 10)),), (8, 8), 6, True)
 FC = LayerShape('head.fc', 'Linear', (10, 32), (Call((32,), (10,)),), (8, 8), 10, True)
+
+
+def costs(model: BaseCostModel, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> np.ndarray:
+    """Costs of all layers at all candidates, ``(layers, candidates)``."""
+    model.prepare(layers)
+    return np.array([[model.cost(layer, bits) for bits in candidates] for layer in layers])
 
 
 def test_multiplications() -> None:
@@ -48,7 +61,7 @@ def test_size_and_bit_operations(layer: LayerShape, bits: tuple[int | None, int 
 
 
 def test_a_table_has_a_row_for_each_layer() -> None:
-    table = BitOperations().table([CONV, FC], [(2, 4), (8, 8)])
+    table = costs(BitOperations(), [CONV, FC], [(2, 4), (8, 8)])
     np.testing.assert_array_equal(table, [[CONV.macs * 8, CONV.macs * 64], [FC.macs * 8, FC.macs * 64]])
 
 
@@ -95,8 +108,8 @@ def table_file(folder: Path, content: Any) -> str:
 
 def test_latencies_are_read_from_a_table(tmp_path: Path) -> None:
     rows = {'backbone.conv1': {'W8A8': 0.5, 'W32A32': 2}, 'head.fc': {'W8A8': 0, 'W32A32': 0.25}}
-    table = LatencyTable(table_file(tmp_path, {'device': 'board', 'layers': rows})).table(
-        [CONV, FC], [(8, 8), (None, None)]
+    table = costs(
+        LatencyTable(table_file(tmp_path, {'device': 'board', 'layers': rows})), [CONV, FC], [(8, 8), (None, None)]
     )
     np.testing.assert_array_equal(table, [[0.5, 2], [0, 0.25]])
 
@@ -117,7 +130,7 @@ def test_latencies_are_read_from_a_table(tmp_path: Path) -> None:
 def test_bad_tables(tmp_path: Path, content: Any, message: str) -> None:
     path = table_file(tmp_path, content)
     with pytest.raises(TableError, match=re.escape(message)) as raised:
-        LatencyTable(path).table([FC], [(8, 8)])
+        costs(LatencyTable(path), [FC], [(8, 8)])
     assert str(raised.value).startswith(f'{path}: ')
 
 

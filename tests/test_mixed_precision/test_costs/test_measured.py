@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from mmbrecq.building import build
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
 from mmbrecq.mixed_precision.costs.measured import COPIES, MeasuredLatency, copies_of, layer_graph, shape_key
+from mmbrecq.mixed_precision.costs.models import BaseCostModel
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(
@@ -38,6 +40,12 @@ UP = LayerShape(
 LINEAR = LayerShape('fc', 'Linear', (10, 32), (Call((32,), (10,), 3),), (8, 8), 10, True)
 TOKENS = LayerShape('tokens', 'Linear', (10, 32), (Call((7, 32), (7, 10)),), (8, 8), 10, True)
 LAYERS = [CONV, DEPTHWISE, UP, LINEAR, TOKENS]
+
+
+def costs(model: BaseCostModel, layers: Sequence[LayerShape], candidates: Sequence[Bits]) -> np.ndarray:
+    """Costs of all layers at all candidates, ``(layers, candidates)``."""
+    model.prepare(layers)
+    return np.array([[model.cost(layer, bits) for bits in candidates] for layer in layers])
 
 
 def reference(layer: LayerShape, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +114,7 @@ def test_more_work_takes_more_time(runtime: str, tmp_path: Path) -> None:
     large = replace(CONV, calls=(Call((8, 256, 256), (16, 128, 128)),))
     both = replace(CONV, calls=small.calls + large.calls)
     model = MeasuredLatency(runtime, str(tmp_path / 'latency.json'), rounds=3)
-    table = model.table([small, large, both], [(8, 8), (2, 4), (None, None), (8, None)])
+    table = costs(model, [small, large, both], [(8, 8), (2, 4), (None, None), (8, None)])
     assert (table[1] > 4 * table[0]).all(), '256 times the work'
     np.testing.assert_allclose(table[2], table[0] + table[1])
     np.testing.assert_array_equal(table[:, 0], table[:, 1])
@@ -118,15 +126,15 @@ def test_the_round_least_disturbed_counts(tmp_path: Path, monkeypatch: pytest.Mo
     """A busy neighbour makes rounds slower, for both kinds of kernels in turn: 3, 9, 2, 8, ... ms for 16 copies."""
     spent = iter([3e-3, 9e-3, 2e-3, 8e-3, 5e-3, 10e-3])
     monkeypatch.setattr(ONNXRuntimeBackend, 'seconds', lambda *_: next(spent))
-    table = MeasuredLatency('onnxruntime', str(tmp_path / 'latency.json'), rounds=3).table(
-        [LINEAR], [(8, 8), (None, None)]
+    table = costs(
+        MeasuredLatency('onnxruntime', str(tmp_path / 'latency.json'), rounds=3), [LINEAR], [(8, 8), (None, None)]
     )
     np.testing.assert_allclose(table[0], [8 / 16, 2 / 16])
 
 
 def test_a_figure_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / 'latency.json'
-    first = MeasuredLatency('onnxruntime', str(path), rounds=1).table([CONV, LINEAR], [(8, 8), (None, None)])
+    first = costs(MeasuredLatency('onnxruntime', str(path), rounds=1), [CONV, LINEAR], [(8, 8), (None, None)])
     content = json.loads(path.read_text())
     assert content['runtime'] == 'ONNX Runtime' and content['threads'] == 1 and content['cpu']
     assert set(content['layers']) == {shape_key(layer, layer.calls[0]) for layer in (CONV, LINEAR)}
@@ -136,17 +144,17 @@ def test_a_figure_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(BaseBackend, 'seconds', refuse)
     # another network with a layer of the same shape
-    again = MeasuredLatency('onnxruntime', str(path)).table(
-        [replace(CONV, name='other'), LINEAR], [(8, 8), (None, None)]
+    again = costs(
+        MeasuredLatency('onnxruntime', str(path)), [replace(CONV, name='other'), LINEAR], [(8, 8), (None, None)]
     )
     np.testing.assert_array_equal(again, first)
     with pytest.raises(AssertionError, match='measured again'):
-        MeasuredLatency('onnxruntime', str(path)).table([UP], [(8, 8)])
+        costs(MeasuredLatency('onnxruntime', str(path)), [UP], [(8, 8)])
 
 
 def test_without_a_path_figures_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('MMBRECQ_CACHE', str(tmp_path))
-    MeasuredLatency('onnxruntime', rounds=1).table([LINEAR], [(8, 8)])
+    costs(MeasuredLatency('onnxruntime', rounds=1), [LINEAR], [(8, 8)])
     (file,) = (tmp_path / 'latency').iterdir()
     assert file.name.startswith('ONNX_Runtime-')
 
@@ -167,7 +175,7 @@ def test_without_a_path_figures_are_kept_in_the_cache(tmp_path: Path, monkeypatc
 )
 def test_bad_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / 'latency.json'
-    MeasuredLatency('onnxruntime', str(path), rounds=1).table([LINEAR], [(8, 8)])
+    costs(MeasuredLatency('onnxruntime', str(path), rounds=1), [LINEAR], [(8, 8)])
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(TableError, match=re.escape(message)) as raised:
         MeasuredLatency('onnxruntime', str(path))
