@@ -15,6 +15,7 @@ from mmbrecq.data.groups import batches_of
 from mmbrecq.distributed import gather
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -32,7 +33,8 @@ class NearestReconstructor(BaseReconstructor):
 
     The bias of every layer is moved by the mean error of its outputs, ``E[(W - W_q) x]`` over the calibration images,
     as float layers before it compute ``x`` (Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
-    Correction, ICCV 2019, section 4.2). It takes one pass over the images.
+    Correction, ICCV 2019, section 4.2). It takes one pass over the images. The corrections are kept if they bring the
+    outputs of the network nearer to float: where one token alone is read, the mean over all of them may not.
 
     Args:
         memory_limit: As in :class:`BaseReconstructor`.
@@ -55,13 +57,32 @@ class NearestReconstructor(BaseReconstructor):
                 with task.model.quantization(weights=False, activations=False):
                     for batch in batches_of(task.images, plan.observed or OBSERVED, task.first):
                         task.model(task.images[batch])
-        everywhere = gather(errors)
+        everywhere, offsets = gather(errors), []
         for name in {name: None for seen in everywhere for name in seen}:
             sums, counts = zip(*(seen[name] for seen in everywhere if name in seen), strict=True)
             correction = bias_correction(task.model.model.get_submodule(name))
             if correction is not None and sum(counts):
                 correction.offset.data.copy_(torch.stack(sums).sum(0) / sum(counts))
+                offsets.append(correction.offset.data)
+        means, corrected = [offset.clone() for offset in offsets], _error_of_outputs(task, plan)
+        for offset in offsets:
+            offset.zero_()
+        if corrected < _error_of_outputs(task, plan):
+            for offset, mean in zip(offsets, means, strict=True):
+                offset.copy_(mean)
         yield from ()
+
+
+@torch.no_grad()
+def _error_of_outputs(task: Task, plan: CachePlan) -> float:
+    """Returns what quantized weights change of the outputs for the first images: squared errors over powers, summed."""
+    images = task.images[batches_of(task.images, plan.observed or OBSERVED, task.first)[0]]
+    found: list[list[Tensor]] = []
+    for weights in (False, True):
+        with task.model.quantization(weights=weights, activations=False):
+            found.append([value.double() for value in flatten_outputs(task.model(images)).values()])
+    errors = [(q - f).square().sum() / f.square().sum().clamp_min(1e-30) for f, q in zip(*found, strict=True)]
+    return sum(gather(float(sum(errors))))
 
 
 def _note_error(
