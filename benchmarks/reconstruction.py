@@ -105,7 +105,7 @@ def prepare(config: str, images: int, options: dict[str, Any] | None = None) -> 
     runner = build_runner(cfg, config, loop)
     load_float_checkpoint(runner.model, resolve_checkpoint(cfg.float_checkpoint, config))
     drawn = build_calibration_set(cfg, dict(cfg.calibration))
-    batch = collect_images(runner.model, drawn)
+    batch, drawn = collect_images(runner.model, drawn)
     model = pipeline.prepare(runner.model, batch, build(QUANTIZERS, dict(cfg.quantizer)))
     pipeline.calibrate(Task(model, batch, drawn.batches, None, 0, Path(cfg.work_dir)))
     stages = [s for s in build(RECONSTRUCTORS, dict(cfg.reconstructor)).stages if s.granularity is None]
