@@ -69,7 +69,8 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
                 do_constant_folding=False, dynamo=False,
             )  # fmt: skip
     except Exception as error:
-        reason = first_line(error)
+        # without the request for a pull request, and the scope of the value
+        reason = first_line(error).partition('. Please feel free')[0].partition('  [Caused by')[0]
         if 'incompatible function arguments' in reason:
             reason = 'an operation computes an argument that its ONNX form has as a constant'
         calls = ''.join(f"; '{path}' is one call ({why})" for path, why in graph.traced.opaque.items())
