@@ -24,7 +24,7 @@ _FUNCTIONS: Mapping[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.conv_transpose3d: (nn.ConvTranspose3d, _TRANSPOSED),
 }  # fmt: skip
 PRODUCTS = ('matmul', 'mm', 'addmm', 'bmm', 'baddbmm')
-"""What a file has as products of matrices."""
+"""A file has these operations as products of matrices."""
 
 _FORWARDS = {kind.forward for kind in WEIGHTED}
 

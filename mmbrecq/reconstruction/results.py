@@ -48,7 +48,7 @@ class UnitResult:
 
     @property
     def learned_rounding(self) -> bool:
-        """Whether the pass learns the rounding of weights; the others start from what was learned."""
+        """Tells whether the pass learns the rounding of weights; the others start from what was learned."""
         return self.stage not in ('activations', 'network')
 
     @property

@@ -106,7 +106,7 @@ def test_cached_values_of_each_group_are_the_float_models(
 
 @pytest.mark.parametrize('place', ['host', 'disk'])
 def test_a_step_is_of_one_group(tmp_path: Path, place: str) -> None:
-    """As many of the steps as the group has of the images; a group of fewer images than a batch gives them all."""
+    """A group gets its share of the steps; a group of fewer images than a batch gives them all."""
     groups = Grouped([torch.arange(12.0).reshape(12, 1), torch.full((4, 3), 100.0)], [12, 16])
     with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
         values = cache.allocate((16, 1), like=groups)

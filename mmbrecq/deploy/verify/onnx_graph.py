@@ -42,7 +42,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpectedQuantization:
-    """What the quantized torch model says about the ONNX file that was written from it.
+    """Holds what the quantized torch model says about the ONNX file that was written from it.
 
     Args:
         layers: Number of convolution and linear calls with quantized weights; a layer that is called once per pyramid

@@ -36,7 +36,7 @@ RUNTIMES: dict[str, type[BaseBackend]] = {'openvino': OpenVINOBackend, 'onnxrunt
 
 
 ORIGIN = ('runtime', 'version', 'cpu', 'threads')
-"""What the latencies of a file are of."""
+"""Latencies in a file are of these."""
 
 
 @dataclass
