@@ -185,8 +185,8 @@ def test_outputs_in_a_dict_keep_their_keys(tmp_path: Path) -> None:
     quantized = mmbrecq.quantize(model, images(), preset='onnxruntime', iterations=8)
     simulated, computed = quantized(images(2)), model(images(2))
     assert list(simulated) == ['logits', 'scores']
-    assert torch.equal(simulated['logits'].softmax(1), simulated['scores'][0])
-    assert float((simulated['logits'] - computed['logits']).square().mean() / computed['logits'].var()) < 1e-3
+    torch.testing.assert_close(simulated['scores'][0], computed['scores'][0], rtol=0, atol=0.01)
+    torch.testing.assert_close(simulated['logits'], computed['logits'], rtol=0, atol=0.05)
     (path,) = quantized.export(tmp_path / 'net.onnx')
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     assert {output.name for output in session.get_outputs()} == {'output_logits', 'output_scores_0'}
