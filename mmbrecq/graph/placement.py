@@ -55,9 +55,11 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     partial = _partial_concats(roles, set(quantized)) if preset.equal_concat else set()
     quantized = [n for n in quantized if not all(_leads_to(user, partial, roles) for user in n.users)]
     # where others read the same moved values on their grid, a concatenation reads all on one
-    mixed = [
+    mixed = {
         c for c in partial if not all(_reads_apart(s, partial, roles) for s in set(roles.sources(c)) & set(quantized))
-    ]
+    }
+    # so does one that is part of it
+    mixed |= {c for c in partial if mixed & set(roles.consumers(c, lambda u: roles.moves_only(u) and u not in mixed))}
     joined = set(quantized).union(s for c in mixed for s in roles.sources(c) if roles.is_tensor(s))
     partial, quantized = partial.difference(mixed), [n for n in roles.graph.nodes if n in joined]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
@@ -237,11 +239,11 @@ def _leads_to(user: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:
 
 
 def _is_summed_within(add: fx.Node, layer: fx.Node, quantized: list[fx.Node], roles: Roles) -> bool:
-    """Returns whether ``add`` is computed within ``layer``, for its other operand is quantized, and of no layer."""
-    if not roles.is_add(add) or not roles.is_weighted(layer):
+    """Returns whether ``add`` is computed within ``layer``, which it reads beside quantized values."""
+    if not roles.is_add(add) or not roles.is_weighted(layer) or _is_shortcut(layer, add, roles):
         return False
     others = [source for source in roles.sources(add) if source is not layer]
-    return bool(others) and all(other in quantized and not roles.is_weighted(other) for other in others)
+    return bool(others) and all(other in quantized for other in others)
 
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:

@@ -141,8 +141,9 @@ class ConcreteTracer(fx.Tracer):
             return module_qualified_name not in self.computing
         if type(m).__name__ in ACTIVATION_NAMES:
             return True
-        # a transformer of torch has layers of its own
-        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
+        # a transformer of torch has layers of its own, and an empty sequence is no operation
+        is_single = not isinstance(m, nn.Sequential) and not any(True for _ in m.children())
+        return is_single and m.__module__.startswith('torch.nn')
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
