@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,12 +164,10 @@ def pre_hooks(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, 
     def call(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         note(path, args)
 
-    hooks = [module.register_forward_pre_hook(partial(call, path)) for path, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(call, path)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Running(threading.local):
