@@ -42,9 +42,6 @@ def switch_off_in_place(model: nn.Module, graph: fx.Graph, opaque: Container[str
 class _Functionalizer:
     """Rewrites a graph; a node that is being replaced is the ``anchor``, and new ones come ``before`` another."""
 
-    anchor: fx.Node
-    before: fx.Node
-
     def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         self.model, self.graph, self.constants = model, graph, constants
         self.nodes = list(graph.nodes)
