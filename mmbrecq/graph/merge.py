@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward
-from mmbrecq.graph.equality import TOLERANCE, output_error, own_noise
+from mmbrecq.graph.equality import unexplained_error
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 
@@ -44,11 +44,9 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         before = flatten_outputs(ImageForward(model)(example))
         merged = _merge(model, '')
         after = flatten_outputs(ImageForward(model)(example)) if merged else before
-    error = max((output_error(after[name], wanted) for name, wanted in before.items()), default=0.0)
-    if error > TOLERANCE:
-        allowed, remark = own_noise(ImageForward(model), example, after)
-        if not error <= allowed:
-            raise _refusal(merged[0], f'they change by {error:.1e} of their variance{remark}')
+    difference = unexplained_error(ImageForward(model), example, after, before, 'they change by {} of their variance')
+    if merged and difference:
+        raise _refusal(merged[0], difference)
     return merged
 
 
