@@ -96,15 +96,10 @@ def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch
 
 
 def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first: int = 0) -> None:
-    """Finds the grid of every activation from the float model's values.
+    """Finds the grid of every activation from the float model's values for batches of preprocessed images.
 
-    Args:
-        model: The prepared model.
-        images: Batches of preprocessed images.
-        first: Number of the first batch among those of all processes.
-
-    Raises:
-        NonFiniteError: An activation is NaN or infinite.
+    ``first`` is the number of the first batch among those of all processes; NonFiniteError if a value is NaN or
+    infinite.
     """
     graph = model.image_graph
     quantizers = list(graph.quantizers.values())

@@ -12,13 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mmbrecq.graph.ranges import Range, resize_mode, value_range
 from mmbrecq.graph.symbolic import bind, called_module, operation
-from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.graph.tracer import ACTIVATION_NAMES, WEIGHTED
 
 _CONCAT = ('cat', 'stack')
 _ACTIVATIONS = (
     'relu', 'relu6', 'silu', 'gelu', 'hardswish', 'hardsigmoid', 'leakyrelu', 'elu', 'mish', 'sigmoid', 'tanh',
 )  # fmt: skip
-_ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
 # these move values without computing new ones, so values on a grid stay on it
 _MOVING = (
     'flatten', 'reshape', 'reshapeas', 'view', 'viewas', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
@@ -103,7 +102,7 @@ class Roles:
         module = self.module(node)
         if module is not None:
             known = type(module).__module__ == 'torch.nn.modules.activation'
-            return (known and not isinstance(module, nn.MultiheadAttention)) or self.kind(node) in _ACTIVATION_NAMES
+            return (known and not isinstance(module, nn.MultiheadAttention)) or self.kind(node) in ACTIVATION_NAMES
         return self.operation(node) in _ACTIVATIONS
 
     def moves_only(self, node: fx.Node) -> bool:

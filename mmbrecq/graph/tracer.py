@@ -31,8 +31,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
 
-ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
-"""Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
+ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
+"""Activation functions of mmcv; they are recorded as one call, as those of ``torch.nn`` are."""
 
 _INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, 'new_empty': 'new_zeros'}
 """Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
@@ -90,14 +90,9 @@ class ConcreteTracer(fx.Tracer):
         self.is_evaluating = False
 
     def trace_model(self, model: nn.Module, entry: nn.Module) -> fx.Graph:
-        """Returns the graph of ``entry``, whose module targets are paths below ``model``.
+        """Returns the graph of ``entry``, a module that computes with those of its attribute ``model``.
 
-        Args:
-            model: Owner of all modules.
-            entry: Module that computes with them; its attribute ``model`` is the owner.
-
-        Raises:
-            UntraceableError: The model changes its own state.
+        Targets are paths below ``model``; UntraceableError is raised if the model changes its own state.
         """
         self._model = model
         with (
@@ -139,7 +134,7 @@ class ConcreteTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, WEIGHTED):
             return module_qualified_name not in self.computing
-        if type(m).__name__ in ACTIVATION_NAMES:
+        if type(m).__name__ in (*ACTIVATION_NAMES, 'LayerNorm2d'):
             return True
         # a transformer of torch has layers of its own
         return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())

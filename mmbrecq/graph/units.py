@@ -61,18 +61,12 @@ def cut_units(
     path: str,
     granularity: str,
 ) -> list[ReconstructionUnit]:
-    """Cuts ``graph`` into units in the order of execution.
+    """Cuts a prepared graph into units in the order of execution.
 
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The prepared graph.
-        layers: Paths of the quantized layers.
-        quantizers: Module paths of the activation quantizers.
-        blocks: Paths of the blocks.
-        path: Path of the head that the graph computes, empty for the graph of the images; units without a name of
-            their own are named after it, so that no two graphs have units of one name.
-        granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
-            ``net`` (everything).
+    Quantized layers, activation quantizers and blocks are given by their paths below ``model``. ``path`` is that of the
+    head that the graph computes, empty for the graph of the images; units without a name of their own are named after
+    it, so that no two graphs have units of one name. ``granularity`` is ``layer`` (one layer with what follows it),
+    ``block``, ``stage`` (blocks that share a parent) or ``net`` (everything).
     """
     check_granularity(granularity)
     builders = [_UnitBuilder(model, run) for run in _merge_shared(_runs(graph, layers, blocks, granularity), layers)]
