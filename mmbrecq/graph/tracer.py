@@ -96,30 +96,19 @@ class ConcreteTracer(fx.Tracer):
         """
         self._model = model
         with (
-            torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
-            self._recording(components_of(model)), _SymbolicSizes(self), symbolic.seen_as_tensors(),
+            torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
+            symbolic.seen_as_tensors(),
         ):  # fmt: skip
+            for component in components_of(model):
+                object.__setattr__(component, 'forward', self._recorded(component))
             graph = self.trace(entry)
         for node in graph.nodes:
             # a function of torch.fx.wrap that is traced through makes no call that generated code would have to wrap
             node.meta.pop('is_wrapped', None)
         return graph
 
-    @contextmanager
-    def _recording(self, components: list[nn.Module]) -> Iterator[None]:
-        """Makes ``component.forward(x)``, which mmdet's detectors write, the recorded call that ``component(x)`` is."""
-        before = [vars(component).get('forward') for component in components]
-        for component in components:
-            object.__setattr__(component, 'forward', self._recorded(component))
-        try:
-            yield
-        finally:
-            for component, forward in zip(components, before, strict=True):
-                del component.forward
-                if forward is not None:
-                    object.__setattr__(component, 'forward', forward)
-
     def _recorded(self, component: nn.Module) -> Callable[..., Any]:
+        """Returns a ``forward`` whose call, which mmdet's detectors write, is recorded as ``component(x)`` is."""
         forward = component.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
