@@ -226,20 +226,14 @@ class _Functionalizer:
             node.target = plain
         elif node.op == 'call_function' and name != plain and function is not None:
             node.target = function
-        elif not self._switch_off(node):
+        elif (bound := bind(node)) is not None and bound.arguments.get('inplace', False):
+            bound.arguments['inplace'] = False
+            node.args, node.kwargs = bound.args, bound.kwargs
+        else:
             raise self._refusal(f'{name} writes into a tensor')
         node.meta['example'] = evaluate(node, model=self.model)
         self.before = node.next
         return node
-
-    def _switch_off(self, node: fx.Node) -> bool:
-        """Sets the argument ``inplace`` of a function to False; returns whether it has one."""
-        bound = bind(node)
-        if bound is None or not bound.arguments.get('inplace', False):
-            return False
-        bound.arguments['inplace'] = False
-        node.args, node.kwargs = bound.args, bound.kwargs
-        return True
 
     def _assigned(self, base: fx.Node, index: Any, new: Any) -> fx.Node:
         """Returns the node of what ``base`` holds after ``base[index] = new``."""

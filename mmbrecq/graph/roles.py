@@ -117,9 +117,7 @@ class Roles:
     def kind(self, node: fx.Node) -> str:
         """Returns the class name of the module, or the name of the function."""
         module = self.module(node)
-        if module is not None:
-            return type(module).__name__
-        return str(getattr(node.target, '__name__', node.target))
+        return str(getattr(node.target, '__name__', node.target)) if module is None else type(module).__name__
 
     def non_negative(self, node: fx.Node) -> bool:
         """Returns whether the operators show that no value can be negative, whatever the input."""

@@ -241,7 +241,7 @@ class ConcreteTracer(fx.Tracer):
         ):
             result = module(*args, **kwargs)
         node.meta['layers'] = list(called)
-        if unchanged and not symbolic.same(result, module.forward(*unchanged[0], **unchanged[1])):
+        if unchanged and not symbolic.equal(result, module.forward(*unchanged[0], **unchanged[1])):
             raise UntraceableError('', f'expected hooks that only observe, but one of {path} changes what it computes')
         if watch.are_read:
             self.value_dependent.add(path)
