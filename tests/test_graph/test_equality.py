@@ -18,7 +18,7 @@ def test_a_prepared_graph_equals_its_model() -> None:
     reference = take_reference(model, images(2))
     assert [tuple(batch.shape) for batch in reference.batches] == [(1, 3, 32, 32), (3, 3, 32, 32), (1, 3, 96, 64)]
     traced = trace_image_graph(model, images(2))
-    assert len(traced.folded) > 10
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for batch, wanted in zip(reference.batches, reference.outputs, strict=True):
         found = flatten_outputs(run(traced.compile(), batch))
         assert max(output_error(found[name], value) for name, value in wanted.items()) < 1e-8
