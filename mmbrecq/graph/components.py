@@ -24,9 +24,6 @@ from mmbrecq.errors import GraphError
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
 
-REGION_KINDS = ('bbox', 'mask')
-"""Kinds of heads and extractors of features that a RoI head has."""
-
 
 @dataclass(frozen=True)
 class RegionHead:
@@ -104,7 +101,7 @@ def region_heads(model: nn.Module) -> list[RegionHead]:
     if isinstance(getattr(roi_head, 'shared_head', None), nn.Module):
         raise GraphError('expected heads that read the features of regions, but roi_head.shared_head comes before them')
     found = []
-    for kind in REGION_KINDS:
+    for kind in ('bbox', 'mask'):
         head, extractor = f'{kind}_head', f'{kind}_roi_extractor'
         module = getattr(roi_head, head, None)
         if isinstance(module, nn.ModuleList):

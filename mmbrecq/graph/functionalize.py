@@ -20,7 +20,6 @@ from mmbrecq.graph.tracer import UntraceableError
 
 _PERMUTES = ('permute', 'transpose', 't', 'T', 'mT', 'swapaxes', 'swapdims', 'movedim', 'moveaxis')
 _SPLITS = ('chunk', 'split', 'tensor_split', 'split_with_sizes', 'unbind')
-_RANDOM = ('bernoulli_',)
 
 
 def functionalize(model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
@@ -216,7 +215,7 @@ class _Functionalizer:
             pass  # `switch_off_in_place` does it when nothing is traced any more
         elif name in ('copy_', 'fill_', 'zero_'):
             return self._like(0 if name == 'zero_' else node.args[1], self.value(target))
-        elif name in _RANDOM:
+        elif name == 'bernoulli_':
             raise self._refusal(f'{name} draws random numbers')
         elif 'out' in node.kwargs:
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != 'out'}

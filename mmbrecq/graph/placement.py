@@ -215,12 +215,11 @@ def _is_shortcut(node: fx.Node, add: fx.Node, roles: Roles) -> bool:
 
 def _partial_concats(roles: Roles, quantized: set[fx.Node]) -> set[fx.Node]:
     """Returns the concatenations of which some inputs are quantized for other readers: they read all in float."""
-    found = set()
-    for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
-        sources = {s for s in roles.sources(concat) if roles.is_tensor(s)}
-        if not sources <= quantized and not any(map(roles.is_weighted, roles.consumers(concat))):
-            found.add(concat)
-    return found
+    concats = [n for n in roles.graph.nodes if roles.is_concat(n)]
+    unread = [concat for concat in concats if not any(map(roles.is_weighted, roles.consumers(concat)))]
+    return {
+        concat for concat in unread if any(roles.is_tensor(s) and s not in quantized for s in roles.sources(concat))
+    }
 
 
 def _reads_apart(source: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:

@@ -36,8 +36,6 @@ _NORM_CALLS = (
 )  # fmt: skip
 _AFFINE = ('add', 'sub', 'mul', 'div', 'neg')
 
-_NEAREST = ('nearest', 'nearest-exact')
-
 
 class Roles:
     """Classifies the nodes of a graph that carry ``meta['example']``, and call modules of ``model``."""
@@ -112,7 +110,8 @@ class Roles:
         if name == 'getitem' and not self.is_tensor(source := node.all_input_nodes[0]):
             # one of several values that are computed at once is a new one
             moves = self.moves_only(source)
-        return moves or resize_mode(node, self.module(node)) in _NEAREST or self._pads_with_zeros(node)
+        is_nearest = resize_mode(node, self.module(node)) in ('nearest', 'nearest-exact')
+        return moves or is_nearest or self._pads_with_zeros(node)
 
     def kind(self, node: fx.Node) -> str:
         """Returns the class name of the module, or the name of the function."""
