@@ -40,11 +40,7 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     """Observes all values that pass the quantizers within the block, and sets their grids at its end.
 
     Several processes observe the values of their images, and all find the grid of the values of all processes.
-
-    Args:
-        model: The prepared model.
-        quantizers: Some of its activation quantizers.
-        first: Number of the first batch that this process observes, among all; None where that is not known.
+    ``first`` is the number of the first batch that this one observes, among all; None where that is not known.
     """
     names = {id(q): name for graph in model.graphs for name, q in graph.quantizers.items()}
     for quantizer in quantizers:

@@ -48,14 +48,8 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
     the geometric mean of all channels' factors. Grids are to be calibrated after this.
 
-    Args:
-        model: The prepared model.
-        graph: One of its graphs.
-        run: Passes calibration data through the float network.
-        first: Number of the first batch that it passes, among those of all processes.
-
-    Returns:
-        Number of groups of values that were equalised.
+    ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
+    Returns the number of groups of values that were equalised.
     """
     if not model.equalization or not graph.quantizers:
         return 0

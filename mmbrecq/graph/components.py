@@ -27,12 +27,7 @@ COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 
 @dataclass(frozen=True)
 class RegionHead:
-    """A head that reads features of regions.
-
-    Args:
-        path: Path of the head below the model.
-        extractor: Path of the module that cuts its input out of the feature maps.
-    """
+    """Paths of a head that reads features of regions, and of the module that cuts them out of the feature maps."""
 
     path: str
     extractor: str

@@ -77,15 +77,10 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
 
 
 def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size: bool = True) -> None:
-    """Checks that a prepared graph computes what the float model did.
+    """Checks that a prepared graph, its quantization off, computes what the float model did.
 
-    Args:
-        run: The prepared graph, its quantization off.
-        reference: What the float model computed.
-        free_size: Whether the graph has to be right at another height and width.
-
-    Raises:
-        GraphError: It differs; the sentence names the first layer whose input or output does.
+    With ``free_size`` it has to be right at another height and width, too. GraphError is raised if it differs; the
+    sentence names the first layer whose input or output does.
     """
     for batch, wanted, reads in zip(reference.batches, reference.outputs, reference.reads, strict=False):
         if batch.shape[2:] != reference.batches[0].shape[2:] and not free_size:

@@ -27,15 +27,9 @@ REPLACING = 'fuse'
 def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
     """Merges the branches of all modules of ``model`` that have a method for it, and compares the outputs.
 
-    Args:
-        model: The model, changed in place and put into evaluation mode; a merged module stays as it is.
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
-
-    Returns:
-        Paths of the modules whose parameters became others.
-
-    Raises:
-        GraphError: A module cannot be merged, or an output changes by more than 1e-5 of its variance.
+    The model is put into evaluation mode; a merged module stays as it is. ``example`` is ``(N, 3, H, W)``. Returns the
+    paths of the modules whose parameters became others; GraphError is raised if a module cannot be merged, or an output
+    changes by more than 1e-5 of its variance.
     """
     model.eval()
     if not any(_merging_method(module) for module in model.modules()):

@@ -85,9 +85,7 @@ class TracedGraph:
 def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
     """Traces all that follows from the image alone and folds its BatchNorms; GraphError if it cannot be traced.
 
-    Args:
-        model: A model; it is put into evaluation mode, and its BatchNorms are replaced by identities.
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
+    The model is put into evaluation mode, its BatchNorms are replaced by identities; ``example`` is ``(N, 3, H, W)``.
     """
     return _trace(model, ImageForward(model), example)
 

@@ -40,11 +40,7 @@ class WeightOptions(_GridOptions):
 
 @dataclass(frozen=True)
 class ActivationOptions(_GridOptions):
-    """Holds the options of activations, those of :class:`WeightOptions` but one.
-
-    Args:
-        fake_quant: Config of the fake quantizer.
-    """
+    """Holds those of :class:`WeightOptions` for activations, with the config of a fake quantizer for ``rounding``."""
 
     fake_quant: Mapping[str, Any] = field(default_factory=lambda: {'type': 'LSQ'})
 
