@@ -148,7 +148,7 @@ def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     readers = list(roles.consumers(node))
     if not preset.folds_channel_scales:
         readers = [reader for reader in readers if roles.is_weighted(reader)]
-    elif roles.kind(node) in (preset.fuses or ()):
+    elif roles.operation(node) in (preset.fuses or ()):
         return False
     else:
         readers = [r for r in readers if not (r in node.users and _reads_float(r, node, roles, preset))]
@@ -168,7 +168,7 @@ def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> 
 
     It does where the target computes it within the layer ``node``, whose value has other readers too.
     """
-    is_inner = roles.is_weighted(node) and roles.kind(user) in preset.fuses_beside
+    is_inner = roles.is_weighted(node) and roles.operation(user) in preset.fuses_beside
     return is_inner or _is_outside(user, preset)
 
 
@@ -195,7 +195,7 @@ def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     """Returns whether the only reader is an activation function that is computed together with this layer or add."""
     user, *others = node.users
     is_fusible = not others and roles.is_activation(user) and (roles.is_weighted(node) or roles.is_add(node))
-    return is_fusible and (preset.fuses is None or roles.kind(user) in preset.fuses)
+    return is_fusible and (preset.fuses is None or roles.operation(user) in preset.fuses)
 
 
 def _is_shortcut(node: fx.Node, add: fx.Node, roles: Roles) -> bool:

@@ -99,8 +99,10 @@ class Roles:
         """Returns whether ``node`` is an element-wise activation function."""
         module = self.module(node)
         if module is not None:
-            known = type(module).__module__ == 'torch.nn.modules.activation'
-            return (known and not isinstance(module, nn.MultiheadAttention)) or self.kind(node) in ACTIVATION_NAMES
+            name, origin = type(module).__name__, type(module).__module__
+            return name in ACTIVATION_NAMES or (
+                origin == 'torch.nn.modules.activation' and name != 'MultiheadAttention'
+            )
         return self.operation(node) in _ACTIVATIONS
 
     def moves_only(self, node: fx.Node) -> bool:
@@ -112,11 +114,6 @@ class Roles:
             moves = self.moves_only(source)
         is_nearest = resize_mode(node, self.module(node)) in ('nearest', 'nearest-exact')
         return moves or is_nearest or self._pads_with_zeros(node)
-
-    def kind(self, node: fx.Node) -> str:
-        """Returns the class name of the module, or the name of the function."""
-        module = self.module(node)
-        return str(getattr(node.target, '__name__', node.target)) if module is None else type(module).__name__
 
     def non_negative(self, node: fx.Node) -> bool:
         """Returns whether the operators show that no value can be negative, whatever the input."""
