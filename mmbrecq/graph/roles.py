@@ -98,12 +98,11 @@ class Roles:
     def is_activation(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is an element-wise activation function."""
         module = self.module(node)
-        if module is not None:
-            name, origin = type(module).__name__, type(module).__module__
-            return name in ACTIVATION_NAMES or (
-                origin == 'torch.nn.modules.activation' and name != 'MultiheadAttention'
-            )
-        return self.operation(node) in _ACTIVATIONS
+        if module is None:
+            return self.operation(node) in _ACTIVATIONS
+        name = type(module).__name__
+        is_torchs = type(module).__module__ == 'torch.nn.modules.activation' and name != 'MultiheadAttention'
+        return is_torchs or name in ACTIVATION_NAMES
 
     def moves_only(self, node: fx.Node) -> bool:
         """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""

@@ -104,8 +104,7 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
             continue
         node_group = _group_of(node, blocks, granularity)
         is_layer = node.op == 'call_module' and any(is_below(layer, str(node.target)) for layer in layers)
-        starts = not runs or node_group != group or (node_group is None and is_layer and has_layer)
-        if starts:
+        if not runs or node_group != group or (node_group is None and is_layer and has_layer):
             runs.append([])
             has_layer = False
         runs[-1].append(node)
