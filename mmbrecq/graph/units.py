@@ -115,11 +115,8 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
 
 def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
     """Merges the runs between the first and the last call of a layer, since its weight is learned only once."""
-    last: dict[str, int] = {}
-    for index, run in enumerate(runs):
-        for node in run:
-            if node.op == 'call_module' and str(node.target) in layers:
-                last[str(node.target)] = index
+    called = [[str(n.target) for n in run if n.op == 'call_module' and str(n.target) in layers] for run in runs]
+    last = {layer: index for index, own in enumerate(called) for layer in own}
     merged: list[list[fx.Node]] = []
     end = -1
     for index, run in enumerate(runs):
@@ -127,8 +124,7 @@ def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.N
             merged[-1].extend(run)
         else:
             merged.append(list(run))
-        reach = [last[str(n.target)] for n in run if n.op == 'call_module' and str(n.target) in last]
-        end = max([end, *reach])
+        end = max([end, *(last[layer] for layer in called[index])])
     return merged
 
 
