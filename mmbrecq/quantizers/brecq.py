@@ -157,8 +157,9 @@ class BRECQQuantizer:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            stays = position.float_readers | {new}
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, stays=stays: user not in stays)
+            for user in list(node.users):
+                if user is not new and user not in position.float_readers:
+                    user.replace_input_with(node, new)
         return [path]
 
     def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
