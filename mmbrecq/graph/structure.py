@@ -13,10 +13,8 @@ from torch import Tensor
 
 from mmbrecq.errors import GraphError
 
-OUTPUT_NAME = 'output'
 
-
-def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
+def flatten_outputs(value: Any, name: str = 'output') -> dict[str, Tensor]:
     """Returns the tensors of nested sequences and dicts by name, in their order; GraphError for any other value."""
     if isinstance(value, Tensor):
         return {name: value}

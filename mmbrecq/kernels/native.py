@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -106,10 +105,7 @@ def kernels() -> dict[str, Kernel] | None:
     """Returns the compiled functions by operation, None where there are none; a failure is logged, once."""
     if os.environ.get(SWITCH) == '0':
         return None
-    compiler = shutil.which(os.environ.get('CC') or 'cc')
-    if compiler is None:
-        _log_failure('there is no C compiler')
-        return None
+    compiler = os.environ.get('CC') or 'cc'
     # not kept: a file compiled for this processor may not run on another that shares the folder
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'kernels.so')
@@ -118,7 +114,9 @@ def kernels() -> dict[str, Kernel] | None:
             library = ctypes.CDLL(path)
         except (OSError, subprocess.SubprocessError) as error:
             told = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip().splitlines()
-            _log_failure(f'{compiler} fails: {told[0] if told else first_line(error)}')
+            reason = told[0] if told else first_line(error)
+            text = f"kernels are not compiled, torch's operations do their work: {compiler} fails: {reason}"
+            print_log(text, 'current', logging.WARNING)
             return None
     found: dict[str, Kernel] = {}
     for operation, types in OPERATIONS.items():
@@ -147,7 +145,3 @@ def as_array(x: Tensor | Array | None, dtype: torch.dtype = torch.float32) -> Ar
         return Array(0, None)
     assert x.is_cpu and x.dtype == dtype and is_dense(x), f'expected dense {dtype} on the CPU, but got {x.dtype}'
     return Array(x.numel(), x.data_ptr())
-
-
-def _log_failure(reason: str) -> None:
-    print_log(f"kernels are not compiled, torch's operations do their work: {reason}", 'current', logging.WARNING)
