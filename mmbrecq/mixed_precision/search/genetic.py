@@ -58,7 +58,7 @@ class GeneticSearcher:
         members = self._feasible(problem, self.population, draw.anew)
         half = self.population // 2
         if self.refine:
-            members[0] = make_feasible(problem, problem.lossless)
+            members[0] = make_feasible(problem, problem.least(problem.loss))
         best = _best(problem, members, self.parents)
         for index in range(self.iterations):
             crossed = self._feasible(problem, half, partial(draw.crossed, best))
