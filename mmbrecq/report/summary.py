@@ -89,16 +89,10 @@ class Summary:
         config: Path of the config file.
         model: Short name of the model, for titles.
         preset: Quantization preset: 'academic', 'onnxruntime', 'openvino' or 'tensorrt'.
-        seed: Seed of the run.
         versions: Package name to version.
-        metrics: Results per stage.
-        seconds: Wall-clock time of each phase.
-        peak_memory_bytes: Peak memory.
-        model_size_bytes: Model size.
         units: Reconstructed units, in order.
         bits: Layer name to bits.
         float_layers: ``'<layer>: reason'`` for each convolution or linear layer that stays in float.
-        calibration: The calibration images.
         loss: The reconstruction loss and its weights.
         warnings: One sentence for each warning.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
