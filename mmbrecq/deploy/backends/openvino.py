@@ -27,17 +27,10 @@ class OpenVINOBackend(BaseBackend):
     another preset than ``openvino`` runs as it is written, without the plugin's low-precision transformations: those
     take the inputs of a concatenation to one scale, which is another network where the preset gave each its own.
 
-    Args:
-        path: The exported ``.xml`` file.
-        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
-
-    Raises:
-        BackendError: As `BaseBackend` has it.
+    Its arguments are those of `BaseBackend`.
     """
 
-    name = 'OpenVINO'
-    suffix = '.xml'
-    package = 'openvino'
+    name, suffix, package = 'OpenVINO', '.xml', 'openvino'
 
     def _load(self) -> None:
         import openvino
