@@ -139,11 +139,6 @@ class Summary:
             )
 
     @property
-    def finished(self) -> bool:
-        """Whether the run has ended: its total time is known."""
-        return self.seconds.total is not None
-
-    @property
     def bits_label(self) -> str:
         """The bits of most layers, as ``'W2A4'``; float is 32; empty while no layer is known.
 

@@ -65,8 +65,7 @@ class ONNXRuntimeBackend(BaseBackend):
 
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         feed = dict(zip(self.input_names, arrays, strict=True))
-        outputs: Sequence[np.ndarray[Any, Any]] = self._session.run(self.output_names, feed)
-        return outputs
+        return self._session.run(self.output_names, feed)
 
     def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
         binding = self._session.io_binding()

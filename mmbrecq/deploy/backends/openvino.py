@@ -60,8 +60,7 @@ class OpenVINOBackend(BaseBackend):
         request = self._compiled.create_infer_request()
         for i, array in enumerate(arrays):
             request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-        run: Callable[[], object] = request.infer
-        return run
+        return request.infer
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers whose execution graph node computes in u8 or i8."""

@@ -67,9 +67,8 @@ class MeasuredLatency(BaseCostModel):
         self.backend, self.num_threads, self.rounds = RUNTIMES[runtime], num_threads, rounds
         for package in ('onnx', self.backend.package):
             require(package)
-        self._measured_on = (
-            f'{self.backend.name} {metadata.version(self.backend.package)} on {cpu_name()}, threads: {num_threads}'
-        )
+        version = metadata.version(self.backend.package)
+        self._measured_on = f'{self.backend.name} {version} on {cpu_name()}, threads: {num_threads}'
         cache = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
         self.path = Path(path) if path is not None else cache / 'latency.json'
         self.figures: dict[str, dict[str, float]] = {}
