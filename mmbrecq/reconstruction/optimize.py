@@ -15,11 +15,12 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
-from mmbrecq.reconstruction.variables import Group, Variables
+from mmbrecq.reconstruction.variables import Variables
 
 CHECK_INTERVAL = 100
 """Iterations between looks at the losses: each look waits for the device."""
@@ -67,7 +68,7 @@ def optimize_unit(
     variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer = build_adam(variables.groups)
+    optimizer = Adam(variables.groups)
     best = math.inf
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
@@ -104,10 +105,7 @@ def optimize_unit(
             losses[count] = fitting.run(find_gradients)
             variables.collect_gradients(linear_beta(progress, *options.beta, options.warmup))
             average(parameter.grad for parameter in variables.parameters)
-            for group, (_, lr, schedule) in zip(optimizer.param_groups, variables.groups, strict=True):
-                # a scheduler of torch's takes as long as a small layer
-                group['lr'] = lr * schedule(progress)
-            optimizer.step()
+            optimizer.step(progress)
             variables.update()
             count, position = count + 1, position + 1
             if count % CHECK_INTERVAL == 0 or position == options.iterations:
@@ -138,12 +136,6 @@ def linear_beta(t: float, start: float, end: float, warmup: float) -> float | No
     """
     progress = min(1.0, (t - warmup) / (1 - warmup))
     return None if t < warmup else end + (start - end) * (1 - progress)
-
-
-def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:
-    """Returns torch's Adam (Kingma and Ba, ICLR 2015) with one parameter group for each group of variables."""
-    parameters = [{'params': members, 'lr': lr} for members, lr, _ in groups]
-    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:

@@ -98,9 +98,3 @@ def test_what_a_model_makes_of_its_own_rounding_is_allowed(gain: float, passes: 
     remark = '; noise of 3e-06 on the images changes them by .*, so that nothing can be compared' if gain > 1 else ''
     with pytest.raises(GraphError, match=rf'off by \S+ of the variance of its outputs{remark}, first after'):
         check_equality(traced.compile(), reference)
-
-
-def test_a_dict_is_no_output() -> None:
-    model = net(lambda self, x: {'maps': self.conv(x)}, conv=conv())
-    with pytest.raises(GraphError, match='expected the outputs of the network to be tensors, but output is a dict'):
-        trace_image_graph(model, images(2))
