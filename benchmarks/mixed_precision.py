@@ -87,7 +87,8 @@ def measured_losses(args: argparse.Namespace, table: SensitivityTable, choices: 
 def compare_searches(table: SensitivityTable, count: int) -> None:
     """Genetic search against integer program, for budgets of size between the least and the most."""
     sizes = build_problem(table, [ModelSize()], {})
-    least, most = (float(sizes.spent('size', choice)) for choice in (sizes.cheapest('size'), sizes.lossless))
+    ends = (sizes.least(values) for values in (sizes.costs['size'].table, sizes.loss))
+    least, most = (float(sizes.spent('size', choice)) for choice in ends)
     worst, slowest = 0.0, 0.0
     for share in np.random.default_rng(0).uniform(0.02, 0.9, count):
         problem = build_problem(table, [ModelSize()], {'size': least + share * (most - least)})

@@ -59,7 +59,10 @@ def compare(model: QuantizedModel, paths: Sequence[Path], images: Tensor) -> lis
     found = []
     for graph, path in zip(model.graphs, paths, strict=True):
         backend = open_backend(path)
-        inputs = _features_like(graph.traced.example) if graph.is_region else images
+        inputs = images
+        if graph.is_region:
+            shape, generator = graph.traced.example.shape[1:], torch.Generator().manual_seed(0)
+            inputs = torch.rand(max(BATCHES), *shape, generator=generator).to(graph.traced.example.device)
         for batch in BATCHES:
             x = inputs[torch.arange(batch) % len(inputs)]
             error = _relative_error(graph, x, dict(zip(backend.output_names, backend(x), strict=True)))
@@ -84,8 +87,3 @@ def _relative_error(graph: QuantizedGraph, x: Tensor, outputs: dict[str, Tensor]
     error = sum(float((outputs[name].double() - value).square().sum()) for name, value in simulated.items())
     power = sum(float(value.square().sum()) for value in simulated.values())
     return error / power if power else error
-
-
-def _features_like(example: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(max(BATCHES), *example.shape[1:], generator=generator).to(example.device)

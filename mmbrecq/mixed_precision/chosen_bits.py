@@ -10,7 +10,7 @@ from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.analyzer import load_layers, state_path
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, loss_inputs, output_loss
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, output_loss
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
@@ -98,6 +98,5 @@ class ChosenBits:
             quantizers = {path for name in self.result.activation_bits for path in read.get(name, ())}
             if layers or quantizers:
                 images = None if self.result.images is None else max(self.result.images - task.first, 0)
-                inputs = loss_inputs(task, part, images)
-                total += output_loss(task, part, inputs, self.needs_task_loss).of(layers, quantizers)
+                total += output_loss(task, part, images, self.result.kind).of(layers, quantizers)
         return total

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, SensitivityTable
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report import rows
 from mmbrecq.report.summary import Summary
@@ -27,10 +27,10 @@ _LONGEST_NAME = 34
 
 def render_html(summary: Summary, date: str = '', folder: Path | None = None) -> str:
     """Returns the page, with the pictures in ``folder``: inline style and SVG, no script, nothing to load."""
-    page = _environment().get_template('report.html')
-    counts = Counter(f'W{b.weight or 32}A{b.activation or 32}' for b in summary.bits.values()).most_common()
-    found = rows.result_rows(summary)
-    return page.render(s=summary, date=date, rows=found, counts=counts, pictures=_pictures(summary, folder))
+    bits = Counter(f'W{b.weight or 32}A{b.activation or 32}' for b in summary.bits.values())
+    counts = [f'{count} at {label}' for label, count in bits.most_common()]
+    found, pictures = rows.result_rows(summary), _pictures(summary, folder)
+    return _render('report.html', s=summary, date=date, rows=found, counts=counts, pictures=pictures)
 
 
 def write_report(summary: Summary, path: str | os.PathLike[str], date: str = '') -> None:
@@ -43,31 +43,31 @@ def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> Non
     # a float layer loses nothing
     losses = {name: table.loss.get(name, {}) for name in table.searched}
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}
-    page = _environment().get_template('sensitivity.html')
     title = f'{Path(config).stem}, sensitivities'
-    write_text_atomic(page.render(title=title, config=config, table=table, weights=weights), path)
+    write_text_atomic(_render('sensitivity.html', title=title, config=config, table=table, weights=weights), path)
 
 
-def macro(name: str) -> Any:
-    """Returns a drawing of the templates as a function from its arguments to markup."""
-    return getattr(_environment().get_template('macros.html').module, name)
+def _render(template: str, **values: Any) -> str:
+    """Returns a page; a lone surrogate of a path, which UTF-8 cannot hold, becomes '?'."""
+    return environment().get_template(template).render(**values).encode('utf-8', 'replace').decode()
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader('mmbrecq.report'), autoescape=True, undefined=StrictUndefined, finalize=_encodable,
-        trim_blocks=True, lstrip_blocks=True,
+def environment() -> Environment:
+    """Returns the templates, with the functions that they call."""
+    found = Environment(
+        loader=PackageLoader('mmbrecq.report'), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(
+    found.filters.update(
         px=lambda value: f'{value:.1f}', bytes=rows.format_bytes, seconds=rows.format_seconds, loss=rows.format_loss,
         losses=lambda unit: (unit.loss_before, unit.loss_after), list_values=lambda row: row.values(),
-        pair=lambda *pair: pair, short=_short, front=front, stem=lambda path: Path(path).stem,
+        pair=lambda *pair: pair, short=_short, stem=lambda path: Path(path).stem,
     )  # fmt: skip
-    environment.tests.update(drawable=drawable, finite=lambda value: value is not None and math.isfinite(value))
+    found.tests.update(drawable=drawable, finite=lambda value: value is not None and math.isfinite(value))
     functions = {**vars(rows), 'share': share, 'log_axis': log_axis, 'front_axes': front_axes, 'largest': _largest}
-    environment.globals.update({name: value for name, value in functions.items() if callable(value)})
-    return environment
+    found.globals.update({name: value for name, value in functions.items() if callable(value)})
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ class Axis:
     high: float
 
     def pixel(self, value: float) -> float:
-        """Returns the pixel of a value."""
         return self.start + (value - self.low) * (self.end - self.start) / (self.high - self.low or 1)
 
 
@@ -88,7 +87,6 @@ class LogAxis(Axis):
     """Maps whole decades ``10**low .. 10**high``; values that are not above 0 have the pixel of the low end."""
 
     def pixel(self, value: float) -> float:
-        """Returns the pixel of a value."""
         return super().pixel(math.log10(value) if value > 0 else self.low)
 
     def ticks(self) -> list[float]:
@@ -117,25 +115,14 @@ def log_axis(values: Iterable[Iterable[float]], start: float, end: float) -> Log
     return LogAxis(start, end, low, max(high, low + 1))
 
 
-def front(chosen: SearchResult) -> list[tuple[float, float]]:
-    """Returns cost and loss of the choices that can be drawn."""
-    return [(cost, loss) for cost, loss in chosen.front if loss > 0]
-
-
-def front_axes(chosen: SearchResult) -> tuple[Axis, LogAxis, list[float]]:
+def front_axes(chosen: SearchResult, points: list[list[float]]) -> tuple[Axis, LogAxis, list[float]]:
     """Returns the axes of cost and loss, and the labelled costs."""
-    points, spent = front(chosen), chosen.spent[chosen.front_cost]
+    spent = chosen.spent[chosen.front_cost]
     costs = [spent, *(cost for cost, _ in points)]
     losses = [chosen.predicted, chosen.measured or 0.0, *(loss for _, loss in points)]
     least, most = min(costs), max(costs)
     labelled = [least + i * (most - least) / 5 for i in range(6)]
     return Axis(92, 812, least, most), log_axis([losses], 274, 12), labelled
-
-
-def _encodable(value: Any) -> Any:
-    """Returns text that UTF-8 can hold: a lone surrogate of a path becomes '?'."""
-    is_text = isinstance(value, str) and not isinstance(value, Markup)
-    return value.encode('utf-8', 'replace').decode('utf-8') if is_text else value
 
 
 def _short(name: str) -> str:

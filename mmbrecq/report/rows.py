@@ -20,9 +20,8 @@ class ResultRow:
     Attributes:
         stage: 'float', 'nearest', 'weights', 'quantized' or 'deployed'.
         label: Displayed name of the stage.
-        metrics: The evaluator's metrics.
         size: Bytes of the model at this stage; None for a deployed file.
-        kernels: Kernel count of a deployed stage.
+        kernels: None for a stage that is not deployed.
     """
 
     stage: str

@@ -89,16 +89,10 @@ class Summary:
         config: Path of the config file.
         model: Short name of the model, for titles.
         preset: Quantization preset: 'academic', 'onnxruntime', 'openvino' or 'tensorrt'.
-        seed: Seed of the run.
         versions: Package name to version.
-        metrics: Results per stage.
-        seconds: Wall-clock time of each phase.
-        peak_memory_bytes: Peak memory.
-        model_size_bytes: Model size.
         units: Reconstructed units, in order.
         bits: Layer name to bits.
         float_layers: ``'<layer>: reason'`` for each convolution or linear layer that stays in float.
-        calibration: The calibration images.
         loss: The reconstruction loss and its weights.
         warnings: One sentence for each warning.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
@@ -143,11 +137,6 @@ class Summary:
                 f'the GPU had no room for a batch of {result.name} ({result.stage}): '
                 f'{result.images_at_once} images were computed at once, their gradients added up'
             )
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has ended: its total time is known."""
-        return self.seconds.total is not None
 
     @property
     def bits_label(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmbrecq import pipeline
 from mmbrecq.data.groups import Grouped, batches_of
-from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss, loss_inputs, squared_gradients
+from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss, squared_gradients
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Task
 from mmbrecq.reconstruction.batches import Batches, UnitData
@@ -201,7 +201,7 @@ def test_sensitivities_are_measured_on_both_groups(work: Callable[..., Task], mi
     alone = [OutputLoss(graph, part).of(layers) for part in mixed.parts]
     expected = (WIDE * alone[0] + HIGH * alone[1]) / (WIDE + HIGH)
     assert OutputLoss(graph, mixed).of(layers) == pytest.approx(expected, rel=1e-5)
-    few = loss_inputs(made, graph, WIDE + 2)
+    few = made.images[: WIDE + 2]
     assert len(few) == WIDE + 2 and len(few.parts[1]) == 2
     (squares,) = squared_gradients(made.model, made.batches(), few, made.task_loss)
     assert len(squares) == WIDE + 2

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.report.html import macro
+from mmbrecq.report.html import environment, render_html
+from mmbrecq.report.summary import Summary
+
+MACROS: Any = environment().get_template('macros.html').module
 
 
 def unit(name: str, before: float, after: float) -> UnitResult:
@@ -26,11 +30,11 @@ def numbers(markup: str, pattern: str) -> list[float]:
     [(41.0, 82.0, 50.0), (82.0, 82.0, 100.0), (-1.0, 82.0, 0.0), (math.nan, 82.0, 0.0), (1.0, 0.0, 0.0)],
 )
 def test_meter_is_proportional_and_bounded(value: float, largest: float, width: float) -> None:
-    assert numbers(macro('meter')(value, largest, 'float'), r'class="fill" width="([\d.]+)"') == [width]
+    assert numbers(MACROS.meter(value, largest, 'float'), r'class="fill" width="([\d.]+)"') == [width]
 
 
 def test_stacked_bar_fills_its_width_without_gaps() -> None:
-    markup = macro('stacked_bar')([('a', 1.0), ('b', 3.0), ('c', 4.0)], 'label')
+    markup = MACROS.stacked_bar([('a', 1.0), ('b', 3.0), ('c', 4.0)], 'label')
     starts, widths = numbers(markup, r'x="([\d.]+)"'), numbers(markup, r'width="([\d.]+)" height="20">')
     assert widths == [125.0, 375.0, 500.0]
     assert starts == [0.0, 125.0, 500.0]
@@ -38,15 +42,15 @@ def test_stacked_bar_fills_its_width_without_gaps() -> None:
 
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_bits_bar_has_a_part_per_bit(bits: int) -> None:
-    assert f'<rect class="b{bits}" width="{bits}"' in macro('bits_bar')(bits)
+    assert f'<rect class="b{bits}" width="{bits}"' in MACROS.bits_bar(bits)
 
 
 def test_float_has_no_bar() -> None:
-    assert '<rect' not in macro('bits_bar')(None)
+    assert '<rect' not in MACROS.bits_bar(None)
 
 
 def test_losses_lie_on_a_log_axis() -> None:
-    markup = macro('loss_chart')([unit('u', 1.0, 0.001), unit('v', 0.1, 0.01)], 'label')
+    markup = MACROS.loss_chart([unit('u', 1.0, 0.001), unit('v', 0.1, 0.01)], 'label')
     before = numbers(markup, r'class="before" cx="([\d.]+)"')
     after = numbers(markup, r'class="after" cx="([\d.]+)"')
     decade = (before[0] - after[0]) / 3
@@ -59,7 +63,7 @@ def test_losses_lie_on_a_log_axis() -> None:
 
 
 def test_gridlines_stand_where_their_losses_would() -> None:
-    markup = macro('loss_chart')([unit('u', 0.01, 1.0)], 'label')
+    markup = MACROS.loss_chart([unit('u', 0.01, 1.0)], 'label')
     ticks = dict(re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)</text>', markup))
     places = {float(label): float(x) for x, label in ticks.items()}
     assert places[0.01] == numbers(markup, r'class="before" cx="([\d.]+)"')[0]
@@ -69,24 +73,29 @@ def test_gridlines_stand_where_their_losses_would() -> None:
 
 @pytest.mark.parametrize('losses', [(0.0, 0.0), (math.nan, 0.1), (0.1, math.inf), (1.0, 0.0)])
 def test_a_loss_off_the_axis_is_written_out(losses: tuple[float, float]) -> None:
-    markup = macro('loss_chart')([unit('u', *losses), unit('v', 0.2, 0.1)], 'label')
+    markup = MACROS.loss_chart([unit('u', *losses), unit('v', 0.2, 0.1)], 'label')
     assert markup.count('class="after"') == 1
     assert re.search(r'>loss \S+ before, \S+ after</text>', markup)
 
 
 def test_no_more_than_nine_decades_are_labelled() -> None:
-    markup = macro('loss_chart')([unit('u', 1e10, 1e-20)], 'label')
+    markup = MACROS.loss_chart([unit('u', 1e10, 1e-20)], 'label')
     assert markup.count('class="grid"') <= 9
 
 
 def test_a_long_name_keeps_both_ends() -> None:
     name = 'backbone.' + 'x' * 60 + '.conv2'
-    markup = macro('loss_chart')([unit(name, 1.0, 0.5)], 'label')
+    markup = MACROS.loss_chart([unit(name, 1.0, 0.5)], 'label')
     assert re.search(r'>backbone\.x+…x+\.conv2</text>', markup)
     assert f'<title>{name}:' in markup
 
 
 def test_escape_leaves_nothing_that_ends_a_tag_or_an_attribute() -> None:
-    evil = '<a b="c" d=\'e\'>&\udcff'
-    expected = '&lt;a b=&#34;c&#34; d=&#39;e&#39;&gt;&amp;?'
-    assert str(macro('table')([(evil, evil)], [[evil]])).count(expected) == 4
+    evil = '<a b="c" d=\'e\'>&'
+    expected = '&lt;a b=&#34;c&#34; d=&#39;e&#39;&gt;&amp;'
+    assert str(MACROS.table([(evil, evil)], [[evil]])).count(expected) == 4
+
+
+def test_what_utf_8_cannot_hold_is_a_question_mark() -> None:
+    page = render_html(Summary(config='a\udcff.py'))
+    assert '<code>a?.py</code>' in page and page.encode()

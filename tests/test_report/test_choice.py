@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.report.html import macro, render_html
+from mmbrecq.report.html import environment, render_html
 from mmbrecq.report.summary import Summary
 from mmbrecq.schema import decode, encode
+
+MACROS: Any = environment().get_template('macros.html').module
 
 CHOSEN = SearchResult(
     'divergence', {'a': 2, 'b': None}, {'a': 4}, 0.01, 0.02, {'size': '0.5x', 'bitops': '1g'},
@@ -26,19 +29,19 @@ def circles(markup: str, kind: str) -> list[tuple[float, float]]:
 
 
 def test_what_was_chosen_is_told_in_numbers() -> None:
-    markup = macro('choice_of_bits')(CHOSEN)
+    markup = MACROS.choice_of_bits(CHOSEN)
     text = re.sub(r'<[^>]+>', ' ', markup)
     assert 'Bits of 2 layers were chosen within size 0.5x, bitops 1g.' in text
     assert 'divergence from the float outputs: predicted 0.01, measured 0.02.' in text
     rows = [re.findall(r'>([^<]+)</t[hd]>', row) for row in re.findall(r'<tr>(.*?)</tr>', markup)]
     assert ['size', '40.0 kB', '0.4x', '50.0 kB'] in rows
     assert ['latency', '3.25 ms', '-', '-'] in rows
-    assert 'measured not yet' in macro('choice_of_bits')(replace(CHOSEN, measured=None))
+    assert 'measured not yet' in MACROS.choice_of_bits(replace(CHOSEN, measured=None))
     assert 'Choice of bits' not in render_html(Summary())
 
 
 def test_points_lie_where_the_axes_say() -> None:
-    markup = macro('front_chart')(CHOSEN)
+    markup = MACROS.front_chart(CHOSEN, CHOSEN.front)
     front, (chosen,), (measured,) = (circles(markup, kind) for kind in ('before', 'after', 'measured'))
     assert chosen == front[1]
     assert measured[0] == chosen[0]
@@ -52,8 +55,8 @@ def test_points_lie_where_the_axes_say() -> None:
 
 
 def test_without_a_front_there_is_no_chart() -> None:
-    assert '<svg class="chart"' in macro('choice_of_bits')(CHOSEN)
-    assert '<svg' not in macro('choice_of_bits')(replace(CHOSEN, front=[]))
+    assert '<svg class="chart"' in MACROS.choice_of_bits(CHOSEN)
+    assert '<svg' not in MACROS.choice_of_bits(replace(CHOSEN, front=[]))
 
 
 def test_the_choice_comes_back_from_the_file_and_stands_in_the_page() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.report.summary import LayerBits, Metrics, Seconds, Summary
+from mmbrecq.report.summary import LayerBits, Metrics, Summary
 from mmbrecq.schema import decode, encode, load_json, save_json
 
 SCHEMA = {
@@ -54,8 +54,6 @@ def test_round_trip_through_file(summary: Summary, tmp_path: Path) -> None:
 def test_empty_summary_goes_round() -> None:
     assert decode(Summary, encode(Summary()), 'summary') == Summary()
     assert decode(Summary, {}, 'summary') == Summary()
-    assert not Summary().finished
-    assert Summary(seconds=Seconds(total=1.0)).finished
 
 
 def test_non_finite_numbers_become_null() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmbrecq.dependencies import require
 from mmbrecq.errors import BackendError, MMBrecqError, first_line
 
-WARM_UP, FEWEST_RUNS = 2, 3
+WARM_UP, FEWEST_RUNS, BURST = 2, 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,17 @@ class BaseBackend(metaclass=ABCMeta):
             raise BackendError(f'{self.name} cannot run {self.path} on {shapes}: {first_line(error)}') from error
         return [torch.from_numpy(np.array(out, dtype=np.float32)) for out in outputs]
 
-    def seconds(self, *inputs: Tensor, burst: float = 0.01) -> float:
-        """Median time of a run, after two that are not timed; handing over inputs and outputs is not in it.
+    def seconds(self, *inputs: Tensor) -> float:
+        """Median time of the runs of 10 ms, three at least, after two that are not timed.
 
-        Args:
-            *inputs (Tensor): As for a call.
-            burst: Seconds that it runs for, three runs at least.
+        The inputs are those of a call; handing them over, and the outputs, is not in the time.
         """
         arrays = [x.detach().to('cpu', torch.float32).contiguous().numpy() for x in inputs]
         run = self._bound(arrays)
         for _ in range(WARM_UP):
             run()
         spent: list[float] = []
-        while len(spent) < FEWEST_RUNS or sum(spent) < burst:
+        while len(spent) < FEWEST_RUNS or sum(spent) < BURST:
             start = time.perf_counter()
             run()
             spent.append(time.perf_counter() - start)

@@ -18,14 +18,9 @@ from mmbrecq.registry import BACKENDS, EXPORTERS
 
 
 def open_backend(path: str | Path, num_threads: int | None = None) -> BaseBackend:
-    """Opens ``path`` in the registered runtime that reads its suffix (``.onnx``, ``.xml``).
+    """Opens ``path`` in the registered runtime that reads its suffix (``.onnx``, ``.xml``), as `BaseBackend` has it.
 
-    Args:
-        path: The exported file.
-        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
-
-    Raises:
-        BackendError: When no runtime reads the suffix, or as `BaseBackend` has it.
+    BackendError is raised for other suffixes, too.
     """
     by_suffix: dict[str, type[BaseBackend]] = {cls.suffix: cls for cls in BACKENDS.module_dict.values()}
     suffix = Path(path).suffix

@@ -25,27 +25,18 @@ PROVIDERS = ['CPUExecutionProvider']
 class ONNXRuntimeBackend(BaseBackend):
     """Runs an ``.onnx`` file in ONNX Runtime's CPU provider.
 
+    On x86 without VNNI its fast uint8 x int8 kernels add pairs of products in 16 bits, which saturate once weights use
+    all 8 bits; it is asked for the kernels that do not. The other arguments are those of `BaseBackend`.
+
     Args:
-        path: The exported file.
-        num_threads: Threads of one operator, at least 1; None leaves the choice to the runtime.
         optimize: False switches graph optimization off: every Q/DQ pair is then executed as written, in float, which
             is what a simulation is compared with exactly. True runs integer kernels.
-        exact_products: On x86 without VNNI the fast uint8 x int8 kernels add pairs of products in 16 bits and
-            saturate once weights use all 8 bits; True asks for the kernels that do not.
-
-    Raises:
-        BackendError: As `BaseBackend` has it.
     """
 
-    name = 'ONNX Runtime'
-    suffix = '.onnx'
-    package = 'onnxruntime'
+    name, suffix, package = 'ONNX Runtime', '.onnx', 'onnxruntime'
 
-    def __init__(
-        self, path: str | Path, num_threads: int | None = None, optimize: bool = True, exact_products: bool = True
-    ) -> None:
+    def __init__(self, path: str | Path, num_threads: int | None = None, optimize: bool = True) -> None:
         self.optimize = optimize
-        self.exact_products = exact_products
         super().__init__(path, num_threads)
 
     def _load(self) -> None:
@@ -54,8 +45,11 @@ class ONNXRuntimeBackend(BaseBackend):
         options = self._options()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
-        model = self._shareless() if self.exact_products else str(self.path)
-        self._session = onnxruntime.InferenceSession(model, options, providers=PROVIDERS)
+        model = require('onnx').load(str(self.path))
+        # to be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
+        # the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share
+        source = model.SerializeToString() if unshare_weights(model) else str(self.path)
+        self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS)
         self.input_names = [value.name for value in self._session.get_inputs()]
         self.output_names = [value.name for value in self._session.get_outputs()]
 
@@ -66,29 +60,12 @@ class ONNXRuntimeBackend(BaseBackend):
         options.log_severity_level = 3  # errors only: warnings concern fusions, which integer_kernels counts
         if self.num_threads is not None:
             options.intra_op_num_threads = self.num_threads
-        if self.exact_products:
-            options.add_session_config_entry('session.x64quantprecision', '1')
+        options.add_session_config_entry('session.x64quantprecision', '1')
         return options
-
-    def _shareless(self) -> bytes | str:
-        """The file, with a copy of every quantized weight for each reader where several share it.
-
-        To be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
-        the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share.
-        """
-        onnx = require('onnx')
-        from google.protobuf.message import DecodeError
-
-        try:
-            model = onnx.load(str(self.path))
-        except DecodeError:
-            return str(self.path)  # the runtime says what is wrong with the file
-        return model.SerializeToString() if unshare_weights(model) else str(self.path)
 
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         feed = dict(zip(self.input_names, arrays, strict=True))
-        outputs: Sequence[np.ndarray[Any, Any]] = self._session.run(self.output_names, feed)
-        return outputs
+        return self._session.run(self.output_names, feed)
 
     def _bound(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[], object]:
         binding = self._session.io_binding()

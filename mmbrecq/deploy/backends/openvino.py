@@ -27,17 +27,10 @@ class OpenVINOBackend(BaseBackend):
     another preset than ``openvino`` runs as it is written, without the plugin's low-precision transformations: those
     take the inputs of a concatenation to one scale, which is another network where the preset gave each its own.
 
-    Args:
-        path: The exported ``.xml`` file.
-        num_threads: Threads of one inference, at least 1; None leaves the choice to the runtime.
-
-    Raises:
-        BackendError: As `BaseBackend` has it.
+    Its arguments are those of `BaseBackend`.
     """
 
-    name = 'OpenVINO'
-    suffix = '.xml'
-    package = 'openvino'
+    name, suffix, package = 'OpenVINO', '.xml', 'openvino'
 
     def _load(self) -> None:
         import openvino
@@ -67,8 +60,7 @@ class OpenVINOBackend(BaseBackend):
         request = self._compiled.create_infer_request()
         for i, array in enumerate(arrays):
             request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-        run: Callable[[], object] = request.infer
-        return run
+        return request.infer
 
     def integer_kernels(self) -> KernelCount:
         """Counts the quantized layers whose execution graph node computes in u8 or i8."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from abc import ABCMeta, abstractmethod
@@ -46,12 +45,8 @@ class BaseExporter(metaclass=ABCMeta):
         Returns:
             The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
         """
-        paths = [self.export(model.image_graph, example, folder)]
-        for head in model.region_graphs:
-            beside = copy.copy(self)
-            beside.filename = head_file(paths[0], head.path).name
-            paths.append(beside.export(head, head.traced.example, folder))
-        return paths
+        examples = [example, *(head.traced.example for head in model.region_graphs)]
+        return [self.export(graph, of, folder) for graph, of in zip(model.graphs, examples, strict=True)]
 
     def export(self, graph: QuantizedGraph, example: Tensor, folder: Path) -> Path:
         """Writes ``graph`` below ``folder`` and verifies the file against the rules of its preset.
@@ -71,6 +66,7 @@ class BaseExporter(metaclass=ABCMeta):
             StorageError: The system refused to write.
         """
         path = folder / self.filename
+        path = head_file(path, graph.path) if graph.is_region else path
         for opaque in sorted(graph.traced.value_dependent):
             raise ExportError(
                 f"expected '{opaque}' to compute alike for all inputs, but its Python follows the values of tensors, "
@@ -79,7 +75,7 @@ class BaseExporter(metaclass=ABCMeta):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix='.export-', dir=folder) as beside:
-                written = Path(beside) / self.filename
+                written = Path(beside) / path.name
                 self.write(graph, example, written)
                 check_file(written, graph.preset.name, expected_quantization(graph), shown_as=path)
                 # in the order of their names a .bin comes before the .xml that points at it
@@ -97,10 +93,10 @@ class BaseExporter(metaclass=ABCMeta):
 
 def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
     """Returns what the verifier compares the ONNX file of a packed model with: its layers and all their grids."""
-    packed = {path: module for path, module in graph.model.named_modules() if isinstance(module, PackedWeight)}
     weights = {
         path.partition('.parametrizations.')[0]: (module.qtype.quant_min, module.qtype.quant_max)
-        for path, module in packed.items()
+        for path, module in graph.model.named_modules()
+        if isinstance(module, PackedWeight)
     }
     grids = []
     for quantizer in graph.quantizers.values():

@@ -10,11 +10,7 @@ from mmbrecq.deploy.verify.onnx_graph import Array, OnnxGraph
 
 
 class OnnxEditor(OnnxGraph):
-    """A view of an exported graph, with what adds to the graph; the view shows the nodes as they were before.
-
-    Args:
-        model (onnx.ModelProto): The model; it is changed in place.
-    """
+    """Changes an ``onnx.ModelProto`` in place, and is a view of it that shows the nodes as they were before."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, 'the exported graph')
@@ -43,10 +39,11 @@ class OnnxEditor(OnnxGraph):
         return output
 
     def drop_unread(self) -> None:
-        """Removes the initializers that no node reads, and before them the DequantizeLinear nodes."""
+        """Removes the initializers that no node reads, and before them the Constant and DequantizeLinear nodes."""
         graph = self.proto
         read = {name for node in graph.node for name in node.input} | {*self.outputs}
-        for node in [n for n in graph.node if n.op_type == 'DequantizeLinear' and n.output[0] not in read]:
+        droppable = [n for n in graph.node if n.op_type in ('Constant', 'DequantizeLinear')]
+        for node in [n for n in droppable if n.output[0] not in read]:
             graph.node.remove(node)
         read = {name for node in graph.node for name in node.input}
         for tensor in [t for t in graph.initializer if t.name not in read]:

@@ -63,10 +63,7 @@ def clip_signed_values(proto: Any) -> None:
         edit.proto.node.remove(old)
         inputs = [quantizer.input[0], *ends]
         quantizer.input[0] = edit.insert(edit.index(quantizer), 'Clip', inputs, f'{old.name}/values', old.name)
-    read = {name for node in proto.graph.node for name in node.input} | {*edit.outputs}
-    for node in list(proto.graph.node):
-        if node.op_type == 'Constant' and node.output[0] not in read:
-            proto.graph.node.remove(node)
+    edit.drop_unread()
 
 
 def _keep_rank(edit: OnnxEditor) -> None:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
@@ -62,12 +63,5 @@ def convert(source: Path) -> Any:
     import openvino
 
     # it reports its use over the network, and waits for that; not where it takes itself for CI
-    before = os.environ.get('CI')
-    os.environ['CI'] = 'true'
-    try:
+    with patch.dict(os.environ, {'CI': 'true'}):
         return openvino.convert_model(source)
-    finally:
-        if before is None:
-            del os.environ['CI']
-        else:
-            os.environ['CI'] = before

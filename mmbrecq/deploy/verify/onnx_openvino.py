@@ -27,15 +27,9 @@ def check_levels(graph: OnnxGraph) -> Faults:
 def check_signed(graph: OnnxGraph) -> Faults:
     """V2: int8 activations have zero-point 0, their range is -128..127 steps."""
     for node in graph.activation_quantizers():
-        low = _lowest(graph, node)
+        low = -128 - int(graph.zero_point(node).flat[0])
         if graph.zero_point_range(node) == (-128, 127) and low not in (-128, 0):
             yield node.name, f'expected a range of -128..127 steps, but got {low}..{low + 255}'
-
-
-def _lowest(graph: OnnxGraph, node: Node) -> int:
-    """Smallest value of the range in steps from real 0: what OpenVINO keeps of container and zero-point."""
-    container = graph.zero_point_range(node) or (0, 255)
-    return container[0] - int(graph.zero_point(node).flat[0])
 
 
 def check_layer_inputs(graph: OnnxGraph) -> Faults:
@@ -79,13 +73,3 @@ def check_network_outputs(graph: OnnxGraph) -> Faults:
     for tensor in graph.outputs:
         for dq in graph.quantized_sources(tensor) or []:
             yield dq.name, f'expected a float network output, but it quantizes output {tensor!r}'
-
-
-def check_concats(graph: OnnxGraph) -> Faults:
-    """V7: the quantized inputs of a Concat have one grid: OpenVINO takes them to one, whatever the file says."""
-    for concat in graph.of_type('Concat'):
-        sources = [dq for tensor in concat.inputs for dq in graph.quantized_sources(tensor) or []]
-        scales = {dq: scale for dq in sources if (scale := graph.scale(dq)) is not None and np.isfinite(scale).all()}
-        if not all(graph.same_grid(dq, next(iter(scales))) for dq in scales):
-            values = ', '.join(f'{np.ravel(scale)[0]:g}' for scale in scales.values())
-            yield concat.name, f'expected one grid on all quantized inputs, but got scales {values}'

@@ -11,16 +11,6 @@ import numpy as np
 
 from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Faults, Layer, Node, OnnxGraph
 
-# Opset from which Q and DQ take a type; ONNX's version history of the two operators.
-OPSET_OF_TYPE = {
-    'int8': 10, 'uint8': 10, 'int32': 10,
-    'float8_e4m3fn': 19, 'float8_e4m3fnuz': 19, 'float8_e5m2': 19, 'float8_e5m2fnuz': 19,
-    'int4': 21, 'uint4': 21, 'int16': 21, 'uint16': 21, 'float4_e2m1fn': 23, 'int2': 25, 'uint2': 25,
-}  # fmt: skip
-OPSET_OF_SCALE_TYPE = {'float32': 10, 'float16': 19, 'bfloat16': 19}
-OPSET_OF_INTEGER_CLIP = 12
-OPSET_OF_ATTRIBUTE = {'axis': 13, 'saturate': 19, 'block_size': 21, 'output_dtype': 21, 'precision': 23}
-
 
 def quantization_nodes(graph: OnnxGraph) -> Iterator[Node]:
     """QuantizeLinear and DequantizeLinear nodes in file order."""
@@ -118,35 +108,27 @@ def _weight_ndim(graph: OnnxGraph, dq: Node) -> int | None:
 
 def check_opset(graph: OnnxGraph) -> Faults:
     """C4: the opset knows the types and attributes that Q, DQ and a Clip between them use."""
-    needs: list[tuple[Node, str, int | None]] = [
-        (clip, 'a Clip of integers', OPSET_OF_INTEGER_CLIP)
-        for node in graph.activation_quantizers()
-        if (clip := graph.integer_clip(node)) is not None
-    ]
-    for node in (node for node in graph.nodes if node.op in ('QuantizeLinear', 'DequantizeLinear')):
-        if node.domain not in STANDARD_DOMAINS:
-            yield node.name, f'expected the ONNX operator, but got {node.op} of {node.domain!r}'
-        else:
-            needs += [(node, what, opset) for what, opset in _needs(graph, node)]
-    for node, what, opset in needs:
-        if opset is None:
-            yield node.name, f'expected a type of {node.op}, but got {what}'
-        elif graph.opset < opset:
-            yield node.name, f'expected opset {opset} or later for {what}, but got {graph.opset}'
+    from onnx import defs
+
+    clips = [graph.integer_clip(node) for node in graph.activation_quantizers()]
+    quantization = [node for node in graph.nodes if node.op in ('QuantizeLinear', 'DequantizeLinear')]
+    for node in [*quantization, *(clip for clip in clips if clip is not None)]:
+        if node.domain not in STANDARD_DOMAINS or not defs.has(node.op, graph.opset):
+            yield node.name, f'expected an ONNX operator of opset {graph.opset}, but got {node.op} of {node.domain!r}'
+            continue
+        schema = defs.get_schema(node.op, graph.opset)
+        of_opset = f'of {node.op} in opset {graph.opset}'
+        for accepted, value in zip(schema.inputs, map(graph.constant, node.inputs), strict=False):
+            if value is not None and f'tensor({_onnx_type(value)})' not in accepted.types:
+                yield node.name, f'expected a type {of_opset}, but got {value.dtype.name}'
+        for name in sorted(set(node.attributes) - set(schema.attributes)):
+            yield node.name, f'expected an attribute {of_opset}, but got {name!r}'
 
 
-def _needs(graph: OnnxGraph, node: Node) -> Iterator[tuple[str, int | None]]:
-    typed = node.input(0) if node.op == 'DequantizeLinear' else ''
-    for tensor in dict.fromkeys((typed, node.input(2))):
-        value = graph.constant(tensor)
-        if value is not None:
-            yield value.dtype.name, OPSET_OF_TYPE.get(value.dtype.name)
-    scale = graph.constant(node.input(1))
-    if scale is not None:
-        yield f'{scale.dtype.name} scales', OPSET_OF_SCALE_TYPE.get(scale.dtype.name)
-    for name in node.attributes:
-        if name in OPSET_OF_ATTRIBUTE:
-            yield f'attribute {name!r}', OPSET_OF_ATTRIBUTE[name]
+def _onnx_type(value: Array) -> str:
+    from onnx import TensorProto, helper
+
+    return str(TensorProto.DataType.Name(helper.np_dtype_to_tensor_dtype(value.dtype))).lower()
 
 
 def check_pairs(graph: OnnxGraph) -> Faults:

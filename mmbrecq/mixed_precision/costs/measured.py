@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -22,9 +20,9 @@ from mmbrecq.building import check_integer
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
-from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
-from mmbrecq.mixed_precision.costs.models import BaseCostModel, is_latency
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, check_latencies
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.schema import load_json, save_json
@@ -35,42 +33,24 @@ KINDS = (FLOAT, INT8)
 RUNTIMES: dict[str, type[BaseBackend]] = {'openvino': OpenVINOBackend, 'onnxruntime': ONNXRuntimeBackend}
 
 
-ORIGIN = ('runtime', 'version', 'cpu', 'threads')
-"""Latencies in a file are of these."""
-
-
-@dataclass
-class Latencies:
-    """The latencies of a file: those of each layer by its shape, in float and in integers."""
-
-    runtime: str
-    version: str
-    cpu: str
-    threads: int
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    unit: str = 'ms'
-
-
 @COST_MODELS.register_module()
 class MeasuredLatency(BaseCostModel):
     """Milliseconds of one image, each layer timed alone in a runtime on this machine.
 
-    A layer is timed in float32 and with 8-bit integers, by its shape: layers of one shape share a figure, and a figure
-    is measured once and kept in a file. Weights and inputs of fewer bits take the 8-bit kernels, since the runtimes
-    have no others, and a layer with a float weight or a float input takes the float kernel. What stands between the
-    layers is not counted.
+    A layer is timed in float32 and with 8-bit integers. A figure is measured once and kept in a file, under the shape
+    of the layer, the runtime and its version, the processor and the threads. Weights and inputs of fewer bits take the
+    8-bit kernels, since the runtimes have no others, and a layer with a float weight or a float input takes the float
+    kernel. What stands between the layers is not counted.
 
     Args:
         runtime: ``openvino`` or ``onnxruntime``.
-        path: File of the figures; None for one in the cache folder, named after runtime, version, processor and
-            threads.
+        path: File of the figures; None for one in the cache folder.
         num_threads: Threads of one inference.
         rounds: How often every layer is timed, each time by the median of many runs; the least of them counts, since
             what else the machine does adds time in spells, and takes none away.
 
     Raises:
-        TableError: The file at ``path`` is of another runtime, version, processor or number of threads, or has a figure
-            that no latency can be.
+        TableError: The file at ``path`` has a figure that no latency can be.
     """
 
     name, unit = 'latency', 'ms'
@@ -88,27 +68,30 @@ class MeasuredLatency(BaseCostModel):
         for package in ('onnx', self.backend.package):
             require(package)
         version = metadata.version(self.backend.package)
-        self.kept = Latencies(self.backend.name, version, cpu_name(), num_threads)
-        self.path = Path(path) if path is not None else _default_path(self.kept)
+        self._measured_on = f'{self.backend.name} {version} on {cpu_name()}, threads: {num_threads}'
+        cache = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
+        self.path = Path(path) if path is not None else cache / 'latency.json'
+        self.figures: dict[str, dict[str, float]] = {}
         if self.path.exists():
-            self.kept = self._load()
+            self.figures = load_json(dict[str, dict[str, float]], self.path, 'MeasuredLatency')
+            check_latencies(self.figures, self.path)
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
         self.prepare([layer])
         kind = FLOAT if None in bits else INT8
-        return sum(self.kept.layers[shape_key(layer, call)][kind] for call in layer.calls)
+        return sum(self.figures[self._key(layer, call)][kind] for call in layer.calls)
 
     def prepare(self, layers: Sequence[LayerShape]) -> None:
         """Times the layers whose shapes have no figure, and keeps the figures in the file."""
-        calls = {shape_key(layer, call): (layer, call) for layer in layers for call in layer.calls}
-        missing = {key: calls[key] for key in calls if key not in self.kept.layers}
+        calls = {self._key(layer, call): (layer, call) for layer in layers for call in layer.calls}
+        missing = {key: calls[key] for key in calls if not {*KINDS} <= {*self.figures.get(key, ())}}
         if not missing:
             return
         times: dict[tuple[str, str], list[float]] = {(key, kind): [] for key in missing for kind in KINDS}
         with tempfile.TemporaryDirectory() as folder:
             files = {
-                (key, kind): self._write(Path(folder), layer, call, kind == INT8)
-                for key, (layer, call) in missing.items()
+                (key, kind): self._write(Path(folder) / f'{i}-{kind}.onnx', layer, call, kind == INT8)
+                for i, (key, (layer, call)) in enumerate(missing.items())
                 for kind in KINDS
             }
             # round by round, so that a busy spell of the machine falls on one round of many layers, not on one layer
@@ -118,15 +101,16 @@ class MeasuredLatency(BaseCostModel):
                 spent = self.backend(files[key, kind], self.num_threads).seconds(example)
                 times[key, kind].append(1e3 * spent / copies_of(layer, call))
         for key in missing:
-            self.kept.layers[key] = {kind: min(times[key, kind]) for kind in KINDS}
-        save_json(self.kept, self.path)
+            self.figures[key] = {kind: min(times[key, kind]) for kind in KINDS}
+        save_json(self.figures, self.path)
 
-    def _write(self, folder: Path, layer: LayerShape, call: Call, integer: bool) -> Path:
-        """The file of a layer, in the form that the runtime reads."""
+    def _key(self, layer: LayerShape, call: Call) -> str:
+        return f'{shape_key(layer, call)}, in {self._measured_on}'
+
+    def _write(self, path: Path, layer: LayerShape, call: Call, integer: bool) -> Path:
+        """Writes the file of a layer, in the form that the runtime reads."""
         import onnx
 
-        stem = hashlib.sha256(shape_key(layer, call).encode()).hexdigest()[:16]
-        path = folder / f'{stem}-{INT8 if integer else FLOAT}.onnx'
         onnx.save(layer_graph(layer, call, integer), str(path))
         if self.backend is OpenVINOBackend:
             import openvino
@@ -134,20 +118,6 @@ class MeasuredLatency(BaseCostModel):
             openvino.save_model(convert(path), path.with_suffix('.xml'), compress_to_fp16=False)
             return path.with_suffix('.xml')
         return path
-
-    def _load(self) -> Latencies:
-        found = load_json(Latencies, self.path, 'MeasuredLatency')
-        for name in ORIGIN:
-            kept, own = getattr(found, name), getattr(self.kept, name)
-            if kept != own:
-                raise TableError(
-                    f'{self.path}: expected latencies of {name} {own!r}, but they are of {kept!r}; remove the file to '
-                    'measure them here'
-                )
-        for key, kind in ((key, kind) for key in found.layers for kind in KINDS):
-            if not is_latency(value := found.layers[key].get(kind)):
-                raise TableError(f"{self.path}: expected the {kind} latency of '{key}' to be >= 0, but got {value!r}")
-        return found
 
 
 def shape_key(layer: LayerShape, call: Call) -> str:
@@ -164,12 +134,6 @@ def cpu_name() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _default_path(kept: Latencies) -> Path:
-    folder = Path(os.environ.get('MMBRECQ_CACHE') or Path.home() / '.cache' / 'mmbrecq')
-    name = '-'.join(re.sub(r'[^A-Za-z0-9.]+', '_', str(getattr(kept, name))).strip('_') for name in ORIGIN)
-    return folder / 'latency' / f'{name}.json'
 
 
 OPSET = 17

@@ -14,10 +14,9 @@ from typing import Any
 from mmbrecq.building import check_integer
 from mmbrecq.byte_size import weight_bytes
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import Bits, LayerShape
+from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, Bits, LayerShape
 from mmbrecq.registry import COST_MODELS
-
-FLOAT_BITS = 32
+from mmbrecq.schema import decode
 
 
 class BaseCostModel(metaclass=ABCMeta):
@@ -46,9 +45,12 @@ def show(bits: Bits) -> str:
     return f'W{bits[0] or FLOAT_BITS}A{bits[1] or FLOAT_BITS}'
 
 
-def is_latency(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number of at least 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+def check_latencies(layers: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
+    """Raises TableError where a latency of a file is negative or not finite."""
+    for name, row in layers.items():
+        for kind, value in row.items():
+            if not 0 <= value < math.inf:
+                raise TableError(f"{path}: expected the {kind} latency of '{name}' to be >= 0, but got {value!r}")
 
 
 @COST_MODELS.register_module()
@@ -88,24 +90,19 @@ class LatencyTable(BaseCostModel):
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            content: Any = json.loads(Path(path).read_text(encoding='utf-8'))
+            content = decode(dict[str, Any], json.loads(Path(path).read_text(encoding='utf-8')), 'content')
+            self.layers = decode(dict[str, dict[str, float]], content.get('layers'), 'layers')
         except (OSError, ValueError) as error:
-            raise TableError(f'{path}: expected a JSON file with a table of latencies, but got {error}') from error
-        layers = content.get('layers') if isinstance(content, dict) else None
-        if not isinstance(layers, dict) or not all(isinstance(row, dict) for row in layers.values()):
-            raise TableError(f"{path}: expected a table of latencies by layer and bits under the key 'layers'")
-        self.layers: Mapping[str, Mapping[str, Any]] = layers
+            expected = "expected a JSON file with latencies by layer and bits under the key 'layers'"
+            raise TableError(f'{path}: {expected}, but: {error}') from error
+        check_latencies(self.layers, path)
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:
-        row = self.layers.get(layer.name)
-        if row is None:
-            raise TableError(f"{self.path}: expected latencies of layer '{layer.name}', but the table has none")
-        where, value = f"{self.path}: expected the latency of layer '{layer.name}' at {show(bits)}", row.get(show(bits))
-        if value is None:
-            raise TableError(f'{where}, but the table has only {", ".join(sorted(row)) or "nothing"}')
-        if not is_latency(value):
-            raise TableError(f'{where} to be a number >= 0, but got {value!r}')
-        return float(value)
+        row = self.layers.get(layer.name, {})
+        if show(bits) not in row:
+            expected = f"expected the latency of layer '{layer.name}' at {show(bits)}"
+            raise TableError(f'{self.path}: {expected}, but the table has {", ".join(sorted(row)) or "nothing"} of it')
+        return row[show(bits)]
 
 
 @COST_MODELS.register_module()

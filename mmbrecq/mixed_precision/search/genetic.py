@@ -58,7 +58,7 @@ class GeneticSearcher:
         members = self._feasible(problem, self.population, draw.anew)
         half = self.population // 2
         if self.refine:
-            members[0] = make_feasible(problem, problem.lossless)
+            members[0] = make_feasible(problem, problem.least(problem.loss))
         best = _best(problem, members, self.parents)
         for index in range(self.iterations):
             crossed = self._feasible(problem, half, partial(draw.crossed, best))
@@ -173,8 +173,7 @@ def _double_changes(problem: BitProblem, choice: Choices) -> Choices:
     layers, options = _moves(problem, choice)
     first, second = np.triu_indices(len(layers), 1)
     apart = layers[first] != layers[second]
-    first, second = first[apart], second[apart]
-    changed = _changed(problem, np.repeat(choice[None], len(first), 0), layers[first], options[first])
+    changed, second = single_changes(problem, choice)[first[apart]], second[apart]
     return _changed(problem, changed, layers[second], options[second])
 
 

@@ -49,9 +49,7 @@ class IntegerProgram:
         products = _products(problem)
         singles, size = problem.loss.size, problem.loss.size + len(products)
         objective = np.concatenate([problem.loss.ravel(), [value for *_, value in products]])
-        upper = np.ones((len(problem.layers), len(problem.candidates)))
-        for row, options in zip(upper, problem.options, strict=True):
-            row[np.setdiff1d(np.arange(len(row)), options)] = 0
+        upper = np.array([np.isin(range(len(problem.candidates)), options) for options in problem.options], float)
         result = milp(
             objective / max(np.abs(objective).max(), 1e-300),
             integrality=np.arange(size) < singles,

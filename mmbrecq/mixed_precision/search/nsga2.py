@@ -58,15 +58,13 @@ class NSGA2Searcher:
         problem.check_budgets()
         generator, probability = np.random.default_rng(seed), self.mutation
         sizes = np.array([len(options) for options in problem.options])
-        limits = {name: cost.budget for name, cost in problem.costs.items() if np.isfinite(cost.budget)}
 
         class Tables(Problem):  # type: ignore[misc]
             def _evaluate(self, x: Any, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
                 choices = _decode(problem, x)
-                spent = {name: problem.spent(name, choices) for name in problem.costs}
-                out['F'] = np.column_stack([problem.losses(choices), *spent.values()])
-                if limits:
-                    out['G'] = np.column_stack([spent[name] / limit - 1 - 1e-12 for name, limit in limits.items()])
+                spent = [problem.spent(name, choices) for name in problem.costs]
+                out['F'] = np.column_stack([problem.losses(choices), *spent])
+                out['G'] = problem.excess(choices)[:, None]
 
         class DrawAnew(Mutation):  # type: ignore[misc]
             def _do(self, _: Any, genes: Any, **kwargs: Any) -> Any:
@@ -77,7 +75,7 @@ class NSGA2Searcher:
         # the ends of the front are hard to find from the middle
         start[:2] = np.stack([np.zeros_like(sizes), sizes - 1])
         algorithm = NSGA2(self.population, sampling=start, crossover=UniformCrossover(), mutation=DrawAnew())
-        counts = {'n_var': len(sizes), 'n_obj': 1 + len(problem.costs), 'n_ieq_constr': len(limits)}
+        counts = {'n_var': len(sizes), 'n_obj': 1 + len(problem.costs), 'n_ieq_constr': 1}
         tables = Tables(**counts, xl=np.zeros(len(sizes)), xu=sizes - 1)
         result = minimize(tables, algorithm, ('n_gen', self.iterations), seed=seed)
         if result.X is None:

@@ -115,17 +115,8 @@ class BitProblem:
         index = {candidate: i for i, candidate in enumerate(self.candidates)}
         return np.array([[index[first[0], second[1]] for second in self.candidates] for first in self.candidates])
 
-    def cheapest(self, name: str) -> Choices:
-        """Returns the choice that costs least, ``(layers,)``."""
-        return self._least(self.costs[name].table)
-
-    @property
-    def lossless(self) -> Choices:
-        """The choice in which every layer alone loses least, ``(layers,)``."""
-        return self._least(self.loss)
-
-    def _least(self, table: Table) -> Choices:
-        """Returns the choice with the least sum over a table."""
+    def least(self, table: Table) -> Choices:
+        """Returns the choice with the least sum over a table, such as the loss or a cost, ``(layers,)``."""
         chosen = np.array([options[np.argmin(table[i, options])] for i, options in enumerate(self.options)])
         seconds = [second for _, second in self.candidates]
         for tie in self.ties:
@@ -140,7 +131,7 @@ class BitProblem:
     def check_budgets(self) -> None:
         """Raises BudgetError where a budget lies below the least cost, and says what that is."""
         for name, cost in self.costs.items():
-            least = float(self.spent(name, self.cheapest(name)))
+            least = float(self.spent(name, self.least(cost.table)))
             if least > cost.budget * (1 + 1e-12):
                 unit = f' {cost.unit}' if cost.unit else ''
                 raise BudgetError(

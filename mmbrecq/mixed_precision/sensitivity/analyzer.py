@@ -18,15 +18,9 @@ from torch import nn
 
 from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
-from mmbrecq.mixed_precision.sensitivity.measure import (
-    FISHER,
-    OutputLoss,
-    loss_inputs,
-    measure_activations,
-    output_loss,
-)
-from mmbrecq.mixed_precision.sensitivity.table import FLOAT_BITS, AnalysisOptions, SensitivityTable, value_groups
+from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, layer_shapes, other_bytes
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, measure_activations, output_loss
+from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable, value_groups
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
@@ -176,8 +170,7 @@ class Analyzer:
             pairs = [pair for pair in pairs if bits not in self.table.pairs.get(pair, {})]
             if not missing and not pairs:
                 continue
-            inputs = loss_inputs(task, graph, self.options.images)
-            loss = output_loss(task, graph, inputs, self.table.kind == FISHER)
+            loss = output_loss(task, graph, self.options.images, self.table.kind)
             for name in track(missing, f'layers at {bits} bits'):
                 self.table.loss.setdefault(name, {})[bits] = loss.of({name})
             for first, second in track(pairs, f'pairs of layers at {bits} bits'):

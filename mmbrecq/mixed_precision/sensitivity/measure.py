@@ -97,16 +97,13 @@ class OutputLoss:
             yield _flat(self._graph(self._inputs[batch]))
 
 
-def output_loss(task: Task, graph: QuantizedGraph, inputs: Images, fisher: bool) -> OutputLoss:
-    """Builds the loss of one graph of a task.
+def output_loss(task: Task, graph: QuantizedGraph, images: int | None, kind: str) -> OutputLoss:
+    """Builds the loss of one graph of a task, over its first ``images``, None for all, or over all features of regions.
 
-    Args:
-        task: Has a task loss where ``fisher`` is asked for.
-        graph: One of the graphs of the task's model.
-        inputs: Of the graph; the first images of the task's, or features of regions.
-        fisher: Whether the annotations of the images weigh the errors.
+    With the kind :data:`FISHER` the task has a task loss, and the annotations of the images weigh the errors.
     """
-    if not fisher:
+    inputs = task.regions.pairs(graph, False, False)[0] if graph.is_region else task.images[:images]
+    if kind != FISHER:
         return OutputLoss(graph, inputs)
     assert task.task_loss is not None
     return OutputLoss(graph, inputs, squared_gradients(task.model, task.batches(), inputs, task.task_loss))
@@ -142,23 +139,11 @@ def _flat(outputs: Any) -> list[Tensor]:
     return list(flatten_outputs(outputs).values())
 
 
-def loss_inputs(task: Task, graph: QuantizedGraph, images: int | None) -> Images:
-    """Returns the inputs of a graph of a task that losses are measured on: the first ``images``, or all regions."""
-    if not graph.is_region:
-        return task.images[:images]
-    regions: Tensor = task.regions.pairs(graph, weights=False, activations=False)[0]
-    return regions
-
-
 def measure_activations(task: Task, table: SensitivityTable, bits: int) -> None:
     """Measures the groups of ``table.values`` that have no loss at ``bits`` yet.
 
-    Their grids are those of a calibration on float values; the loss is that with one group quantized, all else float.
-
-    Args:
-        task: The model prepared with activations of ``bits``.
-        table: Gets the losses.
-        bits: Of the activations.
+    The task was prepared with activations of these bits. Their grids are those of a calibration on float values; the
+    loss is that with one group quantized, all else float.
     """
     calibrate_activations(task.model, (task.images[batch] for batch in batches_of(task.images, BATCH)))
     calibrate_regions(task.model, task.regions)
@@ -166,7 +151,7 @@ def measure_activations(task: Task, table: SensitivityTable, bits: int) -> None:
         own = [name for name, group in table.values.items() if set(group.quantizers) <= set(part.quantizers)]
         missing = [name for name in own if bits not in table.activation_loss.get(name, {})]
         if missing:
-            loss = output_loss(task, part, loss_inputs(task, part, table.images), table.kind == FISHER)
+            loss = output_loss(task, part, table.images, table.kind)
             for name in track(missing, f'activations at {bits} bits'):
                 quantizers = table.values[name].quantizers
                 table.activation_loss.setdefault(name, {})[bits] = loss.of((), quantizers)

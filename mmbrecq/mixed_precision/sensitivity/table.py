@@ -12,15 +12,13 @@ import numpy as np
 
 from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import LayerShape
+from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.schema import load_json
 
 LOSSES = ('outputs', 'fisher')
-FLOAT_BITS = 32
-"""The candidate that leaves the weight of a layer in float."""
 
 
 @dataclass(frozen=True)

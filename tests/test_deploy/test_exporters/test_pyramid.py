@@ -95,7 +95,7 @@ def test_weights_that_levels_share(preset: str, tmp_path: Path) -> None:
     weights = [node.input[0] for node in proto.graph.node if node.op_type == 'DequantizeLinear']
     assert sum(name.startswith('backbone.scores.') for name in weights) == 2
     assert len({name for name in weights if name.startswith('backbone.scores.')}) == 1
-    backend = ONNXRuntimeBackend(path, num_threads=1, exact_products=True)
+    backend = ONNXRuntimeBackend(path, num_threads=1)
     plain = ONNXRuntimeBackend(path, num_threads=1, optimize=False)
     x = images(2, seed=1)
     for found, wanted in zip(backend(x), plain(x), strict=True):

@@ -117,14 +117,15 @@ def test_latencies_are_read_from_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('{', 'expected a JSON file with a table of latencies'),
-        ([], "expected a table of latencies by layer and bits under the key 'layers'"),
-        ({'layers': {'head.fc': 3}}, "expected a table of latencies by layer and bits under the key 'layers'"),
-        ({'layers': {}}, "expected latencies of layer 'head.fc', but the table has none"),
-        ({'layers': {'head.fc': {'W4A8': 1}}}, "latency of layer 'head.fc' at W8A8, but the table has only W4A8"),
-        ({'layers': {'head.fc': {'W8A8': -1}}}, "layer 'head.fc' at W8A8 to be a number >= 0, but got -1"),
-        ({'layers': {'head.fc': {'W8A8': 'fast'}}}, "layer 'head.fc' at W8A8 to be a number >= 0, but got 'fast'"),
-        ('{"layers": {"head.fc": {"W8A8": NaN}}}', "layer 'head.fc' at W8A8 to be a number >= 0, but got nan"),
+        ('{', "expected a JSON file with latencies by layer and bits under the key 'layers', but: Expecting"),
+        ([], "under the key 'layers', but: content: expected dict, but got []"),
+        ({'device': 'board'}, "under the key 'layers', but: layers: expected dict, but got None"),
+        ({'layers': {'head.fc': 3}}, "under the key 'layers', but: layers['head.fc']: expected dict, but got 3"),
+        ({'layers': {}}, "latency of layer 'head.fc' at W8A8, but the table has nothing of it"),
+        ({'layers': {'head.fc': {'W4A8': 1}}}, "latency of layer 'head.fc' at W8A8, but the table has W4A8 of it"),
+        ({'layers': {'head.fc': {'W8A8': -1}}}, "the W8A8 latency of 'head.fc' to be >= 0, but got -1"),
+        ({'layers': {'head.fc': {'W8A8': 'fast'}}}, "layers['head.fc']['W8A8']: expected float, but got 'fast'"),
+        ('{"layers": {"head.fc": {"W8A8": NaN}}}', "the W8A8 latency of 'head.fc' to be >= 0, but got nan"),
     ],
 )
 def test_bad_tables(tmp_path: Path, content: Any, message: str) -> None:

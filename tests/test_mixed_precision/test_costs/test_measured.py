@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -21,7 +22,14 @@ from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBac
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
-from mmbrecq.mixed_precision.costs.measured import COPIES, MeasuredLatency, copies_of, layer_graph, shape_key
+from mmbrecq.mixed_precision.costs.measured import (
+    COPIES,
+    MeasuredLatency,
+    copies_of,
+    cpu_name,
+    layer_graph,
+    shape_key,
+)
 from mmbrecq.mixed_precision.costs.models import BaseCostModel
 from mmbrecq.registry import COST_MODELS
 
@@ -136,10 +144,11 @@ def test_a_figure_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / 'latency.json'
     first = costs(MeasuredLatency('onnxruntime', str(path), rounds=1), [CONV, LINEAR], [(8, 8), (None, None)])
     content = json.loads(path.read_text())
-    assert content['runtime'] == 'ONNX Runtime' and content['threads'] == 1 and content['cpu']
-    assert set(content['layers']) == {shape_key(layer, layer.calls[0]) for layer in (CONV, LINEAR)}
+    shapes = [shape_key(layer, layer.calls[0]) for layer in (CONV, LINEAR)]
+    measured_on = f'in ONNX Runtime {onnxruntime.__version__} on {cpu_name()}, threads: 1'
+    assert set(content) == {f'{shape}, {measured_on}' for shape in shapes}
 
-    def refuse(self: BaseBackend, *inputs: torch.Tensor, burst: float = 0) -> float:
+    def refuse(self: BaseBackend, *inputs: torch.Tensor) -> float:
         raise AssertionError('measured again')
 
     monkeypatch.setattr(BaseBackend, 'seconds', refuse)
@@ -155,28 +164,35 @@ def test_a_figure_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_a_path_figures_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('MMBRECQ_CACHE', str(tmp_path))
     costs(MeasuredLatency('onnxruntime', rounds=1), [LINEAR], [(8, 8)])
-    (file,) = (tmp_path / 'latency').iterdir()
-    assert file.name.startswith('ONNX_Runtime-')
+    assert [file.name for file in tmp_path.iterdir()] == ['latency.json']
+
+
+@pytest.mark.parametrize('options', [{'num_threads': 2}, {'runtime': 'openvino'}])
+def test_figures_of_another_setting_stand_beside(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file keeps both, and the first are read again."""
+    path, spent = tmp_path / 'latency.json', iter([1.6, 3.2, 16.0, 32.0])
+    monkeypatch.setattr(BaseBackend, 'seconds', lambda *_: next(spent))
+    first: dict[str, Any] = {'runtime': 'onnxruntime', 'rounds': 1, 'path': str(path)}
+    assert costs(MeasuredLatency(**first), [LINEAR], [(8, 8), (None, None)]).tolist() == [[200, 100]]
+    other = {**first, **options}
+    assert costs(MeasuredLatency(**other), [LINEAR], [(8, 8), (None, None)]).tolist() == [[2000, 1000]]
+    assert costs(MeasuredLatency(**first), [LINEAR], [(8, 8), (None, None)]).tolist() == [[200, 100]]
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
+    ('content', 'message'),
     [
-        ({'version': '1.0'}, "expected latencies of version '"),
-        ({'runtime': 'OpenVINO'}, "expected latencies of runtime 'ONNX Runtime', but they are of 'OpenVINO'"),
-        ({'cpu': 'Z80'}, "but they are of 'Z80'"),
-        ({'threads': 2}, 'expected latencies of threads 1, but they are of 2'),
-        ({'layers': 3}, 'expected what MeasuredLatency writes, but it is not: '),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': 1.0}}}, 'to be >= 0, but got None'),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': 1.0, 'int8': -1}}}, "int8 latency of 'Linear 10x32 of 3x32'"),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': float('nan'), 'int8': 1}}}, 'to be >= 0, but got nan'),
-        ({'layers': {'Linear 10x32 of 3x32': {'float': True, 'int8': 1}}}, 'expected float, but got True'),
+        ([1.0], 'expected what MeasuredLatency writes, but it is not: '),
+        ({'a shape': {'float': 1.0, 'int8': -1}}, "expected the int8 latency of 'a shape' to be >= 0, but got -1"),
+        ({'a shape': {'float': float('nan'), 'int8': 1}}, 'to be >= 0, but got nan'),
+        ({'a shape': {'float': True, 'int8': 1}}, 'expected float, but got True'),
     ],
 )
-def test_bad_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused(content: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / 'latency.json'
-    costs(MeasuredLatency('onnxruntime', str(path), rounds=1), [LINEAR], [(8, 8)])
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps(content))
     with pytest.raises(TableError, match=re.escape(message)) as raised:
         MeasuredLatency('onnxruntime', str(path))
     assert str(raised.value).startswith(f'{path}: ')

@@ -48,8 +48,8 @@ def test_what_a_layer_may_not_have_is_no_option() -> None:
     allowed = np.array([[False, False, True], [True, True, True], [True, False, True]])
     tables = problem(allowed=allowed)
     assert [options.tolist() for options in tables.options] == [[2], [0, 1, 2], [0, 2]]
-    assert tables.cheapest('size').tolist() == [2, 0, 0]
-    assert tables.lossless.tolist() == [2, 2, 2]
+    assert tables.least(tables.costs['size'].table).tolist() == [2, 0, 0]
+    assert tables.least(tables.loss).tolist() == [2, 2, 2]
 
 
 def test_a_budget_below_the_least_cost_says_what_that_is() -> None:
