@@ -19,7 +19,7 @@ from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitDat
 from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
-from mmbrecq.reconstruction.variables import Group, Variables
+from mmbrecq.reconstruction.variables import Variables
 
 CHECK_INTERVAL = 100
 """Iterations between looks at the losses: each look waits for the device."""
@@ -33,7 +33,7 @@ def optimize_unit(
     module: nn.Module,
     weights: Sequence[tuple[nn.Module, WeightFakeQuantize]],
     quantizers: Sequence[FakeQuantize],
-    data: UnitData,
+    data: UnitData[Any],
     loss: UnitLoss,
     stage: Stage,
     generator: torch.Generator,
@@ -67,7 +67,8 @@ def optimize_unit(
     variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    optimizer = build_adam(variables.groups)
+    # of Kingma and Ba, ICLR 2015
+    optimizer = torch.optim.Adam([{'params': members, 'lr': lr} for members, lr, _ in variables.groups], fused=True)
     best = math.inf
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
@@ -138,12 +139,6 @@ def linear_beta(t: float, start: float, end: float, warmup: float) -> float | No
     """
     progress = min(1.0, (t - warmup) / (1 - warmup))
     return None if t < warmup else end + (start - end) * (1 - progress)
-
-
-def build_adam(groups: Sequence[Group]) -> torch.optim.Adam:
-    """Returns torch's Adam (Kingma and Ba, ICLR 2015) with one parameter group for each group of variables."""
-    parameters = [{'params': members, 'lr': lr} for members, lr, _ in groups]
-    return torch.optim.Adam(parameters, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _backward(batch: Batch, images: int, distance_of: Callable[[Batch], Tensor]) -> Tensor:

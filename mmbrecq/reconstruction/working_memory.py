@@ -92,12 +92,12 @@ def measure_footprint(
                 stack.callback(parameter.requires_grad_(True).requires_grad_, False)
         outputs = module(*inputs)
     count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
-    sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
+    sizes = [tensor.nbytes for tensor in (*inputs, *outputs)]
     return Footprint(
         sum(saved) // count,
         max([*saved, *sizes]) // count,
-        sum(map(_bytes, inputs)) // count,
-        sum(map(_bytes, outputs)) // count,
+        sum(tensor.nbytes for tensor in inputs) // count,
+        sum(tensor.nbytes for tensor in outputs) // count,
         sum(weight.numel() for weight in weights),
     )
 
@@ -129,7 +129,7 @@ def working_memory(
         if fisher:
             (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
-            outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(graph))
+            outputs = sum(examples[name][:1].nbytes for name in weighted_outputs(graph))
             each = footprint.saved + PASSING * footprint.largest + footprint.inputs + 3 * outputs
             needed.append((_with_headroom(max(images, FISHER_BATCH) * each), network.name))
     return needed
@@ -211,7 +211,3 @@ def _with_headroom(tensors: int) -> int:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -180,48 +181,32 @@ def test_the_disk_is_used_where_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     sizes = []
     reserve = os.posix_fallocate
     monkeypatch.setattr(os, 'posix_fallocate', lambda fd, start, size: sizes.append(size) or reserve(fd, start, size))
-    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
-        cache.allocate((100, 3))
-        (folder,) = tmp_path.iterdir()
-    with ActivationCache(CachePlan('disk', 0, 'u', torch.bfloat16), CPU, tmp_path) as cache:
-        cache.allocate((100, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        ActivationCache(CachePlan('disk', 0, 'u', dtype), CPU, tmp_path).allocate((100, 3))
     assert sizes == [4 * 300, 2 * 300]
-    assert folder.name.startswith('.activations-')
-
-
-def test_files_are_removed(tmp_path: Path) -> None:
-    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
-        cache.allocate((4, 3))
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt), ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
-        cache.allocate((4, 3))
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
 
 
 def test_no_file_outlives_its_values(tmp_path: Path) -> None:
-    """Nothing is left behind by a process that is killed but an empty folder."""
-    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
-        values = cache.allocate((4, 3))
-        assert not [path for path in tmp_path.rglob('*') if path.is_file()]
-        values.write(0, torch.full((4, 3), 2.0))
-    # the file is still good when the folder has gone
+    """Nothing is left behind by a process that is killed."""
+    values = ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path).allocate((4, 3))
+    assert not list(tmp_path.iterdir())
+    values.write(0, torch.full((4, 3), 2.0))
     assert float(values[:].sum()) == 24
 
 
 def test_what_is_in_memory_touches_no_disk(tmp_path: Path) -> None:
-    with ActivationCache(CachePlan('host', 0, 'u'), CPU, tmp_path) as cache:
-        cache.allocate((4, 3))
-        assert not list(tmp_path.iterdir())
+    cache = ActivationCache(CachePlan('host', 0, 'u'), CPU, tmp_path)
+    cache.allocate((4, 3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_the_network_reads_is_not_copied(tmp_path: Path) -> None:
     images = torch.zeros(4, 3, 2, 2)
-    with ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path) as cache:
-        values, mirrored = cache.hold(images), cache.hold(images, mirror=True)
-        images[1, 0, 0, 1] = 1
-        assert values[:].tolist() == images.tolist()
-        assert mirrored[torch.tensor([5])].tolist() == images[1:2].flip(-1).tolist()
+    cache = ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path)
+    values, mirrored = cache.hold(images), cache.hold(images, mirror=True)
+    images[1, 0, 0, 1] = 1
+    assert values[:].tolist() == images.tolist()
+    assert mirrored[torch.tensor([5])].tolist() == images[1:2].flip(-1).tolist()
 
 
 def test_images_on_the_disk(tmp_path: Path) -> None:
@@ -231,7 +216,7 @@ def test_images_on_the_disk(tmp_path: Path) -> None:
     assert torch.equal(copy, images)
     mappings = Path('/proc/self/maps').read_text()
     assert f'{copy.data_ptr():x}-' in mappings
-    assert 'images.bin (deleted)' in mappings
+    assert re.search(r'\.images-\w+ \(deleted\)', mappings)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +254,6 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, 'posix_fallocate', full)
     cache = ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path)
-    with cache, pytest.raises(StorageError, match='cannot hold 8 MiB of activations: .*No space left on device'):
+    with pytest.raises(StorageError, match='cannot hold 8 MiB of activations: .*No space left on device'):
         cache.allocate((2, 1024, 1024))
     assert not list(tmp_path.iterdir())
