@@ -105,9 +105,6 @@ class CalibrationSet(Dataset[Any]):
             return DataError(_explain(error, name))
         if data is None:
             return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
-        inputs = data.get('inputs') if isinstance(data, dict) else None
-        if isinstance(inputs, torch.Tensor) and not bool(torch.isfinite(inputs).all()):
-            return DataError(f'image {name} holds non-finite values')
         return data
 
     def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
@@ -131,7 +128,7 @@ class CalibrationSet(Dataset[Any]):
             ``data_samples``.
 
         Raises:
-            DataError: An image cannot be read or holds a non-finite value.
+            DataError: An image cannot be read.
         """
         parts = aligned_batches(len(self), size or self.batch_size, self.first, self.ends)
         # without a generator of its own every pass would draw from the global one

@@ -8,14 +8,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
 from mmbrecq.qtype import QType
 from mmbrecq.runs.safe_load import read_checkpoint
-
-__all__ = ['load_float_checkpoint', 'load_quantized_checkpoint', 'read_checkpoint']
 
 _PREPROCESSOR = 'data_preprocessor.'
 _BATCH_COUNT = 'num_batches_tracked'
@@ -32,14 +29,13 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Non
     batch norm in evaluation, and all of ``data_preprocessor``, whose mean and std come from the config.
 
     Args:
-        model: The float model, wrapped for several processes or not.
+        model: The float model.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
 
     Raises:
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
         NonFiniteError: A weight in the file is NaN or infinite.
     """
-    model = _unwrapped(model)
     weights = _without_prefix(_weights_of(read_checkpoint(path), path))
     own = model.state_dict()
     raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
@@ -67,11 +63,7 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
         CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.
         NonFiniteError: A weight or a scale in the file is NaN or infinite.
     """
-    model = _unwrapped(model)
-    checkpoint = read_checkpoint(path)
-    if 'state_dict' not in checkpoint:
-        raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
-    weights = _weights_of(checkpoint, path)
+    weights = _weights_of(read_checkpoint(path), path)
     misfit = _compare(model.state_dict(), weights, exact=True)
     if misfit:
         raise CheckpointError(f'{path} does not fit the quantized model: {misfit}')
@@ -104,10 +96,6 @@ def _describe(
 
 def _that_matter(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not key.startswith(_PREPROCESSOR) and key.rpartition('.')[2] != _BATCH_COUNT]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return cast('nn.Module', model.module) if is_model_wrapper(model) else model
 
 
 def _weights_of(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:

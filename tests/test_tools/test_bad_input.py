@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_model(refuse: Callable[..., str], demo: Path, c
 def test_a_model_whose_parts_do_not_fit(refuse: Callable[..., str], config: Any) -> None:
     # without its neck the head gets a feature map
     error = refuse(config('model = dict(neck=None)'), 'evaluations=[float]')
-    assert error.startswith('ImageClassifier fails on images of shape (3, 32, 32): ')
+    assert error.startswith('ImageClassifier does not run on images of 1 x 3 x 32 x 32: ')
     assert 'shapes cannot be multiplied' in error
 
 
