@@ -90,16 +90,12 @@ class ReconstructionProgressHook(Hook):
         if self._bar is not None:
             self._bar.show(step, f'loss {loss:.4g}')
 
-    def after_reconstruct_unit(self, runner: Runner, **_: Any) -> None:
-        self._close()
-
-    def after_reconstruct(self, runner: Runner) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def after_reconstruct(self, runner: Runner, **_: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    after_reconstruct_unit = after_reconstruct
 
 
 class HookCaller(Callback):

@@ -75,13 +75,10 @@ class RunFiles(Callback):
     @master_only
     def write_checkpoint(self, model: QuantizedModel, quantizer: Mapping[str, Any]) -> None:
         """Writes ``quantized.pth`` of a packed model."""
-        facts = {
-            'config': self.config_text,
-            'seed': self.summary.seed,
-            'versions': self.summary.versions,
-            'calibration_ids_file': self.summary.calibration.ids_file,
-        }
-        pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
+        pipeline.save(
+            model, self.folder / 'quantized.pth', quantizer, config=self.config_text, seed=self.summary.seed,
+            versions=self.summary.versions, calibration_ids_file=self.summary.calibration.ids_file,
+        )  # fmt: skip
 
 
 def layer_list(model: QuantizedModel) -> str:
