@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from mmbrecq.building import check_integer, parse_options
 from mmbrecq.data.source import build_source_datasets, last_line
@@ -142,28 +142,21 @@ class CalibrationSet(Dataset[Any]):
             yield batch
 
 
-class _Images:
+class _Images(ConcatDataset[Any]):
     """One or several mmengine datasets as one list of images."""
-
-    def __init__(self, datasets: list[Any]) -> None:
-        self._datasets = datasets
-        self._ends = list(accumulate(len(dataset) for dataset in datasets))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
 
     @property
     def where(self) -> str:
         """The roots of the datasets, or their types, for a message."""
         return ', '.join(
             str(getattr(part, 'img_prefix', None) or getattr(part, 'data_root', None) or type(part).__name__)
-            for part in self._datasets
+            for part in self.datasets
         )
 
     def locate(self, index: int) -> tuple[int, Any, int]:
         """Returns the number of a dataset, the dataset, and the index in it."""
-        part = bisect_right(self._ends, index)
-        return part, self._datasets[part], index - (self._ends[part - 1] if part else 0)
+        part = bisect_right(self.cumulative_sizes, index)
+        return part, self.datasets[part], index - (self.cumulative_sizes[part - 1] if part else 0)
 
     def id_of(self, index: int) -> str:
         """Returns the name of an image; with several datasets, the dataset's number stands before it."""
@@ -175,7 +168,7 @@ class _Images:
             if root := getattr(dataset, 'data_root', None):
                 relative = os.path.relpath(path, root)
                 name = path if relative.startswith(os.pardir) else relative
-        return name if len(self._datasets) == 1 else f'{part}:{name}'
+        return name if len(self.datasets) == 1 else f'{part}:{name}'
 
     def load(self, index: int) -> Any:
         """Returns one image through the pipeline, None where the pipeline gave it up."""

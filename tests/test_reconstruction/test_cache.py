@@ -27,7 +27,7 @@ from mmbrecq.reconstruction.cache import (
     plan_cache,
 )
 
-MIB = 2**20
+MB = 10**6
 CPU, GPU = torch.device('cpu'), torch.device('cuda')
 NOTHING = (0, 'u')
 
@@ -47,9 +47,9 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``room(device=, host=, disk=)``: free MiB of each, of which half are for the cache on the device and the host."""
 
     def set_free(device: float = 0, host: float = 0, disk: float = 0) -> None:
-        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda _: (int(device * MIB), 10**12))
-        monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=int(host * MIB)))
-        monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=int(disk * MIB)))
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda _: (int(device * MB), 10**12))
+        monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=int(host * MB)))
+        monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=int(disk * MB)))
 
     return set_free
 
@@ -85,64 +85,64 @@ def test_what_stands_from_the_start_is_added() -> None:
 )
 def test_the_fastest_place_with_room(room: Any, tmp_path: Path, needed: int, place: str) -> None:
     room(device=20, host=100, disk=1000)
-    plan = plan_cache('auto', (needed * MIB, 'u'), NOTHING, GPU, tmp_path, None)
-    assert plan == CachePlan(place, needed * MIB, 'u', working_unit='u')
+    plan = plan_cache('auto', (needed * MB, 'u'), NOTHING, GPU, tmp_path, None)
+    assert plan == CachePlan(place, needed * MB, 'u', working_unit='u')
 
 
 def test_a_cpu_has_no_memory_of_its_own(room: Any, tmp_path: Path) -> None:
     room(device=1000, host=100, disk=1000)
-    assert plan_cache('auto', (MIB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
-    assert plan_cache('device', (MIB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
+    assert plan_cache('auto', (MB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
+    assert plan_cache('device', (MB, 'u'), NOTHING, CPU, tmp_path, None).place == 'host'
 
 
 def test_the_limit_of_host_memory(room: Any, tmp_path: Path) -> None:
     room(host=1000, disk=1000)
-    assert plan_cache('auto', (5 * MIB, 'u'), NOTHING, CPU, tmp_path, 5 * MIB).place == 'host'
-    assert plan_cache('auto', (5 * MIB + 1, 'u'), NOTHING, CPU, tmp_path, 5 * MIB).place == 'disk'
+    assert plan_cache('auto', (5 * MB, 'u'), NOTHING, CPU, tmp_path, 5 * MB).place == 'host'
+    assert plan_cache('auto', (5 * MB + 1, 'u'), NOTHING, CPU, tmp_path, 5 * MB).place == 'disk'
 
 
 def test_the_limit_bounds_what_is_cached_and_the_work_together(room: Any, tmp_path: Path) -> None:
     room(host=1000, disk=1000)
-    work = 3 * MIB, 'layer4'
-    plan = plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 8 * MIB)
-    assert plan == CachePlan('host', 5 * MIB, 'layer1', torch.float32, *work)
-    assert plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 8 * MIB - 1).place == 'disk'
+    work = 3 * MB, 'layer4'
+    plan = plan_cache('auto', (5 * MB, 'layer1'), work, CPU, tmp_path, 8 * MB)
+    assert plan == CachePlan('host', 5 * MB, 'layer1', torch.float32, *work)
+    assert plan_cache('auto', (5 * MB, 'layer1'), work, CPU, tmp_path, 8 * MB - 1).place == 'disk'
     # on the disk the limit is for the work alone
-    assert plan_cache('auto', (5 * MIB, 'layer1'), work, CPU, tmp_path, 3 * MIB).place == 'disk'
-    with pytest.raises(StorageError, match="of activations at unit 'layer1', but there are only 4 MiB on host"):
-        plan_cache('host', (5 * MIB, 'layer1'), work, CPU, tmp_path, 7 * MIB)
+    assert plan_cache('auto', (5 * MB, 'layer1'), work, CPU, tmp_path, 3 * MB).place == 'disk'
+    with pytest.raises(StorageError, match="of activations at unit 'layer1', but there are only 4.00 MB on host"):
+        plan_cache('host', (5 * MB, 'layer1'), work, CPU, tmp_path, 7 * MB)
 
 
 @pytest.mark.parametrize('place', PLACES)
 def test_a_limit_too_small_for_a_single_unit(room: Any, tmp_path: Path, place: str) -> None:
     room(host=1000, disk=1000)
     with pytest.raises(StorageError) as error:
-        plan_cache(place, (MIB, 'layer1'), (3 * MIB, 'layer4'), CPU, tmp_path, 2 * MIB)
+        plan_cache(place, (MB, 'layer1'), (3 * MB, 'layer4'), CPU, tmp_path, 2 * MB)
     assert str(error.value) == (
-        "expected 3 MiB of memory for the work on unit 'layer4', but there are only 2 MiB; use a smaller batch_size "
-        'or a finer granularity'
+        "expected 3.00 MB of memory for the work on unit 'layer4', but there are only 2.00 MB; use a smaller "
+        'batch_size or a finer granularity'
     )
 
 
 def test_without_a_limit_the_cache_takes_half_and_the_work_the_rest(room: Any, tmp_path: Path) -> None:
     room(host=100, disk=1000)
     for cached, working, place in ((50, 50, 'host'), (51, 0, 'disk'), (40, 61, 'disk'), (40, 60, 'host')):
-        plan = plan_cache('auto', (cached * MIB, 'u'), (working * MIB, 'u'), CPU, tmp_path, None)
+        plan = plan_cache('auto', (cached * MB, 'u'), (working * MB, 'u'), CPU, tmp_path, None)
         assert plan.place == place, (cached, working)
-    with pytest.raises(StorageError, match='expected 101 MiB of memory'):
-        plan_cache('auto', (MIB, 'u'), (101 * MIB, 'u'), CPU, tmp_path, None)
+    with pytest.raises(StorageError, match='expected 101 MB of memory'):
+        plan_cache('auto', (MB, 'u'), (101 * MB, 'u'), CPU, tmp_path, None)
 
 
 def test_the_work_on_a_gpu_takes_no_host_memory(room: Any, tmp_path: Path) -> None:
     room(device=2, host=100, disk=1000)
-    assert plan_cache('auto', (5 * MIB, 'u'), (50 * MIB, 'u'), GPU, tmp_path, 5 * MIB).place == 'host'
+    assert plan_cache('auto', (5 * MB, 'u'), (50 * MB, 'u'), GPU, tmp_path, 5 * MB).place == 'host'
 
 
 def test_a_plan_in_words() -> None:
-    plan = CachePlan('disk', 3 * 2**29, 'layer1', torch.bfloat16, 100 * MIB, 'layer4')
+    plan = CachePlan('disk', 1500 * MB, 'layer1', torch.bfloat16, 100 * MB, 'layer4')
     assert str(plan) == (
-        "activations are cached on the disk in bfloat16: 1.5 GiB at most, at 'layer1'; beside that the work takes "
-        "100 MiB, at 'layer4'"
+        "activations are cached on the disk in bfloat16: 1.50 GB at most, at 'layer1'; beside that the work takes "
+        "100 MB, at 'layer4'"
     )
     assert str(replace(plan, observed=16)) == f'{plan}; 16 images are observed at once, for 64 have no room'
 
@@ -150,23 +150,23 @@ def test_a_plan_in_words() -> None:
 @pytest.mark.parametrize('place', ['device', 'host', 'disk'])
 def test_the_place_that_the_config_asks_for(room: Any, tmp_path: Path, place: str) -> None:
     room(device=1000, host=1000, disk=1000)
-    assert plan_cache(place, (MIB, 'u'), NOTHING, GPU, tmp_path, None).place == place
+    assert plan_cache(place, (MB, 'u'), NOTHING, GPU, tmp_path, None).place == place
 
 
 def test_nothing_fits(room: Any, tmp_path: Path) -> None:
     room(device=20, host=100, disk=70)
     with pytest.raises(StorageError) as error:
-        plan_cache('auto', (80 * MIB, 'backbone.layer1'), NOTHING, GPU, tmp_path, None)
+        plan_cache('auto', (80 * MB, 'backbone.layer1'), NOTHING, GPU, tmp_path, None)
     assert str(error.value) == (
-        "expected room for 80 MiB of activations at unit 'backbone.layer1', but there are only 10 MiB on device, "
-        '50 MiB on host, 70 MiB on disk; use fewer calibration images, cache_dtype bfloat16 or another cache'
+        "expected room for 80.0 MB of activations at unit 'backbone.layer1', but there are only 10.0 MB on device, "
+        '50.0 MB on host, 70.0 MB on disk; use fewer calibration images, cache_dtype bfloat16 or another cache'
     )
 
 
 def test_the_asked_place_is_too_small(room: Any, tmp_path: Path) -> None:
     room(host=100, disk=1000)
-    with pytest.raises(StorageError, match=r"60 MiB of activations at unit 'u', but there are only 50 MiB on host;"):
-        plan_cache('host', (60 * MIB, 'u'), NOTHING, CPU, tmp_path, None)
+    with pytest.raises(StorageError, match=r"60.0 MB of activations at unit 'u', but there are only 50.0 MB on host;"):
+        plan_cache('host', (60 * MB, 'u'), NOTHING, CPU, tmp_path, None)
 
 
 def test_an_unknown_place(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_no_room_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, 'posix_fallocate', full)
-    with pytest.raises(StorageError, match='cannot hold 384 KiB of images: .*No space left on device'):
+    with pytest.raises(StorageError, match='cannot hold 393 kB of images: .*No space left on device'):
         images_on_disk(torch.zeros(8, 3, 64, 64), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -254,6 +254,6 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, 'posix_fallocate', full)
     cache = ActivationCache(CachePlan('disk', 0, 'u'), CPU, tmp_path)
-    with pytest.raises(StorageError, match='cannot hold 8 MiB of activations: .*No space left on device'):
+    with pytest.raises(StorageError, match='cannot hold 8.39 MB of activations: .*No space left on device'):
         cache.allocate((2, 1024, 1024))
     assert not list(tmp_path.iterdir())

@@ -396,7 +396,7 @@ def test_too_little_room_is_said_before_any_work(
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: SimpleNamespace(free=100))
     with pytest.raises(StorageError, match="of activations at unit 'backbone.first', but there are only 100 B on disk"):
         brecq(cache='disk').plan(work)
-    with pytest.raises(StorageError, match=r"^expected .* MiB of memory for the work on unit 'backbone\.\w+', but"):
+    with pytest.raises(StorageError, match=r"^expected .* MB of memory for the work on unit 'backbone\.\w+', but"):
         brecq(memory_limit='1kB').plan(work)
     assert same(state_of(work), before)
 

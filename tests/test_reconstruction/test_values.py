@@ -166,7 +166,7 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
 
 def test_a_disk_without_room(tmp_path: Path) -> None:
     before = open_files()
-    with pytest.raises(StorageError, match=rf'^{tmp_path} cannot hold \S+ TiB of activations: '):
+    with pytest.raises(StorageError, match=rf'^{tmp_path} cannot hold \S+ TB of activations: '):
         FileValues(tmp_path, (2**20, 2**30), torch.float32, CPU)
     gc.collect()
     assert (list(tmp_path.iterdir()), open_files()) == ([], before)
