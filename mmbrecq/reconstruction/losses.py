@@ -43,13 +43,7 @@ class MSELoss:
     needs_fisher = False
 
     def __call__(self, output: Tensor, target: Tensor, fisher: Tensor | None = None) -> Tensor:
-        """Returns a scalar.
-
-        Args:
-            output (Tensor): ``(N, C, ...)`` quantized.
-            target (Tensor): Same shape, float.
-            fisher (Tensor | None): Not used.
-        """
+        """Returns a scalar for a quantized and a float output, both ``(N, C, ...)``; ``fisher`` is not used."""
         return F.mse_loss(output, target) * output.shape[1]
 
 

@@ -21,11 +21,7 @@ RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Returns ``torch.channels_last`` for a unit with depthwise convolutions, which gain by it on a CPU.
-
-    Args:
-        module: The unit. One that is no graph, or has a module that is not torch's own, may depend on the order.
-    """
+    """Returns ``torch.channels_last`` for a graph with depthwise convolutions, which gain by it on a CPU."""
     called = called_modules(module)
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels for m in called)
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -150,11 +146,7 @@ class FileValues:
 
 
 class MirroredValues:
-    """Images ``(N, C, H, W)``, and after them the mirror image of each.
-
-    Args:
-        values: The images.
-    """
+    """Images ``(N, C, H, W)``, and after them the mirror image of each."""
 
     def __init__(self, values: MemoryValues) -> None:
         self.values, self.sample_shape = values, values.sample_shape

@@ -107,12 +107,7 @@ def working_memory(
 ) -> list[tuple[int, str]]:
     """Returns the most bytes that the work on each unit takes beside cached activations, and its name.
 
-    Args:
-        graph: A prepared graph.
-        units: Of the stage.
-        stage: What is learned, and how.
-        images: Images of an iteration.
-        fisher: Whether the loss has Fisher weights.
+    An iteration is of ``images`` images; ``fisher`` tells whether the loss has Fisher weights.
     """
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     needed = []
@@ -173,13 +168,7 @@ class ObservedUnit:
 
 
 def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
-    """Returns the units that have activations to observe.
-
-    Args:
-        graph: A prepared graph.
-        units: Its units.
-        inputs: Inputs of the graph per image.
-    """
+    """Returns the units that have activations to observe, of a graph that reads so many ``inputs`` per image."""
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     found = []
     for unit in units:
