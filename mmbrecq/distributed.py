@@ -104,8 +104,7 @@ def batch_number(index: int, size: int, ends: Sequence[int] = ()) -> int:
 
 def gather(value: T) -> list[T]:
     """Returns the values of all processes, in their order."""
-    found: list[T] = dist.all_gather_object(value)
-    return found
+    return dist.all_gather_object(value)
 
 
 def on_main(function: Callable[[], T]) -> T:

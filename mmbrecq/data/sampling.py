@@ -21,8 +21,6 @@ from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
 
-_SELECTIONS = ('random', 'first')
-
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -50,8 +48,8 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
             check_integer(getattr(self, name), least, f'calibration.{name}')
-        if self.selection not in _SELECTIONS:
-            raise ConfigError(f'expected calibration.selection in {_SELECTIONS}, but got {self.selection!r}')
+        if self.selection not in ('random', 'first'):
+            raise ConfigError(f"expected calibration.selection 'random' or 'first', but got {self.selection!r}")
 
 
 def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> CalibrationSet:

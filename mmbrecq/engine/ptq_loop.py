@@ -109,7 +109,6 @@ class PTQLoop(TestLoop):
         self.chosen = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.chosen is None else self.chosen.result
         self.resume, self.dry_run = resume, dry_run
-        self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
 from mmbrecq.qtype import QType
@@ -36,7 +36,9 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Non
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
         NonFiniteError: A weight in the file is NaN or infinite.
     """
-    weights = _without_prefix(_weights_of(read_checkpoint(path), path))
+    weights = _weights_of(read_checkpoint(path), path)
+    # of DistributedDataParallel
+    consume_prefix_in_state_dict_if_present(weights, 'module.')
     own = model.state_dict()
     raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
     for key in [key for key in weights if key in raw_ema or key.startswith(_PREPROCESSOR)]:
@@ -104,14 +106,6 @@ def _weights_of(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dic
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
     return weights
-
-
-def _without_prefix(weights: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Takes the prefix of ``DistributedDataParallel`` off the keys, and off the module versions that torch attaches."""
-    renamed: Any = OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
-    versions = getattr(weights, '_metadata', {})
-    renamed._metadata = OrderedDict((key.removeprefix('module.'), value) for key, value in versions.items())
-    return cast('OrderedDict[str, Any]', renamed)
 
 
 def _check_finite(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

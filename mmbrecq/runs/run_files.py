@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -111,10 +112,8 @@ def versions() -> dict[str, str]:
     """Returns the versions of mmbrecq, Python and the packages that decide results, and the state of the kernels."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {**found, 'kernels': kernel_state()}
 
 

@@ -153,7 +153,7 @@ def test_dataset_and_pipeline_of_the_options(cfg: Config, tmp_path: Path) -> Non
         ({'num_samples': 0}, r'^expected calibration\.num_samples to be an integer >= 1, but got 0$'),
         ({'batch_size': 2.0}, r'^expected calibration\.batch_size to be an integer >= 1, but got 2\.0$'),
         ({'seed': None}, r'^expected calibration\.seed to be an integer >= 0, but got None$'),
-        ({'selection': 'last'}, r"^expected calibration\.selection in \('random', 'first'\), but got 'last'$"),
+        ({'selection': 'last'}, r"^expected calibration\.selection 'random' or 'first', but got 'last'$"),
     ],
 )
 def test_options_out_of_range(cfg: Config, options: dict[str, Any], message: str) -> None:
