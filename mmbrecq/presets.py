@@ -89,11 +89,10 @@ class Preset:
         return QType(bits, symmetric=True, signed=not non_negative, ch_axis=ch_axis)
 
 
-_RELU = ('ReLU', 'ReLU6', 'relu', 'relu6')
-_BESIDE = (
-    *_RELU, 'BatchNorm1d', 'BatchNorm2d', 'BatchNorm3d', 'batch_norm', 'LeakyReLU', 'leaky_relu', 'PReLU', 'prelu',
-    'Hardtanh', 'hardtanh', 'clamp', 'clip',
-)  # fmt: skip
+# names of operations, see `mmbrecq.graph.symbolic.operation`
+_RELU = ('relu', 'relu6')
+_NORMS = ('batchnorm', 'batchnorm1d', 'batchnorm2d', 'batchnorm3d')
+_BESIDE = (*_RELU, *_NORMS, 'leakyrelu', 'prelu', 'hardtanh', 'clamp')
 
 _ALL = (
     Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),

@@ -155,14 +155,20 @@ class Branch(nn.Module):
 
 class Dict(Net):
     def forward(self, x: Tensor) -> Any:
-        return {'logits': super().forward(x)}
+        logits = super().forward(x)
+        return {'logits': logits, 'scores': [logits.softmax(1)]}
+
+
+class Text(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), 'logits'
 
 
 @pytest.mark.parametrize(
     ('model', 'error', 'message'),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), Branch()), ExportError, "expected '1' to compute alike for all inputs"),
-        (Dict(), GraphError, 'expected the outputs of the network to be tensors, but output is a dict'),
+        (Text(), GraphError, 'expected the outputs of the network to be tensors, but output_1 is a str'),
         (nn.Sequential(nn.ReLU()), GraphError, 'to have a convolution or linear layer, but found none'),
     ],
 )
@@ -171,6 +177,19 @@ def test_a_model_that_the_target_cannot_have_is_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=message):
         mmbrecq.quantize(model, images(), preset='onnxruntime', iterations=10**9)
+
+
+def test_outputs_in_a_dict_keep_their_keys(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Dict().eval()
+    quantized = mmbrecq.quantize(model, images(), preset='onnxruntime', iterations=8)
+    simulated, computed = quantized(images(2)), model(images(2))
+    assert list(simulated) == ['logits', 'scores']
+    torch.testing.assert_close(simulated['scores'][0], computed['scores'][0], rtol=0, atol=0.01)
+    torch.testing.assert_close(simulated['logits'], computed['logits'], rtol=0, atol=0.05)
+    (path,) = quantized.export(tmp_path / 'net.onnx')
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    assert {output.name for output in session.get_outputs()} == {'output_logits', 'output_scores_0'}
 
 
 def test_an_unknown_format_is_refused(quantized: api.Quantized, tmp_path: Path) -> None:

@@ -93,6 +93,26 @@ def mean_of_tokens(self: Any, t: Tensor) -> Tensor:
     return t + self.l2(F.linear(t, self.l.weight).mean(1))[:, None]
 
 
+def sums_of_a_pyramid(self: Any, x: Tensor) -> Tensor:
+    """A convolution that a layer reads, beside another behind a pooling and an empty sequence."""
+    fine, coarse = self.c(F.relu(x)), self.c2(F.relu(x))
+    return F.relu(self.empty(fine) + F.max_pool2d(coarse, 3, 1, 1)) + self.c3(fine) + self.c3(coarse)
+
+
+def concatenations_one_by_one(self: Any, x: Tensor) -> Tensor:
+    """Parts of channels, each read by the next convolution and by a chain of concatenations, as in Res2Net."""
+    first, second, third = F.relu(x).split((2, 4, 2), 1)
+    y = self.pair(first)
+    z = self.pair(y + third)
+    return self.norm(torch.cat([torch.cat([y, z], 1), second], 1)) + x
+
+
+def scaled_branch(self: Any, x: Tensor) -> Tensor:
+    """BatchNorm that cannot be folded, since the sum before it is read twice; the branch has a scale of its own."""
+    x = x + 0.5 * self.c(F.relu(x))
+    return x + self.c2(self.norm(x))
+
+
 KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a tensor that is made empty and written': (written_one_by_one, {}),
     'a concatenation of which a layer and a norm read parts': (
@@ -116,6 +136,18 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
     'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
     'modules made within a forward pass': (lambda self, x: nn.Sequential(self.c, nn.ReLU())[:2](x), {'c': conv}),
+    'sums of a pyramid': (
+        sums_of_a_pyramid,
+        {'c': conv, 'c2': conv, 'c3': conv, 'empty': nn.Sequential},
+    ),
+    'concatenations one by one': (
+        concatenations_one_by_one,
+        {'pair': lambda: nn.Conv2d(2, 2, 3, padding=1), 'norm': lambda: nn.BatchNorm2d(8)},
+    ),
+    'a branch with a scale before BatchNorm': (
+        scaled_branch,
+        {'c': conv, 'c2': conv, 'norm': lambda: nn.BatchNorm2d(8)},
+    ),
     'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
 }
 

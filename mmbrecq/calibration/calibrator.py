@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmbrecq.calibration.regions import RegionCapture, no_regions
-from mmbrecq.distributed import gather, process_count
+from mmbrecq.distributed import gather
 from mmbrecq.errors import DataError, NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import LARGEST_BIAS, raise_weight_scale
@@ -40,11 +40,7 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     """Observes all values that pass the quantizers within the block, and sets their grids at its end.
 
     Several processes observe the values of their images, and all find the grid of the values of all processes.
-
-    Args:
-        model: The prepared model.
-        quantizers: Some of its activation quantizers.
-        first: Number of the first batch that this process observes, among all; None where that is not known.
+    ``first`` is the number of the first batch that this one observes, among all; None where that is not known.
     """
     names = {id(q): name for graph in model.graphs for name, q in graph.quantizers.items()}
     for quantizer in quantizers:
@@ -53,8 +49,10 @@ def observing(model: QuantizedModel, quantizers: Sequence[FakeQuantize], first: 
     try:
         yield
         observers = [quantizer.observer for quantizer in quantizers if quantizer.observer is not None]
-        merge_observers(observers)
-        for quantizer, observer in zip(quantizers, observers, strict=True):
+        # the statistics of all processes, in their order
+        for quantizer, observer, *others in zip(quantizers, *gather(observers), strict=True):
+            for other in others:
+                observer.merge(other)
             try:
                 quantizer.set_grid(*observer.compute())
             except DataError as error:
@@ -72,16 +70,6 @@ def _build_activation_observer(model: QuantizedModel, qtype: QType) -> BaseObser
     if qtype.ch_axis is not None and model.preset.depthwise_per_channel:
         return SharedZeroPointObserver(qtype) if model.preset.folds_channel_scales else MinMaxObserver(qtype)
     return build_observer(dict(model.observers['activation']), qtype)
-
-
-def merge_observers(observers: Sequence[BaseObserver]) -> None:
-    """Merges the statistics of all processes into every observer, in the order of the processes."""
-    if process_count() == 1:
-        return
-    for observer, first, *others in zip(observers, *gather(list(observers)), strict=True):
-        vars(observer).update(vars(first))
-        for other in others:
-            observer.merge(other)
 
 
 def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch: int = 0) -> None:
@@ -104,15 +92,10 @@ def calibrate_regions(model: QuantizedModel, capture: RegionCapture, first_batch
 
 
 def calibrate_activations(model: QuantizedModel, images: Iterable[Tensor], first: int = 0) -> None:
-    """Finds the grid of every activation from the float model's values.
+    """Finds the grid of every activation from the float model's values for batches of preprocessed images.
 
-    Args:
-        model: The prepared model.
-        images: Batches of preprocessed images.
-        first: Number of the first batch among those of all processes.
-
-    Raises:
-        NonFiniteError: An activation is NaN or infinite.
+    ``first`` is the number of the first batch among those of all processes; NonFiniteError if a value is NaN or
+    infinite.
     """
     graph = model.image_graph
     quantizers = list(graph.quantizers.values())

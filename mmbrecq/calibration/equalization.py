@@ -8,18 +8,17 @@ learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.data.groups import Images, batches_of, grouped
-from mmbrecq.distributed import batch_number, gather, process_count
+from mmbrecq.distributed import batch_number, gather
+from mmbrecq.fake_quants.weight import original
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.components import pre_hooks
 from mmbrecq.graph.roles import Roles
@@ -49,21 +48,20 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
     the geometric mean of all channels' factors. Grids are to be calibrated after this.
 
-    Args:
-        model: The prepared model.
-        graph: One of its graphs.
-        run: Passes calibration data through the float network.
-        first: Number of the first batch that it passes, among those of all processes.
-
-    Returns:
-        Number of groups of values that were equalised.
+    ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
+    Returns the number of groups of values that were equalised.
     """
     if not model.equalization or not graph.quantizers:
         return 0
     groups = find_channel_groups(Roles(graph.model, graph.traced.graph))
-    with torch.no_grad(), _channel_ranges(model, graph) as ranges:
+    own: dict[str, list[Tensor]] = {}
+
+    def note(name: str, args: tuple[Tensor, ...]) -> None:
+        own.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1).abs().amax(1))
+
+    with torch.no_grad(), pre_hooks(graph.quantizers, note), model.quantization(weights=False, activations=False):
         run()
-    ranges = _of_all_processes(ranges, first)
+    ranges = _of_all_processes(own, first)
     count = 0
     for group in groups:
         seen = [torch.stack(ranges[name]).mean(0) for name in group.quantizers if ranges.get(name)]
@@ -84,8 +82,6 @@ def _factors(ranges: Tensor, strength: float) -> Tensor:
 
 def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, list[Tensor]]:
     """Returns the ranges of the batches of all processes; two processes may share a batch."""
-    if process_count() == 1:
-        return ranges
     batches: dict[str, dict[int, Tensor]] = {}
     for start, seen in gather((first, ranges)):
         for name, values in seen.items():
@@ -95,34 +91,16 @@ def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, 
     return {name: [known[index] for index in sorted(known)] for name, known in batches.items()}
 
 
-@contextmanager
-def _channel_ranges(model: QuantizedModel, graph: QuantizedGraph) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects the largest absolute value of every channel, a tensor for each batch that passes a quantizer."""
-    ranges: dict[str, list[Tensor]] = {}
-
-    def note(name: str, args: tuple[Tensor, ...]) -> None:
-        ranges.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1).abs().amax(1))
-
-    with pre_hooks(graph.quantizers, note), model.quantization(weights=False, activations=False):
-        yield ranges
-
-
 def _scale(model: nn.Module, writers: list[str], readers: list[str], factors: Tensor) -> None:
     with torch.no_grad():
         for path in writers:
             module: Any = model.get_submodule(path)
-            weight = _original(module, 'weight')
+            weight = original(module, 'weight')
             weight.div_(factors.view(-1, *[1] * (weight.dim() - 1)))
             if module.bias is not None:
-                _original(module, 'bias').div_(factors)
+                original(module, 'bias').div_(factors)
         for path in readers:
             module = model.get_submodule(path)
-            weight, groups = _original(module, 'weight'), getattr(module, 'groups', 1)
+            weight, groups = original(module, 'weight'), getattr(module, 'groups', 1)
             by_group = weight.view(groups, -1, *weight.shape[1:])
             by_group.mul_(factors.view(groups, 1, -1, *[1] * (weight.dim() - 2)))
-
-
-def _original(module: Any, name: str) -> Tensor:
-    """Returns the float weight or bias itself, below its parametrization where it has one."""
-    owned: Tensor = getattr(module, name)
-    return module.parametrizations[name].original if parametrize.is_parametrized(module, name) else owned

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmbrecq.data.groups import Images
 from mmbrecq.errors import DataError, GraphError
-from mmbrecq.graph.components import region_heads, set_forward
+from mmbrecq.graph.components import region_heads
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
 REGIONS_PER_IMAGE = 32
@@ -94,28 +94,23 @@ class RegionCapture:
         """Lists regions, ``(R, 5)`` with the image's number first, and features of every call of the head ``path``."""
         head = self.model.model.get_submodule(path)
         extractor = self.model.model.get_submodule(self._heads[path].extractor)
-        extract, run = extractor.forward, head.forward
         latest: list[tuple[Tensor, Tensor]] = []
         calls: list[tuple[Tensor, Tensor]] = []
 
-        def extract_and_note(maps: Any, regions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            features: Tensor = extract(maps, regions, *args, **kwargs)
-            latest[:] = [(regions, features)]
-            return features
+        def note_features(_: nn.Module, args: tuple[Any, ...], features: Tensor) -> None:
+            latest[:] = [(args[1], features)]
 
-        def note_and_run(features: Tensor) -> Any:
-            if not latest or latest[0][1] is not features:
+        def note_call(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not latest or latest[0][1] is not args[0]:
                 raise GraphError(f"expected '{path}' to read features as they are cut out, but something changes them")
             calls.extend(latest)
-            return run(features)
 
-        set_forward(extractor, extract_and_note)
-        set_forward(head, note_and_run)
-        try:
+        # what the extractor computes, not what other hooks make of it
+        with (
+            extractor.register_forward_hook(note_features, prepend=True),
+            head.register_forward_pre_hook(note_call),
+        ):
             yield calls
-        finally:
-            object.__delattr__(extractor, 'forward')
-            set_forward(head, run)
 
 
 def no_regions(head: QuantizedGraph) -> DataError:

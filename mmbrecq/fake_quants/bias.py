@@ -20,11 +20,7 @@ LARGEST_BIAS = 2.0**30
 
 
 class BiasCorrection(nn.Module):
-    """A parametrization ``bias + offset``, off while the layer is float.
-
-    Args:
-        channels: Length of the bias.
-    """
+    """A parametrization ``bias + offset``, each of ``channels`` elements, off while the layer is float."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,12 +78,8 @@ def raise_weight_scale(
     weights a BatchNorm has scaled to almost 0. On the raised scale the weights are off by half a step at most, which is
     ``255 / largest`` of the bias in a product.
 
-    Args:
-        module: The layer.
-        fake_quant: Fake quantizer of its weight; all channels are rounded anew where a scale changes.
-        weight (Tensor): The values that are rounded.
-        inputs: Scales of the grids that the layer reads.
-        largest: The bound.
+    ``inputs`` are the scales of the grids that the layer reads. Where a weight scale changes, the values ``weight`` of
+    all channels are rounded anew.
     """
     if module.bias is None or not inputs:
         return

@@ -235,16 +235,9 @@ def add_regulariser_gradient_(
 ) -> None:
     """Adds to ``grad`` the gradient with respect to ``sigma`` of ``factor * sum(1 - |2 h - 1| ** beta)`` (eq. 24).
 
-    That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1``. Nobody reads the value of
-    the regulariser, so it is not computed.
-
-    Args:
-        grad (Tensor): Changed in place.
-        sigma (Tensor): Same shape.
-        curve: The rectified sigmoid.
-        beta: Exponent, > 1.
-        factor: Weight of the regulariser.
-        scratch: Two tensors of the same shape, overwritten.
+    That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1`` and ``beta > 1``. Nobody
+    reads the value of the regulariser, so it is not computed. All tensors have the same shape; those of ``scratch`` are
+    overwritten.
     """
     centred, power = scratch
     torch.sub(sigma, curve.at(0.5), out=centred)

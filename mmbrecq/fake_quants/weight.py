@@ -117,9 +117,9 @@ def original_weight(module: nn.Module) -> Tensor:
 
 
 def original(module: Any, name: str) -> Tensor:
-    """Returns a parametrized tensor of a module as it is without its parametrization."""
-    tensor: Tensor = module.parametrizations[name].original
-    return tensor.detach()
+    """Returns a tensor of a module, without its parametrization where it has one; it shares the tensor's memory."""
+    own = module.parametrizations[name].original if parametrize.is_parametrized(module, name) else getattr(module, name)
+    return own.detach()
 
 
 def pack_weight(module: nn.Module) -> None:

@@ -23,13 +23,8 @@ MAX_LAYERS = 10
 def find_blocks(model: nn.Module, graph: fx.Graph, blocks: Iterable[str] | None) -> list[str]:
     """Returns the paths of the outermost blocks of a traced graph without quantizers.
 
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The graph.
-        blocks: Class names or glob patterns over module paths; None to find the blocks by structure.
-
-    Raises:
-        PatternError: An entry matches no module.
+    ``blocks`` are class names or glob patterns over module paths, PatternError is raised for one that matches no
+    module; with None the blocks are found by structure.
     """
     found = _structural_blocks(model, graph) if blocks is None else _named_blocks(model, tuple(blocks))
     outermost: list[str] = []

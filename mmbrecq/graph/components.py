@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +24,10 @@ from mmbrecq.errors import GraphError
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
 
-REGION_KINDS = ('bbox', 'mask')
-"""Kinds of heads and extractors of features that a RoI head has."""
-
 
 @dataclass(frozen=True)
 class RegionHead:
-    """A head that reads features of regions.
-
-    Args:
-        path: Path of the head below the model.
-        extractor: Path of the module that cuts its input out of the feature maps.
-    """
+    """Paths of a head that reads features of regions, and of the module that cuts them out of the feature maps."""
 
     path: str
     extractor: str
@@ -104,7 +96,7 @@ def region_heads(model: nn.Module) -> list[RegionHead]:
     if isinstance(getattr(roi_head, 'shared_head', None), nn.Module):
         raise GraphError('expected heads that read the features of regions, but roi_head.shared_head comes before them')
     found = []
-    for kind in REGION_KINDS:
+    for kind in ('bbox', 'mask'):
         head, extractor = f'{kind}_head', f'{kind}_roi_extractor'
         module = getattr(roi_head, head, None)
         if isinstance(module, nn.ModuleList):
@@ -164,12 +156,10 @@ def pre_hooks(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, 
     def call(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         note(path, args)
 
-    hooks = [module.register_forward_pre_hook(partial(call, path)) for path, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(call, path)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Running(threading.local):

@@ -76,21 +76,12 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
     return reference
 
 
-def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size: bool = True) -> float:
-    """Checks that a prepared graph computes what the float model did.
+def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size: bool = True) -> None:
+    """Checks that a prepared graph, its quantization off, computes what the float model did.
 
-    Args:
-        run: The prepared graph, its quantization off.
-        reference: What the float model computed.
-        free_size: Whether the graph has to be right at another height and width.
-
-    Returns:
-        The largest squared error of an output, of its power.
-
-    Raises:
-        GraphError: It differs; the sentence names the first layer whose input or output does.
+    With ``free_size`` it has to be right at another height and width, too. GraphError is raised if it differs; the
+    sentence names the first layer whose input or output does.
     """
-    worst = 0.0
     for batch, wanted, reads in zip(reference.batches, reference.outputs, reference.reads, strict=False):
         if batch.shape[2:] != reference.batches[0].shape[2:] and not free_size:
             continue
@@ -98,41 +89,36 @@ def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size
         present = dict(reference.model.named_modules())
         layers = {path: present[path] for path, _ in reads if path in present}
         found, own = _run(reference.model, run, batch, layers)
-        shapes = [{name: tuple(value.shape) for name, value in outputs.items()} for outputs in (found, wanted)]
-        error = max((output_error(found[name], wanted[name]) for name in wanted if name in found), default=0.0)
-        allowed, remark = TOLERANCE, ''
-        if error > TOLERANCE and shapes[0] == shapes[1]:
-            allowed, remark = own_noise(run, batch, found)
-        if not error <= allowed or shapes[0] != shapes[1]:
-            difference = f'it is off by {error:.1e} of the variance of its outputs{remark}'
-            if shapes[0] != shapes[1]:
-                difference = f'its outputs have the shapes {_listed(shapes[0])} instead of {_listed(shapes[1])}'
+        shapes = [', '.join(f'{name} {tuple(t.shape)}' for name, t in outputs.items()) for outputs in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            difference = f'its outputs have the shapes {shapes[0]} instead of {shapes[1]}'
+        else:
+            difference = unexplained_error(run, batch, found, wanted, 'it is off by {} of the variance of its outputs')
+        if difference:
             raise GraphError(
                 f'expected the prepared graph to compute what {type(reference.model).__name__} does, but for images of '
                 f'{" x ".join(map(str, batch.shape))} {difference}{_first_difference(own, reads)}'
             )
-        worst = max(worst, error)
-    return worst
 
 
-def own_noise(run: Callable[[Tensor], Any], batch: Tensor, outputs: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Returns the error that rounding may explain in a model that amplifies it, and a remark where that is too much.
+def unexplained_error(
+    run: Callable[[Tensor], Any], batch: Tensor, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], text: str
+) -> str:
+    """Returns ``text`` with the largest error of an output, or nothing where rounding may explain it.
 
-    Args:
-        run: A model or graph.
-        batch (Tensor): Images, ``(N, C, H, W)``.
-        outputs: What ``run`` computes for them.
+    ``run`` is the model or graph that computed ``found`` of ``batch``; it may amplify what float32 rounds.
     """
+    error = max((output_error(found[name], value) for name, value in wanted.items()), default=0.0)
+    if error <= TOLERANCE:
+        return ''
     noise = torch.randn(batch.shape, generator=torch.Generator().manual_seed(0)).to(batch)
     with torch.no_grad():
         noisy = flatten_outputs(run(batch * (1 + NOISE * noise)))
-    error = max((output_error(noisy[name], value) for name, value in outputs.items()), default=0.0)
-    remark = f'; noise of {NOISE:g} on the images changes them by {error:.1e}, so that nothing can be compared'
-    return max(TOLERANCE, min(TIMES * error, LIMIT)), remark if TIMES * error > LIMIT else ''
-
-
-def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ', '.join(f'{name} {shape}' for name, shape in shapes.items())
+    own = max(output_error(noisy[name], value) for name, value in found.items())
+    if error <= min(TIMES * own, LIMIT):
+        return ''
+    remark = f'; noise of {NOISE:g} on the images changes them by {own:.1e}, so that nothing can be compared'
+    return text.format(f'{error:.1e}') + (remark if TIMES * own > LIMIT else '')
 
 
 def _run(

@@ -32,14 +32,8 @@ _FORWARDS = {kind.forward for kind in WEIGHTED}
 def bake_weights(model: nn.Module, run: Callable[[], Any]) -> frozenset[str]:
     """Replaces every layer that computes its weight from constants alone by a plain layer with that weight.
 
-    Such are weight standardisation, spectral and weight normalisation, and parametrizations.
-
-    Args:
-        model: The model, changed in place.
-        run: Runs the model once.
-
-    Returns:
-        Paths of the layers that compute something else than a plain layer, and must not be treated as one.
+    Such are weight standardisation, spectral and weight normalisation, and parametrizations; ``run`` runs the model
+    once. Returns the paths of the layers that compute something else, and must not be treated as plain ones.
     """
     odd = {path: module for path, module in model.named_modules() if isinstance(module, WEIGHTED) and _is_odd(module)}
     inputs: dict[str, tuple[Any, ...]] = {}

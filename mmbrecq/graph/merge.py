@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError, first_line
 from mmbrecq.graph.components import ImageForward
-from mmbrecq.graph.equality import TOLERANCE, output_error, own_noise
+from mmbrecq.graph.equality import unexplained_error
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.tracer import WEIGHTED
 
@@ -27,15 +27,9 @@ REPLACING = 'fuse'
 def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
     """Merges the branches of all modules of ``model`` that have a method for it, and compares the outputs.
 
-    Args:
-        model: The model, changed in place and put into evaluation mode; a merged module stays as it is.
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
-
-    Returns:
-        Paths of the modules whose parameters became others.
-
-    Raises:
-        GraphError: A module cannot be merged, or an output changes by more than 1e-5 of its variance.
+    The model is put into evaluation mode; a merged module stays as it is. ``example`` is ``(N, 3, H, W)``. Returns the
+    paths of the modules whose parameters became others; GraphError is raised if a module cannot be merged, or an output
+    changes by more than 1e-5 of its variance.
     """
     model.eval()
     if not any(_merging_method(module) for module in model.modules()):
@@ -44,11 +38,9 @@ def merge_branches(model: nn.Module, example: Tensor) -> list[str]:
         before = flatten_outputs(ImageForward(model)(example))
         merged = _merge(model, '')
         after = flatten_outputs(ImageForward(model)(example)) if merged else before
-    error = max((output_error(after[name], wanted) for name, wanted in before.items()), default=0.0)
-    if error > TOLERANCE:
-        allowed, remark = own_noise(ImageForward(model), example, after)
-        if not error <= allowed:
-            raise _refusal(merged[0], f'they change by {error:.1e} of their variance{remark}')
+    difference = unexplained_error(ImageForward(model), example, after, before, 'they change by {} of their variance')
+    if merged and difference:
+        raise _refusal(merged[0], difference)
     return merged
 
 

@@ -62,20 +62,14 @@ def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     return is_off and torch.equal(node.meta['example'], source.meta['example'])
 
 
-def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
+def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> None:
     """Folds every BatchNorm that follows a convolution or linear layer into it, with running statistics.
 
     ``w' = w * gamma / sqrt(var + eps)``, ``b' = (b - mean) * gamma / sqrt(var + eps) + beta``. The BatchNorm is
     replaced by an identity in ``model`` and its node erased. It stays where it normalises another axis than the output
-    channels of the layer, or where one of the two has other users.
-
-    Returns:
-        Paths of the layers into which a BatchNorm was folded.
-
-    Raises:
-        GraphError: A BatchNorm normalises by the statistics of the batch.
+    channels of the layer, or where one of the two has other users. GraphError is raised if a BatchNorm normalises by
+    the statistics of the batch.
     """
-    folded = []
     uses = _uses_per_module(graph)
     for node in list(graph.nodes):
         _check_statistics(model, node)
@@ -95,8 +89,6 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
         replace_module(model, str(node.target), nn.Identity())
-        folded.append(str(source.target))
-    return folded
 
 
 def _check_statistics(model: nn.Module, node: fx.Node) -> None:

@@ -55,9 +55,11 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
     partial = _partial_concats(roles, set(quantized)) if preset.equal_concat else set()
     quantized = [n for n in quantized if not all(_leads_to(user, partial, roles) for user in n.users)]
     # where others read the same moved values on their grid, a concatenation reads all on one
-    mixed = [
+    mixed = {
         c for c in partial if not all(_reads_apart(s, partial, roles) for s in set(roles.sources(c)) & set(quantized))
-    ]
+    }
+    # so does one that is part of it
+    mixed |= {c for c in partial if mixed & set(roles.consumers(c, lambda u: roles.moves_only(u) and u not in mixed))}
     joined = set(quantized).union(s for c in mixed for s in roles.sources(c) if roles.is_tensor(s))
     partial, quantized = partial.difference(mixed), [n for n in roles.graph.nodes if n in joined]
     groups = _concat_groups(roles, quantized) if preset.equal_concat else [[n] for n in quantized]
@@ -148,7 +150,7 @@ def _is_read_by_channel(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     readers = list(roles.consumers(node))
     if not preset.folds_channel_scales:
         readers = [reader for reader in readers if roles.is_weighted(reader)]
-    elif roles.kind(node) in (preset.fuses or ()):
+    elif roles.operation(node) in (preset.fuses or ()):
         return False
     else:
         readers = [r for r in readers if not (r in node.users and _reads_float(r, node, roles, preset))]
@@ -168,7 +170,7 @@ def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> 
 
     It does where the target computes it within the layer ``node``, whose value has other readers too.
     """
-    is_inner = roles.is_weighted(node) and roles.kind(user) in preset.fuses_beside
+    is_inner = roles.is_weighted(node) and roles.operation(user) in preset.fuses_beside
     return is_inner or _is_outside(user, preset)
 
 
@@ -195,7 +197,7 @@ def _is_fused(node: fx.Node, roles: Roles, preset: Preset) -> bool:
     """Returns whether the only reader is an activation function that is computed together with this layer or add."""
     user, *others = node.users
     is_fusible = not others and roles.is_activation(user) and (roles.is_weighted(node) or roles.is_add(node))
-    return is_fusible and (preset.fuses is None or roles.kind(user) in preset.fuses)
+    return is_fusible and (preset.fuses is None or roles.operation(user) in preset.fuses)
 
 
 def _is_shortcut(node: fx.Node, add: fx.Node, roles: Roles) -> bool:
@@ -215,12 +217,11 @@ def _is_shortcut(node: fx.Node, add: fx.Node, roles: Roles) -> bool:
 
 def _partial_concats(roles: Roles, quantized: set[fx.Node]) -> set[fx.Node]:
     """Returns the concatenations of which some inputs are quantized for other readers: they read all in float."""
-    found = set()
-    for concat in (n for n in roles.graph.nodes if roles.is_concat(n)):
-        sources = {s for s in roles.sources(concat) if roles.is_tensor(s)}
-        if not sources <= quantized and not any(map(roles.is_weighted, roles.consumers(concat))):
-            found.add(concat)
-    return found
+    concats = [n for n in roles.graph.nodes if roles.is_concat(n)]
+    unread = [concat for concat in concats if not any(map(roles.is_weighted, roles.consumers(concat)))]
+    return {
+        concat for concat in unread if any(roles.is_tensor(s) and s not in quantized for s in roles.sources(concat))
+    }
 
 
 def _reads_apart(source: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:
@@ -237,11 +238,11 @@ def _leads_to(user: fx.Node, concats: set[fx.Node], roles: Roles) -> bool:
 
 
 def _is_summed_within(add: fx.Node, layer: fx.Node, quantized: list[fx.Node], roles: Roles) -> bool:
-    """Returns whether ``add`` is computed within ``layer``, for its other operand is quantized, and of no layer."""
-    if not roles.is_add(add) or not roles.is_weighted(layer):
+    """Returns whether ``add`` is computed within ``layer``, which it reads beside quantized values."""
+    if not roles.is_add(add) or not roles.is_weighted(layer) or _is_shortcut(layer, add, roles):
         return False
     others = [source for source in roles.sources(add) if source is not layer]
-    return bool(others) and all(other in quantized and not roles.is_weighted(other) for other in others)
+    return bool(others) and all(other in quantized for other in others)
 
 
 def _concat_groups(roles: Roles, quantized: list[fx.Node]) -> list[list[fx.Node]]:

@@ -38,11 +38,8 @@ _CONVEX_MODES = ('nearest', 'nearest-exact', 'linear', 'bilinear', 'trilinear', 
 def value_range(node: fx.Node, known: Mapping[fx.Node, Range], module: nn.Module | None, moves: bool) -> Range:
     """Returns the bounds of the value of a node; of a tuple, those of all its tensors.
 
-    Args:
-        node: The node.
-        known: The bounds of the nodes before it.
-        module: The module that it calls, None for a function.
-        moves: Whether it only moves values, and zeros among them.
+    Those of the nodes before it are ``known``; ``module`` is what it calls, None for a function, and ``moves`` tells
+    whether it only moves values, and zeros among them.
     """
     if node.op == 'get_attr':
         return _operand(node.meta.get('example'), known)

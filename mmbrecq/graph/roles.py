@@ -12,13 +12,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mmbrecq.graph.ranges import Range, resize_mode, value_range
 from mmbrecq.graph.symbolic import bind, called_module, operation
-from mmbrecq.graph.tracer import WEIGHTED
+from mmbrecq.graph.tracer import ACTIVATION_NAMES, WEIGHTED
 
 _CONCAT = ('cat', 'stack')
 _ACTIVATIONS = (
     'relu', 'relu6', 'silu', 'gelu', 'hardswish', 'hardsigmoid', 'leakyrelu', 'elu', 'mish', 'sigmoid', 'tanh',
 )  # fmt: skip
-_ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
 # these move values without computing new ones, so values on a grid stay on it
 _MOVING = (
     'flatten', 'reshape', 'reshapeas', 'view', 'viewas', 'unflatten', 'permute', 'transpose', 'swapaxes', 'movedim',
@@ -36,8 +35,6 @@ _NORM_CALLS = (
     'var', 'std', 'varmean', 'stdmean', 'square', 'pow', 'norm', 'linalgvectornorm',
 )  # fmt: skip
 _AFFINE = ('add', 'sub', 'mul', 'div', 'neg')
-
-_NEAREST = ('nearest', 'nearest-exact')
 
 
 class Roles:
@@ -101,10 +98,11 @@ class Roles:
     def is_activation(self, node: fx.Node) -> bool:
         """Returns whether ``node`` is an element-wise activation function."""
         module = self.module(node)
-        if module is not None:
-            known = type(module).__module__ == 'torch.nn.modules.activation'
-            return (known and not isinstance(module, nn.MultiheadAttention)) or self.kind(node) in _ACTIVATION_NAMES
-        return self.operation(node) in _ACTIVATIONS
+        if module is None:
+            return self.operation(node) in _ACTIVATIONS
+        name = type(module).__name__
+        is_torchs = type(module).__module__ == 'torch.nn.modules.activation' and name != 'MultiheadAttention'
+        return is_torchs or name in ACTIVATION_NAMES
 
     def moves_only(self, node: fx.Node) -> bool:
         """Returns whether ``node`` only moves or selects values, such as max-pooling, reshaping or padding by zeros."""
@@ -113,14 +111,8 @@ class Roles:
         if name == 'getitem' and not self.is_tensor(source := node.all_input_nodes[0]):
             # one of several values that are computed at once is a new one
             moves = self.moves_only(source)
-        return moves or resize_mode(node, self.module(node)) in _NEAREST or self._pads_with_zeros(node)
-
-    def kind(self, node: fx.Node) -> str:
-        """Returns the class name of the module, or the name of the function."""
-        module = self.module(node)
-        if module is not None:
-            return type(module).__name__
-        return str(getattr(node.target, '__name__', node.target))
+        is_nearest = resize_mode(node, self.module(node)) in ('nearest', 'nearest-exact')
+        return moves or is_nearest or self._pads_with_zeros(node)
 
     def non_negative(self, node: fx.Node) -> bool:
         """Returns whether the operators show that no value can be negative, whatever the input."""

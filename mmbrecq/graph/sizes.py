@@ -9,10 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from mmbrecq.graph.symbolic import evaluate, operation
+from mmbrecq.graph.symbolic import equal, evaluate, operation
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
 
@@ -57,8 +56,8 @@ def resolve_sizes(
         frozen = [f'{error.owner}: {error}']
     theirs, arguments = _matched(base.graph, more.graph, _BatchSize(base.graph, more.graph))
     others = _values_in(more, theirs)
-    constant = {n for n in values if _equal(values[n], others[n])}
-    bound = [n for n in values if n in constant and not _equal(values[n], resized[n])]
+    constant = {n for n in values if equal(values[n], others[n])}
+    bound = [n for n in values if n in constant and not equal(values[n], resized[n])]
     if bound and not (keep_free and all(operation(user) not in _WINDOWS for n in bound for user in n.users)):
         frozen = [f'{n.meta["owner"]}: {n.meta["line"]}' for n in bound]
         bound = []
@@ -107,7 +106,7 @@ def _matched(
     for a, b in zip(ours, theirs, strict=False):
         is_same = (a.op, a.target, a.meta['owner']) == (b.op, b.target, b.meta['owner'])
         try:
-            if not is_same or (a.op == 'get_attr' and not _equal(a.meta['example'], b.meta['example'])):
+            if not is_same or (a.op == 'get_attr' and not equal(a.meta['example'], b.meta['example'])):
                 raise _DifferentError
             arguments[a] = _merged((a.args, a.kwargs), (b.args, b.kwargs), same, batch)
         except _DifferentError:
@@ -196,11 +195,3 @@ def _fold(traced: ConcreteTracer, constant: dict[fx.Node, Any]) -> None:
 
 def _is_number(value: Any) -> bool:
     return all(map(_is_number, value)) if isinstance(value, (tuple, list)) else isinstance(value, _NUMBERS)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)

@@ -13,19 +13,20 @@ from torch import Tensor
 
 from mmbrecq.errors import GraphError
 
-OUTPUT_NAME = 'output'
 
-
-def flatten_outputs(value: Any, name: str = OUTPUT_NAME) -> dict[str, Tensor]:
-    """Returns the tensors of nested sequences by name, in their order; GraphError for any other value."""
+def flatten_outputs(value: Any, name: str = 'output') -> dict[str, Tensor]:
+    """Returns the tensors of nested sequences and dicts by name, in their order; GraphError for any other value."""
     if isinstance(value, Tensor):
         return {name: value}
-    if not isinstance(value, (tuple, list)):
-        kind = 'dict' if isinstance(value, dict) else type(value).__name__
+    if not isinstance(value, (tuple, list, dict)):
+        kind = type(value).__name__
         raise GraphError(f'expected the outputs of the network to be tensors, but {name} is a {kind}')
     flat: dict[str, Tensor] = {}
-    for index, item in enumerate(value):
-        flat.update(flatten_outputs(item, f'{name}_{index}'))
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        named = flatten_outputs(item, f'{name}_{key}')
+        if flat.keys() & named:
+            raise GraphError(f'expected outputs with names of their own, but got several {min(flat.keys() & named)}')
+        flat.update(named)
     return flat
 
 

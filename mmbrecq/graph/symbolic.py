@@ -344,10 +344,13 @@ def flat(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def same(a: Any, b: Any) -> bool:
-    """Returns whether the tensors of two nested values are equal."""
-    pairs = list(zip(tensors_in(a), tensors_in(b), strict=False))
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+def equal(a: Any, b: Any) -> bool:
+    """Returns whether two nested values are equal, tensors bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
 
 
 def shares_memory(tensor: Tensor, result: Any) -> bool:

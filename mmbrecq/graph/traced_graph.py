@@ -40,7 +40,6 @@ class TracedGraph:
         graph: The nodes from the input to raw outputs, with ``meta['example']`` and ``meta['owner']``.
         path: Path of the head of a two-stage detector that the graph computes; empty for the graph of the images.
         opaque: Paths of the modules that are one call of the graph, each with the reason.
-        folded: Paths of the layers into which a BatchNorm was folded.
         value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
         frozen: Lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
     """
@@ -49,7 +48,6 @@ class TracedGraph:
     graph: fx.Graph
     path: str = ''
     opaque: dict[str, str] = field(default_factory=dict)
-    folded: list[str] = field(default_factory=list)
     value_dependent: set[str] = field(default_factory=set)
     frozen: list[str] = field(default_factory=list)
 
@@ -87,9 +85,7 @@ class TracedGraph:
 def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
     """Traces all that follows from the image alone and folds its BatchNorms; GraphError if it cannot be traced.
 
-    Args:
-        model: A model; it is put into evaluation mode, and its BatchNorms are replaced by identities.
-        example (Tensor): Preprocessed images, ``(N, 3, H, W)``.
+    The model is put into evaluation mode, its BatchNorms are replaced by identities; ``example`` is ``(N, 3, H, W)``.
     """
     return _trace(model, ImageForward(model), example)
 
@@ -121,7 +117,7 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
     switch_off_in_place(model, traced.graph, traced.opaque)
     make_layers(model, traced.graph)
     fold_constants(model, traced.graph)
-    traced.folded = fold_batch_norms(model, traced.graph)
+    fold_batch_norms(model, traced.graph)
     copy_read_parameters(model, traced.graph)
     return traced
 

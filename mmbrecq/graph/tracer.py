@@ -31,8 +31,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 """Modules whose weights are quantized; subclasses count."""
 
-ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp', 'LayerNorm2d')
-"""Classes of mmcv and mmpretrain that are recorded as one call, as those of ``torch.nn`` are."""
+ACTIVATION_NAMES = ('Swish', 'HSwish', 'HSigmoid', 'Clamp')
+"""Activation functions of mmcv; they are recorded as one call, as those of ``torch.nn`` are."""
 
 _INITIALISED: dict[Any, Any] = {torch.empty: torch.zeros, torch.empty_like: torch.zeros_like, 'new_empty': 'new_zeros'}
 """Functions whose results hold what lay in memory, which would count as values until they are overwritten."""
@@ -90,41 +90,25 @@ class ConcreteTracer(fx.Tracer):
         self.is_evaluating = False
 
     def trace_model(self, model: nn.Module, entry: nn.Module) -> fx.Graph:
-        """Returns the graph of ``entry``, whose module targets are paths below ``model``.
+        """Returns the graph of ``entry``, a module that computes with those of its attribute ``model``.
 
-        Args:
-            model: Owner of all modules.
-            entry: Module that computes with them; its attribute ``model`` is the owner.
-
-        Raises:
-            UntraceableError: The model changes its own state.
+        Targets are paths below ``model``; UntraceableError is raised if the model changes its own state.
         """
         self._model = model
         with (
-            torch.inference_mode(False), torch.no_grad(), _same_state(model, entry),
-            self._recording(components_of(model)), _SymbolicSizes(self), symbolic.seen_as_tensors(),
+            torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
+            symbolic.seen_as_tensors(),
         ):  # fmt: skip
+            for component in components_of(model):
+                object.__setattr__(component, 'forward', self._recorded(component))
             graph = self.trace(entry)
         for node in graph.nodes:
             # a function of torch.fx.wrap that is traced through makes no call that generated code would have to wrap
             node.meta.pop('is_wrapped', None)
         return graph
 
-    @contextmanager
-    def _recording(self, components: list[nn.Module]) -> Iterator[None]:
-        """Makes ``component.forward(x)``, which mmdet's detectors write, the recorded call that ``component(x)`` is."""
-        before = [vars(component).get('forward') for component in components]
-        for component in components:
-            object.__setattr__(component, 'forward', self._recorded(component))
-        try:
-            yield
-        finally:
-            for component, forward in zip(components, before, strict=True):
-                del component.forward
-                if forward is not None:
-                    object.__setattr__(component, 'forward', forward)
-
     def _recorded(self, component: nn.Module) -> Callable[..., Any]:
+        """Returns a ``forward`` whose call, which mmdet's detectors write, is recorded as ``component(x)`` is."""
         forward = component.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -139,10 +123,11 @@ class ConcreteTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, WEIGHTED):
             return module_qualified_name not in self.computing
-        if type(m).__name__ in ACTIVATION_NAMES:
+        if type(m).__name__ in (*ACTIVATION_NAMES, 'LayerNorm2d'):
             return True
-        # a transformer of torch has layers of its own
-        return m.__module__.startswith('torch.nn') and not any(True for _ in m.children())
+        # a transformer of torch has layers of its own, and an empty sequence is no operation
+        is_single = not isinstance(m, nn.Sequential) and not any(True for _ in m.children())
+        return is_single and m.__module__.startswith('torch.nn')
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -257,7 +242,7 @@ class ConcreteTracer(fx.Tracer):
         ):
             result = module(*args, **kwargs)
         node.meta['layers'] = list(called)
-        if unchanged and not symbolic.same(result, module.forward(*unchanged[0], **unchanged[1])):
+        if unchanged and not symbolic.equal(result, module.forward(*unchanged[0], **unchanged[1])):
             raise UntraceableError('', f'expected hooks that only observe, but one of {path} changes what it computes')
         if watch.are_read:
             self.value_dependent.add(path)

@@ -61,18 +61,12 @@ def cut_units(
     path: str,
     granularity: str,
 ) -> list[ReconstructionUnit]:
-    """Cuts ``graph`` into units in the order of execution.
+    """Cuts a prepared graph into units in the order of execution.
 
-    Args:
-        model: Owner of the modules that the graph calls.
-        graph: The prepared graph.
-        layers: Paths of the quantized layers.
-        quantizers: Module paths of the activation quantizers.
-        blocks: Paths of the blocks.
-        path: Path of the head that the graph computes, empty for the graph of the images; units without a name of
-            their own are named after it, so that no two graphs have units of one name.
-        granularity: ``layer`` (one layer with what follows it), ``block``, ``stage`` (blocks that share a parent) or
-            ``net`` (everything).
+    Quantized layers, activation quantizers and blocks are given by their paths below ``model``. ``path`` is that of the
+    head that the graph computes, empty for the graph of the images; units without a name of their own are named after
+    it, so that no two graphs have units of one name. ``granularity`` is ``layer`` (one layer with what follows it),
+    ``block``, ``stage`` (blocks that share a parent) or ``net`` (everything).
     """
     check_granularity(granularity)
     builders = [_UnitBuilder(model, run) for run in _merge_shared(_runs(graph, layers, blocks, granularity), layers)]
@@ -110,8 +104,7 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
             continue
         node_group = _group_of(node, blocks, granularity)
         is_layer = node.op == 'call_module' and any(is_below(layer, str(node.target)) for layer in layers)
-        starts = not runs or node_group != group or (node_group is None and is_layer and has_layer)
-        if starts:
+        if not runs or node_group != group or (node_group is None and is_layer and has_layer):
             runs.append([])
             has_layer = False
         runs[-1].append(node)
@@ -122,11 +115,8 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
 
 def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
     """Merges the runs between the first and the last call of a layer, since its weight is learned only once."""
-    last: dict[str, int] = {}
-    for index, run in enumerate(runs):
-        for node in run:
-            if node.op == 'call_module' and str(node.target) in layers:
-                last[str(node.target)] = index
+    called = [[str(n.target) for n in run if n.op == 'call_module' and str(n.target) in layers] for run in runs]
+    last = {layer: index for index, own in enumerate(called) for layer in own}
     merged: list[list[fx.Node]] = []
     end = -1
     for index, run in enumerate(runs):
@@ -134,8 +124,7 @@ def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.N
             merged[-1].extend(run)
         else:
             merged.append(list(run))
-        reach = [last[str(n.target)] for n in run if n.op == 'call_module' and str(n.target) in last]
-        end = max([end, *reach])
+        end = max([end, *(last[layer] for layer in called[index])])
     return merged
 
 

@@ -208,3 +208,37 @@ int fake_quantize_gradient(struct array grads, struct array xs, struct array out
         sums[0] += sums[block];
     return 0;
 }
+
+/* A variable of Adam, its gradient and moments, and its learning rate over the correction of the mean. */
+struct variable {
+    struct array value, grad, mean, square;
+    float rate;
+};
+
+/* A step of Adam (Kingma and Ba, ICLR 2015) for each variable that has a gradient. The decays come as 1 - beta1, beta2
+   and 1 - beta2, which float would have with fewer digits; root is that of the correction of the square. */
+int adam(int64_t count, const struct variable *variables, float rest_mean, float beta_square, float rest_square,
+         float epsilon, float root) {
+    for (int64_t i = 0; i < count; i++) {
+        const struct variable v = variables[i];
+        if (v.mean.count != v.value.count || v.square.count != v.value.count
+            || (v.grad.data && v.grad.count != v.value.count))
+            return 1;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t size = variables[i].value.count;
+        const float rate = variables[i].rate, *restrict grad = variables[i].grad.data;
+        float *restrict value = variables[i].value.data, *restrict mean = variables[i].mean.data;
+        float *restrict square = variables[i].square.data;
+        if (!grad)
+            continue;
+#pragma omp parallel for simd schedule(static) if (parallel : size > SERIAL)
+        for (int64_t j = 0; j < size; j++) {
+            const float g = grad[j];
+            mean[j] += rest_mean * (g - mean[j]);
+            square[j] = beta_square * square[j] + rest_square * g * g;
+            value[j] -= rate * mean[j] / (sqrtf(square[j]) / root + epsilon);
+        }
+    }
+    return 0;
+}

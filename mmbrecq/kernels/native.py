@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -34,7 +33,9 @@ BLOCK = 4096
 _COUNT, _NUMBER = ctypes.c_int64, ctypes.c_float
 
 
-class _Array(ctypes.Structure):
+class Array(ctypes.Structure):
+    """Where a tensor lies, see :func:`as_array`."""
+
     _fields_ = [('count', _COUNT), ('data', ctypes.c_void_p)]
 
 
@@ -42,6 +43,12 @@ class Curve(ctypes.Structure):
     """A rectified sigmoid ``h = sigma * stretch + gamma``, and the ``sigma`` where it is 0, 1/2 and 1."""
 
     _fields_ = [(name, _NUMBER) for name in ('gamma', 'stretch', 'low', 'half', 'high')]
+
+
+class Variable(ctypes.Structure):
+    """A variable of Adam, its gradient, which may be missing, its moments, and its rate over the mean's correction."""
+
+    _fields_ = [*((name, Array) for name in ('value', 'grad', 'mean', 'square')), ('rate', _NUMBER)]
 
 
 _DTYPES = (torch.float32, torch.float64, torch.int16, torch.uint8)
@@ -55,6 +62,8 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
     'soft_weight': (_COUNT, _F32, _I16, _F32, _F32, _F32, Curve),
     # rows; alpha, grid, scale, gain, grad, alpha_grad, gain_grad; curve, power, factor
     'rounding_gradient': (_COUNT, _F32, _I16, *[_F32] * 5, Curve, _NUMBER, _NUMBER),
+    # variables; 1 - beta1, beta2, 1 - beta2, epsilon, root of the correction of the square
+    'adam': (_COUNT, ctypes.POINTER(Variable), *[_NUMBER] * 5),
 }
 """All operations that have a compiled form: the dtypes of their tensors, and the types of their numbers."""
 DISABLED: set[str] = set()
@@ -73,7 +82,7 @@ def kernel(operation: str, first: Tensor, *others: Tensor | None) -> Kernel | No
 
     Returns:
         A function of numbers and tensors, in the order of ``kernels.c``; tensors are written in place, and None stands
-        for an array that is not there.
+        for an array that is not there. Of a tensor that stays where it is, :func:`as_array` saves a look at every call.
     """
     # asked several times in every iteration
     if not first.is_cpu or first.dtype is not torch.float32 or not is_dense(first) or operation in DISABLED:
@@ -96,10 +105,7 @@ def kernels() -> dict[str, Kernel] | None:
     """Returns the compiled functions by operation, None where there are none; a failure is logged, once."""
     if os.environ.get(SWITCH) == '0':
         return None
-    compiler = shutil.which(os.environ.get('CC') or 'cc')
-    if compiler is None:
-        _log_failure('there is no C compiler')
-        return None
+    compiler = os.environ.get('CC') or 'cc'
     # not kept: a file compiled for this processor may not run on another that shares the folder
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'kernels.so')
@@ -108,12 +114,14 @@ def kernels() -> dict[str, Kernel] | None:
             library = ctypes.CDLL(path)
         except (OSError, subprocess.SubprocessError) as error:
             told = (getattr(error, 'stderr', None) or b'').decode(errors='replace').strip().splitlines()
-            _log_failure(f'{compiler} fails: {told[0] if told else first_line(error)}')
+            reason = told[0] if told else first_line(error)
+            text = f"kernels are not compiled, torch's operations do their work: {compiler} fails: {reason}"
+            print_log(text, 'current', logging.WARNING)
             return None
     found: dict[str, Kernel] = {}
     for operation, types in OPERATIONS.items():
         function = getattr(library, operation)
-        function.argtypes = [_Array if kind in _DTYPES else kind for kind in types]
+        function.argtypes = [Array if kind in _DTYPES else kind for kind in types]
         found[operation] = partial(_call, function, types)
     return found
 
@@ -125,16 +133,15 @@ def kernel_state() -> str:
 
 def _call(function: Any, types: tuple[Any, ...], *arguments: Any) -> None:
     pairs = zip(arguments, types, strict=True)
-    status = function(*[_array(value, kind) if kind in _DTYPES else value for value, kind in pairs])
+    status = function(*[as_array(value, kind) if kind in _DTYPES else value for value, kind in pairs])
     assert status == 0, f'expected arrays of the same length for {function.__name__}, but got other ones'
 
 
-def _array(x: Tensor | None, dtype: torch.dtype) -> _Array:
+def as_array(x: Tensor | Array | None, dtype: torch.dtype = torch.float32) -> Array:
+    """Returns where the elements of a dense tensor on the CPU lie; the caller keeps the tensor alive."""
+    if isinstance(x, Array):
+        return x
     if x is None:
-        return _Array(0, None)
+        return Array(0, None)
     assert x.is_cpu and x.dtype == dtype and is_dense(x), f'expected dense {dtype} on the CPU, but got {x.dtype}'
-    return _Array(x.numel(), x.data_ptr())
-
-
-def _log_failure(reason: str) -> None:
-    print_log(f"kernels are not compiled, torch's operations do their work: {reason}", 'current', logging.WARNING)
+    return Array(x.numel(), x.data_ptr())

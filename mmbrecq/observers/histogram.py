@@ -70,8 +70,6 @@ class StreamingHistogram:
     def merge(self, other: StreamingHistogram) -> None:
         """Adds the counts of ``other``, which has as many bins, exactly."""
         assert other.bins == self.bins
-        if other.low > other.high:
-            return
         self._cover(other.low, other.high)
         counts = _regrid(other.counts, other.start, other.exponent, self.start, self.exponent)
         self.counts = self.counts.to(counts.device) + counts

@@ -65,19 +65,11 @@ def kl_search(
     """Finds the scale and zero-point of the range with the least divergence.
 
     The candidates are ``[low, high]`` times ``1 - i / steps``, symmetric about 0 for symmetric signed grids, as far
-    as a level is no narrower than a bin.
+    as a level is no narrower than a bin. ``low`` and ``high`` are the ends of the values; like the results they are
+    ``()``.
 
-    Args:
-        centers (Tensor): ``(K,)`` middle of every bin, rising.
-        counts (Tensor): ``(K,)`` counts in a float dtype.
-        low (Tensor): ``()`` smallest value.
-        high (Tensor): ``()`` largest value.
-        width: Width of a bin.
-        qtype: The grid, per tensor.
-        steps: Number of candidates.
-
-    Returns:
-        ``(scale, zero_point)``, each ``()``.
+    ``centers`` are the middles of the bins of this ``width``, rising, and ``counts`` their counts in a float dtype;
+    both are ``(K,)``.
     """
     qtype = replace(qtype, ch_axis=None)
     low, high = low.clamp(max=0), high.clamp(min=0)

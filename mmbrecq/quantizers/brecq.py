@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.building import build, parse_options
@@ -91,11 +91,9 @@ class BRECQQuantizer:
         self.equalization, self.merge_branches = float(equalization), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
-        """Returns the quantized model, whose grids are still to be calibrated; ``model`` is changed in place.
+        """Returns the quantized form of a float model, which is changed in place; its grids are to be calibrated.
 
-        Args:
-            model: A float model.
-            example (Tensor): Preprocessed images, ``(N, C, H, W)``, N >= 2.
+        ``example`` are preprocessed images, ``(N, C, H, W)``, N >= 2.
         """
         if self.merge_branches:
             merge_branches(model, example)
@@ -159,7 +157,9 @@ class BRECQQuantizer:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
             new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
-            node.replace_all_uses_with(new, delete_user_cb=partial(_moves, position.float_readers | {new}))
+            for user in list(node.users):
+                if user is not new and user not in position.float_readers:
+                    user.replace_input_with(node, new)
         return [path]
 
     def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
@@ -206,10 +206,6 @@ class BRECQQuantizer:
         module.weight.requires_grad_(False)
         parametrize.register_parametrization(module, 'weight', fake_quant, unsafe=True)
         correct_bias(module)
-
-
-def _moves(stays: frozenset[fx.Node], user: fx.Node) -> bool:
-    return user not in stays
 
 
 def _quantize_first(quantizer: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

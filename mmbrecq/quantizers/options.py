@@ -40,11 +40,7 @@ class WeightOptions(_GridOptions):
 
 @dataclass(frozen=True)
 class ActivationOptions(_GridOptions):
-    """Holds the options of activations, those of :class:`WeightOptions` but one.
-
-    Args:
-        fake_quant: Config of the fake quantizer.
-    """
+    """Holds those of :class:`WeightOptions` for activations, with the config of a fake quantizer for ``rounding``."""
 
     fake_quant: Mapping[str, Any] = field(default_factory=lambda: {'type': 'LSQ'})
 
@@ -80,20 +76,10 @@ def assign_bits(
     activation_bits: int | None,
     overrides: list[Override],
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Returns the bits of every layer: the defaults, then 8 bits for ``first_last``, then the overrides in order.
+    """Returns ``{path: (weight bits, activation bits)}`` of the layers; None is float.
 
-    Args:
-        layers: Paths of the layers.
-        first_last: Paths of the layers with 8 bits.
-        weight_bits: Default for weights, None for float.
-        activation_bits: Default for a layer's input, None for float.
-        overrides: Later ones win.
-
-    Returns:
-        ``{path: (weight bits, activation bits)}``.
-
-    Raises:
-        PatternError: An override matches no layer.
+    These are the defaults, then 8 bits for the layers ``first_last``, then the overrides in order, of which later ones
+    win; PatternError is raised if one matches no layer.
     """
     eight = [None if default is None else MAX_BITS for default in (weight_bits, activation_bits)]
     bits = {layer: (eight[0], eight[1]) if layer in first_last else (weight_bits, activation_bits) for layer in layers}

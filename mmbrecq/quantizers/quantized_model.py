@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +107,18 @@ class QuantizedGraph:
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
         """Switches fake quantization of the graph's weights and activations within the block."""
-        with _switched([self], weights, activations):
+        switches: list[tuple[Any, bool]] = [(quantizer, activations) for quantizer in self.quantizers.values()]
+        for _, module, fake_quant in self.weights():
+            owners = (fake_quant, bias.bias_correction(module))
+            switches += [(owner, weights) for owner in owners if owner is not None]
+        before = [owner.enabled for owner, _ in switches]
+        try:
+            for owner, state in switches:
+                owner.enabled = state
             yield
+        finally:
+            for (owner, _), state in zip(switches, before, strict=True):
+                owner.enabled = state
 
     def pack(self) -> None:
         """Replaces float weights by integers, and switches all quantization on for good."""
@@ -201,7 +211,9 @@ class QuantizedModel:
     @contextmanager
     def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
         """Switches fake quantization of all weights and of all activations within the block."""
-        with _switched(self.graphs, weights, activations):
+        with ExitStack() as stack:
+            for graph in self.graphs:
+                stack.enter_context(graph.quantization(weights, activations))
             yield
 
     def pack(self) -> None:
@@ -212,20 +224,3 @@ class QuantizedModel:
     def __call__(self, images: Tensor) -> object:
         """Computes raw outputs of preprocessed images, in the present state of the switches."""
         return self.image_graph(images)
-
-
-@contextmanager
-def _switched(graphs: Iterable[QuantizedGraph], weights: bool, activations: bool) -> Iterator[None]:
-    states: list[tuple[Any, bool, bool]] = []
-    for graph in graphs:
-        for _, module, weight_quantizer in graph.weights():
-            owners = [owner for owner in (weight_quantizer, bias.bias_correction(module)) if owner is not None]
-            states += [(owner, owner.enabled, weights) for owner in owners]
-        states += [(quantizer, quantizer.enabled, activations) for quantizer in graph.quantizers.values()]
-    try:
-        for owner, _, state in states:
-            owner.enabled = state
-        yield
-    finally:
-        for owner, before, _ in states:
-            owner.enabled = before

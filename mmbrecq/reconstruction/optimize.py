@@ -15,6 +15,7 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
@@ -67,8 +68,7 @@ def optimize_unit(
     variables = Variables(module, weights, quantizers, stage, layout)
     if not variables.groups:
         return 0
-    # of Kingma and Ba, ICLR 2015
-    optimizer = torch.optim.Adam([{'params': members, 'lr': lr} for members, lr, _ in variables.groups], fused=True)
+    optimizer = Adam(variables.groups)
     best = math.inf
     # rounding is decided by what follows the warm-up
     end = int(options.warmup * options.iterations) if variables.alphas else options.iterations
@@ -105,10 +105,7 @@ def optimize_unit(
             losses[count] = fitting.run(find_gradients)
             variables.collect_gradients(linear_beta(progress, *options.beta, options.warmup))
             average(parameter.grad for parameter in variables.parameters)
-            for group, (_, lr, schedule) in zip(optimizer.param_groups, variables.groups, strict=True):
-                # a scheduler of torch's takes as long as a small layer
-                group['lr'] = lr * schedule(progress)
-            optimizer.step()
+            optimizer.step(progress)
             variables.update()
             count, position = count + 1, position + 1
             if count % CHECK_INTERVAL == 0 or position == options.iterations:

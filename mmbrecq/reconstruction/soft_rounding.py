@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmbrecq.fake_quants.ops import add_regulariser_gradient_, regulariser_factor, soft_weight_, through_sigmoid_
 from mmbrecq.fake_quants.weight import AdaRound
 from mmbrecq.functional import expand
-from mmbrecq.kernels.native import Curve, kernel
+from mmbrecq.kernels.native import Curve, as_array, kernel
 from mmbrecq.reconstruction.values import laid_out
 
 
@@ -54,6 +54,9 @@ class SoftRounding:
             # twice the lower integer, without zero-point, plus 1 where the upper one differs
             self._grid = laid_out((2 * (self._low - offset) + self._movable).to(torch.int16), layout)
             self._one, self._gain_grad = self.weight.new_ones(1), self.weight.new_empty(len(self.weight))
+            # none of these moves in memory
+            self._read = [as_array(x, x.dtype) for x in (self.alpha.detach(), self._grid, self._scale)]
+            self._written = [as_array(x) for x in (self.weight, self._grad, self._gain_grad)]
 
     def finish(self) -> None:
         """Rounds every weight to the integer that it is closer to."""
@@ -61,12 +64,11 @@ class SoftRounding:
 
     def update(self, gain: Tensor | None) -> None:
         """Computes the weight anew, times a factor of one element or one for each scale."""
-        alpha = self.alpha.detach()
         if self._write is not None and self._derive is not None:
             factor = self._one if gain is None else gain.detach()
-            self._write(len(alpha), alpha, self._grid, self._scale, factor, self.weight, self._compiled_curve)
+            self._write(len(self.weight), *self._read, factor, self._written[0], self._compiled_curve)
             return
-        soft_weight_(self._sigma, self.weight, alpha, self._base, self._stride, self._curve)
+        soft_weight_(self._sigma, self.weight, self.alpha.detach(), self._base, self._stride, self._curve)
         if gain is not None:
             self.weight.mul_(gain.detach())
 
@@ -83,10 +85,10 @@ class SoftRounding:
         exponent, weight = (2.0, 0.0) if beta is None else (beta, round_weight)
         self.alpha.grad = self._grad
         if self._write is not None and self._derive is not None:
-            alpha, factor = self.alpha.detach(), self._one if gain is None else gain.detach()
+            factor = self._one if gain is None else gain.detach()
             self._derive(
-                len(alpha), alpha, self._grid, self._scale, factor, grad, self._grad, self._gain_grad,
-                self._compiled_curve, (exponent - 2) / 2, regulariser_factor(self._curve, exponent, weight),
+                len(self.weight), *self._read, factor, grad, *self._written[1:], self._compiled_curve,
+                (exponent - 2) / 2, regulariser_factor(self._curve, exponent, weight),
             )  # fmt: skip
             if gain is not None:
                 gain.grad = (self._gain_grad if gain.numel() > 1 else self._gain_grad.sum()).view(gain.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,15 +16,13 @@ from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, original_weight
 from mmbrecq.functional import expand, short_scale
+from mmbrecq.reconstruction.adam import Group
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.values import called_modules, laid_out
 
 SMALLEST = 0.01
 """Fraction of itself that a scale of an activation may shrink to."""
-
-Group = tuple[list[nn.Parameter], float, Callable[[float], float]]
-"""Parameters, their learning rate, and its schedule: its factor at the elapsed fraction of the training, in [0, 1)."""
 
 
 class Variables:

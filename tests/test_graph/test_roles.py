@@ -204,7 +204,7 @@ def test_consumers_are_found_behind_moves() -> None:
     assert {str(n.target) for n in roles.consumers(first) if n.op == 'call_module'} == {
         'backbone.left', 'backbone.right'
     }  # fmt: skip
-    assert {roles.kind(n) for n in roles.consumers(first)} == {'Conv2d', 'avg_pool2d'}
+    assert {roles.operation(n) for n in roles.consumers(first)} == {'conv2d', 'avgpool2d'}
 
 
 def test_only_floating_point_values_are_tensors() -> None:

@@ -43,6 +43,19 @@ def test_a_tuple_of_tensors_and_deeper_ones() -> None:
     assert values(nest_outputs(flatten_outputs((a,)))) == [0.0]
 
 
-def test_what_is_no_tensor_is_refused() -> None:
-    with pytest.raises(GraphError, match='output_1 is a dict'):
-        flatten_outputs((torch.zeros(1), {}))
+def test_a_dict_of_tensors() -> None:
+    a, b, c = tensors(3)
+    flat = flatten_outputs({'maps': [a, b], 'scores': c})
+    assert flat == {'output_maps_0': a, 'output_maps_1': b, 'output_scores': c}
+
+
+@pytest.mark.parametrize(
+    ('outputs', 'message'),
+    [
+        ((torch.zeros(1), 'text'), 'but output_1 is a str'),
+        ({'maps': [torch.zeros(1)], 'maps_0': torch.zeros(1)}, 'names of their own, but got several output_maps_0'),
+    ],
+)
+def test_what_cannot_be_an_output_is_refused(outputs: Any, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        flatten_outputs(outputs)

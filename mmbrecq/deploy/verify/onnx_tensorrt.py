@@ -100,9 +100,9 @@ def check_residuals(graph: OnnxGraph) -> Faults:
 
 
 def _is_quantized(graph: OnnxGraph, node: Node) -> bool:
-    """Whether a Q reads the value, or what a fused operation makes of it."""
-    readers = graph.consumers(node.outputs[0])
-    return any(r.op == 'QuantizeLinear' or (r.op in FUSED_OPS and _is_quantized(graph, r)) for r in readers)
+    """Whether a Q reads the value, or what an activation function makes of it."""
+    readers, fused = graph.consumers(node.outputs[0]), FUSED_OPS - {'BatchNormalization'}
+    return any(r.op == 'QuantizeLinear' or (r.op in fused and _is_quantized(graph, r)) for r in readers)
 
 
 def _conv_behind_qdq(graph: OnnxGraph, tensor: str, convs: set[Node]) -> Node | None:
