@@ -148,8 +148,8 @@ def plain_steps(
         parameter.requires_grad_(True)
     for _ in range(steps):
         index = torch.randperm(len(data.targets[0]))[:batch_size]
-        outputs = unit.module(*[x[index] for x in data.float_inputs])
-        torch.autograd.grad(data.loss(outputs, index, loss), parameters)
+        batch = data.read(index)
+        torch.autograd.grad(batch.loss(unit.module(*batch.float_inputs), loss), parameters)
     for parameter in parameters:
         parameter.requires_grad_(False)
 
@@ -246,25 +246,25 @@ def main() -> None:
     ratios: dict[str, list[float]] = {name: [] for name in names}
     memory = PeakMemory(device)
     place = 'host' if device.type == 'cpu' else 'device'
-    with ActivationCache(CachePlan(place, 0, ''), device, Path('.')) as cache:
-        streams = Streams(model, model.units, cache.hold(subject.images), cache, subject.stages[0].options.batch_size)
-        for index, unit in enumerate(model.units):
-            memory.reset()
-            start = time.perf_counter()
-            targets = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
-            quantized = streams.run(unit, streams.quantized_inputs(unit), weights=True, activations=True)
-            wait(device)
-            passes = (time.perf_counter() - start) / 2
-            if unit.layers and (args.units is None or unit.name in args.units):
-                data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), targets)
-                plain, speeds = measure(subject, unit, data, passes, args.steps, args.repeats)
-                line = []
-                for name, speed in speeds.items():
-                    ratios[name].append(speed.ratio)
-                    line += [f'{1 / speed.seconds:.0f}', f'{speed.ratio:.2f}']
-                    line += [f'{1e3 * speed.setup:.0f}', f'{100 * speed.caching:.1f} %']
-                print(f'| {unit.name} | {1 / plain:.0f} | {" | ".join(line)} | {memory.read() / 1e6:.0f} |', flush=True)
-            streams.advance(index, targets, quantized)
+    cache = ActivationCache(CachePlan(place, 0, ''), device, Path('.'))
+    streams = Streams(model, model.units, cache.hold(subject.images), cache, subject.stages[0].options.batch_size)
+    for index, unit in enumerate(model.units):
+        memory.reset()
+        start = time.perf_counter()
+        targets = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
+        quantized = streams.run(unit, streams.quantized_inputs(unit), weights=True, activations=True)
+        wait(device)
+        passes = (time.perf_counter() - start) / 2
+        if unit.layers and (args.units is None or unit.name in args.units):
+            data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), targets)
+            plain, speeds = measure(subject, unit, data, passes, args.steps, args.repeats)
+            line = []
+            for name, speed in speeds.items():
+                ratios[name].append(speed.ratio)
+                line += [f'{1 / speed.seconds:.0f}', f'{speed.ratio:.2f}']
+                line += [f'{1e3 * speed.setup:.0f}', f'{100 * speed.caching:.1f} %']
+            print(f'| {unit.name} | {1 / plain:.0f} | {" | ".join(line)} | {memory.read() / 1e6:.0f} |', flush=True)
+        streams.advance(index, targets, quantized)
     means = [math.exp(statistics.mean(map(math.log, values))) for values in ratios.values()]
     print('| geometric mean | | ' + ' | '.join(f' | {mean:.2f} | | ' for mean in means) + ' | |')
 

@@ -31,7 +31,7 @@ from mmbrecq.reconstruction.callbacks import Callback, Callbacks
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
-from mmbrecq.runs.checkpoint import read_checkpoint
+from mmbrecq.runs.safe_load import read_checkpoint
 
 METHODS: dict[str, tuple[str, dict[str, int]]] = {
     'brecq': ('BRECQReconstructor', {'weights': 1, 'activations': 4}),
@@ -84,10 +84,6 @@ class Quantized:
         Raises:
             ExportError: The suffix is unknown, the graph has no form in the format, breaks a rule of its preset, or
                 computes something else in the runtime.
-
-        Example:
-            >>> quantized = mmbrecq.quantize(model, images, method='nearest')  # doctest: +SKIP
-            >>> quantized.export('model.xml')                                  # doctest: +SKIP
         """
         path = Path(path)
         if path.suffix not in EXPORTERS:

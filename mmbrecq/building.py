@@ -46,24 +46,15 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         raise ConfigError(f'expected the config of {_a(registry)} to be a dict, but got {cfg!r}')
     if 'type' not in cfg:
         raise ConfigError(f"expected the config of {_a(registry)} to have the key 'type', but got {dict(cfg)}")
-    cls = find(registry, cfg['type'])
+    kind = cfg['type']
+    cls = registry.get(kind) if isinstance(kind, str) else kind
+    if not callable(cls):
+        valid = ', '.join(sorted(registry.module_dict)) or 'none are registered'
+        raise ConfigError(f'unknown {registry.name} type {kind!r}: expected one of {valid}')
     given = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
     _check_options(cls, cls.__name__, given, tuple(defaults))
     # not registry.build: it would look for the type in the scope of the config's model first, and warn
     return cls(**{**defaults, **given})
-
-
-def find(registry: Registry, name: Any) -> Any:
-    """Returns the class or function that ``registry`` knows as ``name``; ConfigError if there is none."""
-    if not isinstance(name, str):
-        if callable(name):
-            return name
-        raise ConfigError(f'expected the type of {_a(registry)} to be a name or a class, but got {name!r}')
-    found = registry.get(name)
-    if found is None:
-        valid = ', '.join(sorted(registry.module_dict)) or 'none are registered'
-        raise ConfigError(f'unknown {registry.name} type {name!r}: expected one of {valid}')
-    return found
 
 
 def _a(registry: Registry) -> str:

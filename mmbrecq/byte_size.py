@@ -29,13 +29,14 @@ def parse_bytes(value: int | str, where: str) -> int:
 
 
 def show_bytes(count: float) -> str:
-    """Returns a size in binary units with three digits, as ``'1.46 GiB'``."""
+    """Returns a size in decimal units (1 MB is 1,000,000 bytes) with three digits, as ``'44.7 MB'``."""
     value, unit = float(count), 'B'
-    for larger in ('KiB', 'MiB', 'GiB', 'TiB'):
+    for larger in ('kB', 'MB', 'GB', 'TB'):
         if value < 999.5:
             break
-        value, unit = value / 1024, larger
-    return f'{value:.3g} {unit}'
+        value, unit = value / 1000, larger
+    digits = 0 if unit == 'B' or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f'{value:.{digits}f} {unit}'
 
 
 def weight_bytes(weights: int, scales: int, bits: int | None, symmetric: bool) -> float:

@@ -104,8 +104,7 @@ def batch_number(index: int, size: int, ends: Sequence[int] = ()) -> int:
 
 def gather(value: T) -> list[T]:
     """Returns the values of all processes, in their order."""
-    found: list[T] = dist.all_gather_object(value)
-    return found
+    return dist.all_gather_object(value)
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -133,13 +132,7 @@ def mean_over(total: float, count: int) -> float:
 
 def average(tensors: Iterable[Tensor | None]) -> None:
     """Replaces each tensor by its mean over the processes, in one message; None stands for no tensor."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if process_count() == 1 or not present:
-        return
-    message = torch.cat([tensor.reshape(-1) for tensor in present])
-    dist.all_reduce(message, op='mean')
-    for tensor, mean in zip(present, message.split([tensor.numel() for tensor in present]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    dist.all_reduce_params([tensor for tensor in tensors if tensor is not None], op='mean')
 
 
 def copy_from_main(model: nn.Module) -> None:

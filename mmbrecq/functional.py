@@ -53,19 +53,16 @@ def affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, 
         ``(scale, zero_point)``, float tensors of the same shape; ``scale > 0``, ``zero_point`` integral.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if qtype.symmetric:
-        zero_point = torch.zeros_like(low)
-        if qtype.signed:
-            scale = torch.maximum(-low / -qtype.quant_min, high / qtype.quant_max)
-        else:
-            scale = high / qtype.quant_max
-    else:
-        scale = (high - low) / (qtype.quant_max - qtype.quant_min)
-        zero_point = low
-    scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
     if not qtype.symmetric:
-        zero_point = (qtype.quant_min - torch.round(zero_point / scale)).clamp(qtype.quant_min, qtype.quant_max)
-    return scale, zero_point
+        scale = (high - low) / (qtype.quant_max - qtype.quant_min)
+    elif qtype.signed:
+        scale = torch.maximum(-low / -qtype.quant_min, high / qtype.quant_max)
+    else:
+        scale = high / qtype.quant_max
+    scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
+    if qtype.symmetric:
+        return scale, torch.zeros_like(low)
+    return scale, (qtype.quant_min - torch.round(low / scale)).clamp(qtype.quant_min, qtype.quant_max)
 
 
 def shared_affine_from_range(low: Tensor, high: Tensor, qtype: QType) -> tuple[Tensor, Tensor]:

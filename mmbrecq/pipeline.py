@@ -53,7 +53,8 @@ from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_sta
 from mmbrecq.reconstruction.stages import Stage, stage_units
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS
-from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint
+from mmbrecq.runs.safe_load import read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 
@@ -140,17 +141,7 @@ def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activat
 def reconstruct(
     task: Task, reconstructor: BaseReconstructor, plan: CachePlan, callback: Callback
 ) -> Iterator[tuple[Stage, list[UnitResult]]]:
-    """Reconstructs all units, and yields each pass with its results as soon as it is done.
-
-    Args:
-        task: The calibrated model and its images.
-        reconstructor: Its passes.
-        plan: Where activations are cached, as ``reconstructor.plan(task)`` returned it.
-        callback: Is told of every unit.
-
-    Raises:
-        NonFiniteError: A loss stops being finite; unit and iteration are named.
-    """
+    """Reconstructs all units, and yields each pass with its results, see :meth:`BaseReconstructor.passes`."""
     yield from reconstructor.passes(task, plan, callback)
 
 
@@ -316,11 +307,11 @@ def load(
         raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
     example = torch.zeros(shape, device=next(model.parameters()).device)
     if own_bits:
-        bits = {
-            name: {'pattern': name, 'weight_bits': weight or FLOAT, 'activation_bits': activation or FLOAT}
+        bits = [
+            {'pattern': name, 'weight_bits': weight or FLOAT, 'activation_bits': activation or FLOAT}
             for name, (weight, activation) in meta['bits'].items()
-        }
-        quantizer = {**quantizer, 'overrides': list(bits.values())}
+        ]
+        quantizer = {**quantizer, 'overrides': bits}
     try:
         quantized: QuantizedModel = build(QUANTIZERS, dict(quantizer)).prepare(model, example)
     except PatternError as error:

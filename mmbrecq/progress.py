@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from operator import length_hint
 from typing import TypeVar
 
 from mmengine.dist import is_main_process
@@ -34,11 +35,8 @@ class ProgressBar(Progress):
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
     """Yields ``items`` under a bar."""
-    if total is None:
-        assert isinstance(items, Sized)
-        total = len(items)
     sys.stdout.flush()
-    with ProgressBar(title, total) as bar:
+    with ProgressBar(title, length_hint(items) if total is None else total) as bar:
         for done, item in enumerate(items, start=1):
             yield item
             bar.show(done)

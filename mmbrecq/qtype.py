@@ -20,7 +20,6 @@ class QType:
         symmetric: Zero-point fixed at 0. A symmetric grid maps real 0 to integer 0.
         signed: Two's complement range, else ``0 .. 2**bits - 1``.
         ch_axis: Axis with one scale per index, or None for one scale per tensor.
-        narrow: Leaves out the most negative integer, so that the range is ``-qmax .. qmax``.
         spare_bits: Shrinks the range by this many bits inside the same container; 1 keeps an 8-bit
             weight within 7 bits, where a kernel accumulates pairs of products in 16 bits.
         int8_only: Stores an unsigned grid in int8 too, for a backend that has no uint8; 7 bits at most.
@@ -30,7 +29,6 @@ class QType:
     symmetric: bool = True
     signed: bool = True
     ch_axis: int | None = None
-    narrow: bool = False
     spare_bits: int = 0
     int8_only: bool = False
 
@@ -43,9 +41,7 @@ class QType:
     @property
     def quant_min(self) -> int:
         """Smallest integer of the grid."""
-        if not self.signed:
-            return 0
-        return -(1 << (self.bits - self.spare_bits - 1)) + int(self.narrow)
+        return -(1 << (self.bits - self.spare_bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS, TRANSFORMS, DefaultScope, Registry
 
-from mmbrecq.building import build, explain_build_error, find, parse_options
+from mmbrecq.building import build, explain_build_error, parse_options
 from mmbrecq.errors import ConfigError
 
 TOOLS = Registry('tool', scope='mmbrecq_test')
@@ -54,7 +54,7 @@ def test_build_takes_config_dicts_classes_and_free_keywords() -> None:
         ('Hammer', r"expected the config of a tool to be a dict, but got 'Hammer'"),
         ({'weight': 1}, r"to have the key 'type', but got \{'weight': 1\}"),
         ({'type': 'Hamer'}, r"unknown tool type 'Hamer': expected one of Bare, Box, Hammer"),
-        ({'type': 3}, r'expected the type of a tool to be a name or a class, but got 3'),
+        ({'type': 3}, r'unknown tool type 3: expected one of Bare, Box, Hammer'),
         ({'type': 'Hammer', 'wait': 1}, r"unknown option 'wait' of Hammer: expected weight"),
         ({'type': 'Bare', 'wait': 1}, r"unknown option 'wait' of Bare: expected no option at all"),
     ],
@@ -69,9 +69,9 @@ def test_build_names_a_missing_option() -> None:
         build(TOOLS, {'type': 'Hammer'})
 
 
-def test_find_refuses_a_scope_that_does_not_exist() -> None:
+def test_build_refuses_a_scope_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match='unknown tool type'):
-        find(TOOLS, 'nowhere.at.all.Hammer')
+        build(TOOLS, {'type': 'nowhere.at.all.Hammer'})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mmbrecq.functional import (
 from mmbrecq.qtype import QType
 
 ASYMMETRIC, SIGNED = QType(4, symmetric=False, signed=False), QType(4)
-GRIDS = [QType(2, symmetric=False, signed=False), ASYMMETRIC, SIGNED, QType(8, narrow=True), QType(8, spare_bits=1)]
+GRIDS = [QType(2, symmetric=False, signed=False), ASYMMETRIC, SIGNED, QType(8, spare_bits=1)]
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qtype: QType) -> torch.Tensor:
@@ -116,8 +116,6 @@ def test_values_of_the_grid_are_fixed_points() -> None:
         (-8.0, 7.0, SIGNED, 1.0, 0),
         (-7.0, 7.0, SIGNED, 1.0, 0),
         (-16.0, 7.0, SIGNED, 2.0, 0),
-        (-7.0, 7.0, QType(4, narrow=True), 1.0, 0),
-        (-8.0, 6.0, QType(4, narrow=True), 8 / 7, 0),
         (0.0, 30.0, QType(4, symmetric=True, signed=False), 2.0, 0),
         (-64.0, 63.0, QType(8, spare_bits=1), 1.0, 0),
     ],
@@ -141,7 +139,7 @@ def test_the_grid_covers_the_range_and_holds_zero(qtype: QType) -> None:
     slack = 0 if qtype.symmetric else 0.5
     assert ((qtype.quant_min - zero - slack) * scale <= low + 1e-12).all()
     assert ((qtype.quant_max - zero + slack) * scale >= high - 1e-12).all()
-    per_channel = QType(qtype.bits, qtype.symmetric, qtype.signed, 0, qtype.narrow, qtype.spare_bits)
+    per_channel = QType(qtype.bits, qtype.symmetric, qtype.signed, 0, qtype.spare_bits)
     nothing = torch.zeros(200, 1, dtype=torch.float64)
     assert torch.equal(fake_quantize(nothing, scale, zero, per_channel), nothing)
 

@@ -14,16 +14,13 @@ from mmbrecq.qtype import QType
     ('options', 'low', 'high', 'container'),
     [
         ({'bits': 8}, -128, 127, torch.int8),
-        ({'bits': 8, 'narrow': True}, -127, 127, torch.int8),
         ({'bits': 8, 'signed': False}, 0, 255, torch.uint8),
         ({'bits': 8, 'spare_bits': 1}, -64, 63, torch.int8),
         ({'bits': 8, 'spare_bits': 1, 'signed': False}, 0, 127, torch.uint8),
-        ({'bits': 8, 'spare_bits': 1, 'narrow': True}, -63, 63, torch.int8),
         ({'bits': 4}, -8, 7, torch.int8),
         ({'bits': 4, 'signed': False}, 0, 15, torch.uint8),
         ({'bits': 4, 'signed': False, 'int8_only': True}, 0, 15, torch.int8),
         ({'bits': 2}, -2, 1, torch.int8),
-        ({'bits': 2, 'narrow': True}, -1, 1, torch.int8),
         ({'bits': 2, 'signed': False}, 0, 3, torch.uint8),
     ],
 )
@@ -34,13 +31,13 @@ def test_range_and_container(options: Any, low: int, high: int, container: torch
     assert qtype.container == container
 
 
-@pytest.mark.parametrize('options', [{'signed': True}, {'signed': False}, {'narrow': True}])
+@pytest.mark.parametrize('options', [{'signed': True}, {'signed': False}])
 def test_every_grid_fits_its_container(options: Any) -> None:
     for bits in range(2, 9):
         qtype = QType(bits, **options)
         info = torch.iinfo(qtype.container)
         assert info.min <= qtype.quant_min <= 0 < qtype.quant_max <= info.max
-        assert qtype.levels == 2**bits - bool(options.get('narrow'))
+        assert qtype.levels == 2**bits
 
 
 @pytest.mark.parametrize('bits', [1, 9, 0, -4, 4.0, '4', None, True])

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from mmbrecq.building import check_integer, parse_options
 from mmbrecq.data.source import build_source_datasets, last_line
 from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
-
-_SELECTIONS = ('random', 'first')
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
             check_integer(getattr(self, name), least, f'calibration.{name}')
-        if self.selection not in _SELECTIONS:
-            raise ConfigError(f'expected calibration.selection in {_SELECTIONS}, but got {self.selection!r}')
+        if self.selection not in ('random', 'first'):
+            raise ConfigError(f"expected calibration.selection 'random' or 'first', but got {self.selection!r}")
 
 
 def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> CalibrationSet:
@@ -105,9 +103,6 @@ class CalibrationSet(Dataset[Any]):
             return DataError(_explain(error, name))
         if data is None:
             return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
-        inputs = data.get('inputs') if isinstance(data, dict) else None
-        if isinstance(inputs, torch.Tensor) and not bool(torch.isfinite(inputs).all()):
-            return DataError(f'image {name} holds non-finite values')
         return data
 
     def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
@@ -131,7 +126,7 @@ class CalibrationSet(Dataset[Any]):
             ``data_samples``.
 
         Raises:
-            DataError: An image cannot be read or holds a non-finite value.
+            DataError: An image cannot be read.
         """
         parts = aligned_batches(len(self), size or self.batch_size, self.first, self.ends)
         # without a generator of its own every pass would draw from the global one
@@ -145,28 +140,21 @@ class CalibrationSet(Dataset[Any]):
             yield batch
 
 
-class _Images:
+class _Images(ConcatDataset[Any]):
     """One or several mmengine datasets as one list of images."""
-
-    def __init__(self, datasets: list[Any]) -> None:
-        self._datasets = datasets
-        self._ends = list(accumulate(len(dataset) for dataset in datasets))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
 
     @property
     def where(self) -> str:
         """The roots of the datasets, or their types, for a message."""
         return ', '.join(
             str(getattr(part, 'img_prefix', None) or getattr(part, 'data_root', None) or type(part).__name__)
-            for part in self._datasets
+            for part in self.datasets
         )
 
     def locate(self, index: int) -> tuple[int, Any, int]:
         """Returns the number of a dataset, the dataset, and the index in it."""
-        part = bisect_right(self._ends, index)
-        return part, self._datasets[part], index - (self._ends[part - 1] if part else 0)
+        part = bisect_right(self.cumulative_sizes, index)
+        return part, self.datasets[part], index - (self.cumulative_sizes[part - 1] if part else 0)
 
     def id_of(self, index: int) -> str:
         """Returns the name of an image; with several datasets, the dataset's number stands before it."""
@@ -178,7 +166,7 @@ class _Images:
             if root := getattr(dataset, 'data_root', None):
                 relative = os.path.relpath(path, root)
                 name = path if relative.startswith(os.pardir) else relative
-        return name if len(self._datasets) == 1 else f'{part}:{name}'
+        return name if len(self.datasets) == 1 else f'{part}:{name}'
 
     def load(self, index: int) -> Any:
         """Returns one image through the pipeline, None where the pipeline gave it up."""

@@ -54,8 +54,7 @@ def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline:
 
 
 def _dataset_of(cfg: Config, loader: str) -> dict[str, Any] | None:
-    dataset: dict[str, Any] | None = (cfg.get(loader) or {}).get('dataset')
-    return dataset
+    return (cfg.get(loader) or {}).get('dataset')
 
 
 def _type_name(cfg: Any) -> str:
@@ -175,10 +174,9 @@ def explained_data_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explained = explain_data_error(error)
-        if explained is None:
-            raise
-        raise explained from error
+        if explained := explain_data_error(error):
+            raise explained from error
+        raise
 
 
 def explain_data_error(exc: BaseException) -> DataError | None:

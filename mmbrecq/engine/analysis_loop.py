@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from mmbrecq import pipeline
 from mmbrecq.building import build, parse_options
 from mmbrecq.data import build_calibration_set
-from mmbrecq.data.images import collect_images, example_of
+from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
-from mmbrecq.engine.evaluation import check_classes, check_runs, task_loss_of
+from mmbrecq.engine.evaluation import check_classes, task_loss_of
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
 from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
@@ -98,7 +98,6 @@ class AnalysisLoop(BaseLoop):
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
         room = self.reconstructor.image_room(Path(self.runner.work_dir))
         self.images, self._set = collect_images(model, self._set, room)
-        check_runs(model, example_of(self.images))
         asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 

@@ -23,9 +23,6 @@ from mmbrecq.report.table import choice_text
 
 TABLE = 'sensitivity.json'
 
-FOLDER = 'search'
-"""Folder of a search in the work dir of a run."""
-
 
 def search_options(cfg: Config) -> SearchOptions:
     """Returns the options of the search in the config's ``search``; ConfigError for an unknown option."""
@@ -101,7 +98,7 @@ def chosen_bits(cfg: Config, path: str) -> Path | None:
         return None
     build_exporters(cfg.get('exporters', ()))  # a missing package is found now, not after the search
     own = cfg.copy()
-    own.work_dir = str(Path(cfg.work_dir) / FOLDER)
+    own.work_dir = str(Path(cfg.work_dir) / 'search')
     analyze(own, path)
     folder = Path(own.work_dir)
     result = choose_bits(own, path, {}, folder / TABLE, folder / 'bits.py')

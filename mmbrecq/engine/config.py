@@ -10,8 +10,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,17 +158,6 @@ class ToolRunner(Runner):
         """Writes nothing: the config of an earlier run stays until the loop has checked its input."""
 
 
-@contextmanager
-def silent_logging_failures() -> Iterator[None]:
-    """Prevents a log file that cannot be written, on a full disk, from filling the terminal with tracebacks."""
-    before = logging.raiseExceptions
-    logging.raiseExceptions = False
-    try:
-        yield
-    finally:
-        logging.raiseExceptions = before
-
-
 def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
     """Returns a runner whose test loop is ``loop``; nothing for training is built.
 
@@ -196,17 +184,12 @@ def build_runner(cfg: Config, path: str, loop: dict[str, Any]) -> ToolRunner:
     except MMBrecqError:
         raise
     except Exception as error:
-        raise _explain(error, cfg, path) from error
+        # a file that does not open has a name; a failure to write, such as that of the log, has none
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            raise StorageError(f'cannot write to {cfg.work_dir}: {error.strerror}') from error
+        raise explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}') from error
     runner.log_environment()
     return runner
-
-
-def _explain(error: Exception, cfg: Config, path: str) -> MMBrecqError:
-    """Returns the error that a failure to build the runner means for a user."""
-    # a file that does not open has a name; a failure to write, such as that of the log, has none
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return StorageError(f'cannot write to {cfg.work_dir}: {error.strerror}')
-    return explain_data_error(error) or ConfigError(f'{path}: {explain_build_error(error)}')
 
 
 def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
@@ -216,7 +199,9 @@ def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
     Ctrl-C returns 130 and SIGTERM 143, after ``advice`` is printed; finished work is saved then.
     """
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
-    with warnings.catch_warnings(), silent_logging_failures():
+    # else a log file that cannot be written, on a full disk, fills the terminal with tracebacks
+    logging.raiseExceptions = False
+    with warnings.catch_warnings():
         # of detectors' operations, when mmpretrain is imported over mmcv-lite
         warnings.filterwarnings('ignore', message='Fail to import ``MultiScaleDeformableAttention``')
         status = 0
@@ -238,6 +223,8 @@ def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
                 raise
             print(f'error{"" if process == "0" else f" in process {process}"}: {reason}', file=sys.stderr)
             return 2
+        finally:
+            logging.raiseExceptions = True
     return status
 
 

@@ -50,19 +50,15 @@ class SideBySide:
         """Keeps the predictions of the float model."""
         self._float = self._predict(model)
 
-    def compare(self, model: nn.Module) -> list[Path]:
-        """Draws both models' predictions, see :meth:`draw`; the float one's were noted."""
-        return self.draw(self._float, self._predict(model))
-
     def _predict(self, model: nn.Module) -> list[Any]:
         with evaluation_mode(model):
             return [model.test_step(pseudo_collate([data]))[0].cpu() for data in self.data]  # type: ignore[operator]
 
-    def draw(self, left: list[Any], right: list[Any]) -> list[Path]:
-        """Writes a picture of every image; returns their paths, or raises StorageError."""
+    def compare(self, model: nn.Module) -> list[Path]:
+        """Writes a picture of both models' predictions of every image; returns their paths, or raises StorageError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for number, (data, *samples) in enumerate(zip(self.data, left, right, strict=True)):
+        for number, (data, *samples) in enumerate(zip(self.data, self._float, self._predict(model), strict=True)):
             image = _image_of(self.dataset, data, samples[0])
             pair = zip(samples, ('float', 'quantized'), strict=True)
             halves = [_titled(self._drawn(image.copy(), sample), title) for sample, title in pair]
@@ -77,8 +73,7 @@ class SideBySide:
             self.visualizer.add_datasample('', image, sample, draw_gt=False)
         else:
             self.visualizer.visualize_cls(image, sample, draw_gt='gt_label' in sample)
-        drawn: np.ndarray[Any, Any] = self.visualizer.get_image()
-        return drawn
+        return self.visualizer.get_image()
 
 
 def build_visualizer(scope: str) -> Any:

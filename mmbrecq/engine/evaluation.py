@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmbrecq.data.source import explained_data_errors
-from mmbrecq.errors import ConfigError, DataError, GraphError, first_line
-from mmbrecq.graph.components import ImageForward
+from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.graph.traced_graph import evaluation_mode
 from mmbrecq.progress import track, without_chatter
 from mmbrecq.reconstruction.losses import TaskLoss
@@ -43,16 +42,6 @@ def task_loss_of(model: Any) -> TaskLoss:
         return total
 
     return loss
-
-
-def check_runs(model: nn.Module, images: Tensor) -> None:
-    """Runs ``model`` once on preprocessed images, before any long work; GraphError if it fails."""
-    with evaluation_mode(model):
-        try:
-            ImageForward(model)(images)
-        except Exception as error:
-            where = f'{type(model).__name__} fails on images of shape {tuple(images.shape[1:])}'
-            raise GraphError(f'{where}: {first_line(error)}') from error
 
 
 def check_classes(model: nn.Module, dataset: Any) -> None:

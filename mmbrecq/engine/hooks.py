@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.progress import ProgressBar
@@ -23,9 +24,6 @@ from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.registry import HOOKS
 from mmbrecq.report.rows import format_seconds
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 
 @HOOKS.register_module()
@@ -90,16 +88,12 @@ class ReconstructionProgressHook(Hook):
         if self._bar is not None:
             self._bar.show(step, f'loss {loss:.4g}')
 
-    def after_reconstruct_unit(self, runner: Runner, **_: Any) -> None:
-        self._close()
-
-    def after_reconstruct(self, runner: Runner) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def after_reconstruct(self, runner: Runner, **_: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    after_reconstruct_unit = after_reconstruct
 
 
 class HookCaller(Callback):

@@ -27,7 +27,7 @@ from mmbrecq.deploy.comparison import compare
 from mmbrecq.distributed import batch_number, check_same_bits, gather, on_main, process_count
 from mmbrecq.engine import hooks
 from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
-from mmbrecq.engine.evaluation import check_classes, check_runs, evaluate, task_loss_of
+from mmbrecq.engine.evaluation import check_classes, evaluate, task_loss_of
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -45,8 +45,6 @@ from mmbrecq.runs.run_files import RunFiles, model_size, peak_memory, rehearsal_
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """Names of the evaluations that a run may make, in this order."""
-
-JOURNAL = 'reconstruction.pth'
 
 DEFAULT_HOOKS = (
     hooks.ReconstructionLoggerHook, hooks.ReconstructionScalarsHook, hooks.ReconstructionProgressHook,
@@ -111,7 +109,6 @@ class PTQLoop(TestLoop):
         self.chosen = None if search_result is None else ChosenBits(Path(search_result), reuse_states)
         self.summary.search = None if self.chosen is None else self.chosen.result
         self.resume, self.dry_run = resume, dry_run
-        self.journal: Journal
         self.files = RunFiles(self.folder, self.summary, self.config_text)
         known = {type(hook).__name__ for hook in runner.hooks}
         for hook in DEFAULT_HOOKS:
@@ -126,7 +123,6 @@ class PTQLoop(TestLoop):
         load_float_checkpoint(self.runner.model, self.float_checkpoint)
         calibration = build_calibration_set(self.runner.cfg, self.calibration)
         images, share = collect_images(self.runner.model, calibration, self.reconstructor.image_room(self.folder))
-        check_runs(self.runner.model, example_of(images))
         scope, pictures = self.runner.cfg.get('default_scope'), None
         if scope in VISUALIZER_TYPES:
             folder = self.folder / 'pictures'
@@ -179,7 +175,8 @@ class PTQLoop(TestLoop):
         identity = describe_config(self.runner.cfg)
         identity.update({key: inputs[key] for key in ('seed', 'kernels', 'float weights', 'calibration images')})
         identity['number of processes'] = str(process_count())
-        self.journal = Journal(self.folder / JOURNAL, self.runner.model, identity, self.config_text)
+        path = self.folder / 'reconstruction.pth'
+        self.journal = Journal(path, self.runner.model, identity, self.config_text)
         if not self.resume:
             return
         if not self.journal.load():

@@ -19,8 +19,6 @@ from mmbrecq.pipeline import load
 from mmbrecq.registry import LOOPS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 
-DEPLOYED_SUFFIXES = ('.onnx', '.xml')
-
 
 @LOOPS.register_module()
 class QuantizedTestLoop(TestLoop):
@@ -64,7 +62,7 @@ class QuantizedTestLoop(TestLoop):
         if self.drawing is not None and self.float_checkpoint is not None:
             load_float_checkpoint(model, self.float_checkpoint)
             self.drawing.note_float(model)
-        if Path(self.checkpoint).suffix in DEPLOYED_SUFFIXES:
+        if Path(self.checkpoint).suffix in ('.onnx', '.xml'):
             DeployedModel(model, Path(self.checkpoint)).attach()
         else:
             load(model, self.checkpoint, self.quantizer, self.own_bits)

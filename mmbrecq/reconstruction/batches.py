@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -20,100 +20,59 @@ from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out
 
 T = TypeVar('T')
+V = TypeVar('V', bound=Values)
 UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some images; every tensor is ``(n, ...)``.
+class UnitData(Generic[V]):
+    """What a unit is trained on, all values ``(N, ...)``: over the calibration images, or a batch of them as tensors.
 
     Args:
-        quantized_inputs: See :class:`UnitData`.
-        float_inputs: Likewise; an input that is the same in both streams is the same tensor.
-        targets: Likewise.
-        fisher: Likewise.
-        importance: How much each output counts; None for all the same.
+        quantized_inputs: Inputs as the quantized units before it compute them.
+        float_inputs: Inputs of the float model; an input that is the same in both streams is the same object.
+        targets: Outputs of the float model.
+        fisher: Fisher weights of the outputs, None where the loss needs none.
+        importance: How much each output counts, 1 on average; None for all the same.
     """
 
-    quantized_inputs: Sequence[Tensor]
-    float_inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    fisher: Sequence[Tensor] | None = None
+    quantized_inputs: Sequence[V]
+    float_inputs: Sequence[V]
+    targets: Sequence[V]
+    fisher: Sequence[V] | None = None
     importance: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.targets[0])
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors of the batch."""
+    def values(self) -> list[V]:
+        """All values, shared inputs twice."""
         return [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.fisher or ())]
 
-    def parts(self, images: int) -> Iterator[Batch]:
+    def read(self, index: Tensor | slice, floats: bool = True) -> Batch:
+        """Reads the images ``index``; their float inputs only where ``floats`` asks for them."""
+        return self._mapped(itemgetter(index), floats)
+
+    def parts(self: Batch, images: int) -> Iterator[Batch]:
         """Yields parts of ``images`` images each; where one part is all, the batch itself."""
         if images >= len(self):
             yield self
             return
         for start in range(0, len(self), images):
-            yield self._mapped(itemgetter(slice(start, start + images)))
+            yield self.read(slice(start, start + images))
 
-    def laid_out(self, layout: torch.memory_format) -> Batch:
+    def laid_out(self: Batch, layout: torch.memory_format) -> Batch:
         """Returns the batch with its channels in the given order in memory."""
         return self._mapped(lambda x: laid_out(x, layout))
 
-    def loss(self, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
+    def loss(self: Batch, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
         """Returns the sum of the losses of all outputs, each as much as it counts."""
         total: Any = 0
         for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
             one = loss(output, target, None if self.fisher is None else self.fisher[i])
             total = total + (one if self.importance is None else self.importance[i] * one)
         return total
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Returns the batch with every tensor changed; inputs shared by both streams stay shared."""
-        quantized = [change(x) for x in self.quantized_inputs]
-        floats = [
-            q if x is before else change(x)
-            for x, before, q in zip(self.float_inputs, self.quantized_inputs, quantized, strict=False)
-        ]
-        fisher = None if self.fisher is None else [change(x) for x in self.fisher]
-        return Batch(quantized, floats, [change(x) for x in self.targets], fisher, self.importance)
-
-
-@dataclass(frozen=True)
-class UnitData:
-    """What a unit is trained on; all values are ``(N, ...)`` over the calibration images.
-
-    Args:
-        quantized_inputs: Inputs as the quantized units before it compute them.
-        float_inputs: Inputs of the float model.
-        targets: Outputs of the float model.
-        fisher: Fisher weights of the outputs, None where the loss needs none.
-        importance: How much each output counts, 1 on average; None for all the same.
-    """
-
-    quantized_inputs: Sequence[Values]
-    float_inputs: Sequence[Values]
-    targets: Sequence[Values]
-    fisher: Sequence[Values] | None = None
-    importance: Sequence[float] | None = None
-
-    def read(self, index: Tensor, floats: bool) -> Batch:
-        """Reads the images ``index``; their float inputs only where ``floats`` asks for them."""
-        quantized = [x[index] for x in self.quantized_inputs]
-        pairs = zip(self.float_inputs, self.quantized_inputs, quantized, strict=True)
-        return Batch(
-            quantized,
-            [q if x is values else x[index] for x, values, q in pairs] if floats else [],
-            [x[index] for x in self.targets],
-            None if self.fisher is None else [x[index] for x in self.fisher],
-            self.importance,
-        )
-
-    def loss(self, outputs: Sequence[Tensor], index: Tensor | slice, loss: UnitLoss) -> Tensor:
-        """Returns the sum of the losses of all outputs, for the images ``index``."""
-        fisher = None if self.fisher is None else [x[index] for x in self.fisher]
-        return Batch([], [], [x[index] for x in self.targets], fisher, self.importance).loss(outputs, loss)
 
     def mean_loss(self, outputs: Sequence[Values], loss: UnitLoss, batch_size: int) -> float:
         """Returns the loss of ``outputs`` over all images, those of other processes included."""
@@ -124,10 +83,26 @@ class UnitData:
         return self._mean(lambda index: [torch.zeros_like(x[index]) for x in self.targets], loss, batch_size)
 
     def _mean(self, outputs: Callable[[slice], Sequence[Tensor]], loss: UnitLoss, batch_size: int) -> float:
-        total = 0.0
+        total, without_inputs = 0.0, replace(self, quantized_inputs=(), float_inputs=())
         for index in batches_of(self.targets[0], batch_size):
-            total += float(self.loss(outputs(index), index, loss)) * (index.stop - index.start)
-        return mean_over(total, len(self.targets[0]))
+            total += float(without_inputs.read(index).loss(outputs(index), loss)) * (index.stop - index.start)
+        return mean_over(total, len(self))
+
+    def _mapped(self, change: Callable[[V], Tensor], floats: bool = True) -> Batch:
+        """Returns a batch of every value changed; inputs shared by both streams stay shared."""
+        quantized = [change(x) for x in self.quantized_inputs]
+        # a batch may have been read without its float inputs
+        pairs = zip(self.float_inputs if floats else (), self.quantized_inputs, quantized, strict=False)
+        return UnitData(
+            quantized,
+            [q if x is before else change(x) for x, before, q in pairs],
+            [change(x) for x in self.targets],
+            None if self.fisher is None else [change(x) for x in self.fisher],
+            self.importance,
+        )
+
+
+Batch: TypeAlias = UnitData[Tensor]
 
 
 class Batches:
@@ -148,7 +123,7 @@ class Batches:
 
     def __init__(
         self,
-        data: UnitData,
+        data: UnitData[Any],
         batch_size: int,
         iterations: int,
         generator: torch.Generator,
@@ -184,7 +159,7 @@ class Batches:
         if self._reader is not None and self._stream is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_stream(self._stream)
-            for tensor in batch.tensors:
+            for tensor in batch.values:
                 # else its memory could be given away while the iteration still reads it
                 tensor.record_stream(stream)
         return batch
@@ -210,12 +185,11 @@ class Batches:
             return self.data.read(index, self.floats)
 
 
-def is_slow(data: UnitData) -> bool:
+def is_slow(data: UnitData[Any]) -> bool:
     """Returns whether reading takes time: from a file, or from the memory of another device than the computing one."""
-    values = [*data.quantized_inputs, *data.float_inputs, *data.targets, *(data.fisher or ())]
     return any(
         isinstance(x, FileValues) or (isinstance(x, MemoryValues) and x.tensor.device.type != x.device.type)
-        for value in values
+        for value in data.values
         for x in grouped(value).parts
     )
 

@@ -182,15 +182,10 @@ def images_on_disk(images: Images, directory: Path) -> Images:
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype, directory: Path) -> Tensor:
     """Allocates a tensor in a file without a name, whose pages the system drops where memory is short."""
-    size = math.prod(shape) * dtype.itemsize
-    with tempfile.TemporaryDirectory(prefix='.images-', dir=directory) as folder:
-        path = Path(folder) / 'images.bin'
-        with path.open('wb') as file:
-            try:
-                reserve(file.fileno(), size)
-            except OSError as error:
-                raise StorageError(f'{directory} cannot hold {show_bytes(size)} of images: {error}') from error
-        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).reshape(tuple(shape))
+    count = math.prod(shape)
+    with tempfile.NamedTemporaryFile(prefix='.images-', dir=directory) as file:
+        reserve(file.fileno(), count * dtype.itemsize, directory, 'images')
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).reshape(tuple(shape))
 
 
 def _room_on_host(memory_limit: int | None) -> int:
@@ -199,7 +194,7 @@ def _room_on_host(memory_limit: int | None) -> int:
 
 
 class ActivationCache:
-    """Allocates values where the plan says. A context manager: what it wrote is removed at its end.
+    """Allocates values where the plan says.
 
     Args:
         plan: Where, and in which dtype.
@@ -209,17 +204,6 @@ class ActivationCache:
 
     def __init__(self, plan: CachePlan, device: torch.device, directory: Path) -> None:
         self.plan, self.device, self.directory = plan, device, directory
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._count = 0
-
-    def __enter__(self) -> ActivationCache:
-        if self.plan.place == 'disk':
-            self._folder = tempfile.TemporaryDirectory(prefix='.activations-', dir=self.directory)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def allocate(
         self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format, like: Values | None = None
@@ -236,12 +220,10 @@ class ActivationCache:
         """
         if isinstance(like, Grouped):
             return Grouped((), like.ends, like.starts, partial(self.allocate, layout=layout))
-        if self._folder is None:
-            place = self.device if self.plan.place == 'device' else 'cpu'
-            return MemoryValues(empty(shape, layout, dtype=self.plan.dtype, device=place), self.device)
-        self._count += 1
-        path = Path(self._folder.name) / f'{self._count}.bin'
-        return FileValues(path, shape, self.plan.dtype, self.device, layout)
+        if self.plan.place == 'disk':
+            return FileValues(self.directory, shape, self.plan.dtype, self.device, layout)
+        place = self.device if self.plan.place == 'device' else 'cpu'
+        return MemoryValues(empty(shape, layout, dtype=self.plan.dtype, device=place), self.device)
 
     def hold(self, images: Images, mirror: bool = False) -> Values:
         """Returns the values that a network reads, without a copy.

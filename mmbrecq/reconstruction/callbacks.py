@@ -75,12 +75,7 @@ class Callbacks(Callback):
 
 
 class Forecast:
-    """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done.
-
-    Args:
-        model: The prepared model.
-        stages: The passes over its units.
-    """
+    """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done."""
 
     def __init__(self, model: QuantizedModel, stages: Iterable[Stage]) -> None:
         macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}

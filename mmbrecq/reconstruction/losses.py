@@ -43,13 +43,7 @@ class MSELoss:
     needs_fisher = False
 
     def __call__(self, output: Tensor, target: Tensor, fisher: Tensor | None = None) -> Tensor:
-        """Returns a scalar.
-
-        Args:
-            output (Tensor): ``(N, C, ...)`` quantized.
-            target (Tensor): Same shape, float.
-            fisher (Tensor | None): Not used.
-        """
+        """Returns a scalar for a quantized and a float output, both ``(N, C, ...)``; ``fisher`` is not used."""
         return F.mse_loss(output, target) * output.shape[1]
 
 
@@ -101,34 +95,13 @@ class FisherWeights:
         return [self.values[name] for name in outputs], [(self.shares[name] or mean) / mean for name in outputs]
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the values of the named nodes."""
-
-    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.names = names
-        self.recorded: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names:
-            self.recorded[n.name] = value
-        return value
-
-
 def task_fisher(
     model: QuantizedModel, batches: Iterable[Any], images: Values, task_loss: TaskLoss, cache: ActivationCache
 ) -> FisherWeights:
     """Returns squared gradients of the float model's task loss at every unit output, normalised to mean 1.
 
-    One forward and backward pass of the whole network per batch gives them for all units.
-
-    Args:
-        model: The prepared model.
-        batches: Calibration data with annotations, in the order of ``images``.
-        images: Preprocessed images, ``(N, 3, H, W)``.
-        task_loss: Computes the loss through ``model.model``.
-        cache: Where the weights are kept.
+    One forward and backward pass of the whole network per batch gives them for all units. The arguments are those of
+    :func:`visit_task_losses`, and the cache that keeps the weights.
 
     Raises:
         NonFiniteError: A gradient is not finite, or all at all outputs are zero.
@@ -206,24 +179,28 @@ def weighted_outputs(graph: QuantizedGraph) -> set[str]:
     return {name for unit in (*graph.units, *graph.cut('net')) if unit.is_quantized for name in unit.outputs}
 
 
-class _Squares:
-    """Squared gradients at the weighted outputs of a graph, over all calibration images."""
+class _Squares(fx.Interpreter):
+    """Squared gradients at the weighted outputs of a graph, which it runs, over all calibration images."""
 
     def __init__(self, graph: QuantizedGraph, images: Values, cache: ActivationCache) -> None:
-        self._recorder = _Recorder(graph.compiled, weighted_outputs(graph))
+        super().__init__(graph.compiled, garbage_collect_values=True)
+        self._names = weighted_outputs(graph)
+        self._recorded: dict[str, Tensor] = {}
         self._images, self._cache = images, cache
         self._weights: dict[str, CachedValues] = {}
         self._sums: dict[str, float] = {}
 
-    def run(self, inputs: Tensor) -> Any:
-        """Returns the outputs of the graph, and keeps the outputs of its units for :meth:`add`."""
-        return self._recorder.run(inputs)
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self._recorded[n.name] = value
+        return value
 
     def add(self, loss: Any, index: slice) -> None:
         """Adds the gradients of ``loss``, a scalar, for the images ``index``, which ran last."""
-        values = list(self._recorder.recorded.items())
-        gradients = torch.autograd.grad(loss, [value for _, value in values], allow_unused=True, materialize_grads=True)
-        for (name, _), gradient in zip(values, gradients, strict=True):
+        values = list(self._recorded.values())
+        gradients = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+        for name, gradient in zip(self._recorded, gradients, strict=True):
             if name not in self._weights:
                 shape = len(self._images), *gradient.shape[1:]
                 self._weights[name] = self._cache.allocate(shape, like=self._images)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.data.groups import batches_of
 from mmbrecq.distributed import gather
 from mmbrecq.fake_quants.bias import bias_correction
@@ -55,7 +54,7 @@ class NearestReconstructor(BaseReconstructor):
                 task.regions.observe()
             else:
                 with task.model.quantization(weights=False, activations=False):
-                    for batch in batches_of(task.images, plan.observed or OBSERVED, task.first):
+                    for batch in batches_of(task.images, plan.observed, task.first):
                         task.model(task.images[batch])
         everywhere, offsets = gather(errors), []
         for name in {name: None for seen in everywhere for name in seen}:
@@ -76,7 +75,7 @@ class NearestReconstructor(BaseReconstructor):
 @torch.no_grad()
 def _error_of_outputs(task: Task, plan: CachePlan) -> float:
     """Returns what quantized weights change of the outputs for the first images: squared errors over powers, summed."""
-    images = task.images[batches_of(task.images, plan.observed or OBSERVED, task.first)[0]]
+    images = task.images[batches_of(task.images, plan.observed, task.first)[0]]
     found: list[list[Tensor]] = []
     for weights in (False, True):
         with task.model.quantization(weights=weights, activations=False):

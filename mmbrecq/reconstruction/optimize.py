@@ -34,7 +34,7 @@ def optimize_unit(
     module: nn.Module,
     weights: Sequence[tuple[nn.Module, WeightFakeQuantize]],
     quantizers: Sequence[FakeQuantize],
-    data: UnitData,
+    data: UnitData[Any],
     loss: UnitLoss,
     stage: Stage,
     generator: torch.Generator,

@@ -83,8 +83,7 @@ class BaseReconstructor:
             raise ConfigError(
                 f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {self.cache_dtype!r}'
             )
-        limit = self.memory_limit
-        self.dtype = DTYPES[self.cache_dtype]
+        self.dtype, limit = DTYPES[self.cache_dtype], self.memory_limit
         self.limit = None if limit is None else parse_bytes(limit, 'reconstructor.memory_limit')
 
     def own_stages(self) -> Sequence[Stage]:
@@ -173,45 +172,48 @@ class BaseReconstructor:
         Args:
             task: The model with calibrated grids, and its images.
             plan: What :meth:`plan` returned.
-            callback: Is told what happens.
+            callback: Is told of every unit.
+
+        Raises:
+            NonFiniteError: A loss stops being finite; unit and iteration are named.
         """
         device = next(task.model.model.parameters()).device
         forecast = Forecast(task.model, self.stages)
         for finished in task.resumed.values():
             forecast.note(finished.result)
-        with ActivationCache(plan, device, task.directory) as cache:
-            images = cache.hold(task.images, self.mirror)
-            fisher = self._fisher(task, images, cache)
-            run = _Run(task, self.criterion, cache, callback, forecast)
-            for stage in self.stages:
-                if stage.name == 'activations' and not task.model.quantizes_activations:
-                    continue
-                units = [unit for part in task.model.graphs for unit in stage_units(part, stage)]
-                callback.before_stage(stage, units, forecast.begin(units, stage))
-                if run.load_finished(stage, units):
-                    callback.after_stage(stage)
-                    yield stage, []
-                    continue
-                # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
-                known = fisher if stage.granularity is None or task.task_loss is not None else None
-                # mirror images do not lie in the order in which one process would have them
-                first = None if self.mirror else task.first
-                results = run.units(task.model.image_graph, stage, images, None, known, first)
-                for head in task.model.region_graphs:
-                    features = task.regions.pairs(
-                        head, weights=not stage.independent, activations=stage.quantizes_activations
-                    )
-                    inputs, quantized_inputs = (cache.hold(x) for x in features)
-                    del features
-                    head_stage = _for_regions(stage)
-                    weights = None
-                    if self.criterion.needs_fisher and stage.granularity is None:
-                        # the task loss is about regions chosen by the annotations, not about these
-                        weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
-                    # nor do regions
-                    results += run.units(head, head_stage, inputs, quantized_inputs, weights, None)
+        cache = ActivationCache(plan, device, task.directory)
+        images = cache.hold(task.images, self.mirror)
+        fisher = self._fisher(task, images, cache)
+        run = _Run(task, self.criterion, cache, callback, forecast)
+        for stage in self.stages:
+            if stage.name == 'activations' and not task.model.quantizes_activations:
+                continue
+            units = [unit for part in task.model.graphs for unit in stage_units(part, stage)]
+            callback.before_stage(stage, units, forecast.begin(units, stage))
+            if run.load_finished(stage, units):
                 callback.after_stage(stage)
-                yield stage, results
+                yield stage, []
+                continue
+            # the distance of outputs, which stands in for a missing task loss, says nothing about the outputs
+            known = fisher if stage.granularity is None or task.task_loss is not None else None
+            # mirror images do not lie in the order in which one process would have them
+            first = None if self.mirror else task.first
+            results = run.units(task.model.image_graph, stage, images, None, known, first)
+            for head in task.model.region_graphs:
+                features = task.regions.pairs(
+                    head, weights=not stage.independent, activations=stage.quantizes_activations
+                )
+                inputs, quantized_inputs = (cache.hold(x) for x in features)
+                del features
+                head_stage = _for_regions(stage)
+                weights = None
+                if self.criterion.needs_fisher and stage.granularity is None:
+                    # the task loss is about regions chosen by the annotations, not about these
+                    weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
+                # nor do regions
+                results += run.units(head, head_stage, inputs, quantized_inputs, weights, None)
+            callback.after_stage(stage)
+            yield stage, results
 
     def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
@@ -251,16 +253,7 @@ class _Run:
         fisher: FisherWeights | None,
         first: int | None,
     ) -> list[UnitResult]:
-        """Reconstructs all units of one graph.
-
-        Args:
-            graph: The graph.
-            stage: The pass.
-            inputs: What the float graph reads.
-            quantized_inputs: What the quantized graph reads; None where that is the same.
-            fisher: Fisher weights of its outputs; None where there are none.
-            first: Number of the first input among those of all processes; None where they have no common order.
-        """
+        """Reconstructs all units of one graph, whose outputs may have Fisher weights; see :class:`Streams`."""
         results = []
         units, task, done = stage_units(graph, stage), self.task, self.task.done
         streams = Streams(graph, units, inputs, self.cache, stage.options.batch_size, quantized_inputs, first)

@@ -60,12 +60,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class FinishedUnit:
-    """A unit that an earlier run has reconstructed.
-
-    Args:
-        result: What was reported of it.
-        state: What it has learned.
-    """
+    """A unit that an earlier run has reconstructed: what was reported of it, and what it has learned."""
 
     result: UnitResult
     state: UnitState
@@ -78,12 +73,7 @@ def layer_owners(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def unit_state(model: nn.Module, unit: ReconstructionUnit) -> UnitState:
-    """Returns copies of all that the unit has learned: codes, scales, zero-points and corrections of biases.
-
-    Args:
-        model: The prepared model, owner of all modules.
-        unit: One of its units.
-    """
+    """Returns copies of all that a unit of ``model`` has learned: codes, scales, zero-points, corrections of biases."""
     return {name: tensor.detach().to('cpu', copy=True) for name, tensor in _tensors(model, unit)}
 
 

@@ -83,7 +83,7 @@ class Stage:
         name: ``weights``, ``activations``, ``joint`` or ``network``.
         options: Its options.
         learns_rounding: Optimises the rounding of weights.
-        learns_scale: Optimises the step sizes of activations.
+        quantizes_activations: Quantizes activations, and optimises their step sizes.
         granularity: Into what the network is cut for this pass; None for the units of the quantizer.
         observes: Step sizes start from the observer's range over the quantized stream, not from where they are.
         independent: Every unit reads the float stream, so that what it learns does not depend on the units before it.
@@ -92,15 +92,10 @@ class Stage:
     name: str
     options: StageOptions
     learns_rounding: bool
-    learns_scale: bool
+    quantizes_activations: bool
     granularity: str | None = None
     observes: bool = True
     independent: bool = False
-
-    @property
-    def quantizes_activations(self) -> bool:
-        """Whether activations are quantized during the pass."""
-        return self.learns_scale
 
 
 def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]:

@@ -91,9 +91,7 @@ class Streams:
     def observe(self, unit: ReconstructionUnit, size: int) -> None:
         """Passes the quantized inputs of ``unit`` through it, with quantized weights, while observers watch.
 
-        Args:
-            unit: The unit.
-            size: Inputs per batch: what an observer makes of values depends on it, so it is that of the calibration.
+        What they make of values depends on the ``size`` of a batch, so it is that of the calibration.
         """
         inputs = self.quantized_inputs(unit)
         with torch.no_grad(), self.graph.quantization(weights=True, activations=False):

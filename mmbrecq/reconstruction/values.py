@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from mmbrecq.byte_size import show_bytes
 from mmbrecq.errors import StorageError
 
 RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
@@ -19,18 +21,18 @@ RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Returns ``torch.channels_last`` for a unit with depthwise convolutions, which gain by it on a CPU.
-
-    Args:
-        module: The unit. One that is no graph, or has a module that is not torch's own, may depend on the order.
-    """
-    graph = getattr(module, 'graph', None)
-    if not isinstance(graph, fx.Graph):
-        return torch.contiguous_format
-    called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module']
+    """Returns ``torch.channels_last`` for a graph with depthwise convolutions, which gain by it on a CPU."""
+    called = called_modules(module)
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels for m in called)
-    reshaped = any(node.op == 'call_method' and node.target in RESHAPES for node in graph.nodes)
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    reshaped = any(node.op == 'call_method' and node.target in RESHAPES for node in nodes)
     return torch.channels_last if depthwise and not reshaped else torch.contiguous_format
+
+
+def called_modules(module: nn.Module) -> set[nn.Module]:
+    """Returns the modules that a graph calls; none are known of a module that is no graph."""
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return {module.get_submodule(str(node.target)) for node in nodes if node.op == 'call_module'}
 
 
 def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
@@ -95,7 +97,7 @@ class FileValues:
     They are read and written by explicit calls: pages of a mapping would count as the memory of this process.
 
     Args:
-        path: Where the file is made.
+        directory: Where the file is made.
         shape: ``(N, ...)``.
         dtype: In which values are stored.
         device: Device of the model.
@@ -107,7 +109,7 @@ class FileValues:
 
     def __init__(
         self,
-        path: Path,
+        directory: Path,
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
@@ -117,14 +119,10 @@ class FileValues:
         self.dtype, self.device, self._layout = dtype, device, layout
         self._row_shape = _rows(torch.empty(tuple(shape), device='meta'), layout).shape[1:]
         self._stride = self.sample_shape.numel() * dtype.itemsize
-        size = self._count * self._stride
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file, path = tempfile.mkstemp(prefix='.activations-', dir=directory)
         weakref.finalize(self, os.close, self._file)
-        path.unlink()
-        try:
-            reserve(self._file, size)
-        except OSError as error:
-            raise StorageError(f'{path.parent} cannot hold {size / 2**20:.0f} MiB of activations: {error}') from error
+        os.unlink(path)
+        reserve(self._file, self._count * self._stride, directory, 'activations')
 
     def __len__(self) -> int:
         return self._count
@@ -148,11 +146,7 @@ class FileValues:
 
 
 class MirroredValues:
-    """Images ``(N, C, H, W)``, and after them the mirror image of each.
-
-    Args:
-        values: The images.
-    """
+    """Images ``(N, C, H, W)``, and after them the mirror image of each."""
 
     def __init__(self, values: MemoryValues) -> None:
         self.values, self.sample_shape = values, values.sample_shape
@@ -169,12 +163,15 @@ class MirroredValues:
         return images
 
 
-def reserve(file: int, size: int) -> None:
-    """Allocates the blocks of a file, so that a full disk is an error here and not at a later write."""
-    if hasattr(os, 'posix_fallocate') and size:
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.truncate(file, size)
+def reserve(file: int, size: int, directory: Path, what: str) -> None:
+    """Allocates the blocks of a file, so that a full disk is a StorageError here and not an error of a later write."""
+    try:
+        if hasattr(os, 'posix_fallocate') and size:
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        raise StorageError(f'{directory} cannot hold {show_bytes(size)} of {what}: {error}') from error
 
 
 def _rows(x: Tensor, layout: torch.memory_format) -> Tensor:

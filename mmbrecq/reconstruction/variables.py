@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmbrecq.fake_quants.activation import FakeQuantize
@@ -19,7 +19,7 @@ from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.adam import Group
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.values import laid_out
+from mmbrecq.reconstruction.values import called_modules, laid_out
 
 SMALLEST = 0.01
 """Fraction of itself that a scale of an activation may shrink to."""
@@ -55,18 +55,18 @@ class Variables:
         stage: Stage,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self._options, called = stage.options, _called(module)
+        self._options, called = stage.options, called_modules(module)
         self._layers = [_Layer(layer, fq, stage, layout, layer in called) for layer, fq in weights]
         self.alphas = [layer.soft.alpha for layer in self._layers if layer.soft is not None]
         self.gains = [layer.gain for layer in self._layers if layer.gain is not None]
         self.offsets = [layer.correction.offset for layer in self._layers if layer.correction is not None]
-        learning = [q for q in quantizers if stage.learns_scale and not q.fixed]
+        learning = [q for q in quantizers if stage.quantizes_activations and not q.fixed]
         self._quantizers = [(q, q.scale) for q in learning if isinstance(q.scale, nn.Parameter)]
         scales = [scale for _, scale in self._quantizers]
         for scale in scales:
             scale.requires_grad_(True)
         groups: list[Group] = [
-            (self.alphas, self._options.lr, constant),
+            (self.alphas, self._options.lr, lambda t: 1.0),
             (self.gains, self._options.weight_scale_lr, cosine),
             (self.offsets, self._options.bias_lr, cosine),
             (scales, self._options.activation_lr, cosine),
@@ -210,19 +210,6 @@ def _is_per_output(fake_quant: WeightFakeQuantize, module: Any) -> bool:
     return fake_quant.scale.numel() in (1, channels)
 
 
-def _called(module: nn.Module) -> set[nn.Module]:
-    """Returns the modules that a graph calls; none are known of a module that is no graph."""
-    graph = getattr(module, 'graph', None)
-    if not isinstance(graph, fx.Graph):
-        return set()
-    return {module.get_submodule(str(node.target)) for node in graph.nodes if node.op == 'call_module'}
-
-
 def cosine(t: float) -> float:
     """Returns the factor of a learning rate that falls from 1 to 0 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
-
-
-def constant(t: float) -> float:
-    """Returns 1: the learning rate does not change."""
-    return 1.0

@@ -92,12 +92,12 @@ def measure_footprint(
                 stack.callback(parameter.requires_grad_(True).requires_grad_, False)
         outputs = module(*inputs)
     count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
-    sizes = [_bytes(tensor) for tensor in (*inputs, *outputs)]
+    sizes = [tensor.nbytes for tensor in (*inputs, *outputs)]
     return Footprint(
         sum(saved) // count,
         max([*saved, *sizes]) // count,
-        sum(map(_bytes, inputs)) // count,
-        sum(map(_bytes, outputs)) // count,
+        sum(tensor.nbytes for tensor in inputs) // count,
+        sum(tensor.nbytes for tensor in outputs) // count,
         sum(weight.numel() for weight in weights),
     )
 
@@ -107,12 +107,7 @@ def working_memory(
 ) -> list[tuple[int, str]]:
     """Returns the most bytes that the work on each unit takes beside cached activations, and its name.
 
-    Args:
-        graph: A prepared graph.
-        units: Of the stage.
-        stage: What is learned, and how.
-        images: Images of an iteration.
-        fisher: Whether the loss has Fisher weights.
+    An iteration is of ``images`` images; ``fisher`` tells whether the loss has Fisher weights.
     """
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     needed = []
@@ -129,7 +124,7 @@ def working_memory(
         if fisher:
             (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
-            outputs = sum(_bytes(examples[name][:1]) for name in weighted_outputs(graph))
+            outputs = sum(examples[name][:1].nbytes for name in weighted_outputs(graph))
             each = footprint.saved + PASSING * footprint.largest + footprint.inputs + 3 * outputs
             needed.append((_with_headroom(max(images, FISHER_BATCH) * each), network.name))
     return needed
@@ -173,13 +168,7 @@ class ObservedUnit:
 
 
 def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
-    """Returns the units that have activations to observe.
-
-    Args:
-        graph: A prepared graph.
-        units: Its units.
-        inputs: Inputs of the graph per image.
-    """
+    """Returns the units that have activations to observe, of a graph that reads so many ``inputs`` per image."""
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     found = []
     for unit in units:
@@ -211,7 +200,3 @@ def _with_headroom(tensors: int) -> int:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

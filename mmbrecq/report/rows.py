@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mmbrecq.byte_size import show_bytes
 from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.summary import MetricValues, Summary
@@ -71,16 +72,8 @@ def format_difference(value: float | None, reference: float | None, digits: int)
 
 
 def format_bytes(count: int | None) -> str:
-    """Returns a size in decimal units (1 MB is 1,000,000 bytes) with three digits, as ``'44.7 MB'``."""
-    if count is None:
-        return UNKNOWN
-    value, unit = float(count), 'B'
-    for larger in ('kB', 'MB', 'GB', 'TB'):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    digits = 0 if unit == 'B' or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f'{value:.{digits}f} {unit}'
+    """Returns a size as :func:`~mmbrecq.byte_size.show_bytes` does, or a dash where it is missing."""
+    return UNKNOWN if count is None else show_bytes(count)
 
 
 def format_cost(value: float, unit: str) -> str:

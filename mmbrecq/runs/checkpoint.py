@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
 from mmbrecq.qtype import QType
 from mmbrecq.runs.safe_load import read_checkpoint
-
-__all__ = ['load_float_checkpoint', 'load_quantized_checkpoint', 'read_checkpoint']
 
 _PREPROCESSOR = 'data_preprocessor.'
 _BATCH_COUNT = 'num_batches_tracked'
@@ -32,15 +29,16 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Non
     batch norm in evaluation, and all of ``data_preprocessor``, whose mean and std come from the config.
 
     Args:
-        model: The float model, wrapped for several processes or not.
+        model: The float model.
         path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
 
     Raises:
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
         NonFiniteError: A weight in the file is NaN or infinite.
     """
-    model = _unwrapped(model)
-    weights = _without_prefix(_weights_of(read_checkpoint(path), path))
+    weights = _weights_of(read_checkpoint(path), path)
+    # of DistributedDataParallel
+    consume_prefix_in_state_dict_if_present(weights, 'module.')
     own = model.state_dict()
     raw_ema = {f'ema_{name.replace(".", "_")}' for name in own} - own.keys()
     for key in [key for key in weights if key in raw_ema or key.startswith(_PREPROCESSOR)]:
@@ -67,11 +65,7 @@ def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) ->
         CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.
         NonFiniteError: A weight or a scale in the file is NaN or infinite.
     """
-    model = _unwrapped(model)
-    checkpoint = read_checkpoint(path)
-    if 'state_dict' not in checkpoint:
-        raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
-    weights = _weights_of(checkpoint, path)
+    weights = _weights_of(read_checkpoint(path), path)
     misfit = _compare(model.state_dict(), weights, exact=True)
     if misfit:
         raise CheckpointError(f'{path} does not fit the quantized model: {misfit}')
@@ -106,24 +100,12 @@ def _that_matter(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if not key.startswith(_PREPROCESSOR) and key.rpartition('.')[2] != _BATCH_COUNT]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return cast('nn.Module', model.module) if is_model_wrapper(model) else model
-
-
 def _weights_of(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """Finds the weights in a checkpoint; a file that holds none is refused."""
     weights: Any = next((checkpoint[key] for key in ('state_dict', 'model') if key in checkpoint), checkpoint)
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f'expected {path} to hold a state_dict, but got the keys {_first(checkpoint)}')
     return weights
-
-
-def _without_prefix(weights: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Takes the prefix of ``DistributedDataParallel`` off the keys, and off the module versions that torch attaches."""
-    renamed: Any = OrderedDict((key.removeprefix('module.'), value) for key, value in weights.items())
-    versions = getattr(weights, '_metadata', {})
-    renamed._metadata = OrderedDict((key.removeprefix('module.'), value) for key, value in versions.items())
-    return cast('OrderedDict[str, Any]', renamed)
 
 
 def _check_finite(weights: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -16,8 +16,7 @@ from mmbrecq.kernels.native import kernel_state
 IGNORED = frozenset({
     # where a run writes, how it is started, what it shows
     'work_dir', 'launcher', 'resume', 'log_level', 'log_processor', 'visualizer', 'vis_backends', 'env_cfg',
-    'default_hooks', 'custom_hooks', 'randomness', 'cfg', 'default_scope',
-    'experiment_name',
+    'default_hooks', 'custom_hooks', 'randomness', 'cfg', 'default_scope', 'experiment_name',
     # what follows the reconstruction, and may be asked for later
     'evaluations', 'exporters',
     # training

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -75,13 +76,10 @@ class RunFiles(Callback):
     @master_only
     def write_checkpoint(self, model: QuantizedModel, quantizer: Mapping[str, Any]) -> None:
         """Writes ``quantized.pth`` of a packed model."""
-        facts = {
-            'config': self.config_text,
-            'seed': self.summary.seed,
-            'versions': self.summary.versions,
-            'calibration_ids_file': self.summary.calibration.ids_file,
-        }
-        pipeline.save(model, self.folder / 'quantized.pth', quantizer, **facts)
+        pipeline.save(
+            model, self.folder / 'quantized.pth', quantizer, config=self.config_text, seed=self.summary.seed,
+            versions=self.summary.versions, calibration_ids_file=self.summary.calibration.ids_file,
+        )  # fmt: skip
 
 
 def layer_list(model: QuantizedModel) -> str:
@@ -114,10 +112,8 @@ def versions() -> dict[str, str]:
     """Returns the versions of mmbrecq, Python and the packages that decide results, and the state of the kernels."""
     found = {'mmbrecq': __version__, 'python': platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return {**found, 'kernels': kernel_state()}
 
 

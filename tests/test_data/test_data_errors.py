@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.registry import init_default_scope
 from torch.utils.data import DataLoader
 
-from mmbrecq.data import explain_data_error
+from mmbrecq.data.source import explain_data_error
 from mmbrecq.errors import DataError
 
 pytest.importorskip('mmpretrain')

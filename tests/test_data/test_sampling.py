@@ -22,7 +22,7 @@ SIZE = 4
 
 @TRANSFORMS.register_module()
 class SpoilForTest:
-    """Makes the input NaN, nothing, or an exception."""
+    """Makes the input nothing, or an exception."""
 
     def __init__(self, how: str) -> None:
         self.how = how
@@ -30,9 +30,7 @@ class SpoilForTest:
     def __call__(self, results: dict[str, Any]) -> Any:
         if self.how == 'raise':
             raise KeyError('gt_bboxes')
-        if self.how == 'nothing':
-            return None
-        return {**results, 'inputs': results['inputs'] * float('nan')}
+        return None
 
 
 @pytest.fixture
@@ -155,7 +153,7 @@ def test_dataset_and_pipeline_of_the_options(cfg: Config, tmp_path: Path) -> Non
         ({'num_samples': 0}, r'^expected calibration\.num_samples to be an integer >= 1, but got 0$'),
         ({'batch_size': 2.0}, r'^expected calibration\.batch_size to be an integer >= 1, but got 2\.0$'),
         ({'seed': None}, r'^expected calibration\.seed to be an integer >= 0, but got None$'),
-        ({'selection': 'last'}, r"^expected calibration\.selection in \('random', 'first'\), but got 'last'$"),
+        ({'selection': 'last'}, r"^expected calibration\.selection 'random' or 'first', but got 'last'$"),
     ],
 )
 def test_options_out_of_range(cfg: Config, options: dict[str, Any], message: str) -> None:
@@ -232,7 +230,6 @@ def test_an_image_that_cannot_be_read(cfg: Config, tmp_path: Path, content: byte
     ('how', 'message'),
     [
         ('nothing', r'^image train/\S+ cannot be read: the pipeline returned nothing for it$'),
-        ('nan', r'^image train/\S+ holds non-finite values$'),
         ('raise', r"^the pipeline fails on image train/\S+: KeyError: 'gt_bboxes'$"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from mmcv.transforms import Compose
 from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image
+from torch import nn
 
 from mmbrecq.engine.drawing import SideBySide
 
@@ -53,7 +54,11 @@ class Dataset:
     ],
 )
 def test_images_are_drawn_the_way_up_that_the_pipeline_loads_them(
-    orientation: int, loading: dict[str, Any], expected: tuple[slice, slice], tmp_path: Path
+    orientation: int,
+    loading: dict[str, Any],
+    expected: tuple[slice, slice],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The left half of the file is red; where that lies in the picture shows how it was turned."""
     pixels, exif = np.zeros((32, 80, 3), np.uint8), Image.Exif()
@@ -63,7 +68,9 @@ def test_images_are_drawn_the_way_up_that_the_pipeline_loads_them(
     sample.pred_instances = InstanceData()
     drawing = Drawing()
     side_by_side = SideBySide(Dataset(**loading), drawing, tmp_path / 'pictures')
-    assert len(side_by_side.draw([sample], [sample])) == 1
+    monkeypatch.setattr(side_by_side, '_predict', lambda model: [sample])
+    side_by_side.note_float(nn.Module())
+    assert len(side_by_side.compare(nn.Module())) == 1
     wanted = np.zeros_like(drawing.image)
     wanted[expected] = (255, 0, 0)
     np.testing.assert_array_equal(drawing.image, wanted)

@@ -25,7 +25,6 @@ ZETA, GAMMA = 1.1, -0.1
 GRIDS = [
     pytest.param(QType(4, symmetric=False, signed=False), 5, id='asymmetric'),
     pytest.param(QType(3, symmetric=True, signed=True), 0, id='symmetric'),
-    pytest.param(QType(2, symmetric=True, signed=True, narrow=True), 0, id='narrow'),
     pytest.param(QType(8, symmetric=False, signed=False), 0, id='zero-point-at-the-bound'),
     pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), [3, 0, 15, 8, 7], id='per-channel'),
     pytest.param(QType(2, symmetric=True, signed=True, ch_axis=0), [0, 0, 0, 0], id='first-axis'),

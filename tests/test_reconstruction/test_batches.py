@@ -28,7 +28,7 @@ COUNT, SIZE, STEPS = 12, 5, 6
 
 
 def in_file(tensor: Tensor, folder: Path) -> FileValues:
-    values = FileValues(folder / 'values.bin', tensor.shape, torch.float32, CPU)
+    values = FileValues(folder, tensor.shape, torch.float32, CPU)
     values.write(0, tensor)
     return values
 
@@ -51,7 +51,7 @@ def walk(data: UnitData, floats: bool = True) -> list[list[Tensor]]:
         for _ in range(STEPS):
             batches.begin()
             batch = batches.current()
-            found.append(batch.tensors)
+            found.append(batch.values)
             torch.rand(3, generator=generator)
             batches.prefetch()
     found.append([torch.rand(3, generator=generator)])
@@ -67,11 +67,10 @@ def same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
 def test_draws_in_the_order_of_the_steps(tmp_path: Path, place: str, fisher: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     data = data_of(None, fisher)
-    values = [*data.quantized_inputs, *data.float_inputs, *data.targets, *(data.fisher or ())]
     expected = []
     for _ in range(STEPS):
         index = torch.randperm(COUNT, generator=generator)[:SIZE]
-        expected.append([x.tensor[index] for x in values])  # type: ignore[attr-defined]
+        expected.append([x.tensor[index] for x in data.values])
         torch.rand(3, generator=generator)
     # no more is drawn than is used
     expected.append([torch.rand(3, generator=generator)])
@@ -120,9 +119,9 @@ def test_a_second_attempt_reads_anew(tmp_path: Path, place: str) -> None:
     with Batches(data, SIZE, 1, torch.Generator().manual_seed(5), CPU, True) as batches:
         batches.begin()
         first = batches.current()
-        expected = [tensor.clone() for tensor in first.tensors]
+        expected = [tensor.clone() for tensor in first.values]
         first.quantized_inputs[0].zero_()
-        assert same([batches.current().tensors], [expected])
+        assert same([batches.current().values], [expected])
 
 
 def test_an_error_of_the_thread_is_raised(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_parts_make_up_the_batch(images: int) -> None:
     batch = data_of(None, fisher=True).read(torch.tensor([3, 1, 0, 7, 11]), floats=True)
     parts = list(batch.parts(images))
     assert [len(part) for part in parts] == [min(images, 5 - start) for start in range(0, 5, images)]
-    for whole, pieces in zip(batch.tensors, zip(*[part.tensors for part in parts], strict=True), strict=True):
+    for whole, pieces in zip(batch.values, zip(*[part.values for part in parts], strict=True), strict=True):
         assert torch.equal(torch.cat(pieces), whole)
     assert all(part.float_inputs[1] is part.quantized_inputs[1] for part in parts)
     outputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))

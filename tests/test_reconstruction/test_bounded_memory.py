@@ -42,4 +42,4 @@ def test_a_cache_that_breaks_the_limit_is_refused_before_the_work(tmp_path: Path
     refused = run('host', tmp_path)['refused']
     assert refused.startswith('expected room for ')
     assert "of activations at unit 'backbone." in refused
-    assert 'MiB on host; use fewer calibration images' in refused
+    assert 'MB on host; use fewer calibration images' in refused

@@ -90,17 +90,17 @@ def test_cached_values_of_each_group_are_the_float_models(
             values['head.fc'] = head(values['backbone.second'])
             expected.append(values)
     graph, seen = prepared().image_graph, set()
-    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        streams = Streams(graph, graph.units, cache.hold(mixed), cache, 4)
-        for index, unit in enumerate(graph.units):
-            outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
-            streams.advance(index, outputs, outputs)
-            if unit.name in expected[0]:
-                seen.add(unit.name)
-                (value,) = outputs
-                assert isinstance(value, Grouped) and len(value) == WIDE + HIGH
-                for part, wanted in zip(value.parts, expected, strict=True):
-                    torch.testing.assert_close(part[:], wanted[unit.name], rtol=1e-5, atol=1e-5)
+    cache = ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path)
+    streams = Streams(graph, graph.units, cache.hold(mixed), cache, 4)
+    for index, unit in enumerate(graph.units):
+        outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
+        streams.advance(index, outputs, outputs)
+        if unit.name in expected[0]:
+            seen.add(unit.name)
+            (value,) = outputs
+            assert isinstance(value, Grouped) and len(value) == WIDE + HIGH
+            for part, wanted in zip(value.parts, expected, strict=True):
+                torch.testing.assert_close(part[:], wanted[unit.name], rtol=1e-5, atol=1e-5)
     assert seen == set(expected[0])
 
 
@@ -108,19 +108,19 @@ def test_cached_values_of_each_group_are_the_float_models(
 def test_a_step_is_of_one_group(tmp_path: Path, place: str) -> None:
     """A group gets its share of the steps; a group of fewer images than a batch gives them all."""
     groups = Grouped([torch.arange(12.0).reshape(12, 1), torch.full((4, 3), 100.0)], [12, 16])
-    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        values = cache.allocate((16, 1), like=groups)
-        for batch in batches_of(groups, 5):
-            values.write(batch.start, groups[batch])
-        drawn = []
-        for _ in range(2):
-            generator, seen = torch.Generator().manual_seed(3), []
-            with Batches(UnitData([values], [values], [values]), 6, 200, generator, torch.device('cpu'), True) as steps:
-                for _ in range(200):
-                    steps.begin()
-                    seen.append(steps.current().targets[0])
-                    steps.prefetch()
-            drawn.append(seen)
+    cache = ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path)
+    values = cache.allocate((16, 1), like=groups)
+    for batch in batches_of(groups, 5):
+        values.write(batch.start, groups[batch])
+    drawn = []
+    for _ in range(2):
+        generator, seen = torch.Generator().manual_seed(3), []
+        with Batches(UnitData([values], [values], [values]), 6, 200, generator, torch.device('cpu'), True) as steps:
+            for _ in range(200):
+                steps.begin()
+                seen.append(steps.current().targets[0])
+                steps.prefetch()
+        drawn.append(seen)
     assert {tuple(x.shape) for x in drawn[0]} == {(6, 1), (4, 3)}
     assert all(len(set(x[:, 0].tolist())) == 6 for x in drawn[0] if x.shape[1] == 1)
     assert 0.65 < np.mean([x.shape[1] == 1 for x in drawn[0]]) < 0.85

@@ -93,13 +93,13 @@ def test_squared_gradients_of_every_image(
     """The batches are of 10, 10 and 4 images: the mean over a batch plays no part, nor does quantization."""
     work = task(prepared())
     expected = reference(classifier, work.images, targets)
-    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        weights = task_fisher(work.model, work.batches(), work.images, work.task_loss, cache).values
-        # none for the unit without layers
-        assert set(weights) == set(expected)
-        for name, weight in weights.items():
-            torch.testing.assert_close(weight[:], expected[name], rtol=1e-3, atol=1e-4)
-            assert float(weight[:].double().mean()) == pytest.approx(1, abs=1e-4)
+    cache = ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path)
+    weights = task_fisher(work.model, work.batches(), work.images, work.task_loss, cache).values
+    # none for the unit without layers
+    assert set(weights) == set(expected)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight[:], expected[name], rtol=1e-3, atol=1e-4)
+        assert float(weight[:].double().mean()) == pytest.approx(1, abs=1e-4)
 
 
 def test_an_error_counts_by_what_it_does_to_the_task_loss(

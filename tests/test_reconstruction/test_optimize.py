@@ -319,7 +319,7 @@ def test_losses_of_several_outputs_add_up(index: Any, importance: list[float] | 
     data = UnitData([], [], as_tensors(targets), as_tensors(fisher), importance)
     values = zip(outputs, targets, fisher, importance or [1, 1], strict=True)
     expected = sum(i * (f[selection] * (o - t[selection])).sum() for o, t, f, i in values)
-    assert float(data.loss(as_tensors(outputs), index, weighted)) == pytest.approx(expected)
+    assert float(data.read(index).loss(as_tensors(outputs), weighted)) == pytest.approx(expected)
     if isinstance(index, Tensor):
         batch = data.read(index, floats=False)
         parts = list(batch.laid_out(torch.contiguous_format).parts(2))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmbrecq.errors import ConfigError
-from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, Stage, StageOptions
+from mmbrecq.reconstruction import BRECQReconstructor, QDropReconstructor, StageOptions
 
 
 @pytest.mark.parametrize('name', ['iterations', 'batch_size'])
@@ -43,17 +43,12 @@ def test_beta_is_two_numbers_above_one(beta: Any) -> None:
         StageOptions(beta=beta)
 
 
-def test_activations_are_quantized_where_their_scales_are_learned() -> None:
-    assert not Stage('weights', StageOptions(), True, False).quantizes_activations
-    assert Stage('joint', StageOptions(), True, True).quantizes_activations
-
-
 def test_brecq_learns_weights_then_activations() -> None:
     first, second = BRECQReconstructor(weights={'iterations': 7}, activations={'iterations': 9, 'lr': 0.5}).stages
-    assert (first.name, first.learns_rounding, first.learns_scale, first.options.iterations) == (
+    assert (first.name, first.learns_rounding, first.quantizes_activations, first.options.iterations) == (
         'weights', True, False, 7,
     )  # fmt: skip
-    assert (second.name, second.learns_rounding, second.learns_scale, second.options.iterations) == (
+    assert (second.name, second.learns_rounding, second.quantizes_activations, second.options.iterations) == (
         'activations', False, True, 9,
     )  # fmt: skip
     assert second.options.lr == 0.5
@@ -61,7 +56,7 @@ def test_brecq_learns_weights_then_activations() -> None:
 
 def test_qdrop_learns_both_at_once_and_drops() -> None:
     (stage,) = QDropReconstructor(joint={'iterations': 7}).stages
-    assert (stage.name, stage.learns_rounding, stage.learns_scale) == ('joint', True, True)
+    assert (stage.name, stage.learns_rounding, stage.quantizes_activations) == ('joint', True, True)
     assert 0 < stage.options.drop_prob < 1
     assert QDropReconstructor(joint={'drop_prob': 0.0}).stages[0].options.drop_prob == 0
 

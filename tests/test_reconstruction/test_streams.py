@@ -61,12 +61,12 @@ def test_the_float_stream_is_the_float_model(
     prepared: Prepare, classifier: nn.Module, images: Tensor, tmp_path: Path, place: str
 ) -> None:
     model, expected = prepared(), float_activations(classifier, images)
-    with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
-        streams = Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10)
-        for unit, (floats, _), (outputs, _) in carry(model, streams, activations=True):
-            assert len(floats) == len(unit.inputs)
-            for name, value in [*zip(unit.inputs, floats, strict=True), *zip(unit.outputs, outputs, strict=True)]:
-                torch.testing.assert_close(value[:], expected[name], rtol=1e-5, atol=1e-5)
+    cache = ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path)
+    streams = Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10)
+    for unit, (floats, _), (outputs, _) in carry(model, streams, activations=True):
+        assert len(floats) == len(unit.inputs)
+        for name, value in [*zip(unit.inputs, floats, strict=True), *zip(unit.outputs, outputs, strict=True)]:
+            torch.testing.assert_close(value[:], expected[name], rtol=1e-5, atol=1e-5)
     assert not list(tmp_path.iterdir())
 
 
@@ -79,16 +79,16 @@ def test_the_quantized_stream_is_the_quantized_model(
     with torch.no_grad(), model.quantization(True, activations), module_outputs(model.model) as expected:
         final = model(images)
     expected['inputs'] = images
-    with ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path) as cache:
-        for unit, (floats, quantized), (float_outputs, outputs) in carry(
-            model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), activations
-        ):
-            for name, value in [*zip(unit.inputs, quantized, strict=True), *zip(unit.outputs, outputs, strict=True)]:
-                # a batch of another size may add up in another order, which moves a value to the next step at most
-                assert (value[:] - expected[name]).abs().gt(1e-4).float().mean() < 1e-3
-            if unit.name != 'backbone.stem':
-                assert not torch.allclose(floats[0][:], quantized[0][:], atol=1e-3)
-            pair = outputs[0][:], float_outputs[0][:]
+    cache = ActivationCache(CachePlan(place, 0, ''), images.device, tmp_path)
+    for unit, (floats, quantized), (float_outputs, outputs) in carry(
+        model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), activations
+    ):
+        for name, value in [*zip(unit.inputs, quantized, strict=True), *zip(unit.outputs, outputs, strict=True)]:
+            # a batch of another size may add up in another order, which moves a value to the next step at most
+            assert (value[:] - expected[name]).abs().gt(1e-4).float().mean() < 1e-3
+        if unit.name != 'backbone.stem':
+            assert not torch.allclose(floats[0][:], quantized[0][:], atol=1e-3)
+        pair = outputs[0][:], float_outputs[0][:]
     torch.testing.assert_close(pair[0], final, rtol=1e-4, atol=1e-2)
     assert not torch.allclose(*pair, atol=1e-2)
 
@@ -113,16 +113,16 @@ def test_values_lie_in_the_order_that_their_reader_wants(
     }
     assert len(depthwise) == 1
     seen = set()
-    with ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path) as cache:
-        for unit, _, outputs in carry(
-            model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), True
-        ):
-            for values in zip(unit.outputs, *outputs, strict=True):
-                name, both = values[0], values[1:]
-                for x in (v[torch.tensor([5, 0, 7])] for v in both):
-                    innermost = x.dim() == 4 and not x.is_contiguous()
-                    assert innermost == (name in depthwise)
-                    seen.add(innermost)
+    cache = ActivationCache(CachePlan(place, 0, ''), torch.device('cpu'), tmp_path)
+    for unit, _, outputs in carry(
+        model, Streams(model.image_graph, model.image_graph.units, cache.hold(images), cache, 10), True
+    ):
+        for values in zip(unit.outputs, *outputs, strict=True):
+            name, both = values[0], values[1:]
+            for x in (v[torch.tensor([5, 0, 7])] for v in both):
+                innermost = x.dim() == 4 and not x.is_contiguous()
+                assert innermost == (name in depthwise)
+                seen.add(innermost)
     assert seen == {True, False}
 
 

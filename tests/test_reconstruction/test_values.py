@@ -76,7 +76,7 @@ def make(
 ) -> CachedValues:
     if place == 'memory':
         return MemoryValues(empty(shape, layout, dtype=dtype), CPU)
-    return FileValues(folder / 'values.bin', shape, dtype, CPU, layout)
+    return FileValues(folder, shape, dtype, CPU, layout)
 
 
 def random(shape: tuple[int, ...]) -> Tensor:
@@ -166,8 +166,8 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
 
 def test_a_disk_without_room(tmp_path: Path) -> None:
     before = open_files()
-    with pytest.raises(StorageError, match=rf'^{tmp_path} cannot hold \d+ MiB of activations: '):
-        FileValues(tmp_path / 'a.bin', (2**20, 2**30), torch.float32, CPU)
+    with pytest.raises(StorageError, match=rf'^{tmp_path} cannot hold \S+ TB of activations: '):
+        FileValues(tmp_path, (2**20, 2**30), torch.float32, CPU)
     gc.collect()
     assert (list(tmp_path.iterdir()), open_files()) == ([], before)
 

@@ -19,7 +19,7 @@ from mmbrecq.kernels.native import kernels
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions
-from mmbrecq.reconstruction.variables import Variables, constant, cosine
+from mmbrecq.reconstruction.variables import Variables, cosine
 
 Prepare = Callable[..., QuantizedModel]
 RATES = {'lr': 0.1, 'bias_lr': 0.2, 'weight_scale_lr': 0.3, 'activation_lr': 0.4}
@@ -332,7 +332,3 @@ def test_half_a_cosine(t: float) -> None:
 def test_cosine_stays_at_zero() -> None:
     assert cosine(1.0) == pytest.approx(0, abs=1e-15)
     assert cosine(1.7) == pytest.approx(0, abs=1e-15)
-
-
-def test_constant() -> None:
-    assert {constant(t) for t in (0, 0.5, 1, 2)} == {1.0}

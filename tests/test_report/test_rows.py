@@ -10,21 +10,7 @@ from mmbrecq.report import rows
 from mmbrecq.report.summary import Metrics, Summary
 
 
-@pytest.mark.parametrize(
-    ('count', 'text'),
-    [
-        (None, '-'),
-        (0, '0 B'),
-        (999, '999 B'),
-        (1000, '1.00 kB'),
-        (9_996, '10.0 kB'),
-        (99_960, '100 kB'),
-        (999_499, '999 kB'),
-        (999_600, '1.00 MB'),
-        (44_730_000, '44.7 MB'),
-        (1_240_000_000, '1.24 GB'),
-    ],
-)
+@pytest.mark.parametrize(('count', 'text'), [(None, '-'), (999, '999 B'), (44_730_000, '44.7 MB')])
 def test_bytes(count: int | None, text: str) -> None:
     assert rows.format_bytes(count) == text
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
-from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
+from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint
+from mmbrecq.runs.safe_load import read_checkpoint
 
 ZOO = Path(os.environ.get('MMBRECQ_DATA', Path(__file__).parents[3] / 'shared' / 'data')).parent / 'zoo'
 
@@ -183,14 +184,6 @@ def test_quantized_is_strict(quantized: Path, change: dict[str, Any], message: s
     assert_same(model, before)
 
 
-def test_quantized_wants_a_state_dict(tmp_path: Path, weights: Any) -> None:
-    torch.save(weights, tmp_path / 'a.pth')
-    with pytest.raises(
-        CheckpointError, match=r'^expected \S*a\.pth to hold a state_dict, but got the keys conv.weight, '
-    ):
-        load_quantized_checkpoint(make_model(), tmp_path / 'a.pth')
-
-
 class Points(Dataset[Any]):
     def __len__(self) -> int:
         return 8
@@ -234,17 +227,6 @@ def test_averaged_weights_of_a_real_training(tmp_path: Path) -> None:
     model = Regression()
     load_float_checkpoint(model, tmp_path / 'epoch_2.pth')
     assert_same(model, averaged)
-
-
-def test_a_wrapped_model(tmp_path: Path, weights: Any) -> None:
-    torch.save(weights, tmp_path / 'a.pth')
-    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
-    try:
-        model = MMDistributedDataParallel(make_model())
-        load_float_checkpoint(model, tmp_path / 'a.pth')
-        assert_same(model.module, weights)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not ZOO.is_dir(), reason=f'no {ZOO}; set MMBRECQ_DATA to the data folder beside it')
