@@ -95,6 +95,36 @@ def test_a_file_of_another_network_is_noticed(tmp_path: Path) -> None:
         comparison.compare(other, paths, images())
 
 
+@pytest.mark.parametrize(('gain', 'passes'), [(1e6, True), (1e3, False)])
+def test_what_float32_rounds_apart_is_told_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, passes: bool
+) -> None:
+    """A phase of some tenths: either what last bits make of the network, or another bias."""
+
+    class Wave(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(gain * super().forward(x))
+
+    def made(shift: float) -> QuantizedModel:
+        torch.manual_seed(0)
+        model = pipeline.prepare(Wave().eval(), images(), quantizer('academic'))
+        pipeline.calibrate(Task(model, images(), list, None, 0, tmp_path))
+        pipeline.pack(model)
+        model.model.fc.bias.data += shift  # type: ignore[union-attr, operator]
+        return model
+
+    lines: list[str] = []
+    monkeypatch.setattr(comparison, 'print_log', lambda text, *_: lines.append(text))
+    paths = pipeline.export(made(0.0), ONNXExporter(), images(), tmp_path)
+    if passes:
+        found = comparison.compare(made(0.4 / gain), paths, images())
+        assert 0.05 < max(d.error for d in found) < 0.5
+        assert 'noise of 1e-06 in its layers moves the simulation itself by' in lines[0]
+    else:
+        with pytest.raises(ExportError, match='to compute what is simulated, but for a batch of 1 its outputs are off'):
+            comparison.compare(made(0.4 / gain), paths, images())
+
+
 def test_corrected_biases_have_the_mean_of_the_float_model(tmp_path: Path) -> None:
     """At 3 bits an input far from zero moves every output; layers in float tell the mean."""
     with torch.no_grad():

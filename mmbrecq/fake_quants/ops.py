@@ -54,11 +54,9 @@ def fake_quantize(
     bounds = None if compute is None or scale.dim() > 0 else code_bounds(zero_point, qtype)
     if compute is not None and bounds is not None:
         call = (compute, scale.item(), bounds, keep, rectifier or UNBOUNDED)
-        compiled: Tensor = _CompiledFakeQuantize.apply(x, scale, call)
-        return compiled
+        return _CompiledFakeQuantize.apply(x, scale, call)
     rectified = x if rectifier is None else torch.nn.functional.hardtanh(x, *rectifier)
-    result: Tensor = FakeQuantizeFunction.apply(rectified, scale, zero_point, qtype, clip, keep)
-    return result
+    return FakeQuantizeFunction.apply(rectified, scale, zero_point, qtype, clip, keep)
 
 
 class _CompiledFakeQuantize(torch.autograd.Function):

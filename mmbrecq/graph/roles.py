@@ -46,8 +46,7 @@ class Roles:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """Returns the module that ``node`` calls, None for a function."""
-        module: nn.Module | None = called_module(self.model, node)
-        return module
+        return called_module(self.model, node)
 
     def operation(self, node: fx.Node) -> str:
         """Returns the name of what ``node`` computes, see :func:`mmbrecq.graph.symbolic.operation`."""

@@ -59,8 +59,7 @@ class TracedGraph:
     @property
     def example(self) -> Tensor:
         """The input that the graph was traced with."""
-        example: Tensor = next(n for n in self.graph.nodes if n.op == 'placeholder').meta['example']
-        return example
+        return next(n for n in self.graph.nodes if n.op == 'placeholder').meta['example']
 
     def attach(self, run: Callable[[Tensor], Any]) -> None:
         """Makes the model compute ``run`` instead of the modules from which the graph was traced."""

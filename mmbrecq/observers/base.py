@@ -181,8 +181,7 @@ class MovingAverageObserver(BaseObserver):
 
 def build_observer(cfg: Any, qtype: QType) -> BaseObserver:
     """Builds the observer that ``cfg`` names, for the grid ``qtype``; ConfigError if a type or an option is invalid."""
-    observer: BaseObserver = build(OBSERVERS, cfg, qtype=qtype)
-    return observer
+    return build(OBSERVERS, cfg, qtype=qtype)
 
 
 def _ends(rows: Tensor) -> tuple[Tensor, Tensor]:
