@@ -22,8 +22,8 @@ LARGEST_DEVIATION = 0.05
 from layer to layer, to 1e-3 in the worst networks seen. A wrong operation gives 0.1 and more."""
 
 NOISE, TIMES, LIMIT = 1e-6, 10, 0.5
-"""A file may lie further away, by ten times what noise of 1e-6 on the output of every layer makes of the simulation, and
-by half of the power at most: random weights amplify what float32 rounds apart. That is logged."""
+"""A file may lie further away, by ten times what noise of 1e-6 on the output of every layer makes of the simulation and
+half of the power at most: random weights amplify what float32 rounds apart. That is logged."""
 
 BATCHES = (1, 3)
 
