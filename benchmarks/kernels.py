@@ -31,6 +31,7 @@ from mmbrecq.registry import QUANTIZERS
 FAMILIES = {
     'fake quantization': {'fake_quantize', 'fake_quantize_gradient'},
     'rounding': {'soft_weight', 'rounding_gradient'},
+    'mixing': {'mix'},
     'Adam': {'adam'},
     'all': set(native.OPERATIONS),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmbrecq.kernels.native import is_dense
+from mmbrecq.kernels.native import is_dense, kernel
 
 STARTS = 2**16
 """Positions of the pool at which a mask may begin."""
@@ -55,4 +55,7 @@ class RandomMasks:
 
 def mix_(x: Tensor, other: Tensor, keep: Tensor) -> None:
     """Puts ``other`` in the place of ``x`` wherever the mask ``keep`` is 0; all of the same shape."""
-    torch.lerp(other, x, keep.to(x.dtype), out=x)
+    if run := kernel('mix', x, other, keep):
+        run(x, other, keep)
+    else:
+        torch.lerp(other, x, keep.to(x.dtype), out=x)

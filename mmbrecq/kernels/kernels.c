@@ -209,6 +209,20 @@ int fake_quantize_gradient(struct array grads, struct array xs, struct array out
     return 0;
 }
 
+/* x = other where keep is 0. */
+int mix(struct array xs, struct array others, struct array keeps) {
+    const int64_t count = xs.count;
+    const float *restrict other = others.data;
+    const uint8_t *restrict keep = keeps.data;
+    float *restrict x = xs.data;
+    if (others.count != count || keeps.count != count)
+        return 1;
+#pragma omp parallel for simd schedule(static) if (parallel : count > SERIAL)
+    for (int64_t i = 0; i < count; i++)
+        x[i] = keep[i] ? x[i] : other[i];
+    return 0;
+}
+
 /* A variable of Adam, its gradient and moments, and its learning rate over the correction of the mean. */
 struct variable {
     struct array value, grad, mean, square;

@@ -58,6 +58,8 @@ OPERATIONS: dict[str, tuple[Any, ...]] = {
     'fake_quantize': (_F32, _U8, _F32, *[_NUMBER] * 5),
     # grad, x, out, keep, grad_x, sums; low, high, floor, ceiling
     'fake_quantize_gradient': (_F32, _F32, _F32, _U8, _F32, _F64, *[_NUMBER] * 4),
+    # x, other, keep
+    'mix': (_F32, _F32, _U8),
     # rows; alpha, grid, scale, gain, weight; curve
     'soft_weight': (_COUNT, _F32, _I16, _F32, _F32, _F32, Curve),
     # rows; alpha, grid, scale, gain, grad, alpha_grad, gain_grad; curve, power, factor

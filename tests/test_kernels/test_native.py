@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmbrecq.fake_quants.masks import mix_
 from mmbrecq.fake_quants.ops import (
     UNBOUNDED,
     Sigmoid,
@@ -190,6 +191,15 @@ def test_sums_do_not_depend_on_the_number_of_threads(compiled: dict[str, Kernel]
     assert totals.pop() == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize('disabled', [set(), {'mix'}])
+def test_inputs_are_mixed_by_a_mask(monkeypatch: pytest.MonkeyPatch, disabled: set[str]) -> None:
+    monkeypatch.setattr(native, 'DISABLED', disabled)
+    x, other, keep = normal((4, 5, 9, 300), 0), normal((4, 5, 9, 300), 1), normal((4, 5, 9, 300), 2) > 0
+    expected = torch.where(keep, x, other)
+    mix_(x, other, keep.byte())
+    assert torch.equal(x, expected)
+
+
 @needs_compiler
 def test_nan_propagates(compiled: dict[str, Kernel]) -> None:
     out = torch.empty(3)
@@ -203,6 +213,8 @@ def test_arrays_that_do_not_fit_are_refused(compiled: dict[str, Kernel]) -> None
     x = torch.zeros(4, 6)
     with pytest.raises(AssertionError, match='^expected arrays of the same length for fake_quantize, but got other'):
         compiled['fake_quantize'](x, None, torch.zeros(5), 0.1, -8, 7, *UNBOUNDED)
+    with pytest.raises(AssertionError, match='same length for mix'):
+        compiled['mix'](x, x.clone(), torch.zeros(23, dtype=torch.uint8))
     with pytest.raises(AssertionError, match='same length for soft_weight'):
         compiled['soft_weight'](4, x, x.short(), torch.zeros(3), torch.ones(1), x.clone(), TABLE_CURVE)
     with pytest.raises(AssertionError, match='same length for rounding_gradient'):
