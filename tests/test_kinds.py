@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
     'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
     'modules made within a forward pass': (lambda self, x: nn.Sequential(self.c, nn.ReLU())[:2](x), {'c': conv}),
+    'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
+}
+
+SUMS_AND_CONCATENATIONS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'sums of a pyramid': (
         sums_of_a_pyramid,
         {'c': conv, 'c2': conv, 'c3': conv, 'empty': nn.Sequential},
@@ -148,18 +153,20 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
         scaled_branch,
         {'c': conv, 'c2': conv, 'norm': lambda: nn.BatchNorm2d(8)},
     ),
-    'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
 }
+"""What TensorRT's rules T5 and T6 are about."""
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    middle, modules = KINDS[name]
+    middle, modules = (KINDS | SUMS_AND_CONCATENATIONS)[name]
     return Net(middle, **{key: make() for key, make in modules.items()}).eval()
 
 
-@pytest.mark.parametrize('preset', ['openvino', 'tensorrt'])
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize(
+    ('name', 'preset'),
+    [*product(KINDS, ('openvino', 'tensorrt')), *product(SUMS_AND_CONCATENATIONS, ('tensorrt',))],
+)
 def test_a_model_is_right_from_float_to_the_runtime(name: str, preset: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(16, 3, 16, 16, generator=generator) + torch.randn(16, 3, 1, 1, generator=generator)
