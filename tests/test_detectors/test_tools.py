@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from demo_runs import CONFIGS, QUICK, SHORT, summary_of
 
 from mmbrecq.data.groups import Grouped
 from mmbrecq.data.images import collect_images
@@ -23,41 +21,10 @@ from mmbrecq.engine import ptq_loop
 from mmbrecq.engine.drawing import SHOWN
 from mmbrecq.reconstruction.batches import Batches
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / 'configs' / 'demo'
-SHORT = (
-    'calibration.num_samples=16', 'calibration.batch_size=8',
-    'reconstructor.weights.iterations=4', 'reconstructor.activations.iterations=2',
-)  # fmt: skip
-QUICK = (*SHORT, 'evaluations=[]', 'exporters=[]')
 # what so few iterations leave of 2-bit weights is so bad that single values decide its AP
 OPTIONS = {'retinanet_scenes_w4a8': SHORT, 'faster_rcnn_scenes_w2a8': (*SHORT, 'quantizer.weight.bits=4')}
-VALIDATION = 24
-"""Scenes that are evaluated: among 8 a single box more moves the AP by 0.04."""
 SCENES = Path('work_dirs', 'digit_scenes')
 """Where the demo's configs look for the scenes, from the working directory."""
-
-
-@pytest.fixture(scope='module')
-def run(environment: None, outcome: Any) -> Callable[..., Any]:
-    """``run(name, folder, *args)``: runs ``tools/NAME.py`` in ``folder``, in a process of its own."""
-
-    def start(name: str, folder: Path, *args: object) -> Any:
-        command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert 'annotations into memory' not in done.stdout, 'what COCO prints of its own is not for the user'
-        return outcome(done.returncode, done.stdout, done.stderr)
-
-    return start
-
-
-@pytest.fixture(scope='module')
-def folder(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the scenes in it."""
-    root: Path = tmp_path_factory.mktemp('detectors')
-    run('make_digit_scenes', root, '--train', 24, '--val', VALIDATION)
-    return root
 
 
 @pytest.fixture(scope='module')
@@ -72,11 +39,6 @@ def finished(run: Callable[..., Any], folder: Path) -> Callable[[str], Path]:
         return done[name]
 
     return make
-
-
-def summary_of(work_dir: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((work_dir / 'summary.json').read_text())
-    return summary
 
 
 FILES = {
@@ -302,39 +264,6 @@ def test_images_of_both_orientations(
     again, same_losses, same_metrics = quantize(tmp_path / 'cut', '--resume')
     assert all(torch.equal(tensor, again[key]) for key, tensor in state.items())
     assert (same_losses, same_metrics) == (losses, metrics)
-
-
-@pytest.mark.parametrize(
-    ('name', 'bitops', 'loss', 'kind'),
-    [
-        ('retinanet_scenes_w4a8', 0.05, 'fisher', 'Fisher-weighted error'),
-        ('faster_rcnn_scenes_w4a8', 0.03, 'outputs', 'distance'),
-    ],
-)
-def test_bits_are_chosen_in_one_command(
-    run: Callable[..., Any], folder: Path, tmp_path: Path, name: str, bitops: float, loss: str, kind: str
-) -> None:
-    """The layers of heads that read features of regions among them."""
-    path, checkpoint = CONFIGS / f'{name}.py', CONFIGS / f'{name.removesuffix("_w4a8")}.pth'
-    config, work = tmp_path / 'config.py', tmp_path / 'work'
-    budgets = {'size': '0.2x', 'bitops': f'{bitops}x'}
-    search = {'candidates': [2, 8], 'activation_candidates': [4, 8], 'pairs': False, 'loss': loss, 'budgets': budgets}
-    config.write_text(f'_base_ = [{str(path)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = {search}\n')
-    run('ptq', folder, config, '--work-dir', work, '--cfg-options', *QUICK)
-    summary = summary_of(work)
-    chosen = summary['search']
-    assert chosen['kind'] == kind
-    assert set(chosen['bits'].values()) == {2, 8}
-    assert set(chosen['activation_bits'].values()) == {4, 8}
-    assert summary['model_size_bytes']['quantized'] == chosen['spent']['size'] <= chosen['budgets']['size']
-    assert chosen['spent']['bitops'] <= chosen['budgets']['bitops']
-    assert 0 < chosen['measured'] < math.inf
-    if name.startswith('faster'):
-        assert any('roi_head' in layer for layer in chosen['bits'])
-    first = [unit['name'] for unit in summary['units'] if unit['stage'] == 'weights']
-    searched = set(chosen['bits'])
-    assert first, 'what the config fixes is reconstructed'
-    assert not any(set(unit['layers']) & searched for unit in summary['units'] if unit['name'] in first)
 
 
 def test_a_task_loss_of_other_regions_chooses_no_bits(
