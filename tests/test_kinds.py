@@ -154,7 +154,7 @@ SUMS_AND_CONCATENATIONS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Modul
         {'c': conv, 'c2': conv, 'norm': lambda: nn.BatchNorm2d(8)},
     ),
 }
-"""What TensorRT's rules T5 and T6 are about."""
+"""These are what TensorRT's rules T5 and T6 are about."""
 
 
 def build(name: str) -> nn.Module:

@@ -34,7 +34,7 @@ _COUNT, _NUMBER = ctypes.c_int64, ctypes.c_float
 
 
 class Array(ctypes.Structure):
-    """Where a tensor lies, see :func:`as_array`."""
+    """Tells a kernel where a tensor lies, see :func:`as_array`."""
 
     _fields_ = [('count', _COUNT), ('data', ctypes.c_void_p)]
 

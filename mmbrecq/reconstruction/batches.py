@@ -26,7 +26,7 @@ UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class UnitData(Generic[V]):
-    """What a unit is trained on, all values ``(N, ...)``: over the calibration images, or a batch of them as tensors.
+    """Holds what a unit is trained on, ``(N, ...)``: over the calibration images, or a batch of them as tensors.
 
     Args:
         quantized_inputs: Inputs as the quantized units before it compute them.

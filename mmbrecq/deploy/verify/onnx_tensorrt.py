@@ -100,7 +100,7 @@ def check_residuals(graph: OnnxGraph) -> Faults:
 
 
 def _is_quantized(graph: OnnxGraph, node: Node) -> bool:
-    """Whether a Q reads the value, or what an activation function makes of it."""
+    """Returns whether a Q reads the value, or what an activation function makes of it."""
     readers, fused = graph.consumers(node.outputs[0]), FUSED_OPS - {'BatchNormalization'}
     return any(r.op == 'QuantizeLinear' or (r.op in fused and _is_quantized(graph, r)) for r in readers)
 

@@ -22,7 +22,7 @@ REGIONS = 1000
 Bits = tuple[int | None, int | None]
 """Bits of a weight and of the input of its layer, None for float."""
 FLOAT_BITS = 32
-"""What float counts as; the candidate that leaves the weight of a layer in float."""
+"""Float counts as these; as a candidate they leave the weight of a layer in float."""
 
 
 @dataclass(frozen=True)
