@@ -170,3 +170,13 @@ def _known(graph: OnnxGraph, first: Node, second: Node) -> bool:
 def title(node: Node | None) -> str:
     """How messages speak of a node; None is a graph input."""
     return 'a graph input' if node is None else f'{node.op} {node.name!r}'
+
+
+def check_concat_grids(graph: OnnxGraph) -> Faults:
+    """V7 and T6: the quantized inputs of a Concat have one grid: OpenVINO takes them to one, whatever the file says."""
+    for concat in graph.of_type('Concat'):
+        sources = [dq for tensor in concat.inputs for dq in graph.quantized_sources(tensor) or []]
+        scales = {dq: scale for dq in sources if (scale := graph.scale(dq)) is not None and np.isfinite(scale).all()}
+        if not all(graph.same_grid(dq, next(iter(scales))) for dq in scales):
+            values = ', '.join(f'{np.ravel(scale)[0]:g}' for scale in scales.values())
+            yield concat.name, f'expected one grid on all quantized inputs, but got scales {values}'

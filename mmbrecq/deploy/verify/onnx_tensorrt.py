@@ -5,10 +5,8 @@ Source: NVIDIA's TensorRT guide, "Explicit Quantization", the recommendations on
 
 from __future__ import annotations
 
-import numpy as np
-
 from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Faults, Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_structure import quantization_nodes, title
+from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, quantization_nodes, title
 
 # TensorRT fuses these into the convolution before them.
 FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu'})
@@ -122,13 +120,3 @@ def check_concats(graph: OnnxGraph) -> Faults:
         if quantized and len(quantized) != len(sources):
             yield concat.name, f'expected Q/DQ on all inputs or none, but {len(quantized)} of {len(sources)} have it'
     yield from check_concat_grids(graph)
-
-
-def check_concat_grids(graph: OnnxGraph) -> Faults:
-    """V7: the quantized inputs of a Concat have one grid: OpenVINO takes them to one, whatever the file says."""
-    for concat in graph.of_type('Concat'):
-        sources = [dq for tensor in concat.inputs for dq in graph.quantized_sources(tensor) or []]
-        scales = {dq: scale for dq in sources if (scale := graph.scale(dq)) is not None and np.isfinite(scale).all()}
-        if not all(graph.same_grid(dq, next(iter(scales))) for dq in scales):
-            values = ', '.join(f'{np.ravel(scale)[0]:g}' for scale in scales.values())
-            yield concat.name, f'expected one grid on all quantized inputs, but got scales {values}'

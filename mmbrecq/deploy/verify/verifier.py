@@ -83,7 +83,7 @@ RULES: dict[str, Rule] = {
     'V5': Rule('activations per tensor, or per channel where of all layers depthwise convolutions read them', _OV,
                onnx_openvino.check_per_tensor, ir=True),
     'V6': Rule('no quantization on the network output', _OV, onnx_openvino.check_network_outputs, ir=True),
-    'V7': Rule('quantized inputs of a concatenation have one grid', _OV, onnx_tensorrt.check_concat_grids),
+    'V7': Rule('quantized inputs of a concatenation have one grid', _OV, onnx_structure.check_concat_grids),
 }  # fmt: skip
 
 # Preset -> first letters of the rules it asks for.
