@@ -114,6 +114,13 @@ def scaled_branch(self: Any, x: Tensor) -> Tensor:
     return x + self.c2(self.norm(x))
 
 
+def class_token_of_its_own(self: Any, t: Tensor) -> Tensor:
+    """The first token is large, and normalised before a layer reads it alone, as in XCiT."""
+    t = torch.cat([300 + t[:, :1], t[:, 1:]], 1)
+    t = torch.cat([self.norm(t[:, :1]), t[:, 1:]], 1)
+    return torch.cat([self.l(t[:, :1]), t[:, 1:]], 1)
+
+
 KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a tensor that is made empty and written': (written_one_by_one, {}),
     'a concatenation of which a layer and a norm read parts': (
@@ -133,6 +140,10 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'the mean of tokens behind a layer without bias': (
         tokens(mean_of_tokens),
         {'l': lambda: nn.Linear(8, 8), 'l2': lambda: nn.Linear(8, 8)},
+    ),
+    'a class token of its own': (
+        tokens(class_token_of_its_own),
+        {'norm': lambda: nn.LayerNorm(8), 'l': lambda: nn.Linear(8, 8)},
     ),
     'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
     'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),

@@ -50,12 +50,70 @@ def index_squeezes(graph: fx.Graph) -> None:
         node.op, node.target, node.args, node.kwargs = 'call_function', operator.getitem, (node.args[0], kept), {}
 
 
+def read_past_concatenations(graph: fx.Graph) -> None:
+    """Makes an index of a concatenation that reaches one of its parts alone an index of this part.
+
+    What a layer reads of the part then follows from that part, and not from all that was concatenated: a class token
+    that is normalised and put back, ``cat([norm(x[:, :1]), x[:, 1:]], 1)[:, :1]``, is not on a grid with the other
+    tokens. The comparison with the model tells where a part has not the same size for every size of the input.
+    """
+    for node in graph.nodes:
+        while node.target is operator.getitem and operation(node.args[0]) == 'cat':
+            parts, axis = _concatenated(node.args[0])
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            if len(index) <= axis or not all(_is_plain(entry) for entry in index):
+                break
+            part, entry = _entry_of_a_part(index[axis], [part.meta['example'].shape[axis] for part in parts])
+            if part is None:
+                break
+            node.args = (parts[part], (*index[:axis], entry, *index[axis + 1 :]))
+
+
+def _concatenated(node: fx.Node) -> tuple[list[Any], int]:
+    """Returns the values that ``torch.cat`` concatenates, and the axis."""
+    given = {**dict(zip(('tensors', 'dim'), node.args, strict=False)), **node.kwargs}
+    axis = given.get('dim', given.get('axis', 0))
+    return list(given['tensors']), axis % node.meta['example'].dim()
+
+
+def _is_plain(entry: Any) -> bool:
+    """Returns whether an entry of an index is a number or a slice between numbers, which follow from no other node."""
+    numbers = (entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,)
+    return all(number is None or type(number) is int for number in numbers) and entry is not None
+
+
+def _entry_of_a_part(entry: int | slice, sizes: list[int]) -> tuple[int | None, int | slice]:
+    """Returns which part of a concatenation an entry reaches, and the entry that does so in the part alone.
+
+    The part is None where the entry reaches none, or several.
+    """
+    rows = range(sum(sizes))
+    reached = rows[entry] if isinstance(entry, slice) else range(rows[entry], rows[entry] + 1)
+    for part, size in enumerate(sizes):
+        start, behind = sum(sizes[:part]), sum(sizes[part + 1 :])
+        if not reached or reached[0] < start or reached[-1] >= start + size:
+            continue
+        if isinstance(entry, int):
+            return part, entry - start if entry >= 0 else entry + behind
+        if reached == range(start, start + size):
+            return part, slice(None)
+        # what was counted from the end still is, for a part may be of any size
+        first, stop = (
+            None if n is None or n < 0 <= n + behind else n - start if n >= 0 else n + behind
+            for n in (entry.start, entry.stop)
+        )
+        return part, slice(first, stop, entry.step)
+    return None, entry
+
+
 def _is_identity(model: nn.Module, node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not isinstance(source.meta['example'], Tensor):
         return False
     if node.op == 'call_module':
         return isinstance(called_module(model, node), (nn.Identity, _DropoutNd))
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):
+        return all(entry == slice(None) for entry in node.args[1])
     # functions that draw random numbers while a model is trained have this argument, and batch_norm
     bound = bind(node)
     is_off = bound is not None and bound.arguments.get('training') is False

@@ -24,7 +24,7 @@ from mmbrecq.graph.components import (
 )  # fmt: skip
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
-from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes
+from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes, read_past_concatenations
 from mmbrecq.graph.sizes import resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.symbolic import obstacle
@@ -143,6 +143,7 @@ def _trace_at_sizes(
     for target, value in base.constants.items():
         _register(model, base.graph, target, value)
     index_squeezes(base.graph)
+    read_past_concatenations(base.graph)
     drop_identities(model, base.graph)
     return traced
 

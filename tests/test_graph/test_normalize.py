@@ -68,6 +68,39 @@ def test_folded_weight_and_bias_are_the_closed_form() -> None:
     torch.testing.assert_close(layer.bias.detach(), wanted.float(), rtol=1e-6, atol=1e-8)
 
 
+def _parts(self: Any, x: Tensor) -> Tensor:
+    return torch.cat([self.a(x), torch.cat([self.b(x), self.c(x)], -3)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ('index', 'layers'),
+    [
+        ((slice(None), slice(0, 2)), 'a'),
+        ((slice(None), 1), 'a'),
+        ((slice(None), -1), 'c'),
+        ((slice(None), 4), 'c'),
+        ((slice(None), slice(2, 3)), 'b'),
+        ((slice(None), slice(None, None, 9), slice(None, None, 2)), 'a'),
+        ((slice(None), slice(-3, None, 2)), 'c'),
+        ((slice(None), slice(4, -1)), 'c'),
+        ((slice(None), slice(-9, -5)), 'a'),
+        ((slice(None), slice(-9, -6)), 'a'),
+        # the whole of the second concatenation
+        ((slice(None), slice(2, None)), 'bc'),
+        ((slice(None), slice(1, 3)), 'abc'),
+        ((slice(None), slice(3, 3)), 'abc'),
+        ((..., 0), 'abc'),
+        (1, 'abc'),
+    ],
+)
+def test_an_index_of_a_concatenation_reads_the_part_that_it_reaches(index: Any, layers: str) -> None:
+    model = net(lambda self, x: _parts(self, x)[index], a=conv(3, 2), b=conv(3, 1), c=conv(3, 4))
+    wanted = run(model, images())
+    traced = trace_image_graph(model, images(2))
+    torch.testing.assert_close(run(traced.compile(), images()), wanted, rtol=1e-5, atol=1e-6)
+    assert ''.join(str(n.target)[-1] for n in traced.graph.nodes if n.op == 'call_module') == layers
+
+
 def _twice_read(self: Any, x: Tensor) -> Tensor:
     y = self.layer(x)
     return self.bn(y) + y
