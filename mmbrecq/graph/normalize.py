@@ -69,7 +69,7 @@ def read_past_concatenations(graph: fx.Graph) -> None:
             node.args = (parts[part], (*index[:axis], entry, *index[axis + 1 :]))
 
 
-def _concatenated(node: fx.Node) -> tuple[list[Any], int]:
+def _concatenated(node: Any) -> tuple[list[Any], int]:
     """Returns the values that ``torch.cat`` concatenates, and the axis."""
     given = {**dict(zip(('tensors', 'dim'), node.args, strict=False)), **node.kwargs}
     axis = given.get('dim', given.get('axis', 0))
