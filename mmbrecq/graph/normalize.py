@@ -60,6 +60,9 @@ def read_past_concatenations(graph: fx.Graph) -> None:
     for node in graph.nodes:
         while node.target is operator.getitem and operation(node.args[0]) == 'cat':
             parts, axis = _concatenated(node.args[0])
+            if isinstance(parts, fx.Node):
+                # the parts of what was split
+                break
             index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
             if len(index) <= axis or not all(_is_plain(entry) for entry in index):
                 break
@@ -69,11 +72,11 @@ def read_past_concatenations(graph: fx.Graph) -> None:
             node.args = (parts[part], (*index[:axis], entry, *index[axis + 1 :]))
 
 
-def _concatenated(node: Any) -> tuple[list[Any], int]:
-    """Returns the values that ``torch.cat`` concatenates, and the axis."""
+def _concatenated(node: fx.Node) -> tuple[Any, int]:
+    """Returns the values that ``torch.cat`` concatenates, or the node that makes all of them, and the axis."""
     given = {**dict(zip(('tensors', 'dim'), node.args, strict=False)), **node.kwargs}
     axis = given.get('dim', given.get('axis', 0))
-    return list(given['tensors']), axis % node.meta['example'].dim()
+    return given['tensors'], axis % node.meta['example'].dim()
 
 
 def _is_plain(entry: Any) -> bool:

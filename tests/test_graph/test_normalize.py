@@ -101,6 +101,12 @@ def test_an_index_of_a_concatenation_reads_the_part_that_it_reaches(index: Any, 
     assert ''.join(str(n.target)[-1] for n in traced.graph.nodes if n.op == 'call_module') == layers
 
 
+def test_an_index_of_a_concatenation_of_what_was_split_stays() -> None:
+    model = net(lambda self, x: torch.cat(self.layer(x).chunk(3, 1), 2)[:, :, :8], layer=conv(3, 6))
+    wanted = run(model, images())
+    torch.testing.assert_close(run(trace_image_graph(model, images(2)).compile(), images()), wanted)
+
+
 def _twice_read(self: Any, x: Tensor) -> Tensor:
     y = self.layer(x)
     return self.bn(y) + y
