@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_runs import kill_often
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ('weights.iterations=100', 'activations.iterations=50')
@@ -86,6 +87,10 @@ def test_a_run_of_one_process_does_not_go_on_in_two(
     monkeypatch.setattr('mmbrecq.engine.ptq_loop.process_count', lambda: 2)
     error = call('ptq', demo, *options(32), '--resume', work_dir=work / 'one').error
     assert 'is of another run: number of processes was 1 and is 2 now' in error
+
+
+def test_two_processes_that_are_killed_end_bit_for_bit_where_others_end(demo: Path, tmp_path: Path) -> None:
+    kill_often(demo, tmp_path, processes=2, iterations=(6, 3))
 
 
 def test_a_choice_of_bits_is_made_in_one_process(call: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
