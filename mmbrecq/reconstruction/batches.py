@@ -17,7 +17,7 @@ from torch import Tensor
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
-from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out
+from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out, to_device
 
 T = TypeVar('T')
 V = TypeVar('V', bound=Values)
@@ -179,6 +179,9 @@ class Batches:
         self._next = index, None if self._reader is None else self._reader.submit(self._read, index)
 
     def _read(self, index: Tensor) -> Batch:
+        if self._reader is None and self._stream is not None and len(grouped(self.data.targets[0]).parts) == 1:
+            # all values lie there
+            index = to_device(index, self.device)
         if self._reader is None or self._stream is None:
             return self.data.read(index, self.floats)
         with torch.cuda.stream(self._stream):

@@ -45,6 +45,13 @@ def empty(shape: Sequence[int], layout: torch.memory_format, **options: Any) -> 
     return torch.empty(tuple(shape), memory_format=layout if len(shape) == 4 else torch.contiguous_format, **options)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Returns ``x`` on ``device``; nobody waits for a GPU."""
+    if device.type == 'cuda' and x.device.type == 'cpu':
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class Values(Protocol):
     """What can be read: :class:`CachedValues`, and a plain tensor where the model runs."""
 
@@ -82,7 +89,7 @@ class MemoryValues:
             torch.index_select(self._rows, 0, index, out=found)
         elif isinstance(index, Tensor):
             # in half of the time of an index in brackets
-            found = self._rows.index_select(0, index.to(self._rows.device))
+            found = self._rows.index_select(0, to_device(index, self._rows.device))
         else:
             found = self._rows[index]
         return _of_rows(found, self._layout).to(self.device, non_blocking=True).float()
@@ -158,9 +165,9 @@ class MirroredValues:
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)))
         images = self.values[index % len(self.values)]
-        mirrored = (index >= len(self.values)).to(images.device)
-        images[mirrored] = images[mirrored].flip(-1)
-        return images
+        mirrored = to_device(index >= len(self.values), images.device)
+        # a selection by a mask would wait for a GPU
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def reserve(file: int, size: int, directory: Path, what: str) -> None:
