@@ -26,10 +26,6 @@ class RandomMasks:
         prob: Probability of a one, in (0, 1]; rounded to the next of 1/256 .. 1.
         generator: Source of all draws, on the CPU.
 
-    Attributes:
-        drawn (int): Number of masks drawn since it was last set to 0.
-        held (Tensor | None): Positions of the masks of an iteration, which a CUDA graph reads; None to draw them.
-
     Example:
         >>> masks = RandomMasks(0.5, torch.Generator().manual_seed(0))
         >>> masks.draw(torch.zeros(2, 8)).shape
@@ -40,8 +36,6 @@ class RandomMasks:
         self.prob, self.generator = prob, generator
         self._pool = torch.empty(0, dtype=torch.uint8)
         self._starts: list[int] = []
-        self.drawn = 0
-        self.held: Tensor | None = None
 
     def draw(self, like: Tensor) -> Tensor:
         """Draws a mask of bytes, 0 or 1, with the shape of ``like`` and its order in memory where that has no gaps."""
@@ -52,27 +46,11 @@ class RandomMasks:
             # 256 would not fit the bytes that it is compared with
             ones = draws.view(torch.uint8)[:size] <= max(round(self.prob * 256), 1) - 1
             self._pool = ones.view(torch.uint8).to(like.device)
-        self.drawn += 1
-        start = self._draw_start() if self.held is None else self.held[self.drawn - 1]
-        strides = like.stride() if is_dense(like) else torch.empty(like.shape, device='meta').stride()
-        if isinstance(start, int):
-            return self._pool.as_strided(like.shape, strides, ALIGNMENT * start)
-        rows = self._pool[: self._pool.numel() // ALIGNMENT * ALIGNMENT].view(-1, ALIGNMENT)
-        index = start + torch.arange(-(-like.numel() // ALIGNMENT), device=like.device)
-        return rows.index_select(0, index).as_strided(like.shape, strides)
-
-    def refill(self) -> None:
-        """Draws the positions of an iteration into :attr:`held`."""
-        assert self.held is not None
-        starts = [self._draw_start() for _ in range(len(self.held))]
-        pinned = torch.tensor(starts, dtype=torch.int64, pin_memory=self.held.is_cuda)
-        self.held.copy_(pinned, non_blocking=True)
-
-    def _draw_start(self) -> int:
         if not self._starts:
             # one by one, draws of the positions take longer than many a mask is read
             self._starts = torch.randint(STARTS, (DRAWN,), generator=self.generator).tolist()
-        return self._starts.pop()
+        strides = like.stride() if is_dense(like) else torch.empty(like.shape, device='meta').stride()
+        return self._pool.as_strided(like.shape, strides, ALIGNMENT * self._starts.pop())
 
 
 def mix_(x: Tensor, other: Tensor, keep: Tensor) -> None:
