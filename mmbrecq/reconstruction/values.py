@@ -21,12 +21,12 @@ RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Returns ``torch.channels_last`` for a graph with depthwise convolutions, which gain by it on a CPU."""
-    called = called_modules(module)
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels for m in called)
+    """Returns ``torch.channels_last`` for a graph that gains by it: on a GPU any with convolutions, else depthwise."""
+    convolutions = [m for m in called_modules(module) if isinstance(m, nn.Conv2d)]
+    gains = any(1 < m.groups == m.in_channels or any(p.is_cuda for p in m.parameters()) for m in convolutions)
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
     reshaped = any(node.op == 'call_method' and node.target in RESHAPES for node in nodes)
-    return torch.channels_last if depthwise and not reshaped else torch.contiguous_format
+    return torch.channels_last if gains and not reshaped else torch.contiguous_format
 
 
 def called_modules(module: nn.Module) -> set[nn.Module]:
