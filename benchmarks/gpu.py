@@ -41,9 +41,11 @@ from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.values import MemoryValues
 
 GPU = torch.device('cuda')
 MODES = {'eager': '0', 'captured': '1'}
+PLAIN = ('plain eager', 'plain captured', 'plain captured, channels last')
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--bits', type=int, nargs=2, default=(2, 4), help='of weights and of activations')
     parser.add_argument('--steps', type=int, default=100, help='steps per measurement')
+    parser.add_argument('--autocast', help='dtype in which layers multiply while they are trained')
     parser.add_argument('--units', nargs='+', help='measure these alone')
     parser.add_argument('--profiled', default='layer2.0', help='unit whose kernels are listed')
     parser.add_argument('--whole', action='store_true', help='run the whole recipe at the end, too')
@@ -145,6 +148,10 @@ def plain(
 ) -> float:
     """Returns the seconds of a float step: a random batch, the loss, and the gradients of the weights."""
     graph, loss = model.image_graph, MSELoss()
+    if not mode.endswith('last'):
+        # as torch has them
+        inputs, targets = ([MemoryValues(x[:].contiguous(), GPU) for x in v] for v in (data.float_inputs, data.targets))
+        data = UnitData(inputs, inputs, targets)
     parameters = [module.parametrizations.weight.original for module, _ in graph.unit_weights(unit)]
     index = partial(torch.randint, len(data), (size,), device=GPU)
     batch = data.read(index())
@@ -172,7 +179,7 @@ def plain(
                     step()
             torch.cuda.current_stream().wait_stream(stream)
             work: Callable[[], None] = step
-            if mode == 'captured':
+            if 'captured' in mode:
                 captured = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(captured, stream=stream):
                     step()
@@ -236,17 +243,17 @@ def list_kernels(work: Callable[[], object], steps: int) -> None:
 
 def measure(args: argparse.Namespace, task: Task) -> None:
     """Prints a line for each unit, and what the whole recipe takes."""
-    model, graph, reconstructor = task.model, task.model.image_graph, BRECQReconstructor()
+    model, graph, options = task.model, task.model.image_graph, {'autocast': args.autocast}
+    reconstructor = BRECQReconstructor(weights=options, activations=options)
     plan = reconstructor.plan(task)
     print(plan)
     cache = ActivationCache(plan, GPU, task.directory)
     size = reconstructor.stages[0].options.batch_size
     streams = Streams(graph, graph.units, cache.hold(task.images), cache, size)
     base, most = torch.cuda.memory_allocated(), 0.0
-    modes = ['plain eager', 'plain captured']
     columns = [f'{stage.name} {mode}' for stage in reconstructor.stages for mode in MODES]
-    print('| unit | ' + ' | '.join(f'{c} it/s' for c in (*modes, *columns)) + ' | ratios | GB |')
-    print('| --- ' * (len(columns) + 5) + '|')
+    print('| unit | ' + ' | '.join(f'{c} it/s' for c in (*PLAIN, *columns)) + ' | ratios | GB |')
+    print('| --- ' * (len(columns) + 6) + '|')
     recipe = dict.fromkeys(MODES, 0.0)
     ratios: dict[str, list[float]] = {column: [] for column in columns}
     for number, unit in enumerate(graph.units):
@@ -257,7 +264,7 @@ def measure(args: argparse.Namespace, task: Task) -> None:
         caching = 2 * (time.perf_counter() - start)
         if unit.layers and (args.units is None or unit.name in args.units):
             data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), targets)
-            floats = {mode: plain(model, unit, data, size, args.steps, mode) for mode in MODES}
+            floats = {mode: plain(model, unit, data, size, args.steps, mode) for mode in PLAIN}
             torch.cuda.reset_peak_memory_stats()
             speeds: dict[str, float] = {}
             for stage in reconstructor.stages:
@@ -272,7 +279,7 @@ def measure(args: argparse.Namespace, task: Task) -> None:
                     step = max(all_of_them - one, 1e-9) / args.steps
                     recipe[mode] += caching + one + step * (stage.options.iterations - few)
                     speeds[f'{stage.name} {mode}'] = step
-                    ratios[f'{stage.name} {mode}'].append(step / floats[mode])
+                    ratios[f'{stage.name} {mode}'].append(step / floats[f'plain {mode}'])
             rates = ' | '.join(f'{1 / t:.0f}' for t in (*floats.values(), *speeds.values()))
             own = ' '.join(f'{found[-1]:.2f}' for found in ratios.values())
             peak = (torch.cuda.max_memory_allocated() - base) / 1e9

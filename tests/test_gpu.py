@@ -92,7 +92,8 @@ def test_fake_quantization_and_its_gradients(qtype: QType, dropping: bool, recti
         out.backward(rand(4, 6, 9, 9, seed=2).to(device))
         found.append((out.detach(), x.grad, scale.grad))
     for gpu, cpu in zip(*found, strict=True):
-        close(gpu, cpu)
+        # the gradient of a scale is a sum of terms that cancel each other
+        close(gpu, cpu, rtol=1e-3)
 
 
 @pytest.mark.parametrize('batches', [1, 3])
@@ -390,7 +391,10 @@ def test_what_cannot_be_captured_is_done_eagerly(
 
     found = learn(GPU, tmp_path, STAGES['joint'], loss=waiting)
     (line,) = told
-    assert line.startswith("unit 'block' is launched operation by operation, for no CUDA graph can hold it: ")
+    assert line.startswith(
+        "unit 'block' is launched operation by operation, for no CUDA graph can hold its iterations: "
+    )
+    assert 'stream is capturing' in line
     # nothing is drawn for it, and the next one works
     alike(found, learn(CPU, tmp_path, STAGES['joint']))
     alike(learn(GPU, tmp_path, STAGES['weights']), learn(CPU, tmp_path, STAGES['weights']))
@@ -441,8 +445,8 @@ def test_a_whole_quantization(network: str, method: str) -> None:
     power = wanted.var(0).mean()
     apart = float((found[0] - found[1]).square().mean() / power)
     gpu, cpu = (float((output - wanted).square().mean() / power) for output in found)
-    # rounding moves single weights; what these do is less than what quantization does
-    assert apart <= 0.5 * cpu and gpu == pytest.approx(cpu, rel=0.3), (apart, gpu, cpu)
+    # what is learned may go another way after one rounding that flips, to a place as good
+    assert apart <= (0.05 if method == 'nearest' else 1) * cpu and gpu == pytest.approx(cpu, rel=0.3), (apart, gpu, cpu)
 
 
 @pytest.fixture(scope='module')

@@ -54,10 +54,7 @@ class Adam:
         return [lr * schedule(progress) for _, lr, schedule in self._groups]
 
     def step(self, progress: float | Sequence[Any]) -> None:
-        """Moves all parameters that have a gradient, with the learning rates at ``progress`` through the schedules.
-
-        In place of ``progress`` may stand the rates themselves, numbers, or scalars on the device as in a CUDA graph.
-        """
+        """Moves all parameters that have a gradient, with the rates at ``progress`` or, of each group, those given."""
         rates = progress if isinstance(progress, Sequence) else self.rates(progress)
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():

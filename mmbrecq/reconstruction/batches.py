@@ -135,8 +135,8 @@ class Batches:
         self._reader: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
-        # the batch that a CUDA graph reads
-        self.held: Batch | None = None
+        # the batch that a CUDA graph reads, while it is captured
+        self.fixed: Batch | None = None
 
     def __enter__(self) -> Batches:
         if is_slow(self.data):
@@ -156,8 +156,8 @@ class Batches:
 
     def current(self) -> Batch:
         """Returns the batch of the iteration; it is read again after a failed attempt, which may have changed it."""
-        if self.held is not None:
-            return self.held
+        if self.fixed is not None:
+            return self.fixed
         future, self._future = self._future, None
         batch = self._read(self._index) if future is None else future.result()
         if self._reader is not None and self._stream is not None:
@@ -167,15 +167,6 @@ class Batches:
                 # else its memory could be given away while the iteration still reads it
                 tensor.record_stream(stream)
         return batch
-
-    def refill(self) -> None:
-        """Reads the batch of the iteration into the memory of the one that a CUDA graph reads."""
-        held, self.held = self.held, None
-        batch = self.current()
-        self.held = batch if held is None else held
-        for old, new in zip(self.held.values, batch.values, strict=True):
-            if old is not new:
-                old.copy_(new)
 
     def prefetch(self) -> None:
         """Starts to read the next batch; called when all draws of this iteration are made."""

@@ -16,6 +16,7 @@ from mmbrecq.distributed import process_count
 from mmbrecq.errors import first_line
 from mmbrecq.fake_quants.masks import RandomMasks
 from mmbrecq.reconstruction.batches import Batches
+from mmbrecq.reconstruction.values import to_device
 
 SWITCH = 'MMBRECQ_GRAPHS'
 """Environment variable: with 0, every operation is launched by itself."""
@@ -32,8 +33,8 @@ class Replay:
 
     Args:
         name: Name of the unit, for messages.
-        iterate: Does an iteration with an exponent and a weight of the regulariser and the learning rates; they are
-            scalars on the GPU while it is captured. It returns the loss.
+        iterate: Does an iteration with an exponent and a weight of the regulariser and the learning rates, which are
+            scalars on the GPU, and returns the loss.
         batches: Batches of the unit.
         masks: Random masks of the iterations, None where nothing is dropped.
         device: The GPU.
@@ -42,56 +43,62 @@ class Replay:
     def __init__(
         self, name: str, iterate: Callable[..., Tensor], batches: Batches, masks: RandomMasks | None, device: Any
     ) -> None:
-        self._name, self._iterate, self._batches, self._masks, self._device = name, iterate, batches, masks, device
+        self._name, self._iterate, self._batches, self._device = name, iterate, batches, device
+        self._masks: Any = masks
         self._stream, self._done = torch.cuda.Stream(device), 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._numbers, self._drawn = torch.empty(0, device=device), list[Tensor]()
 
     def __call__(self, beta: float | None, weight: float, *rates: float) -> Tensor:
         """Does an iteration and returns its loss, which the next one may overwrite."""
+        numbers = torch.tensor([2.0, 0.0, *rates] if beta is None else [beta, weight, *rates])
+        if not self._done:
+            self._numbers = self._numbers.new_empty(len(numbers))
+        self._numbers.copy_(to_device(numbers, self._device))
         self._done += 1
-        if self._done <= WARM_UP:
-            return self._aside(beta, weight, *rates)
         if self._done == WARM_UP + 1:
-            self._capture(2 + len(rates))
+            self._capture()
         if self._graph is None:
-            return self._iterate(beta, weight, *rates)
-        self._batches.refill()
-        if self._masks is not None:
-            self._masks.refill()
+            return self._aside()
+        for old, new in zip(self._batch.values, self._batches.current().values, strict=True):
+            old.copy_(new)
+        for mask in self._drawn:
+            mask.copy_(self._masks.draw(mask))
         self._batches.prefetch()
-        numbers = [2.0, 0.0, *rates] if beta is None else [beta, weight, *rates]
-        self._numbers.copy_(torch.tensor(numbers, pin_memory=self._numbers.is_cuda), non_blocking=True)
         self._graph.replay()
         return self._loss
 
-    def _aside(self, *numbers: Any) -> Tensor:
-        """Does an iteration on the stream of the capture, as autograd wants it."""
+    def _aside(self) -> Tensor:
+        """Does an iteration on the stream of the capture, as autograd wants it, with all kernels of the capture."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         if self._masks is not None:
-            self._masks.drawn = 0
+            self._masks.drawn = []
         with torch.cuda.stream(self._stream):
-            loss = self._iterate(*numbers)
+            loss = self._iterate(*self._numbers.unbind())
         current.wait_stream(self._stream)
         return loss
 
-    def _capture(self, count: int) -> None:
-        """Captures an iteration with ``count`` numbers, if possible; nothing is computed, and nothing drawn."""
-        graph, self._numbers = torch.cuda.CUDAGraph(), torch.zeros(count, device=self._device)
-        self._batches.refill()
-        if self._masks is not None:
-            starts = torch.zeros(self._masks.drawn, dtype=torch.int64, device=self._device)
-            self._masks.held, self._masks.drawn = starts, 0
+    def _capture(self) -> None:
+        """Captures an iteration, if possible; nothing is computed, and nothing drawn."""
+        graph, batches, masks = torch.cuda.CUDAGraph(), self._batches, self._masks
+        self._batch = batches.fixed = batches.current()
+        if masks is not None:
+            self._drawn, masks.drawn = [mask.clone() for mask in masks.drawn or ()], None
+            masks.fixed = iter(self._drawn)
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode='thread_local'):
                 self._loss = self._iterate(*self._numbers.unbind())
             self._graph = graph
         except Exception as error:
-            self._batches.held = None
-            if self._masks is not None:
-                self._masks.held = None
+            # the end of the capture fails for another reason than what it was doing
+            reason = first_line(error.__context__ or error)
             text = f"unit '{self._name}' is launched operation by operation, for no CUDA graph can hold its iterations"
-            print_log(f'{text}: {first_line(error)}', 'current', logging.WARNING)
+            print_log(f'{text}: {reason}', 'current', logging.WARNING)
+        finally:
+            batches.fixed = None
+            if masks is not None:
+                masks.fixed = None
 
 
 def can_capture(data: Any, iterations: int, device: torch.device) -> bool:

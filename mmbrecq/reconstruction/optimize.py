@@ -83,7 +83,7 @@ def optimize_unit(
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
         distance = part.loss(network(*_mixed_inputs(part, masks)), loss)
-        if batches.held is None:
+        if batches.fixed is None:
             # the masks of this iteration are drawn
             batches.prefetch()
         return distance
@@ -100,8 +100,7 @@ def optimize_unit(
         variables.update()
         return distance
 
-    captured = can_capture(data, options.iterations, device)
-    run = Replay(name, iterate, batches, masks, device) if captured else iterate
+    run = Replay(name, iterate, batches, masks, device) if can_capture(data, options.iterations, device) else iterate
     casting = autocast([layer for layer, _ in weights], AUTOCAST[options.autocast] if options.autocast else None)
     with (
         torch.enable_grad(),

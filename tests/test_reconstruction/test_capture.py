@@ -40,21 +40,24 @@ class Iterations:
 
     def __call__(self, *numbers: Any) -> Tensor:
         batch = self.batches.current()
-        masks = [self.masks.draw(x).clone() for x in batch.quantized_inputs]
+        masks = [self.masks.draw(x) for x in batch.quantized_inputs]
         if self.capturing:
-            self.numbers = numbers
+            self.numbers, self.read = numbers, (batch, masks)
         else:
             own = [float(number) for number in numbers if number is not None]
-            self.seen.append([*(x.clone() for x in batch.values), *masks, torch.tensor(own)])
+            self.seen.append([*(x.clone() for x in (*batch.values, *masks)), torch.tensor(own)])
             # as mixing does
             batch.quantized_inputs[0].zero_()
-        if self.batches.held is None:
+        if self.batches.fixed is None:
             self.batches.prefetch()
         return torch.zeros(())
 
     def replay(self) -> None:
-        self.masks.drawn = 0
+        """Reads what the capture read, again."""
+        masks = iter(self.read[1])
+        self.batches.fixed, self.masks.fixed = self.read[0], masks
         self(*self.numbers)
+        self.batches.fixed = self.masks.fixed = None
 
 
 @pytest.fixture
@@ -115,9 +118,10 @@ def test_replays_read_what_eager_iterations_would(place: str, graphs: list[Itera
 def test_the_warm_up_has_no_regulariser(graphs: list[Iterations], tmp_path: Path) -> None:
     data = UnitData([values('memory', tmp_path, 2)], [], [values('memory', tmp_path, 2)])
     with Batches(data, 6, STEPS, torch.Generator(), CPU, False) as batches:
-        iterations = Iterations(batches, RandomMasks(0.5, torch.Generator()))
+        masks = RandomMasks(0.5, torch.Generator())
+        iterations = Iterations(batches, masks)
         graphs[:] = [iterations]
-        run = Replay('unit', iterations, batches, None, CPU)
+        run = Replay('unit', iterations, batches, masks, CPU)
         for _ in range(WARM_UP + 1):
             batches.begin()
             run(None, 0.5, 0.25)
