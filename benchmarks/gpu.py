@@ -1,11 +1,11 @@
 """Measures the reconstruction of a torchvision model on a GPU: correctness, speed, memory, kernels and waits.
 
-    python benchmarks/gpu.py [--whole]
+    python benchmarks/gpu.py [--whole N]
 
-takes three minutes at most, and needs neither a network nor an OpenMMLab package but mmengine. On a machine that has
-PyTorch's usual company (torch, torchvision, numpy, packaging, psutil, pyyaml, rich, matplotlib, opencv), carry these
-wheels: mmengine, addict, termcolor, yapf, platformdirs. `MMBRECQ_GRAPHS=0`, which the script sets itself where it
-compares, switches CUDA graphs off.
+takes two minutes without the whole recipe, and needs neither a network nor an OpenMMLab package but mmengine. On a
+machine that has PyTorch's usual company (torch, torchvision, numpy, packaging, psutil, pyyaml, rich, matplotlib,
+opencv), carry these wheels: mmengine, addict, termcolor, yapf, platformdirs. `MMBRECQ_GRAPHS=0`, which the script sets
+itself where it compares, switches CUDA graphs off.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--autocast', help='dtype in which layers multiply while they are trained')
     parser.add_argument('--units', nargs='+', help='measure these alone')
     parser.add_argument('--profiled', default='layer2.0', help='unit whose kernels are listed')
-    parser.add_argument('--whole', action='store_true', help='run the whole recipe at the end, too')
+    parser.add_argument('--whole', type=int, metavar='N', help='run the recipe with an N-th of its iterations, too')
     parser.add_argument('--commit', default='', help='commit of the code, to be printed')
     return parser.parse_args()
 
@@ -312,8 +312,8 @@ def inspect(model: QuantizedModel, unit: ReconstructionUnit, data: UnitData[Any]
         list_kernels(partial(learn, model, unit, data, stage, 100), 100)
 
 
-def run_whole(model: nn.Module, images: Tensor, bits: tuple[int, int], folder: Path) -> None:
-    """Prints the time and the peak memory of the whole recipe."""
+def run_whole(model: nn.Module, images: Tensor, bits: tuple[int, int], folder: Path, divisor: int) -> None:
+    """Prints the time and the peak memory of the whole recipe with its iterations divided."""
 
     class Passes(Callback):
         def after_stage(self, stage: Stage) -> None:
@@ -325,10 +325,11 @@ def run_whole(model: nn.Module, images: Tensor, bits: tuple[int, int], folder: P
     task = make_task(model, images, bits, folder)
     torch.cuda.synchronize()
     print(f'prepared and calibrated after {time.perf_counter() - start:.1f} s')
-    reconstructor = BRECQReconstructor()
-    results = [
-        r for _, done in pipeline.reconstruct(task, reconstructor, reconstructor.plan(task), Passes()) for r in done
-    ]
+    numbers = [stage.options.iterations // divisor for stage in BRECQReconstructor().stages]
+    print(f'iterations: {numbers}')
+    reconstructor = BRECQReconstructor(*({'iterations': number} for number in numbers))
+    passes = pipeline.reconstruct(task, reconstructor, reconstructor.plan(task), Passes())
+    results = [result for _, done in passes for result in done]
     for stage in reconstructor.stages:
         own = [result for result in results if result.stage == stage.name]
         before, after = (math.exp(statistics.mean(math.log(r.relative_losses[i]) for r in own)) for i in (0, 1))
@@ -353,7 +354,7 @@ def main() -> None:
         measure(args, task)
         del task
         if args.whole:
-            run_whole(model, images, bits, folder)
+            run_whole(model, images, bits, folder, args.whole)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from mmbrecq import pipeline
 from mmbrecq.data.groups import Grouped
 from mmbrecq.fake_quants import LSQ, AdaRound
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
-from mmbrecq.fake_quants.ops import fake_quantize
+from mmbrecq.fake_quants.ops import OutputGradient, fake_quantize
 from mmbrecq.functional import affine_from_range
 from mmbrecq.kernels import native
 from mmbrecq.observers import build_observer
@@ -36,7 +36,7 @@ from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.results import unit_state
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.streams import Streams
-from mmbrecq.reconstruction.values import CachedValues, MemoryValues, MirroredValues
+from mmbrecq.reconstruction.values import CachedValues, MemoryValues, MirroredValues, laid_out
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,6 +165,20 @@ def test_steps_of_a_learned_step_size() -> None:
             adam.step(0.0)
         found.append(quantizer.scale.detach())
     close(*found)
+
+
+@pytest.mark.parametrize('layouts', [(0, 0), (1, 1), (0, 1)], ids=['contiguous', 'channels-last', 'mixed'])
+@pytest.mark.parametrize('shape', [(4, 6, 5, 7), (3, 9, 6), (8, 6)], ids=['images', 'tokens', 'vectors'])
+def test_gradients_of_scale_and_bias_from_the_output(shape: tuple[int, ...], layouts: tuple[int, int]) -> None:
+    found, axis = [], 1 if len(shape) == 4 else -1
+    orders = [torch.channels_last if last else torch.contiguous_format for last in layouts]
+    for device in (GPU, CPU):
+        output, grad = (laid_out(rand(*shape, seed=i).to(device), order) for i, order in enumerate(orders))
+        gain, offset = (torch.full((6,), value, device=device).requires_grad_() for value in (1.1, 0.0))
+        OutputGradient.apply(output, gain, offset, rand(6, seed=2).to(device), axis).backward(grad)
+        found.append((gain.grad, offset.grad))
+    for gpu, cpu in zip(*found, strict=True):
+        close(gpu, cpu, rtol=1e-3)
 
 
 def test_masks_are_the_same_draws() -> None:
@@ -332,7 +346,9 @@ def learn(
 
 @pytest.fixture
 def short_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks often, and has tensors in the same order in memory on both devices, as masks then are the same."""
     monkeypatch.setattr(optimize, 'CHECK_INTERVAL', 10)
+    monkeypatch.setattr(optimize, 'memory_format', lambda _: torch.channels_last)
 
 
 def alike(found: Learned, wanted: Learned, rtol: float = 2e-2) -> None:
