@@ -239,17 +239,17 @@ def add_regulariser_gradient_(
     """
     centred, power = scratch
     torch.sub(sigma, curve.at(0.5), out=centred)
-    torch.mul(centred, centred, out=power)
-    if isinstance(beta, Tensor) or beta <= 2:
+    if isinstance(beta, Tensor):
         # 0 has no power that is not positive
+        torch.abs(centred, out=power).clamp_(min=torch.finfo(power.dtype).tiny).pow_(beta - 2)
+        grad.addcmul_(centred, power.mul_(regulariser_factor(curve, beta, factor)))
+        return
+    torch.mul(centred, centred, out=power)
+    if beta <= 2:
         power.clamp_(min=torch.finfo(power.dtype).tiny)
     # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
     power.log2_().mul_((beta - 2) / 2).exp2_()
-    size = regulariser_factor(curve, beta, factor)
-    if isinstance(size, Tensor):
-        grad.addcmul_(centred, power.mul_(size))
-    else:
-        grad.addcmul_(centred, power, value=size)
+    grad.addcmul_(centred, power, value=regulariser_factor(curve, beta, factor))
 
 
 def regulariser_factor(curve: Sigmoid, beta: Any, factor: Any) -> Any:

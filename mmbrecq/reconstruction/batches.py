@@ -135,8 +135,8 @@ class Batches:
         self._reader: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
-        # the batch that a CUDA graph reads, while it is captured
-        self.fixed: Batch | None = None
+        # what a CUDA graph reads, while it is captured
+        self.fixed: Batch | Tensor | None = None
 
     def __enter__(self) -> Batches:
         if is_slow(self.data):
@@ -157,7 +157,7 @@ class Batches:
     def current(self) -> Batch:
         """Returns the batch of the iteration; it is read again after a failed attempt, which may have changed it."""
         if self.fixed is not None:
-            return self.fixed
+            return self.data.read(self.fixed, self.floats) if isinstance(self.fixed, Tensor) else self.fixed
         future, self._future = self._future, None
         batch = self._read(self._index) if future is None else future.result()
         if self._reader is not None and self._stream is not None:
@@ -167,6 +167,10 @@ class Batches:
                 # else its memory could be given away while the iteration still reads it
                 tensor.record_stream(stream)
         return batch
+
+    def source(self) -> Batch | Tensor:
+        """Returns what a CUDA graph reads in the iteration: the indices of the images if all lie on the GPU."""
+        return to_device(self._index, self.device) if self._reader is None else self.current()
 
     def prefetch(self) -> None:
         """Starts to read the next batch; called when all draws of this iteration are made."""
@@ -183,9 +187,6 @@ class Batches:
         self._next = index, None if self._reader is None else self._reader.submit(self._read, index)
 
     def _read(self, index: Tensor) -> Batch:
-        if self._reader is None and self._stream is not None and len(grouped(self.data.targets[0]).parts) == 1:
-            # all values lie there
-            index = to_device(index, self.device)
         if self._reader is None or self._stream is None:
             return self.data.read(index, self.floats)
         with torch.cuda.stream(self._stream):

@@ -44,7 +44,7 @@ class Replay:
         self, name: str, iterate: Callable[..., Tensor], batches: Batches, masks: RandomMasks | None, device: Any
     ) -> None:
         self._name, self._iterate, self._batches, self._device = name, iterate, batches, device
-        self._masks: Any = masks
+        self._masks = masks or RandomMasks(1, batches.generator)
         self._stream, self._done = torch.cuda.Stream(device), 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._numbers, self._drawn = torch.empty(0, device=device), list[Tensor]()
@@ -60,7 +60,7 @@ class Replay:
             self._capture()
         if self._graph is None:
             return self._aside()
-        for old, new in zip(self._batch.values, self._batches.current().values, strict=True):
+        for old, new in zip(_tensors(self._source), _tensors(self._batches.source()), strict=True):
             old.copy_(new)
         for mask in self._drawn:
             mask.copy_(self._masks.draw(mask))
@@ -72,8 +72,7 @@ class Replay:
         """Does an iteration on the stream of the capture, as autograd wants it, with all kernels of the capture."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        if self._masks is not None:
-            self._masks.drawn = []
+        self._masks.drawn = []
         with torch.cuda.stream(self._stream):
             loss = self._iterate(*self._numbers.unbind())
         current.wait_stream(self._stream)
@@ -82,10 +81,9 @@ class Replay:
     def _capture(self) -> None:
         """Captures an iteration, if possible; nothing is computed, and nothing drawn."""
         graph, batches, masks = torch.cuda.CUDAGraph(), self._batches, self._masks
-        self._batch = batches.fixed = batches.current()
-        if masks is not None:
-            self._drawn, masks.drawn = [mask.clone() for mask in masks.drawn or ()], None
-            masks.fixed = iter(self._drawn)
+        self._source = batches.fixed = batches.source()
+        self._drawn, masks.drawn = [mask.clone() for mask in masks.drawn or ()], None
+        masks.fixed = iter(self._drawn)
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode='thread_local'):
                 self._loss = self._iterate(*self._numbers.unbind())
@@ -96,9 +94,11 @@ class Replay:
             text = f"unit '{self._name}' is launched operation by operation, for no CUDA graph can hold its iterations"
             print_log(f'{text}: {reason}', 'current', logging.WARNING)
         finally:
-            batches.fixed = None
-            if masks is not None:
-                masks.fixed = None
+            batches.fixed = masks.fixed = None
+
+
+def _tensors(source: Any) -> list[Tensor]:
+    return [source] if isinstance(source, Tensor) else source.values
 
 
 def can_capture(data: Any, iterations: int, device: torch.device) -> bool:

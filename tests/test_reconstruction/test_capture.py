@@ -39,10 +39,10 @@ class Iterations:
         self.capturing, self.numbers = False, ()
 
     def __call__(self, *numbers: Any) -> Tensor:
-        batch = self.batches.current()
+        source, batch = self.batches.fixed, self.batches.current()
         masks = [self.masks.draw(x) for x in batch.quantized_inputs]
         if self.capturing:
-            self.numbers, self.read = numbers, (batch, masks)
+            self.numbers, self.read = numbers, (source, masks)
         else:
             own = [float(number) for number in numbers if number is not None]
             self.seen.append([*(x.clone() for x in (*batch.values, *masks)), torch.tensor(own)])
@@ -54,8 +54,7 @@ class Iterations:
 
     def replay(self) -> None:
         """Reads what the capture read, again."""
-        masks = iter(self.read[1])
-        self.batches.fixed, self.masks.fixed = self.read[0], masks
+        self.batches.fixed, self.masks.fixed = self.read[0], iter(self.read[1])
         self(*self.numbers)
         self.batches.fixed = self.masks.fixed = None
 
