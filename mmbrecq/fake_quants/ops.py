@@ -297,10 +297,15 @@ class OutputGradient(torch.autograd.Function):
         if ctx.ch_axis == -1:
             output, out_grad = (t.reshape(-1, t.shape[-1]) for t in (output, grad))
         mean = output.new_zeros(output.shape[1]) if bias is None else bias
-        # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            out_grad, output, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
-        )
+        if grad.device.type == 'cpu':
+            # the sums of a normalisation's backward pass, which takes both of them in one pass over memory
+            _, product, total = torch.ops.aten.native_batch_norm_backward(
+                out_grad, output, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+            )
+        else:
+            others = [axis for axis in range(output.dim()) if axis != 1]
+            total = out_grad.sum(others)
+            product = (out_grad * output).sum(others) - mean * total
         grad_gain = None
         if ctx.needs_input_grad[1]:
             grad_gain = (product if gain.numel() > 1 else product.sum()).reshape(gain.shape) / gain

@@ -174,7 +174,7 @@ class Batches:
 
     def prefetch(self) -> None:
         """Starts to read the next batch; called when all draws of this iteration are made."""
-        if self._reader is not None and self._next is None and self.left:
+        if self._reader is not None and self.fixed is None and self._next is None and self.left:
             self._draw()
 
     def _draw(self) -> None:

@@ -47,13 +47,12 @@ class Replay:
         self._masks = masks or RandomMasks(1, batches.generator)
         self._stream, self._done = torch.cuda.Stream(device), 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._numbers, self._drawn = torch.empty(0, device=device), list[Tensor]()
 
     def __call__(self, beta: float | None, weight: float, *rates: float) -> Tensor:
         """Does an iteration and returns its loss, which the next one may overwrite."""
-        numbers = torch.tensor([2.0, 0.0, *rates] if beta is None else [beta, weight, *rates])
+        numbers = torch.tensor([2.0, 0.0, *rates] if beta is None else [beta, weight, *rates], dtype=torch.float32)
         if not self._done:
-            self._numbers = self._numbers.new_empty(len(numbers))
+            self._numbers = torch.empty_like(numbers, device=self._device)
         self._numbers.copy_(to_device(numbers, self._device))
         self._done += 1
         if self._done == WARM_UP + 1:
@@ -89,10 +88,9 @@ class Replay:
                 self._loss = self._iterate(*self._numbers.unbind())
             self._graph = graph
         except Exception as error:
-            # the end of the capture fails for another reason than what it was doing
-            reason = first_line(error.__context__ or error)
             text = f"unit '{self._name}' is launched operation by operation, for no CUDA graph can hold its iterations"
-            print_log(f'{text}: {reason}', 'current', logging.WARNING)
+            # the context is what was refused, the error that the capture cannot end well then
+            print_log(f'{text}: {first_line(error.__context__ or error)}', 'current', logging.WARNING)
         finally:
             batches.fixed = masks.fixed = None
 

@@ -83,9 +83,8 @@ def optimize_unit(
     def distance_of(part: Batch) -> Tensor:
         part = part.laid_out(layout)
         distance = part.loss(network(*_mixed_inputs(part, masks)), loss)
-        if batches.fixed is None:
-            # the masks of this iteration are drawn
-            batches.prefetch()
+        # the masks of this iteration are drawn
+        batches.prefetch()
         return distance
 
     def find_gradients(images: int) -> Tensor:

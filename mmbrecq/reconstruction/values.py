@@ -47,9 +47,7 @@ def empty(shape: Sequence[int], layout: torch.memory_format, **options: Any) -> 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Returns ``x`` on ``device``; nobody waits for a GPU."""
-    if device.type == 'cuda' and x.device.type == 'cpu':
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' and x.is_cpu else x.to(device)
 
 
 class Values(Protocol):

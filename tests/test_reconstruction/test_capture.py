@@ -48,8 +48,7 @@ class Iterations:
             self.seen.append([*(x.clone() for x in (*batch.values, *masks)), torch.tensor(own)])
             # as mixing does
             batch.quantized_inputs[0].zero_()
-        if self.batches.fixed is None:
-            self.batches.prefetch()
+        self.batches.prefetch()
         return torch.zeros(())
 
     def replay(self) -> None:
