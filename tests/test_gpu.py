@@ -476,6 +476,19 @@ def test_export_of_a_model_on_the_gpu(quantized: Any, tmp_path: Path) -> None:
     assert all(deviation.error < 1e-3 for deviation in quantized.deviations)
 
 
+def test_a_deep_network_is_prepared_where_tf32_is_allowed() -> None:
+    from torchvision.models import resnet50
+
+    torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    x = F.interpolate(images(8), 64).to(GPU)
+    model = resnet50().to(GPU).train()
+    with torch.no_grad():
+        model(x)
+    pipeline.prepare(model.eval(), x, BRECQQuantizer({'bits': 8}, {'bits': 8}))
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_checkpoints_go_from_device_to_device(quantized: Any, tmp_path: Path) -> None:
     x = images(5, seed=3)
     quantized.save(tmp_path / 'gpu.pth')
