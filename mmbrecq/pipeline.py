@@ -37,7 +37,7 @@ from mmbrecq.deploy.exporters.base import BaseExporter
 from mmbrecq.distributed import batch_number, copy_from_main
 from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
-from mmbrecq.graph.equality import check_equality, take_reference
+from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
 from mmbrecq.progress import track
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -71,6 +71,7 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise GraphError(f'expected a model that can be copied, but got: {first_line(error)}') from error
 
 
+@full_float32()
 def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> QuantizedModel:
     """Traces a model, inserts its quantizers, and checks that the graph computes the model's outputs.
 

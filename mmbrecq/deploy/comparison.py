@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmbrecq.deploy.backends import open_backend
 from mmbrecq.errors import ExportError
+from mmbrecq.graph.equality import full_float32
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
@@ -50,6 +51,7 @@ class Deviation:
         )
 
 
+@full_float32()
 def compare(model: QuantizedModel, paths: Sequence[Path], images: Tensor) -> list[Deviation]:
     """Runs the exported files of a packed model on one and on three images, and holds them against the simulation.
 

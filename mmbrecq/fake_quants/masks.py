@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,14 @@ class RandomMasks:
         self.prob, self.generator = prob, generator
         self._pool = torch.empty(0, dtype=torch.uint8)
         self._starts: list[int] = []
+        # where there is a list, what is drawn is added; what is fixed is drawn by a CUDA graph while it is captured
+        self.drawn: list[Tensor] | None = None
+        self.fixed: Iterator[Tensor] | None = None
 
     def draw(self, like: Tensor) -> Tensor:
         """Draws a mask of bytes, 0 or 1, with the shape of ``like`` and its order in memory where that has no gaps."""
+        if self.fixed is not None:
+            return next(self.fixed)
         size = like.numel() + STARTS * ALIGNMENT
         if self._pool.numel() < size or self._pool.device != like.device:
             # one 64-bit draw serves eight elements
@@ -50,7 +57,10 @@ class RandomMasks:
             # one by one, draws of the positions take longer than many a mask is read
             self._starts = torch.randint(STARTS, (DRAWN,), generator=self.generator).tolist()
         strides = like.stride() if is_dense(like) else torch.empty(like.shape, device='meta').stride()
-        return self._pool.as_strided(like.shape, strides, ALIGNMENT * self._starts.pop())
+        mask = self._pool.as_strided(like.shape, strides, ALIGNMENT * self._starts.pop())
+        if self.drawn is not None:
+            self.drawn.append(mask)
+        return mask
 
 
 def mix_(x: Tensor, other: Tensor, keep: Tensor) -> None:

@@ -229,26 +229,30 @@ def soft_weight_(sigma: Tensor, weight: Tensor, alpha: Tensor, base: Tensor, str
 
 
 def add_regulariser_gradient_(
-    grad: Tensor, sigma: Tensor, curve: Sigmoid, beta: float, factor: float, scratch: tuple[Tensor, Tensor]
+    grad: Tensor, sigma: Tensor, curve: Sigmoid, beta: Any, factor: Any, scratch: tuple[Tensor, Tensor]
 ) -> None:
     """Adds to ``grad`` the gradient with respect to ``sigma`` of ``factor * sum(1 - |2 h - 1| ** beta)`` (eq. 24).
 
     That is ``-2 beta factor (zeta - gamma) |c| ** (beta - 1) sign(c)`` with ``c = 2 h - 1`` and ``beta > 1``. Nobody
     reads the value of the regulariser, so it is not computed. All tensors have the same shape; those of ``scratch`` are
-    overwritten.
+    overwritten. ``beta`` and ``factor`` may be scalars on the device, as in a CUDA graph.
     """
     centred, power = scratch
     torch.sub(sigma, curve.at(0.5), out=centred)
+    if isinstance(beta, Tensor):
+        # 0 has no power that is not positive
+        torch.abs(centred, out=power).clamp_(min=torch.finfo(power.dtype).tiny).pow_(beta - 2)
+        grad.addcmul_(centred, power.mul_(regulariser_factor(curve, beta, factor)))
+        return
     torch.mul(centred, centred, out=power)
     if beta <= 2:
-        # 0 has no power that is not positive
         power.clamp_(min=torch.finfo(power.dtype).tiny)
     # a third of the time of pow, which does not vectorise as well; 0 comes out as 0
     power.log2_().mul_((beta - 2) / 2).exp2_()
     grad.addcmul_(centred, power, value=regulariser_factor(curve, beta, factor))
 
 
-def regulariser_factor(curve: Sigmoid, beta: float, factor: float) -> float:
+def regulariser_factor(curve: Sigmoid, beta: Any, factor: Any) -> Any:
     """Returns the gradient's factor of ``d * |d| ** (beta - 2)``, with ``d = sigma - sigma(h = 1/2)``."""
     return -2 * beta * factor * (2 * curve.stretch) ** (beta - 1) * curve.stretch
 

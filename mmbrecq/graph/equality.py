@@ -6,7 +6,8 @@ where the two first differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,20 @@ class Reference:
     batches: Sequence[Tensor]
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     reads: list[list[Read]] = field(default_factory=list)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Computes on a GPU in float32 as a CPU does, not in TF32, which torch takes for convolutions, within the block."""
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,16 +41,21 @@ class Adam:
         self._run = kernels[0] if all(kernels) else None
         if self._run is None:
             options = [{'params': members, 'lr': lr} for members, lr, _ in groups]
-            self._adam = torch.optim.Adam(options, betas=BETAS, eps=EPSILON, fused=True)
+            on_gpu = self._parameters[0].is_cuda
+            self._adam = torch.optim.Adam(options, betas=BETAS, eps=EPSILON, fused=True, capturable=on_gpu)
             return
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._parameters]
         self._table = (Variable * len(self._parameters))()
         for variable, parameter, (mean, square) in zip(self._table, self._parameters, self._moments, strict=True):
             variable.value, variable.mean, variable.square = map(as_array, (parameter.detach(), mean, square))
 
-    def step(self, progress: float) -> None:
-        """Moves all parameters that have a gradient, with the learning rates at ``progress`` through the schedules."""
-        rates = [lr * schedule(progress) for _, lr, schedule in self._groups]
+    def rates(self, progress: float) -> list[float]:
+        """Returns the learning rates of the groups at ``progress`` through their schedules."""
+        return [lr * schedule(progress) for _, lr, schedule in self._groups]
+
+    def step(self, progress: float | Sequence[Any]) -> None:
+        """Moves all parameters that have a gradient, with the rates at ``progress`` or, of each group, those given."""
+        rates = progress if isinstance(progress, Sequence) else self.rates(progress)
         for parameter in self._parameters:
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 # torch's fused optimizer does not look at the order either

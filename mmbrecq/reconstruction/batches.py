@@ -17,7 +17,7 @@ from torch import Tensor
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
-from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out
+from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out, to_device
 
 T = TypeVar('T')
 V = TypeVar('V', bound=Values)
@@ -135,6 +135,8 @@ class Batches:
         self._reader: ThreadPoolExecutor | None = None
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
+        # what a CUDA graph reads, while it is captured
+        self.fixed: Batch | Tensor | None = None
 
     def __enter__(self) -> Batches:
         if is_slow(self.data):
@@ -154,6 +156,8 @@ class Batches:
 
     def current(self) -> Batch:
         """Returns the batch of the iteration; it is read again after a failed attempt, which may have changed it."""
+        if self.fixed is not None:
+            return self.data.read(self.fixed, self.floats) if isinstance(self.fixed, Tensor) else self.fixed
         future, self._future = self._future, None
         batch = self._read(self._index) if future is None else future.result()
         if self._reader is not None and self._stream is not None:
@@ -164,9 +168,13 @@ class Batches:
                 tensor.record_stream(stream)
         return batch
 
+    def source(self) -> Batch | Tensor:
+        """Returns what a CUDA graph reads in the iteration: the indices of the images if all lie on the GPU."""
+        return to_device(self._index, self.device) if self._reader is None else self.current()
+
     def prefetch(self) -> None:
         """Starts to read the next batch; called when all draws of this iteration are made."""
-        if self._reader is not None and self._next is None and self.left:
+        if self._reader is not None and self.fixed is None and self._next is None and self.left:
             self._draw()
 
     def _draw(self) -> None:

@@ -17,6 +17,7 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
+from mmbrecq.reconstruction.capture import Replay, can_capture
 from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
@@ -90,6 +91,15 @@ def optimize_unit(
         variables.drop_gradients()
         return _backward(batches.current(), images, distance_of)
 
+    def iterate(beta: Any, weight: Any, *rates: Any) -> Tensor:
+        distance = fitting.run(find_gradients)
+        variables.collect_gradients(beta, weight)
+        average(parameter.grad for parameter in variables.parameters)
+        optimizer.step(rates)
+        variables.update()
+        return distance
+
+    run = Replay(name, iterate, batches, masks, device) if can_capture(data, options.iterations, device) else iterate
     casting = autocast([layer for layer, _ in weights], AUTOCAST[options.autocast] if options.autocast else None)
     with (
         torch.enable_grad(),
@@ -102,11 +112,8 @@ def optimize_unit(
         while position < options.iterations:
             progress = position / options.iterations
             batches.begin()
-            losses[count] = fitting.run(find_gradients)
-            variables.collect_gradients(linear_beta(progress, *options.beta, options.warmup))
-            average(parameter.grad for parameter in variables.parameters)
-            optimizer.step(progress)
-            variables.update()
+            beta = linear_beta(progress, *options.beta, options.warmup)
+            losses[count] = run(beta, options.round_weight, *optimizer.rates(progress))
             count, position = count + 1, position + 1
             if count % CHECK_INTERVAL == 0 or position == options.iterations:
                 latest = losses[(count - 1) // CHECK_INTERVAL * CHECK_INTERVAL : count]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -72,14 +74,14 @@ class SoftRounding:
         if gain is not None:
             self.weight.mul_(gain.detach())
 
-    def collect(self, grad: Tensor | None, gain: nn.Parameter | None, beta: float | None, round_weight: float) -> None:
+    def collect(self, grad: Tensor | None, gain: nn.Parameter | None, beta: Any, round_weight: Any) -> None:
         """Carries the gradient of the weight on to the variable and to the gain.
 
         Args:
             grad (Tensor | None): Gradient of the weight; a layer that took no part has none.
             gain: The factor; None where there is none.
             beta: Exponent of the regulariser; None for no regulariser.
-            round_weight: Weight of the regulariser.
+            round_weight: Weight of the regulariser; both may be scalars on the device, as in a CUDA graph.
         """
         grad = torch.zeros_like(self.weight) if grad is None else laid_out(grad, self._layout)
         exponent, weight = (2.0, 0.0) if beta is None else (beta, round_weight)
@@ -99,7 +101,7 @@ class SoftRounding:
         torch.mul(grad, self._stride, out=self._grad)
         if gain is not None:
             self._grad.mul_(gain)
-        if weight > 0:
+        if isinstance(weight, Tensor) or weight > 0:
             scratch = (self._centred, self._power)
             add_regulariser_gradient_(self._grad, self._sigma, self._curve, exponent, weight, scratch)
         through_sigmoid_(self._grad, self._sigma, self._curve)

@@ -21,12 +21,12 @@ RESHAPES = ('view', 'flatten', 'unflatten', 'reshape')
 
 
 def memory_format(module: nn.Module) -> torch.memory_format:
-    """Returns ``torch.channels_last`` for a graph with depthwise convolutions, which gain by it on a CPU."""
-    called = called_modules(module)
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 and m.groups == m.in_channels for m in called)
+    """Returns ``torch.channels_last`` for a graph that gains by it: on a GPU any with convolutions, else depthwise."""
+    convolutions = [m for m in called_modules(module) if isinstance(m, nn.Conv2d)]
+    gains = any(1 < m.groups == m.in_channels or any(p.is_cuda for p in m.parameters()) for m in convolutions)
     nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
     reshaped = any(node.op == 'call_method' and node.target in RESHAPES for node in nodes)
-    return torch.channels_last if depthwise and not reshaped else torch.contiguous_format
+    return torch.channels_last if gains and not reshaped else torch.contiguous_format
 
 
 def called_modules(module: nn.Module) -> set[nn.Module]:
@@ -43,6 +43,11 @@ def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
 def empty(shape: Sequence[int], layout: torch.memory_format, **options: Any) -> Tensor:
     """Returns an uninitialised tensor in the order of :func:`laid_out`; ``options`` are those of ``torch.empty``."""
     return torch.empty(tuple(shape), memory_format=layout if len(shape) == 4 else torch.contiguous_format, **options)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Returns ``x`` on ``device``; nobody waits for a GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' and x.is_cpu else x.to(device)
 
 
 class Values(Protocol):
@@ -82,7 +87,7 @@ class MemoryValues:
             torch.index_select(self._rows, 0, index, out=found)
         elif isinstance(index, Tensor):
             # in half of the time of an index in brackets
-            found = self._rows.index_select(0, index.to(self._rows.device))
+            found = self._rows.index_select(0, to_device(index, self._rows.device))
         else:
             found = self._rows[index]
         return _of_rows(found, self._layout).to(self.device, non_blocking=True).float()
@@ -158,9 +163,9 @@ class MirroredValues:
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)))
         images = self.values[index % len(self.values)]
-        mirrored = (index >= len(self.values)).to(images.device)
-        images[mirrored] = images[mirrored].flip(-1)
-        return images
+        mirrored = to_device(index >= len(self.values), images.device)
+        # a selection by a mask would wait for a GPU
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def reserve(file: int, size: int, directory: Path, what: str) -> None:

@@ -99,11 +99,11 @@ class Variables:
         for tensor in (*leaves, *self.parameters):
             tensor.grad = None
 
-    def collect_gradients(self, beta: float | None) -> None:
-        """Completes the gradients after a backward pass; ``beta`` is the regulariser's exponent, None for none."""
+    def collect_gradients(self, beta: Any, weight: Any = None) -> None:
+        """Completes the gradients after a backward pass, with the exponent, if any, and weight of the regulariser."""
         with torch.no_grad():
             for layer in self._layers:
-                layer.collect(beta, self._options.round_weight)
+                layer.collect(beta, self._options.round_weight if weight is None else weight)
 
     def update(self) -> None:
         """Computes with what the optimiser has changed; no scale of an activation gets to 0 or below."""
@@ -164,7 +164,7 @@ class _Layer:
         if self.bias is not None and self.correction is not None:
             torch.add(original(self.module, 'bias'), self.correction.offset, out=self.bias.detach())
 
-    def collect(self, beta: float | None, round_weight: float) -> None:
+    def collect(self, beta: Any, round_weight: Any) -> None:
         """Carries the gradients of weight and bias on to what is learned."""
         grad, self.weight.grad = self.weight.grad, None
         if self.soft is not None:

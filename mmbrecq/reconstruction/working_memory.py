@@ -79,12 +79,12 @@ def measure_footprint(
     # kept until all is counted: another tensor might get the place of one that is gone
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
+        # the tensor itself, handed back, would keep the operation alive that made it
         if _storage(tensor) not in known:
             kept[_storage(tensor)] = tensor.untyped_storage()
-        return tensor
 
-    with ExitStack() as stack, torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+    with ExitStack() as stack, torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
         for layer in layers:
             stack.callback(layer.register_forward_hook(lambda _module, _inputs, output: note(output)).remove)
         for parameter in module.parameters():

@@ -152,7 +152,10 @@ def test_soft_rounding_by_hand_is_the_naive_chain(beta: float | None) -> None:
     grad = upstream * step * curve.stretch
     if beta is not None:
         scratch = (torch.empty_like(alpha), torch.empty_like(alpha))
+        by_scalars = grad.clone()
+        add_regulariser_gradient_(by_scalars, sigma, curve, *torch.tensor([beta, 0.03]).double(), scratch)
         add_regulariser_gradient_(grad, sigma, curve, beta, 0.03, scratch)
+        torch.testing.assert_close(by_scalars, grad, rtol=1e-5, atol=1e-6)
     through_sigmoid_(grad, sigma, curve)
     assert naive.grad is not None
     # at a half the root of a rounding error is left, with an exponent below 2
@@ -165,8 +168,9 @@ def test_soft_rounding_by_hand_is_the_naive_chain(beta: float | None) -> None:
 def test_the_regulariser_is_flat_at_a_half(beta: float) -> None:
     # gamma 0 and zeta 1: h is the plain sigmoid, which is exactly 1/2 at 0
     half, grad = torch.full((3,), 0.5), torch.zeros(3)
-    add_regulariser_gradient_(grad, half, Sigmoid(1.0, 0.0), beta, 1.0, (torch.empty(3), torch.empty(3)))
-    assert torch.equal(grad, torch.zeros(3))
+    for exponent in (beta, torch.tensor(beta)):
+        add_regulariser_gradient_(grad, half, Sigmoid(1.0, 0.0), exponent, 1.0, (torch.empty(3), torch.empty(3)))
+        assert torch.equal(grad, torch.zeros(3))
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -8,7 +8,7 @@ from small_models import classifier, conv, images, net, run
 from torch import Tensor, nn
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.equality import check_equality, output_error, take_reference
+from mmbrecq.graph.equality import check_equality, full_float32, output_error, take_reference
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.traced_graph import trace_image_graph
 
@@ -103,3 +103,10 @@ def test_what_a_model_makes_of_its_own_rounding_is_allowed(gain: float, passes: 
     remark = '; noise of 3e-06 on the images changes them by .*, so that nothing can be compared' if gain > 1 else ''
     with pytest.raises(GraphError, match=rf'off by \S+ of the variance of its outputs{remark}, first after'):
         check_equality(traced.compile(), reference)
+
+
+def test_full_float32_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    with full_float32():
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

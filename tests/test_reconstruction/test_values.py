@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import (
@@ -44,6 +45,13 @@ class Block(nn.Module):
 )
 def test_depthwise_units_have_channels_innermost(block: nn.Module, expected: torch.memory_format) -> None:
     assert memory_format(fx.symbolic_trace(block)) == expected
+
+
+def test_on_a_gpu_all_units_with_convolutions_have_channels_innermost() -> None:
+    with FakeTensorMode(), torch.device('cuda'):
+        block, linear = fx.symbolic_trace(Block(1)), fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    assert memory_format(block) == torch.channels_last
+    assert memory_format(linear) == torch.contiguous_format
 
 
 def test_a_module_that_is_no_graph_stays_as_it_is() -> None:

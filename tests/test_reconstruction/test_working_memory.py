@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +54,22 @@ def test_what_a_module_saves() -> None:
     # wide, its cosine and their product
     assert found == Footprint(saved=3 * 30 * 4, largest=30 * 4, inputs=10 * 4, outputs=5 * 4, weights=450)
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_nothing_is_kept_of_a_measured_unit() -> None:
+    """The exponential saves its own output, which would keep the operation, and that the output."""
+    made: list[weakref.ref[Tensor]] = []
+
+    class Exponential(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            out = x.exp()
+            made.append(weakref.ref(out))
+            return (out * 2,)
+
+    module = nn.Sequential(nn.Linear(10, 30).requires_grad_(False), Exponential())
+    measure_footprint(module, [torch.randn(4, 10)], [])
+    gc.collect()
+    assert made[-1]() is None
 
 
 def test_outputs_of_layers_that_gradients_are_taken_from() -> None:
