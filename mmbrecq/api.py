@@ -148,9 +148,13 @@ def quantize(
     if method not in METHODS:
         raise ConfigError(f'expected method to be one of {list(METHODS)}, but got {method!r}')
     options = _quantizer_config(preset, weight_bits, activation_bits, method, quantizer)
-    builder = build(QUANTIZERS, options)
+    build(QUANTIZERS, options)
     reconstruction = _reconstructor(method, iterations, reconstructor)
     tensor = collect(images, next(iter(model.parameters()), torch.empty(0)).device)
+    diagnosis = pipeline.find_fallback(model, tensor, options)
+    if diagnosis is not None:
+        options['overrides'] = [*options.get('overrides', ()), *diagnosis.overrides()]
+    builder = build(QUANTIZERS, options)
     if preset in TARGETS:
         pipeline.rehearse(model, tensor, builder, [EXPORTERS[TARGETS[preset]]()])
     quantized = pipeline.prepare(pipeline.copy_model(model), tensor, builder)

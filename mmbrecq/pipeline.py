@@ -27,7 +27,7 @@ from mmbrecq.calibration.calibrator import (
     calibrate_weights,
     observing,
 )  # fmt: skip
-from mmbrecq.calibration.equalization import equalize_parts
+from mmbrecq.calibration.equalization import equalize, equalize_parts
 from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.data.images import example_of
 from mmbrecq.deploy.backends.base import KernelCount
@@ -39,9 +39,12 @@ from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
+from mmbrecq.mixed_precision.diagnosis import Diagnosis, diagnose
+from mmbrecq.mixed_precision.sensitivity.measure import output_loss
 from mmbrecq.progress import track
+from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.options import FLOAT
+from mmbrecq.quantizers.options import FLOAT, with_bits
 from mmbrecq.quantizers.quantized_model import UNCALLED, QuantizedModel
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
@@ -56,6 +59,9 @@ from mmbrecq.registry import QUANTIZERS
 from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint
 from mmbrecq.runs.safe_load import read_checkpoint
 from mmbrecq.runs.storage import save_atomic
+
+LOOKED_AT = 2**21
+"""Pixels of all images that a diagnosis looks at: 16 of 362 x 362, or two of 1344 x 800."""
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -110,6 +116,38 @@ def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> Quan
         with quantized.quantization(weights=False, activations=False):
             check_equality(graph, reference, graph.traced.free_size)
     return quantized
+
+
+def find_fallback(model: nn.Module, images: Images, config: Mapping[str, Any]) -> Diagnosis | None:
+    """Finds the layers whose input hurts the outputs at 8 bits, on a copy of the model and a few images.
+
+    Args:
+        model: The float model; it stays as it is.
+        images: Preprocessed calibration images, ``(N, C, H, W)``, or groups of them; a few of the first are looked at.
+        config: Config of the quantizer, whose ``fallback`` has the bound and the limit.
+
+    Returns:
+        The losses, and the layers to leave in float; None where the config keeps all activations as they are.
+
+    Raises:
+        GraphError: The model cannot be prepared, see :func:`prepare`.
+    """
+    quantizer: BRECQQuantizer = build(QUANTIZERS, dict(config))
+    options = quantizer.fallback
+    if not options.limit or quantizer.activation_bits is None:
+        return None
+    group: Tensor = grouped(images).parts[0]
+    few = group[: min(options.images, max(2, LOOKED_AT // group[0, :1].numel()))]
+    rough = prepare(copy_model(model), few, build(QUANTIZERS, with_bits(config, MAX_BITS)))
+    task = Task(rough, few, list, None, 0, Path(tempfile.gettempdir()))
+
+    def run() -> None:
+        rough.image_graph(few)
+
+    equalize(rough, rough.image_graph, run)
+    calibrate_activations(rough, [few])
+    loss = output_loss(task, rough.image_graph, None, '')
+    return diagnose(rough.image_graph, lambda paths: loss.of((), paths), loss.kind, options)
 
 
 def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activations: bool = True) -> int:
@@ -303,7 +341,12 @@ def load(
     """
     meta = read_checkpoint(path).get('meta', {})
     shape, grids = meta.get('example_shape'), meta.get('grids')
-    quantizer = meta.get('quantizer') if quantizer is None else quantizer
+    own = meta.get('quantizer')
+    if quantizer is not None and own is not None:
+        # a config does not name what a run has left in float
+        fallback = [override for override in own.get('overrides', ()) if override.get('reason')]
+        own = {**quantizer, 'overrides': [*quantizer.get('overrides', ()), *fallback]}
+    quantizer = own
     if shape is None or grids is None or quantizer is None:
         raise CheckpointError(f'{path}: expected a checkpoint written by tools/ptq.py, but it names no grids')
     example = torch.zeros(shape, device=next(model.parameters()).device)

@@ -40,6 +40,8 @@ class Preset:
         depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
         folds_channel_scales: Such scales become part of the layers around, since the target computes with one scale per
             tensor; the channels then share their zero-point.
+        falls_back: Leaves the layers in float whose inputs 8 bits hurt most, see
+            :mod:`mmbrecq.mixed_precision.diagnosis`; papers quantize them all.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Preset:
     bias_rounded: bool = False
     depthwise_per_channel: bool = False
     folds_channel_scales: bool = False
+    falls_back: bool = True
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
         """Returns the grid of a weight whose output channels lie on ``ch_axis``; ``symmetric`` None is the default."""
@@ -95,7 +98,10 @@ _NORMS = ('batchnorm', 'batchnorm1d', 'batchnorm2d', 'batchnorm3d')
 _BESIDE = (*_RELU, *_NORMS, 'leakyrelu', 'prelu', 'hardtanh', 'clamp')
 
 _ALL = (
-    Preset('academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all'),
+    Preset(
+        'academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all',
+        falls_back=False,
+    ),
     Preset(
         'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',
         conv_outputs=True, equal_concat=False, quantizes_concat=True, spare_weight_bit=True, bias_apart='linear',

@@ -31,7 +31,7 @@ from mmbrecq.mixed_precision.search.integer import IntegerProgram
 from mmbrecq.observers import HistogramObserver, MovingAverageObserver, MSEObserver, PercentileObserver
 from mmbrecq.presets import PRESETS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
-from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions
+from mmbrecq.quantizers.options import ActivationOptions, FallbackOptions, Override, WeightOptions
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import (
     BRECQReconstructor,
@@ -49,6 +49,7 @@ REFERENCE = {
     '`quantizer.weight`': WeightOptions,
     '`quantizer.activation`': ActivationOptions,
     '`quantizer.overrides`': Override,
+    '`quantizer.fallback`': FallbackOptions,
     'Rounding: `AdaRound`': AdaRound,
     '`MovingAverageObserver`': MovingAverageObserver,
     '`PercentileObserver`': PercentileObserver,

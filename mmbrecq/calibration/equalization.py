@@ -18,7 +18,7 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.distributed import batch_number, gather
-from mmbrecq.fake_quants.weight import original
+from mmbrecq.fake_quants.weight import original, set_original
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.components import pre_hooks
 from mmbrecq.graph.roles import Roles
@@ -51,22 +51,30 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
     Returns the number of groups of values that were equalised.
     """
-    if not model.equalization or not graph.quantizers:
+    strengths = {False: model.equalization, True: model.smoothing}
+    groups = [
+        group
+        for group in find_channel_groups(Roles(graph.model, graph.traced.graph))
+        if group.quantizers and strengths[group.is_normalised]
+    ]
+    if not groups:
         return 0
-    groups = find_channel_groups(Roles(graph.model, graph.traced.graph))
+    axes = {name: axis for group in groups for name, axis in group.quantizers.items()}
     own: dict[str, list[Tensor]] = {}
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        own.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1).abs().amax(1))
+        own.setdefault(name, []).append(args[0].transpose(0, axes[name]).flatten(1).abs().amax(1))
 
-    with torch.no_grad(), pre_hooks(graph.quantizers, note), model.quantization(weights=False, activations=False):
+    quantizers = {name: graph.quantizers[name] for name in axes}
+    with torch.no_grad(), pre_hooks(quantizers, note), model.quantization(weights=False, activations=False):
         run()
     ranges = _of_all_processes(own, first)
     count = 0
     for group in groups:
         seen = [torch.stack(ranges[name]).mean(0) for name in group.quantizers if ranges.get(name)]
         if seen:
-            _scale(model.model, group.writers, group.readers, _factors(torch.stack(seen).mean(0), model.equalization))
+            factors = _factors(torch.stack(seen).mean(0), strengths[group.is_normalised])
+            _scale(model.model, group.writers, group.readers, factors)
             count += 1
     return count
 
@@ -96,11 +104,12 @@ def _scale(model: nn.Module, writers: list[str], readers: list[str], factors: Te
         for path in writers:
             module: Any = model.get_submodule(path)
             weight = original(module, 'weight')
-            weight.div_(factors.view(-1, *[1] * (weight.dim() - 1)))
-            if module.bias is not None:
-                original(module, 'bias').div_(factors)
+            set_original(module, 'weight', weight / factors.view(-1, *[1] * (weight.dim() - 1)))
+            if getattr(module, 'bias', None) is not None:
+                set_original(module, 'bias', original(module, 'bias') / factors)
         for path in readers:
             module = model.get_submodule(path)
             weight, groups = original(module, 'weight'), getattr(module, 'groups', 1)
             by_group = weight.view(groups, -1, *weight.shape[1:])
-            by_group.mul_(factors.view(groups, 1, -1, *[1] * (weight.dim() - 2)))
+            factors_of = factors.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+            set_original(module, 'weight', (by_group * factors_of).view_as(weight))

@@ -98,6 +98,9 @@ class AnalysisLoop(BaseLoop):
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
         room = self.reconstructor.image_room(Path(self.runner.work_dir))
         self.images, self._set = collect_images(model, self._set, room)
+        found = pipeline.find_fallback(model, self.images, self.quantizer)
+        if found is not None:
+            self.quantizer['overrides'] = [*self.quantizer.get('overrides', ()), *found.overrides()]
         asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 

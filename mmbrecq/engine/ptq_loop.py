@@ -129,6 +129,7 @@ class PTQLoop(TestLoop):
             pictures = SideBySide(self.dataloader.dataset, build_visualizer(scope), folder, REPORTED)
         inputs = describe_inputs(self.runner.cfg, self.runner.model, images, self.runner.seed or 0)
         self._open_journal(inputs)
+        self._fall_back(images)
         if self.dry_run or not self.journal.units:
             self._rehearse(images)
         if self.dry_run:
@@ -206,6 +207,19 @@ class PTQLoop(TestLoop):
         if last or not self.chosen.result.activation_bits:
             self.chosen.result.measured = self.chosen.measure(task)
             self.files.write_summary()
+
+    def _fall_back(self, images: Images) -> None:
+        """Leaves layers in float whose inputs 8 bits hurt; a resumed run does as it was begun."""
+        if self.journal.fallback is None:
+            few = on_main(lambda: grouped(images).parts[0][: self.quantizer.fallback.images].cpu())
+            model = self.runner.model
+            found = pipeline.find_fallback(model, few.to(next(model.parameters()).device), self.quantizer_config)
+            self.journal.fallback = [] if found is None else found.overrides()
+            if found is not None:
+                self.runner.logger.info(str(found))
+        overrides = [*self.quantizer_config.get('overrides', ()), *self.journal.fallback]
+        self.quantizer_config = {**self.quantizer_config, 'overrides': overrides}
+        self.quantizer = build(QUANTIZERS, self.quantizer_config)
 
     def _rehearse(self, images: Images) -> None:
         """Refuses within seconds a model that the target cannot run; a dry run prints a forecast of the work."""

@@ -122,6 +122,13 @@ def original(module: Any, name: str) -> Tensor:
     return own.detach()
 
 
+def set_original(module: Any, name: str, value: Tensor) -> None:
+    """Sets the tensor that :func:`original` returns; another module that shared the old one keeps it."""
+    parametrized = parametrize.is_parametrized(module, name)
+    owner, key = (module.parametrizations[name], 'original') if parametrized else (module, name)
+    setattr(owner, key, nn.Parameter(value, requires_grad=False))
+
+
 def pack_weight(module: nn.Module) -> None:
     """Replaces the float weight of ``module`` by its integers."""
     fake_quant = weight_fake_quant(module)

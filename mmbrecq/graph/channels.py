@@ -3,7 +3,8 @@
 Where every operation between layers is positively homogeneous in each channel (ReLU, pooling, adding), channel ``c`` of
 a value may be divided by any ``r_c > 0`` if the layers that write it divide their output channel by ``r_c`` and the
 layers that read it multiply their input channel by it: the network computes what it did before (Nagel et al., Data-Free
-Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1).
+Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1). A normalisation with a gain of
+its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023).
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.graph.roles import Roles, joined
-from mmbrecq.graph.tracer import TRANSPOSED
+from mmbrecq.graph.symbolic import evaluate
+from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
-_HOMOGENEOUS = (
-    'relu', 'leakyrelu', 'maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d', 'flatten', 'getitem',
-    'view', 'reshape', 'contiguous',
-)  # fmt: skip
+_BY_ELEMENT = ('relu', 'leakyrelu', 'contiguous', 'clone')
+_ROTATING = ('roll', 'flip')
+_POOLING = ('maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d')
+
+_ENDS = ('input', 'output')
 
 
 @dataclass
@@ -29,14 +33,16 @@ class ChannelGroup:
     """Values whose channels can only be scaled together.
 
     Args:
-        quantizers: Paths of the activation quantizers that they pass.
-        writers: Paths of the layers whose output channels they are.
+        quantizers: Paths of the activation quantizers that they pass, each with the axis of their channels.
+        writers: Paths of the layers and normalisations whose output channels they are.
         readers: Paths of the layers whose input channels they are.
+        is_normalised: Whether normalisations alone write them.
     """
 
-    quantizers: list[str]
+    quantizers: dict[str, int]
     writers: list[str]
     readers: list[str]
+    is_normalised: bool
 
 
 def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
@@ -46,33 +52,73 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
     fixed: set[Any] = set()
     for node in roles.graph.nodes:
         sources = [n for n in node.all_input_nodes if roles.is_tensor(n)]
-        if roles.is_weighted(node) and _scales_by_channel(node, roles.module(node)):
+        axis, layer = _channel_axis(node, roles.module(node)), str(node.target)
+        fixed.update((inner, end) for inner in node.meta.get('layers', ()) for end in _ENDS if inner != layer)
+        if axis is not None:
             # a layer may be called several times: all its inputs share their channels, and all its outputs
-            layer = str(node.target)
-            pairs += [((layer, 'output'), node), *(((layer, 'input'), source) for source in sources)]
-        elif sources and _keeps_channels(node, sources, roles):
-            pairs += [(source, node) for source in sources]
+            ends = {node: 'output', **dict.fromkeys(sources if roles.is_weighted(node) else (), 'input')}
+            pairs += [((layer, end), (value, axis)) for value, end in ends.items()]
+            along = [(value, a) for value in (node, *sources) for a in _axes(value)]
+            fixed.update((value, a) for value, a in along if value not in ends or a != axis)
         elif not isinstance(node.meta.get('example'), (int, torch.Size)):
             # a size tells nothing of what is in its source
-            fixed.update([node, *sources])
-    groups = []
-    for members in joined(pairs):
-        nodes = [n for n in members if isinstance(n, fx.Node)]
-        quantizers = [str(n.target) for n in nodes if isinstance(roles.module(n), FakeQuantize)]
-        ends = [member for member in members if isinstance(member, tuple)]
-        writers, readers = ([path for path, end in ends if end == kind] for kind in ('output', 'input'))
-        if writers and readers and fixed.isdisjoint(members):
-            groups.append(ChannelGroup(quantizers, writers, readers))
-    return groups
+            carried = [((source, a), _carried(node, source, a, roles)) for source in sources for a in _axes(source)]
+            pairs += [(value, (node, to)) for value, to in carried if to is not None]
+            fixed.update(value for value, to in carried if to is None)
+            fixed.update((node, a) for a in _axes(node) if all(a != to for _, to in carried))
+    return [group for members in joined(pairs) if fixed.isdisjoint(members) and (group := _group(members, roles))]
 
 
-def _scales_by_channel(node: fx.Node, module: nn.Module | None) -> bool:
-    """Returns whether axis 1 of the values is axis 1, or 0, of the weight."""
-    is_plain = not isinstance(module, TRANSPOSED)
-    return is_plain and (not isinstance(module, nn.Linear) or bool(node.meta['example'].dim() == 2))
+def _axes(node: fx.Node) -> range:
+    example = node.meta.get('example')
+    return range(example.dim() if isinstance(example, Tensor) else 0)
 
 
-def _keeps_channels(node: fx.Node, sources: list[fx.Node], roles: Roles) -> bool:
-    is_homogeneous = roles.operation(node) in _HOMOGENEOUS or isinstance(roles.module(node), FakeQuantize)
-    same = roles.is_tensor(node) and len({n.meta['example'].shape[:2] for n in (node, *sources)}) == 1
-    return same and (roles.is_add(node) or (is_homogeneous and len(sources) == 1))
+def _group(members: list[Any], roles: Roles) -> ChannelGroup | None:
+    values = [member for member in members if isinstance(member[0], fx.Node)]
+    ends = [member for member in members if not isinstance(member[0], fx.Node)]
+    writers, readers = ([path for path, end in ends if end == kind] for kind in ('output', 'input'))
+    if not writers or not readers:
+        return None
+    quantizers = {str(n.target): axis for n, axis in values if isinstance(roles.module(n), FakeQuantize)}
+    is_normalised = not any(isinstance(roles.model.get_submodule(path), WEIGHTED) for path in writers)
+    return ChannelGroup(quantizers, writers, readers, is_normalised)
+
+
+def _channel_axis(node: fx.Node, module: Any) -> int | None:
+    """Returns the axis of the channels that a module has a factor each for, None where it has none."""
+    if isinstance(module, nn.Linear):
+        return int(node.meta['example'].dim()) - 1
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None if isinstance(module, TRANSPOSED) else 1
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        has_one = module.weight is not None and module.weight.dim() == 1
+        return int(node.meta['example'].dim()) - 1 if has_one else None
+    is_norm = isinstance(module, (nn.GroupNorm, _NormBase)) and module.weight is not None
+    return 1 if is_norm else None
+
+
+def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> int | None:
+    """Returns the axis of the result along which the channels of an input lie, as they are, None where on none."""
+    wanted, name = source.meta['example'].shape, roles.operation(node)
+    if not roles.is_tensor(node) or not wanted:
+        return None
+    example: Tensor = node.meta['example']
+    if isinstance(roles.module(node), FakeQuantize) or name in _BY_ELEMENT or roles.is_add(node):
+        return axis if example.shape == wanted else None
+    if name in _POOLING:
+        return axis if axis <= 1 and example.shape[:2] == wanted[:2] else None
+    if (
+        not (roles.moves_only(node) or name in _ROTATING)
+        or len([n for n in node.all_input_nodes if roles.is_tensor(n)]) != 1
+    ):
+        return None
+    shape = [-1 if a == axis else 1 for a in range(len(wanted))]
+    channels = torch.arange(1.0, wanted[axis] + 1).view(shape).expand(wanted)
+    moved = evaluate(node, lambda n: channels if n is source else n.meta['example'], roles.model)
+    for to, size in enumerate(moved.shape):
+        order = torch.arange(1.0, size + 1).view([-1 if a == to else 1 for a in range(moved.dim())])
+        # padding stays 0 whatever the factor
+        if size == wanted[axis] and size > 1 and bool(((moved == order) | (moved == 0)).all()):
+            return to
+    return None

@@ -104,8 +104,7 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
         return preset.conv_outputs or not all(map(roles.is_norm, consumers))
     if preset.conv_outputs and roles.is_weighted(node):
         # a linear layer is an integer operator whatever follows it
-        linear = isinstance(roles.module(node), nn.Linear)
-        return not (linear and all(roles.is_add(c) and _stays_float(c, roles) for c in consumers))
+        return not isinstance(roles.module(node), nn.Linear)
     adds = [c for c in consumers if roles.is_add(c)]
     return preset.add_operands == 'shortcut' and any(_is_shortcut(node, add, roles) for add in adds)
 

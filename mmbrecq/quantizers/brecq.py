@@ -26,7 +26,14 @@ from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 from mmbrecq.graph.units import ReconstructionUnit, check_granularity, cut_units, is_below
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
-from mmbrecq.quantizers.options import ActivationOptions, Override, WeightOptions, assign_bits, check_bits
+from mmbrecq.quantizers.options import (
+    ActivationOptions,
+    FallbackOptions,
+    Override,
+    WeightOptions,
+    assign_bits,
+    check_bits,
+)  # fmt: skip
 from mmbrecq.quantizers.quantized_model import UNCALLED, LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
@@ -49,7 +56,11 @@ class BRECQQuantizer:
         granularity: ``layer``, ``block``, ``stage`` or ``net``.
         blocks: Module types or path patterns that are blocks; None to find them by structure.
         equalization: How far the ranges of channels are made alike before grids are found, from 0, not at all, to 1.
+        smoothing: The same for channels that a normalisation with gains of its own writes and layers alone read: the
+            inputs of linear layers in transformers.
         merge_branches: Whether modules that have a merged form for deployment (RepVGG, MobileOne) are merged first.
+        fallback: Options of :class:`FallbackOptions`: which layers stay in float since 8 bits hurt their inputs; by
+            default those of the preset.
 
     Raises:
         ConfigError: An option is unknown or out of range.
@@ -72,7 +83,9 @@ class BRECQQuantizer:
         granularity: str = 'block',
         blocks: Sequence[str] | None = None,
         equalization: float = 0.0,
+        smoothing: float = 0.5,
         merge_branches: bool = True,
+        fallback: Mapping[str, Any] | None = None,
     ) -> None:
         self.preset = get_preset(preset)
         self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
@@ -83,12 +96,15 @@ class BRECQQuantizer:
         self.activation_bits = check_bits(self.activation.bits, 'quantizer.activation.bits')
         self.overrides = [parse_options(Override, o, f'quantizer.overrides[{i}]') for i, o in enumerate(overrides)]
         check_granularity(granularity, 'quantizer.granularity')
-        if isinstance(equalization, bool) or not isinstance(equalization, (int, float)) or not 0 <= equalization <= 1:
-            raise ConfigError(f'expected quantizer.equalization to be a number in [0, 1], but got {equalization!r}')
+        for name, value in (('equalization', equalization), ('smoothing', smoothing)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f'expected quantizer.{name} to be a number in [0, 1], but got {value!r}')
         if not isinstance(merge_branches, bool):
             raise ConfigError(f'expected quantizer.merge_branches to be a boolean, but got {merge_branches!r}')
         self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
-        self.equalization, self.merge_branches = float(equalization), merge_branches
+        default = {} if self.preset.falls_back else {'limit': 0.0}
+        self.fallback = parse_options(FallbackOptions, fallback or {}, 'quantizer.fallback', **default)
+        self.equalization, self.smoothing, self.merge_branches = float(equalization), float(smoothing), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
         """Returns the quantized form of a float model, which is changed in place; its grids are to be calibrated.
@@ -105,7 +121,7 @@ class BRECQQuantizer:
         # fake quantizers are made on the CPU
         model.requires_grad_(False).to(example.device)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}
-        return QuantizedModel(model, graphs, observers, self.equalization)
+        return QuantizedModel(model, graphs, observers, self.equalization, self.smoothing)
 
     def _assign_bits(self, graphs: Sequence[TracedGraph]) -> Bits:
         """Returns the bits of every layer of every graph; overrides are patterns over all of them."""
@@ -141,14 +157,17 @@ class BRECQQuantizer:
             return [replace(unit, quantizers=unit.quantizers + own) for unit, own in zip(units, more, strict=True)]
 
         units = cut(self.granularity)
-        layers = _list_layers(traced, bits, units)
+        reasons = {override.pattern: override.reason for override in self.overrides if override.reason}
+        layers = _list_layers(traced, bits, units, reasons)
         return QuantizedGraph(traced, self.preset, layers, units, cut, quantizers, opaque_inputs)
 
     def _insert(self, traced: TracedGraph, position: QuantizerPosition, bits: Bits) -> list[str]:
         """Inserts the quantizer of a position; returns its path, or nothing where the values stay in float."""
-        # the most of its readers, or the default where no layer reads it
+        # the most of its readers; where no layer reads it the default, but for the output of a layer in float
         own = [b for b in (bits[layer][1] for layer in position.layers) if b is not None]
-        position_bits = max(own, default=None) if position.layers else self.activation_bits
+        writers = [bits.get(str(node.target), (None, self.activation_bits))[1] for node in position.nodes]
+        unread = self.activation_bits if any(b is not None for b in writers) else None
+        position_bits = max(own, default=None) if position.layers else unread
         if position_bits is None:
             return []
         name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
@@ -226,7 +245,9 @@ def _first_and_last(roles: Roles) -> tuple[set[str], set[str]]:
     return first, {str(n.target) for n in weighted - followed}
 
 
-def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit]) -> list[LayerInfo]:
+def _list_layers(
+    traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit], reasons: Mapping[str, str]
+) -> list[LayerInfo]:
     unit_of = {layer: unit.name for unit in units for layer in unit.layers}
     layers = []
     others = [] if traced.path else [head.path for head in region_heads(traced.model)]
@@ -235,7 +256,8 @@ def _list_layers(traced: TracedGraph, bits: Bits, units: list[ReconstructionUnit
         if not own or not isinstance(module, WEIGHTED):
             continue
         weight_bits, activation_bits = bits.get(name, (None, None))
-        reason = UNCALLED if name not in bits else "the config says 'float'" if weight_bits is None else None
+        floated = reasons.get(name, "the config says 'float'") if weight_bits is None else None
+        reason = UNCALLED if name not in bits else floated
         kind = type(module).__name__.removeprefix('Parametrized')
         layers.append(LayerInfo(name, kind, unit_of.get(name), weight_bits, activation_bits, reason))
     return layers

@@ -53,11 +53,35 @@ class Override:
         pattern: Glob over layer paths, such as ``backbone.layer4.*``.
         weight_bits: Bit-width of the weights, or ``'float'``.
         activation_bits: Bit-width of the layer's input, or ``'float'``.
+        reason: Why, where mmbrecq has set them itself.
     """
 
     pattern: str
     weight_bits: int | str | None = None
     activation_bits: int | str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class FallbackOptions:
+    """Holds the options of layers that stay in float since 8 bits hurt their inputs.
+
+    Args:
+        bound: Loss of the outputs, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`, that all
+            activations at 8 bits may have together; above it the layers behind the worst ones stay in float.
+        limit: Largest share of the layers that stay in float for it, 0 to 1; 0 for none.
+        images: Most calibration images that are looked at; large ones are fewer.
+    """
+
+    bound: float = 0.02
+    limit: float = 0.1
+    images: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least, most in (('bound', 0, float('inf')), ('limit', 0, 1), ('images', 1, float('inf'))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                raise ConfigError(f'expected quantizer.fallback.{name} in [{least}, {most}], but got {value!r}')
 
 
 def check_bits(bits: Any, where: str) -> int | None:
@@ -67,6 +91,14 @@ def check_bits(bits: Any, where: str) -> int | None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(f"expected {where} to be in {MIN_BITS}..{MAX_BITS} or '{FLOAT}', but got {bits!r}")
     return bits
+
+
+def with_bits(config: Mapping[str, Any], bits: int) -> dict[str, Any]:
+    """Returns the config of a quantizer with all weights and activations at ``bits``, but for what stays in float."""
+    kinds = ('weight_bits', 'activation_bits')
+    kept = [{k: v for k, v in o.items() if k not in kinds or v == FLOAT} for o in config.get('overrides', ())]
+    activation = {**(config.get('activation') or {}), 'bits': bits}
+    return {**config, 'weight': {**config['weight'], 'bits': bits}, 'activation': activation, 'overrides': kept}
 
 
 def assign_bits(

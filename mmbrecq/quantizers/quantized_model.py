@@ -166,12 +166,14 @@ class QuantizedModel:
         graphs: The graph of the images, then one for each head of a two-stage detector that reads regions.
         observers: Configs of the range estimators: ``weight`` and ``activation``.
         equalization: How far the ranges of channels are made alike before grids are found, 0 to 1.
+        smoothing: The same for channels that normalisations alone write.
     """
 
     model: nn.Module
     graphs: list[QuantizedGraph]
     observers: dict[str, dict[str, object]]
     equalization: float = 0.0
+    smoothing: float = 0.0
 
     @property
     def image_graph(self) -> QuantizedGraph:

@@ -34,6 +34,7 @@ class Journal(Callback):
         units: What is done, by stage and name.
         metrics: What was measured, by name of the evaluation.
         observed: Images that are observed at once, None before that is planned.
+        fallback: Overrides of a quantizer that the run has found itself, None before it has looked.
     """
 
     def __init__(self, path: Path, model: nn.Module, identity: Mapping[str, str], config_text: str) -> None:
@@ -41,6 +42,7 @@ class Journal(Callback):
         self.units: dict[tuple[str, str], FinishedUnit] = {}
         self.metrics: dict[str, dict[str, float]] = {}
         self.observed: int | None = None
+        self.fallback: list[dict[str, str]] | None = None
 
     def load(self) -> bool:
         """Loads the file of an interrupted run in every process; returns False where there is none.
@@ -52,7 +54,7 @@ class Journal(Callback):
         found = on_main(self._read)
         if found is None:
             return False
-        self.units, self.metrics, self.observed = found
+        self.units, self.metrics, self.observed, self.fallback = found
         return True
 
     def _read(self) -> tuple[Any, ...] | None:
@@ -76,7 +78,8 @@ class Journal(Callback):
             raise CheckpointError(
                 f'{self.path} is of another run: {difference}; go on as it was begun, or start again without --resume'
             )
-        return {(unit.result.stage, unit.result.name): unit for unit in units}, metrics, meta.get('observed')
+        done = {(unit.result.stage, unit.result.name): unit for unit in units}
+        return done, metrics, meta.get('observed'), meta.get('fallback')
 
     def after_unit(self, stage: Stage, unit: ReconstructionUnit, result: UnitResult, progress: Progress) -> None:
         self.units[result.stage, result.name] = FinishedUnit(result, unit_state(self.model, unit))
@@ -88,6 +91,6 @@ class Journal(Callback):
         units: list[Any] = [{'result': asdict(unit.result), 'state': unit.state} for unit in self.units.values()]
         meta = {
             'identity': self.identity, 'metrics': self.metrics, 'observed': self.observed, 'config': self.config_text,
-            'units_done': list(self.units),
+            'units_done': list(self.units), 'fallback': self.fallback,
         }  # fmt: skip
         save_atomic({'units': units, 'meta': meta}, self.path)

@@ -55,7 +55,8 @@ def test_bits_out_of_range(bits: Any) -> None:
         ),
         (
             {'weight': {'bits': 4}, 'overrides': [{'pattern': '*'}, {'pattern': '*', 'bits': 4}]},
-            "unknown option 'bits' of quantizer.overrides[1]: expected pattern or weight_bits or activation_bits",
+            "unknown option 'bits' of quantizer.overrides[1]: "
+            'expected pattern or weight_bits or activation_bits or reason',
         ),
         (
             {'weight': {'per_channel': True}},

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip('mmpretrain', reason='the tools are tried on a classifier of mmpretrain')
 
 ROOT = Path(__file__).resolve().parents[2]

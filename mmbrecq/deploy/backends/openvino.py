@@ -47,8 +47,9 @@ class OpenVINOBackend(BaseBackend):
             preset = self._model.get_rt_info(list(IR_PRESET)).astype(str)
             options['LP_TRANSFORMS_MODE'] = preset == 'openvino'
         self._compiled = core.compile_model(self._model, 'CPU', options)
-        self.input_names = [_port_name(port) for port in self._compiled.inputs]
-        self.output_names = [_port_name(port) for port in self._compiled.outputs]
+        # a compiled output has the names of all operations that were brought together in it
+        self.input_names = [_port_name(port) for port in self._model.inputs]
+        self.output_names = [_port_name(port) for port in self._model.outputs]
 
     def _run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> Sequence[np.ndarray[Any, Any]]:
         results = self._compiled(list(arrays))

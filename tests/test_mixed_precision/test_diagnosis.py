@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mmbrecq
+from mmbrecq import pipeline
+from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.diagnosis import diagnose
+from mmbrecq.quantizers import BRECQQuantizer
+from mmbrecq.quantizers.options import FallbackOptions
+
+
+class Net(nn.Module):
+    """Three linear layers behind activation functions, of which the second has a few massive values."""
+
+    def __init__(self, massive: float = 1000.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 4, 4)
+        self.first, self.second, self.third = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+        with torch.no_grad():
+            self.first.weight[3] *= massive
+            self.second.weight[:, 3] /= massive
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.stem(x)).flatten(2).transpose(1, 2)
+        return 4 * self.third(F.gelu(self.second(F.gelu(self.first(x))))).mean(1)
+
+
+def images(count: int = 16) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def config(**fallback: Any) -> dict[str, Any]:
+    return {
+        'type': 'BRECQQuantizer', 'preset': 'openvino', 'weight': {'bits': 4}, 'activation': {'bits': 4},
+        'fallback': {'bound': 1e-3, 'limit': 0.5, **fallback},
+    }  # fmt: skip
+
+
+def test_the_layer_behind_massive_values_gets_them_in_float() -> None:
+    found = pipeline.find_fallback(Net().eval(), images(), config())
+    assert found is not None
+    assert list(found.layers) == ['second']
+    assert found.before > 1e-3 > found.after
+    (override,) = found.overrides()
+    assert (override['pattern'], override['weight_bits'], override['activation_bits']) == ('second', 'float', 'float')
+    assert override['reason'].startswith('at 8 bits its input costs ') and override['reason'].endswith('(divergence)')
+    assert str(found).endswith(' with 1 layers in float')
+
+
+@pytest.mark.parametrize(
+    ('model', 'fallback'),
+    [(Net(massive=1.0), {}), (Net(), {'bound': 10.0}), (Net(), {'limit': 0.1})],
+)
+def test_nothing_stays_in_float_within_the_bound_or_beyond_the_limit(model: Net, fallback: dict[str, Any]) -> None:
+    found = pipeline.find_fallback(model.eval(), images(), config(**fallback))
+    assert found is not None and not found.layers and found.after == found.before
+    assert not str(found).endswith('in float')
+
+
+def test_nothing_is_looked_for_where_all_activations_are_to_lie_on_grids() -> None:
+    assert pipeline.find_fallback(Net().eval(), images(), config(limit=0.0)) is None
+    academic = {**config(), 'preset': 'academic', 'fallback': None}
+    assert pipeline.find_fallback(Net().eval(), images(), academic) is None
+
+
+def test_errors_that_cancel_each_other_are_left_alone() -> None:
+    model = BRECQQuantizer({'bits': 8}, {'bits': 8}, 'openvino', first_last_8bit=False).prepare(Net(), images(2))
+    paths = list(model.image_graph.quantizers)
+    single = dict.fromkeys(paths, 0.1) | {paths[1]: 3.0, paths[2]: 3.0}
+
+    def loss(on: Sequence[str]) -> float:
+        both = paths[1] in on and paths[2] in on
+        return 1.0 if both else sum(single[path] for path in on)
+
+    found = diagnose(model.image_graph, loss, 'distance', FallbackOptions(bound=0.5, limit=1.0))
+    assert found.before == 1.0 and not found.layers
+
+
+def test_a_model_keeps_its_accuracy_and_its_file_what_is_float(tmp_path: Path) -> None:
+    options = {'fallback': {'bound': 1e-3, 'limit': 0.5}, 'first_last_8bit': False}
+    wanted = Net().eval()(images()).detach()
+    errors = []
+    for given in (options, {**options, 'fallback': {'limit': 0.0}}):
+        quantized = mmbrecq.quantize(Net().eval(), images(), method='nearest', quantizer=given)
+        errors.append(float((quantized(images()) - wanted).square().mean() / wanted.var(0).mean()))
+        floats = {layer.name: layer.float_reason for layer in quantized.layers if layer.float_reason}
+        assert list(floats) == (['second'] if given is options else [])
+        assert all(reason.startswith('at 8 bits its input costs ') for reason in floats.values())
+        quantized.export(tmp_path / 'model.xml', images())
+        quantized.save(tmp_path / 'model.pth')
+        found = mmbrecq.load(tmp_path / 'model.pth', Net().eval())(images())
+        torch.testing.assert_close(found, quantized(images()), rtol=0, atol=0)
+    assert errors[0] < 0.05 * errors[1]
+
+
+def test_a_config_that_does_not_name_what_is_float_fits_the_file(tmp_path: Path) -> None:
+    options = {'fallback': {'bound': 1e-3, 'limit': 0.5}}
+    quantized = mmbrecq.quantize(Net().eval(), images(), method='nearest', quantizer=options)
+    quantized.save(tmp_path / 'model.pth')
+    given = {key: value for key, value in quantized.quantizer.items() if key != 'overrides'}
+    loaded = pipeline.load(Net().eval(), tmp_path / 'model.pth', given)
+    torch.testing.assert_close(loaded(images()), quantized(images()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'bound': -1}, r'^expected quantizer\.fallback\.bound in \[0, inf\], but got -1$'),
+        ({'limit': 2}, r'^expected quantizer\.fallback\.limit in \[0, 1\], but got 2$'),
+        ({'images': True}, r'^expected quantizer\.fallback\.images in \[1, inf\], but got True$'),
+        ({'layers': 3}, "^unknown option 'layers' of quantizer.fallback: expected bound or limit or images$"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BRECQQuantizer({'bits': 8}, {'bits': 8}, fallback=options)
