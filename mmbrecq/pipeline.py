@@ -39,7 +39,7 @@ from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
-from mmbrecq.mixed_precision.diagnosis import Diagnosis, diagnose
+from mmbrecq.mixed_precision.diagnosis import Diagnosis, GridLosses, diagnose, measure_grids
 from mmbrecq.mixed_precision.sensitivity.measure import output_loss
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS
@@ -136,18 +136,41 @@ def find_fallback(model: nn.Module, images: Images, config: Mapping[str, Any]) -
     options = quantizer.fallback
     if not options.limit or quantizer.activation_bits is None:
         return None
+    found = _calibrated_copy(model, images, with_bits(config, MAX_BITS), options.images)
+    loss = output_loss(found, found.model.image_graph, None, '')
+    return diagnose(found.model.image_graph, lambda paths: loss.of((), paths), loss.kind, options)
+
+
+def find_grid_losses(model: nn.Module, images: Images, config: Mapping[str, Any], count: int = 16) -> GridLosses:
+    """Measures what every single grid costs the outputs, on a copy of the model and the first images.
+
+    Args:
+        model: The float model; it stays as it is.
+        images: Preprocessed calibration images, ``(N, C, H, W)``, or groups of them.
+        config: Config of the quantizer, which decides the bits.
+        count: Most images to look at; large ones are fewer.
+
+    Raises:
+        GraphError: The model cannot be prepared, see :func:`prepare`.
+    """
+    found = _calibrated_copy(model, images, config, count)
+    calibrate_weights(found.model)
+    loss = output_loss(found, found.model.image_graph, None, '')
+    return measure_grids(found.model.image_graph, loss, len(found.images))
+
+
+def _calibrated_copy(model: nn.Module, images: Images, config: Mapping[str, Any], count: int) -> Task:
+    """Returns a prepared copy of a model, the activations of its images calibrated, with the images looked at."""
     group: Tensor = grouped(images).parts[0]
-    few = group[: min(options.images, max(2, LOOKED_AT // group[0, :1].numel()))]
-    rough = prepare(copy_model(model), few, build(QUANTIZERS, with_bits(config, MAX_BITS)))
-    task = Task(rough, few, list, None, 0, Path(tempfile.gettempdir()))
+    few = group[: min(count, max(2, LOOKED_AT // group[0, :1].numel()))]
+    rough = prepare(copy_model(model), few, build(QUANTIZERS, dict(config)))
 
     def run() -> None:
         rough.image_graph(few)
 
     equalize(rough, rough.image_graph, run)
     calibrate_activations(rough, [few])
-    loss = output_loss(task, rough.image_graph, None, '')
-    return diagnose(rough.image_graph, lambda paths: loss.of((), paths), loss.kind, options)
+    return Task(rough, few, list, None, 0, Path(tempfile.gettempdir()))
 
 
 def calibrate(task: Task, at_once: int = OBSERVED, first_batch: int = 0, activations: bool = True) -> int:

@@ -18,6 +18,7 @@ from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, task_loss_of
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
 from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
@@ -27,6 +28,7 @@ from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_inputs
+from mmbrecq.schema import save_json
 
 
 @LOOPS.register_module()
@@ -42,6 +44,7 @@ class AnalysisLoop(BaseLoop):
         reconstructor: Config of the reconstructor, whose first pass has the options of the reconstruction.
         calibration: Options of the calibration images.
         search: Options of :class:`SearchOptions`, whose budgets are checked.
+        quick: Whether to measure only what every grid costs alone, from a few images; ``grids.json`` has it.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class AnalysisLoop(BaseLoop):
         reconstructor: Mapping[str, Any],
         calibration: Mapping[str, Any],
         search: Mapping[str, Any],
+        quick: bool = False,
     ) -> None:
         super().__init__(runner, dataloader)
+        self.quick = quick
         self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
         build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
         self.quantizer = dict(quantizer)
@@ -70,8 +75,10 @@ class AnalysisLoop(BaseLoop):
         for hook in (ReconstructionLoggerHook, ReconstructionProgressHook):
             runner.register_hook(hook())
 
-    def run(self) -> SensitivityTable:
+    def run(self) -> SensitivityTable | GridLosses:
         """Returns the measured sensitivities, which ``sensitivity.json`` holds too."""
+        if self.quick:
+            return self._measure_grids()
         self.load()
         count = len(self.images)
         inputs = {
@@ -90,14 +97,24 @@ class AnalysisLoop(BaseLoop):
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
         return table
 
-    def load(self) -> None:
-        """Loads the float weights and the calibration images."""
+    def _measure_grids(self) -> GridLosses:
+        self._load_images()
+        found = pipeline.find_grid_losses(self.runner.model, self.images, self.quantizer)
+        save_json(found, Path(self.runner.work_dir) / 'grids.json')
+        return found
+
+    def _load_images(self) -> None:
         model = self.runner.model
         check_classes(model, self.dataloader.dataset)
         load_float_checkpoint(model, self.float_checkpoint)
         self._set = build_calibration_set(self.runner.cfg, self.calibration)
         room = self.reconstructor.image_room(Path(self.runner.work_dir))
         self.images, self._set = collect_images(model, self._set, room)
+
+    def load(self) -> None:
+        """Loads the float weights and the calibration images."""
+        self._load_images()
+        model = self.runner.model
         found = pipeline.find_fallback(model, self.images, self.quantizer)
         if found is not None:
             self.quantizer['overrides'] = [*self.quantizer.get('overrides', ()), *found.overrides()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -13,15 +14,18 @@ from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
+from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
 from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_sensitivities
-from mmbrecq.report.table import choice_text
+from mmbrecq.report.table import choice_text, grid_text
 
 TABLE = 'sensitivity.json'
+LOOKED_AT = 16
+"""Images that a quick analysis looks at."""
 
 
 def search_options(cfg: Config) -> SearchOptions:
@@ -36,6 +40,20 @@ def analyze(cfg: Config, path: str) -> SensitivityTable:
             f'expected one process to choose bits, but got {process_count()}: run tools/analyze.py and tools/search.py '
             'in one, and tools/ptq.py in several with the config that they write'
         )
+    table: SensitivityTable = build_runner(cfg, path, _loop(cfg, path)).test()
+    write_sensitivities(table, path, Path(cfg.work_dir) / 'sensitivity.html')
+    return table
+
+
+def print_grid_losses(cfg: Config, path: str) -> None:
+    """Prints what every grid of the config at ``path`` costs the outputs alone; the work dir gets ``grids.json``."""
+    count = int(cfg.calibration.get('num_samples', LOOKED_AT))
+    cfg.calibration.num_samples = min(count, LOOKED_AT)
+    found: GridLosses = build_runner(cfg, path, {**_loop(cfg, path), 'quick': True}).test()
+    print(grid_text(found))
+
+
+def _loop(cfg: Config, path: str) -> dict[str, Any]:
     search_options(cfg)
     loop = {key: cfg[key] for key in ('quantizer', 'reconstructor', 'calibration')}
     loop.update(
@@ -43,9 +61,7 @@ def analyze(cfg: Config, path: str) -> SensitivityTable:
         float_checkpoint=resolve_checkpoint(cfg.float_checkpoint, path),
         search=dict(cfg.get('search') or {}),
     )
-    table: SensitivityTable = build_runner(cfg, path, loop).test()
-    write_sensitivities(table, path, Path(cfg.work_dir) / 'sensitivity.html')
-    return table
+    return loop
 
 
 def choose_bits(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.quantizers.options import FLOAT, FallbackOptions
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 
@@ -48,6 +49,54 @@ class Diagnosis:
             }
             for layer, loss in self.layers.items()
         ]
+
+
+@dataclass
+class GridLoss:
+    """Tells what one grid costs the outputs, all else in float.
+
+    Args:
+        name: Path of the layer for a weight, of the quantizer for an activation.
+        kind: ``weight`` or ``activation``.
+        bits: Its bits.
+        loss: The loss.
+        layers: The layers that read an activation, or the one that writes it where none does; empty for a weight.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    loss: float
+    layers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class GridLosses:
+    """Holds the losses of all grids of a graph, the largest first.
+
+    Args:
+        kind: Kind of the loss.
+        images: Number of images that it was measured with.
+        together: Loss with all grids at once.
+        grids: The single ones.
+    """
+
+    kind: str
+    images: int
+    together: float
+    grids: list[GridLoss]
+
+
+def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int) -> GridLosses:
+    """Switches every grid of a calibrated graph on by itself and measures the loss of the outputs."""
+    owners = _owners(graph)
+    grids = [GridLoss(name, 'weight', fq.qtype.bits, loss.of([name])) for name, _, fq in graph.weights()]
+    grids += [
+        GridLoss(path, 'activation', fq.qtype.bits, loss.of((), [path]), sorted(owners.get(path, ())))
+        for path, fq in graph.quantizers.items()
+    ]
+    together = loss.of([grid.name for grid in grids if grid.kind == 'weight'], list(graph.quantizers))
+    return GridLosses(loss.kind, images, together, sorted(grids, key=lambda grid: -grid.loss))
 
 
 def diagnose(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.report import rows
@@ -61,6 +62,20 @@ def _caption(summary: Summary) -> str:
     if len(metrics) > SHOWN_METRICS:
         parts.append(f'the report has {len(metrics) - SHOWN_METRICS} more metrics')
     return '; '.join(parts)
+
+
+def grid_text(found: GridLosses, shown: int = 20) -> str:
+    """Returns a Markdown table of the grids that cost most alone, and a line about all of them."""
+    total = sum(grid.loss for grid in found.grids) or 1.0
+    lines = ['| loss | share | grid of | bits | layers |', '| ---: | ---: | --- | ---: | --- |']
+    for grid in found.grids[:shown]:
+        name = f'{grid.kind} {grid.name.removeprefix("activation_quantizers.")}'
+        layers = ', '.join(grid.layers)
+        lines.append(f'| {grid.loss:.3g} | {grid.loss / total:.1%} | {name} | {grid.bits} | {layers} |')
+    rest = found.grids[shown:]
+    hidden = f'; {len(rest)} more grids cost {sum(g.loss for g in rest) / total:.1%}' if rest else ''
+    lines += ['', f'{found.kind} of the outputs with all grids {found.together:.3g}, {found.images} images{hidden}']
+    return '\n'.join(lines)
 
 
 def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:

@@ -275,3 +275,22 @@ def test_configs_that_leave_nothing_to_choose(call: Any, tmp_path: Path, tool: s
     if tool == 'search':
         save_table(tmp_path / 'work')
     assert message in call(tool, config, *SHORT).error
+
+
+def test_a_quick_analysis_tells_what_every_grid_costs(call: Any, tmp_path: Path) -> None:
+    outcome = call('analyze', DEMO, '--quick')
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / 'work' / 'grids.json').read_text())
+    grids = found['grids']
+    assert (found['kind'], found['images']) == ('divergence', 16)
+    assert sum(grid['kind'] == 'weight' for grid in grids) == 21
+    assert [grid['loss'] for grid in grids] == sorted((grid['loss'] for grid in grids), reverse=True)
+    bits = {grid['name']: grid['bits'] for grid in grids}
+    assert bits['backbone.conv1'] == bits['head.fc'] == 8 and bits['backbone.layer1.0.conv1'] == 2
+    # two bits cost more than eight
+    losses = {grid['name']: grid['loss'] for grid in grids}
+    assert losses['backbone.layer3.0.conv1'] > 100 * losses['backbone.conv1']
+    assert found['together'] > grids[0]['loss']
+    rows = re.findall(r'^\| ([\d.e-]+) \|', outcome.out, re.MULTILINE)
+    assert [float(row) for row in rows] == [float(f'{grid["loss"]:.3g}') for grid in grids[:20]]
+    assert f'with all grids {found["together"]:.3g}, 16 images; {len(grids) - 20} more grids' in outcome.out
