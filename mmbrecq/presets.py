@@ -40,6 +40,8 @@ class Preset:
         depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
         folds_channel_scales: Such scales become part of the layers around, since the target computes with one scale per
             tensor; the channels then share their zero-point.
+        products: Quantizes both operands of every product of activations, as in attention; targets compute a fused
+            attention in float faster.
         falls_back: Leaves the layers in float whose inputs 8 bits hurt most, see
             :mod:`mmbrecq.mixed_precision.diagnosis`; papers quantize them all.
     """
@@ -59,6 +61,7 @@ class Preset:
     bias_rounded: bool = False
     depthwise_per_channel: bool = False
     folds_channel_scales: bool = False
+    products: bool = False
     falls_back: bool = True
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
@@ -100,7 +103,7 @@ _BESIDE = (*_RELU, *_NORMS, 'leakyrelu', 'prelu', 'hardtanh', 'clamp')
 _ALL = (
     Preset(
         'academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all',
-        falls_back=False,
+        products=True, falls_back=False,
     ),
     Preset(
         'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` as the linear layers and products that it computes, for a tracer to record."""
+"""Attention as the linear layers and products that it computes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError
+from mmbrecq.graph.symbolic import evaluate
 
 
 def attend(
@@ -45,6 +46,40 @@ def attend(
     out = out.transpose(1, 2)
     out = module.out_proj(out.reshape(out.shape[0], out.shape[1], heads * width))
     return out if module.batch_first else out.transpose(0, 1), weights
+
+
+def write_out_attention(graph: fx.Graph) -> None:
+    """Replaces every fused attention by its two products and the softmax between them, where it needs no more."""
+    for node in list(graph.nodes):
+        if node.target is not F.scaled_dot_product_attention:
+            continue
+        names = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa')
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        query, key, value, mask = given['query'], given['key'], given['value'], given.get('attn_mask')
+        if given.get('is_causal') or given.get('enable_gqa') or (mask is not None and not _adds(mask)):
+            continue
+        scale = given.get('scale')
+        factor = query.meta['example'].shape[-1] ** -0.5 if scale is None else scale
+        with graph.inserting_before(node):
+            scaled = _call(node, torch.mul, query, factor)
+            scores = _call(node, torch.matmul, scaled, _call(node, torch.transpose, key, -2, -1))
+            if mask is not None:
+                scores = _call(node, torch.add, scores, mask)
+            result = _call(node, torch.matmul, _call(node, torch.softmax, scores, -1), value)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+
+def _adds(mask: fx.Node) -> bool:
+    return bool(mask.meta['example'].is_floating_point())
+
+
+def _call(attention: fx.Node, function: Any, *args: Any) -> fx.Node:
+    """Inserts a call that belongs to the module of ``attention``."""
+    node = attention.graph.call_function(function, args)
+    node.meta.update({key: value for key, value in attention.meta.items() if key != 'example'})
+    node.meta['example'] = evaluate(node)
+    return node
 
 
 def _projections(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:

@@ -80,7 +80,25 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         full_scale = not is_folded and any(_combines_grids(n, set(quantized), roles) for n in group)
         values = first.name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel
         positions.append(QuantizerPosition(*values, joins=roles.is_concat(first)))
-    return positions
+    return positions + (_operands(roles, quantized) if preset.products else [])
+
+
+def _operands(roles: Roles, quantized: list[fx.Node]) -> list[QuantizerPosition]:
+    """Returns the positions of what products of activations read, but for what lies on a grid already."""
+    known = set(quantized)
+    found: dict[fx.Node, None] = {}
+    for node in roles.graph.nodes:
+        operands = [n for n in node.all_input_nodes if roles.is_tensor(n) and not follows_from_no_input(n)]
+        if operation(node) in (*PRODUCTS, 'einsum') and len(operands) == 2:
+            found.update(
+                dict.fromkeys(n for n in operands if n not in known and known.isdisjoint(_moved_from(n, roles)))
+            )
+    return [QuantizerPosition(n.name, (n,), (), roles.non_negative(n)) for n in found]
+
+
+def _moved_from(node: fx.Node, roles: Roles) -> set[fx.Node]:
+    """Returns the values from which the value of ``node`` was moved, or itself."""
+    return set(roles.sources(node)) if roles.moves_only(node) else {node}
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:

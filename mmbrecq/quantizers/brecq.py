@@ -15,6 +15,7 @@ from mmbrecq.building import build, parse_options
 from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import correct_bias
+from mmbrecq.graph.attention import write_out_attention
 from mmbrecq.graph.blocks import find_blocks
 from mmbrecq.graph.components import region_heads
 from mmbrecq.graph.merge import merge_branches
@@ -61,6 +62,8 @@ class BRECQQuantizer:
         merge_branches: Whether modules that have a merged form for deployment (RepVGG, MobileOne) are merged first.
         fallback: Options of :class:`FallbackOptions`: which layers stay in float since 8 bits hurt their inputs; by
             default those of the preset.
+        products: Whether both operands of every product of activations are quantized, as in attention; None for the
+            preset's choice.
 
     Raises:
         ConfigError: An option is unknown or out of range.
@@ -86,8 +89,13 @@ class BRECQQuantizer:
         smoothing: float = 0.5,
         merge_branches: bool = True,
         fallback: Mapping[str, Any] | None = None,
+        products: bool | None = None,
     ) -> None:
         self.preset = get_preset(preset)
+        if products is not None:
+            if not isinstance(products, bool):
+                raise ConfigError(f'expected quantizer.products to be a boolean or None, but got {products!r}')
+            self.preset = replace(self.preset, products=products)
         self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
         self.activation = parse_options(
             ActivationOptions, {'bits': None} if activation is None else activation, 'quantizer.activation'
@@ -140,6 +148,8 @@ class BRECQQuantizer:
         """Inserts the quantizers of one graph; ``all_bits`` names the layers of the others too."""
         bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
         blocks = find_blocks(traced.model, traced.graph, self.blocks)
+        if self.preset.products:
+            write_out_attention(traced.graph)
         names = []
         for position in find_positions(Roles(traced.model, traced.graph), self.preset):
             names += self._insert(traced, position, bits)

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import classifier, conv, images, net, residual
+from small_models import classifier, conv, images, net, relative_error, residual, run
 from torch import Tensor, nn
 
 from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import trace_image_graph
 from mmbrecq.presets import PRESETS
+from mmbrecq.quantizers import BRECQQuantizer
 
 
 def places(model: nn.Module, preset: str) -> list[QuantizerPosition]:
@@ -292,6 +293,48 @@ def test_no_linear_layer_is_quantized_behind_itself() -> None:
         forward, stem=conv(), norm=nn.LayerNorm(4), up=nn.Linear(4, 8), down=nn.Linear(8, 4), fc=nn.Linear(4, 2)
     )
     assert targets(places(model, 'onnxruntime')) == ['inputs', 'stem', 'norm', 'gelu', 'norm']
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a map, fused or written out."""
+
+    def __init__(self, fused: bool = True) -> None:
+        super().__init__()
+        self.fused, self.qkv, self.proj = fused, nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = ((q * 2**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_operands_of_products_are_quantized_where_the_preset_or_the_config_says_so(fused: bool) -> None:
+    torch.manual_seed(0)
+    found = {}
+    for preset, products in (('academic', None), ('academic', False), ('openvino', None), ('openvino', True)):
+        model = net(lambda self, x: self.attention(self.stem(x)), stem=conv(stride=4), attention=Attention(fused))
+        wanted = run(model, images(2))
+        quantizer = BRECQQuantizer({'bits': 8}, {'bits': 8}, preset, products=products, smoothing=0.0)
+        graph = quantizer.prepare(model, images(2)).image_graph
+        assert relative_error(run(graph, images(2)), wanted) < 1e-6
+        found[preset, products] = graph
+    counts = {key: len(graph.quantizers) for key, graph in found.items()}
+    # images, the map, what the last layer reads; queries, keys, softmax, values
+    assert counts == {
+        ('academic', None): 7, ('academic', False): 3, ('openvino', None): 3, ('openvino', True): 7,
+    }  # fmt: skip
+    graph = found['academic', None]
+    products = [n for n in graph.traced.graph.nodes if getattr(n.target, '__name__', n.target) == 'matmul']
+    assert len(products) == 2
+    operands = [n for product in products for n in product.all_input_nodes]
+    assert all(n.target in graph.quantizers for n in operands)
+    # a softmax is never negative
+    assert [graph.quantizers[str(n.target)].qtype.symmetric for n in operands] == [False, False, True, False]
 
 
 @pytest.mark.parametrize('preset', PRESETS)
