@@ -18,10 +18,13 @@ from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.calibration.regions import RegionCapture
 from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.distributed import batch_number, gather
+from mmbrecq.errors import GraphError
 from mmbrecq.fake_quants.weight import original, set_original
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.components import pre_hooks
+from mmbrecq.graph.equality import unexplained_error
 from mmbrecq.graph.roles import Roles
+from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.progress import track
 from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
 
@@ -49,7 +52,7 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     the geometric mean of all channels' factors. Grids are to be calibrated after this.
 
     ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
-    Returns the number of groups of values that were equalised.
+    Returns the number of groups of values that were equalised; GraphError if an output changes.
     """
     strengths = {False: model.equalization, True: model.smoothing}
     groups = [
@@ -69,14 +72,27 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     with torch.no_grad(), pre_hooks(quantizers, note), model.quantization(weights=False, activations=False):
         run()
     ranges = _of_all_processes(own, first)
-    count = 0
+    before, count = _outputs(graph), 0
     for group in groups:
         seen = [torch.stack(ranges[name]).mean(0) for name in group.quantizers if ranges.get(name)]
         if seen:
             factors = _factors(torch.stack(seen).mean(0), strengths[group.is_normalised])
             _scale(model.model, group.writers, group.readers, factors)
             count += 1
+    difference = unexplained_error(graph, graph.traced.example, _outputs(graph), before, '{}')
+    if difference:
+        layers = ', '.join(path for group in groups for path in group.writers)
+        raise GraphError(
+            f'expected equalised channels to change no output, but they do by {difference} of the variance, '
+            f'behind one of {layers}: set quantizer.equalization and quantizer.smoothing to 0'
+        )
     return count
+
+
+def _outputs(graph: QuantizedGraph) -> dict[str, Tensor]:
+    """Returns the float outputs of the graph for the example that it was traced with."""
+    with torch.no_grad(), graph.quantization(weights=False, activations=False):
+        return flatten_outputs(graph(graph.traced.example))
 
 
 def _factors(ranges: Tensor, strength: float) -> Tensor:

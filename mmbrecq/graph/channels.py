@@ -91,6 +91,9 @@ def _channel_axis(node: fx.Node, module: Any) -> int | None:
         return int(node.meta['example'].dim()) - 1
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None if isinstance(module, TRANSPOSED) else 1
+    if not type(module).__module__.startswith('torch.nn.'):
+        # a class derived from one of torch's may normalise along another axis
+        return None
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         has_one = module.weight is not None and module.weight.dim() == 1
         return int(node.meta['example'].dim()) - 1 if has_one else None

@@ -10,7 +10,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmbrecq.calibration.equalization import SMALLEST, equalize
-from mmbrecq.errors import ConfigError
+from mmbrecq.errors import ConfigError, GraphError
 from mmbrecq.graph.channels import find_channel_groups
 from mmbrecq.graph.roles import Roles
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -139,7 +139,19 @@ def test_without_the_option_nothing_is_touched() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
 
 
+def test_a_network_that_would_change_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run = prepared(0.5)
+    groups = find_channel_groups(Roles(model.model, model.image_graph.traced.graph))
+    groups[0].readers.pop()
+    monkeypatch.setattr('mmbrecq.calibration.equalization.find_channel_groups', lambda roles: groups)
+    with pytest.raises(
+        GraphError, match=r'^expected equalised channels to change no output, but they do by'
+    ):
+        equalize(model, model.image_graph, run)
+
+
 @pytest.mark.parametrize('value', [-0.1, 1.5, True, 'yes', float('nan')])
-def test_strength_out_of_range(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r'^expected quantizer\.equalization to be a number in \[0, 1\], but got'):
-        BRECQQuantizer({'bits': 4}, equalization=value)
+@pytest.mark.parametrize('name', ['equalization', 'smoothing'])
+def test_strength_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf'^expected quantizer\.{name} to be a number in \[0, 1\], but got'):
+        BRECQQuantizer({'bits': 4}, **{name: value})

@@ -63,6 +63,17 @@ def normalised_pixels(self: Any, x: Tensor) -> Tensor:
     return self.conv(F.relu(self.bn(self.stem(x) * 2)))
 
 
+class ChannelNorm(nn.LayerNorm):
+    """A norm of torch's with another axis, as some libraries have it for maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+def own_norm(self: Any, x: Tensor) -> Tensor:
+    return self.fc(self.own(tokens(self, x).transpose(1, 2)).transpose(1, 2))
+
+
 def layers(**more: nn.Module) -> dict[str, nn.Module]:
     return {'stem': conv(3, WIDTH, stride=4), 'norm': nn.LayerNorm(WIDTH), 'fc': nn.Linear(WIDTH, WIDTH), **more}
 
@@ -77,6 +88,7 @@ def layers(**more: nn.Module) -> dict[str, nn.Module]:
         (read_in_float, {}, []),
         (read_across_tokens, {'mix': nn.Linear(64, 64)}, []),
         (activated_between, {}, []),
+        (own_norm, {'own': ChannelNorm(WIDTH)}, None),
         (normalised_pixels, {'bn': nn.BatchNorm2d(WIDTH), 'conv': conv(WIDTH, 4)}, [({'bn'}, {'conv'})]),
     ],
 )  # fmt: skip
@@ -91,10 +103,10 @@ def test_channels_that_a_normalisation_writes(forward: Any, more: dict[str, nn.M
     quantized = BRECQQuantizer({'bits': 8}, {'bits': 8}, smoothing=1.0).prepare(model, images(2))
     groups = find_channel_groups(Roles(model, quantized.image_graph.traced.graph))
     found = [({path.split('.')[1] for path in g.writers}, {path.split('.')[1] for path in g.readers}) for g in groups]
-    assert found == expected
+    assert expected is None or found == expected
     assert all(group.is_normalised and group.quantizers for group in groups)
     gains = {path: quantized.model.get_submodule(path).weight.clone() for group in groups for path in group.writers}
-    assert equalize(quantized, quantized.image_graph, lambda: quantized(images())) == len(expected)
+    assert equalize(quantized, quantized.image_graph, lambda: quantized(images())) == len(found)
     assert relative_error(run(quantized, images()), wanted) < 1e-6
     # the widest channel was 100 times as wide as the narrowest
     for path, before in gains.items():
