@@ -42,9 +42,7 @@ demo-detection: env-full  ## Quantize a small RetinaNet and a small Faster R-CNN
 test: env-full  ## Run the tests (the first time builds mmcv with its ops, about 15 minutes)
 	@# a process of their own: in one with test_bad_input, test_ptq and test_test of the tools before, the interpreter dies when test_tools starts a tool
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests/test_detectors
-	@# the longest files first, so that no worker is left alone with one of them at the end
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) --ignore tests/test_detectors \
-		tests/test_tools/test_resume.py tests/test_tools/test_several_processes.py tests/test_benchmarks.py tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) --ignore tests/test_detectors tests
 
 lint: env  ## Check the code with ruff and mypy
 	@$(BIN)/ruff check .
