@@ -1,4 +1,4 @@
-"""What is computed on a GPU against the same on the CPU; run with `-m gpu`, and skipped where there is none."""
+"""Tests compare what a GPU computes with what the CPU does; `-m gpu` selects them, and they skip where there is none."""
 
 from __future__ import annotations
 
@@ -422,7 +422,7 @@ def test_what_cannot_be_captured_is_done_eagerly(
 def test_no_iteration_waits_for_the_gpu(
     stage: Stage, place: str, graphs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As many operations wait in a long run as in a short one."""
+    """A long run has as many operations that wait as a short one."""
     monkeypatch.setenv(capture.SWITCH, graphs)
     counts = []
     for iterations in (60, 90):

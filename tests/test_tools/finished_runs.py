@@ -1,4 +1,4 @@
-"""What two runs are compared by, and a run that is killed over and over."""
+"""Compares two runs, and kills a run over and over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TINY = (
 
 
 def results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the run has learned, and what it reports but for times and memory."""
+    """Returns what the run has learned, and what it reports but for times and memory."""
     state = torch.load(folder / 'quantized.pth', weights_only=True)['state_dict']
     summary = json.loads((folder / 'summary.json').read_text())
     for unit in summary['units']:
