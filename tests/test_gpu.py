@@ -1,4 +1,4 @@
-"""Tests compare what a GPU computes with what the CPU does; `-m gpu` selects them, and they skip where there is none."""
+"""Tests compare a GPU with the CPU; `-m gpu` selects them, and they skip where there is no GPU."""
 
 from __future__ import annotations
 

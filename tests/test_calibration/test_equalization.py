@@ -144,9 +144,7 @@ def test_a_network_that_would_change_is_refused(monkeypatch: pytest.MonkeyPatch)
     groups = find_channel_groups(Roles(model.model, model.image_graph.traced.graph))
     groups[0].readers.pop()
     monkeypatch.setattr('mmbrecq.calibration.equalization.find_channel_groups', lambda roles: groups)
-    with pytest.raises(
-        GraphError, match=r'^expected equalised channels to change no output, but they do by'
-    ):
+    with pytest.raises(GraphError, match=r'^expected equalised channels to change no output, but they do by'):
         equalize(model, model.image_graph, run)
 
 
