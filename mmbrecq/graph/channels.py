@@ -117,10 +117,17 @@ def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> int | N
     ):
         return None
     shape = [-1 if a == axis else 1 for a in range(len(wanted))]
-    channels = torch.arange(1.0, wanted[axis] + 1).view(shape).expand(wanted)
-    moved = evaluate(node, lambda n: channels if n is source else n.meta['example'], roles.model)
+    # in the order in memory of the value, which decides whether it has a view
+    channels = torch.empty_like(source.meta['example'], dtype=torch.float32)
+    channels.copy_(torch.arange(1.0, wanted[axis] + 1).view(shape).expand(wanted))
+    try:
+        moved = evaluate(node, lambda n: channels if n is source else n.meta['example'], roles.model)
+    except RuntimeError:
+        # a slice of a value has another order
+        return None
     for to, size in enumerate(moved.shape):
-        order = torch.arange(1.0, size + 1).view([-1 if a == to else 1 for a in range(moved.dim())])
+        order = torch.arange(1.0, size + 1, device=moved.device)
+        order = order.view([-1 if a == to else 1 for a in range(moved.dim())])
         # padding stays 0 whatever the factor
         if size == wanted[axis] and size > 1 and bool(((moved == order) | (moved == 0)).all()):
             return to

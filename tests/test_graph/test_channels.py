@@ -29,6 +29,11 @@ def windows(self: Any, x: Tensor) -> Tensor:
     return self.fc(y).mean(1)
 
 
+def viewed(self: Any, x: Tensor) -> Tensor:
+    y = self.norm(tokens(self, x).contiguous())
+    return self.fc(y.view(-1, 2, y.shape[1] // 2, y.shape[2]).view(-1, y.shape[2]))
+
+
 def two_readers(self: Any, x: Tensor) -> Tensor:
     y = self.norm(tokens(self, x))
     return self.fc(y) + self.fc2(y)
@@ -82,6 +87,7 @@ def layers(**more: nn.Module) -> dict[str, nn.Module]:
     ('forward', 'more', 'expected'),
     [
         (windows, {}, [({'norm'}, {'fc'})]),
+        (viewed, {}, [({'norm'}, {'fc'})]),
         (two_readers, {'fc2': nn.Linear(WIDTH, WIDTH, bias=False)}, [({'norm'}, {'fc', 'fc2'})]),
         (shared_norm, {'fc2': nn.Linear(WIDTH, WIDTH)}, [({'norm'}, {'fc', 'fc2'})]),
         (shared_layer, {'norm2': nn.LayerNorm(WIDTH)}, [({'norm', 'norm2'}, {'fc'})]),
