@@ -160,3 +160,21 @@ def test_wrong_suffix() -> None:
     message = "expected the exported file to end with '.xml', but got 'model.onnx'"
     with pytest.raises(ExportError, match=re.escape(message)):
         OpenVINOExporter('model.onnx')
+
+
+@pytest.mark.parametrize(('name', 'sums'), [('resnet', 5), ('mobilenetv2', 10)])
+def test_sums_with_a_quantized_shortcut_are_part_of_their_convolution(tmp_path: Path, name: str, sums: int) -> None:
+    model = packed(classifier(name), 'openvino', 8, 8)
+    path = OpenVINOExporter().export(model.image_graph, images(2), tmp_path)
+    assert verify_file(path, 'openvino') == []
+    operations = openvino.Core().read_model(path).get_ordered_ops()
+    cuts = [op for op in operations if op.get_type_name() == 'FakeQuantize' and op.get_attributes()['levels'] == 2**24]
+    added = {reader.get_node().get_friendly_name() for cut in cuts for reader in cut.output(0).get_target_inputs()}
+    assert len(cuts) == len(added) == sums
+    backend = OpenVINOBackend(path, num_threads=1)
+    for node in backend._compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if added & set(info['originalLayersNames'].astype(str).split(',')):
+            assert info['layerType'].astype(str) == 'Convolution' and info['runtimePrecision'].astype(str) == 'u8'
+    x = images(8, seed=1)
+    assert moved_images(backend(x)[0], run(model, x)) <= 1
