@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.deploy.backends.openvino import _core
 from mmbrecq.presets import IR_PRESET
 
 COLUMNS = ('float32, ms', 'bfloat16, ms', "the peer's int8, ms", 'mmbrecq int8, ms', 'mmbrecq / peer')
@@ -29,9 +30,7 @@ def compiled(path: Path, precision: str, threads: int, shape: Sequence[int] | No
         shape: Shape of the images; None leaves the free axes free.
         **options: More options of the plugin.
     """
-    import openvino
-
-    model = openvino.Core().read_model(path)
+    model = _core().read_model(path)
     if shape is not None:
         model.reshape(list(shape))
     options |= {'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY'}
@@ -40,7 +39,7 @@ def compiled(path: Path, precision: str, threads: int, shape: Sequence[int] | No
     if model.has_rt_info(list(IR_PRESET)):
         # as mmbrecq opens its own files
         options['LP_TRANSFORMS_MODE'] = model.get_rt_info(list(IR_PRESET)).astype(str) == 'openvino'
-    return openvino.Core().compile_model(model, 'CPU', options)
+    return _core().compile_model(model, 'CPU', options)
 
 
 def runner(path: Path, precision: str, threads: int, image: Array, dynamic: bool) -> Callable[[], object]:
