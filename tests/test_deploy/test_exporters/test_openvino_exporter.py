@@ -199,4 +199,7 @@ def test_a_convolution_over_the_phases_of_an_image_reads_the_image(
     backend = OpenVINOBackend(path, num_threads=1)
     assert backend.integer_kernels().integer == 2
     for size in (32, 46):
-        assert moved_images(backend(images(8, size=size))[0], run(model, images(8, size=size))) <= 1
+        x = images(8, size=size)
+        found, wanted = backend(x)[0], run(model, x)
+        # of 16,928 values some fall on a tie; a row or column too many, or too few, would be 4 % of them
+        assert ((found - wanted).abs() > 2e-5 * wanted.abs().max()).float().mean() < 1e-3
