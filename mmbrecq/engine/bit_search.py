@@ -20,7 +20,7 @@ from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
 from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
-from mmbrecq.report.html import write_sensitivities
+from mmbrecq.report.html import write_grids, write_sensitivities
 from mmbrecq.report.table import choice_text, grid_text
 
 TABLE = 'sensitivity.json'
@@ -46,10 +46,11 @@ def analyze(cfg: Config, path: str) -> SensitivityTable:
 
 
 def print_grid_losses(cfg: Config, path: str) -> None:
-    """Prints what every grid of the config at ``path`` costs the outputs alone; the work dir gets ``grids.json``."""
+    """Prints what every grid of the config at ``path`` costs the outputs alone; ``grids.html`` has a chart of it."""
     count = int(cfg.calibration.get('num_samples', LOOKED_AT))
     cfg.calibration.num_samples = min(count, LOOKED_AT)
     found: GridLosses = build_runner(cfg, path, {**_loop(cfg, path), 'quick': True}).test()
+    write_grids(found, path, Path(cfg.work_dir) / 'grids.html')
     print(grid_text(found))
 
 

@@ -293,4 +293,5 @@ def test_a_quick_analysis_tells_what_every_grid_costs(call: Any, tmp_path: Path)
     assert found['together'] > grids[0]['loss']
     rows = re.findall(r'^\| ([\d.e-]+) \|', outcome.out, re.MULTILINE)
     assert [float(row) for row in rows] == [float(f'{grid["loss"]:.3g}') for grid in grids[:20]]
+    assert 'backbone.layer3.0.conv1' in (tmp_path / 'work' / 'grids.html').read_text()
     assert f'with all grids {found["together"]:.3g}, 16 images; {len(grids) - 20} more grids' in outcome.out
