@@ -17,9 +17,12 @@ from mmbrecq.data import build_calibration_set
 from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, task_loss_of
+from mmbrecq.engine.held_out import HeldOut
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.mixed_precision.chosen_bits import load_rounding
 from mmbrecq.mixed_precision.diagnosis import GridLosses
-from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
+from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, check_budgets
+from mmbrecq.mixed_precision.search.drop import DROP
 from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -112,7 +115,10 @@ class AnalysisLoop(BaseLoop):
         self.images, self._set = collect_images(model, self._set, room)
 
     def load(self) -> None:
-        """Loads the float weights and the calibration images."""
+        """Loads the float weights, the calibration images, and those on which a drop is to be measured."""
+        if DROP in self.options.budgets:
+            # what is missing is told before the work
+            self.held_out = HeldOut(self.runner, self.calibration, self.options.held_out)
         self._load_images()
         model = self.runner.model
         found = pipeline.find_fallback(model, self.images, self.quantizer)
@@ -121,10 +127,25 @@ class AnalysisLoop(BaseLoop):
         asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 
-    def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
+    def drop(self, chosen: SearchResult, states: Path) -> float:
+        """Returns the measured drop of chosen bits, in points, with the rounding that the analysis has learned."""
+        bits = self.quantizer['weight']['bits']
+        model = self.prepare(bits, None, chosen.overrides(), activations=True).model
+        load_rounding(model, states, chosen.bits)
+        with model.quantization(weights=True, activations=True):
+            return self.held_out.drop(model.model)
+
+    def prepare(
+        self,
+        bits: int,
+        activation_bits: int | None,
+        overrides: Sequence[Mapping[str, Any]] = (),
+        activations: bool = False,
+    ) -> Task:
         """Returns a copy of the model that :meth:`load` read, prepared, with calibrated weights.
 
-        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's.
+        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's, and
+        ``activations`` are calibrated, too, where that is asked for.
         """
         model = copy.deepcopy(self.runner.model)
         config = {**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': bits}}
@@ -134,7 +155,7 @@ class AnalysisLoop(BaseLoop):
         prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, config))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
-        pipeline.calibrate(task, activations=False)
+        pipeline.calibrate(task, activations=activations)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
+from mmbrecq.mixed_precision.search.drop import cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.nsga2 import find_front
+from mmbrecq.mixed_precision.search.problem import Choices
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_grids, write_sensitivities
+from mmbrecq.report.rows import format_cost
 from mmbrecq.report.table import choice_text, grid_text
 
 TABLE = 'sensitivity.json'
@@ -79,14 +83,36 @@ def choose_bits(
     table = SensitivityTable.load(table_path)
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
+    points = drop_budget(budgets)
+    table = table if points is None else bits.with_float(table)
     problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
-    choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
-    result = bits.describe_choice(table, models, problem, choice)
+    search = partial(build(SEARCHERS, dict(options.searcher)).search, seed=seed)
+    describe = partial(bits.describe_choice, table, models, problem)
+    if points is None:
+        result, cost = describe(search(problem)), next(iter(budgets))
+    else:
+        cost = cost_to_lower(problem.costs, budgets)
+        cfg = cfg.copy()
+        cfg.search = {**(cfg.get('search') or {}), 'budgets': budgets}
+        loop = build_runner(cfg, path, _loop(cfg, path)).test_loop
+        loop.load()
+        loop.held_out.measure_float(loop.runner.model)
+
+        def measure(choice: Choices) -> float:
+            tried = describe(choice)
+            drop: float = loop.drop(tried, table_path.parent / 'states')
+            spent = format_cost(tried.spent[cost], tried.units[cost])
+            print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
+            return drop
+
+        choice, trials = find_cheapest(problem, cost, search, measure, points)
+        result = describe(choice)
+        result.metric, result.held_out, result.trials = loop.held_out.metric, len(loop.held_out), trials
     result.asked = {name: str(amount) for name, amount in budgets.items()}
     result.images, result.inputs = table.images, table.inputs
     result.states = os.path.relpath(table_path.parent / 'states', out.parent)
-    result.front_cost = next(iter(budgets))
+    result.front_cost = cost
     try:
         result.front = find_front(problem, result.front_cost, seed)
     except DependencyError as error:

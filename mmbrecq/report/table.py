@@ -98,6 +98,9 @@ def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
         budget = f', budget {rows.format_cost(chosen.budgets[name], unit)}' if name in chosen.budgets else ''
         share = spent / chosen.float_costs[name] if chosen.float_costs[name] else 0.0
         lines.append(f'{name}: {rows.format_cost(spent, unit)}, {share:.3g}x of float{budget}')
+    if (drop := chosen.drop) is not None:
+        told = f'{drop:.4g} points of {chosen.metric} on {chosen.held_out} held-out images'
+        lines.append(f'drop: {told}, budget {chosen.asked["drop"]}; {len(chosen.trials)} choices were evaluated')
     return '\n'.join(lines) + '\n'
 
 
