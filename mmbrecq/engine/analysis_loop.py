@@ -19,6 +19,7 @@ from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, task_loss_of
 from mmbrecq.engine.held_out import HeldOut
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.chosen_bits import load_rounding
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, check_budgets
@@ -30,7 +31,7 @@ from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
-from mmbrecq.runs.identity import describe_inputs
+from mmbrecq.runs.identity import describe_inputs, first_difference
 from mmbrecq.schema import save_json
 
 
@@ -83,8 +84,18 @@ class AnalysisLoop(BaseLoop):
         if self.quick:
             return self._measure_grids()
         self.load()
+        analyzer = Analyzer(
+            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), self._inputs(),
+            HookCaller(self.runner), self._check_budgets,
+        )  # fmt: skip
+        table = analyzer.run()
+        self.runner.logger.info(f'sensitivities: {analyzer.path}')
+        return table
+
+    def _inputs(self) -> dict[str, str]:
+        """Returns what the figures of an analysis depend on, once everything is loaded."""
         count = len(self.images)
-        inputs = {
+        return {
             **describe_inputs(self.runner.cfg, self.runner.model, self.images, self.runner.seed or 0),
             'overrides': str(self.quantizer.get('overrides', ())),
             'candidates': str(sorted(self.options.candidates, key=str)),
@@ -92,13 +103,6 @@ class AnalysisLoop(BaseLoop):
             'loss': self.options.loss,
             'images': f'{self.options.images or count} of {count}',
         }
-        analyzer = Analyzer(
-            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), inputs,
-            HookCaller(self.runner), self._check_budgets,
-        )  # fmt: skip
-        table = analyzer.run()
-        self.runner.logger.info(f'sensitivities: {analyzer.path}')
-        return table
 
     def _measure_grids(self) -> GridLosses:
         self._load_images()
@@ -126,6 +130,15 @@ class AnalysisLoop(BaseLoop):
             self.quantizer['overrides'] = [*self.quantizer.get('overrides', ()), *found.overrides()]
         asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
+
+    def begin_drops(self, inputs: Mapping[str, str]) -> None:
+        """Loads everything and measures the float model; ConfigError where ``inputs`` of an analysis are others."""
+        self.load()
+        if (difference := first_difference(inputs, self._inputs())) is not None:
+            raise ConfigError(
+                f'expected the config and images of the analysis to measure a drop with, but {difference}'
+            )
+        self.held_out.measure_float(self.runner.model)
 
     def drop(self, chosen: SearchResult, states: Path) -> float:
         """Returns the measured drop of chosen bits, in points, with the rounding that the analysis has learned."""

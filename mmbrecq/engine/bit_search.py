@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmbrecq.building import build, parse_options
 from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
+from mmbrecq.engine.analysis_loop import AnalysisLoop
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.diagnosis import GridLosses
@@ -20,7 +21,7 @@ from mmbrecq.mixed_precision.search import bits
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
 from mmbrecq.mixed_precision.search.drop import cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.nsga2 import find_front
-from mmbrecq.mixed_precision.search.problem import Choices
+from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
 from mmbrecq.report.html import write_grids, write_sensitivities
@@ -93,22 +94,11 @@ def choose_bits(
         result, cost = describe(search(problem)), next(iter(budgets))
     else:
         cost = cost_to_lower(problem.costs, budgets)
-        cfg = cfg.copy()
-        cfg.search = {**(cfg.get('search') or {}), 'budgets': budgets}
-        loop = build_runner(cfg, path, _loop(cfg, path)).test_loop
-        loop.load()
-        loop.held_out.measure_float(loop.runner.model)
-
-        def measure(choice: Choices) -> float:
-            tried = describe(choice)
-            drop: float = loop.drop(tried, table_path.parent / 'states')
-            spent = format_cost(tried.spent[cost], tried.units[cost])
-            print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
-            return drop
-
-        choice, trials = find_cheapest(problem, cost, search, measure, points)
-        result = describe(choice)
-        result.metric, result.held_out, result.trials = loop.held_out.metric, len(loop.held_out), trials
+        own = cfg.copy()
+        own.search = {**(cfg.get('search') or {}), 'budgets': budgets}
+        loop = build_runner(own, path, _loop(own, path)).test_loop
+        loop.begin_drops(table.inputs)
+        result = _within_drop(loop, problem, cost, search, describe, table_path.parent / 'states', points)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
     result.images, result.inputs = table.images, table.inputs
     result.states = os.path.relpath(table_path.parent / 'states', out.parent)
@@ -124,6 +114,30 @@ def choose_bits(
     )
     print(f'{choice_text(result, table)}config: {out}')
     return result
+
+
+def _within_drop(
+    loop: AnalysisLoop,
+    problem: BitProblem,
+    cost: str,
+    search: Callable[[BitProblem], Choices],
+    describe: Callable[[Choices], SearchResult],
+    states: Path,
+    points: float,
+) -> SearchResult:
+    """Finds the cheapest choice whose drop, as the loop measures it, is within ``points``; prints what it evaluates."""
+
+    def measure(choice: Choices) -> float:
+        tried = describe(choice)
+        drop = loop.drop(tried, states)
+        spent = format_cost(tried.spent[cost], tried.units[cost])
+        print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
+        return drop
+
+    choice, trials = find_cheapest(problem, cost, search, measure, points)
+    found = describe(choice)
+    found.metric, found.held_out, found.trials = loop.held_out.metric, len(loop.held_out), trials
+    return found
 
 
 def chosen_bits(cfg: Config, path: str) -> Path | None:

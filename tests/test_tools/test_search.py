@@ -108,6 +108,9 @@ def test_the_cheapest_bits_within_a_measured_drop(call: Any, analysed: Path, tmp
     assert outcome.status == 0, outcome.err
     assert 'On 100 held-out images accuracy/top1 dropped by' in page.read_text()
 
+    error = call('search', DEMO, *options, 'seed=1', '--budget=drop=20', work_dir=analysed).error
+    expected = 'expected the config and images of the analysis to measure a drop with, but seed was 0 and is 1 now'
+    assert expected in error
     error = call('search', DEMO, *options, 'search.budgets.size=0.072x', '--budget=drop=1', work_dir=analysed).error
     assert re.search(
         'but got 1 points: the choice .* is predicted to lose least drops by [0-9]+ on the held-out', error
