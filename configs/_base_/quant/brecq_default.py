@@ -5,6 +5,5 @@ reconstructor = dict(
     type='BRECQReconstructor',
     weights=dict(iterations=20000, batch_size=32, round_weight=0.01),
     activations=dict(iterations=5000, batch_size=32, activation_lr=4e-4),
-    loss=dict(type='MSELoss'),
 )
 exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]
