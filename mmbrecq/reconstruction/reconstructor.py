@@ -296,7 +296,7 @@ class _Run:
         known = (None, None) if fisher is None else fisher.of(unit.outputs)
         data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
         # the plain loss where what it weighs by is not known
-        tokens = all(len(value.sample_shape) == 2 for value in float_outputs)
+        tokens = all(len(grouped(value).parts[0].sample_shape) == 2 for value in float_outputs)
         of_unit = self.token_loss if tokens else self.loss
         loss: UnitLoss = of_unit if fisher is not None or not self.loss.needs_fisher else MSELoss()
         power = data.power(loss, size)
