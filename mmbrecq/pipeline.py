@@ -39,13 +39,13 @@ from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
-from mmbrecq.mixed_precision.diagnosis import Diagnosis, GridLosses, diagnose, measure_grids
-from mmbrecq.mixed_precision.sensitivity.measure import output_loss
+from mmbrecq.mixed_precision.diagnosis import Diagnosis, GridLosses, diagnose, find_raised, measure_grids
+from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss, output_loss
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.options import FLOAT, with_bits
-from mmbrecq.quantizers.quantized_model import UNCALLED, QuantizedModel
+from mmbrecq.quantizers.quantized_model import UNCALLED, QuantizedGraph, QuantizedModel
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
@@ -119,26 +119,40 @@ def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> Quan
 
 
 def find_fallback(model: nn.Module, images: Images, config: Mapping[str, Any]) -> Diagnosis | None:
-    """Finds the layers whose input hurts the outputs at 8 bits, on a copy of the model and a few images.
+    """Finds the layers whose input hurts the outputs, at 8 bits or fewer, on copies of the model and a few images.
 
     Args:
         model: The float model; it stays as it is.
         images: Preprocessed calibration images, ``(N, C, H, W)``, or groups of them; a few of the first are looked at.
-        config: Config of the quantizer, whose ``fallback`` has the bound and the limit.
+        config: Config of the quantizer, whose ``fallback`` has the bounds and the limit.
 
     Returns:
-        The losses, and the layers to leave in float; None where the config keeps all activations as they are.
+        The losses, the layers to leave in float, and those to give 8 bits; None where the config asks for neither.
 
     Raises:
         GraphError: The model cannot be prepared, see :func:`prepare`.
     """
     quantizer: BRECQQuantizer = build(QUANTIZERS, dict(config))
     options = quantizer.fallback
-    if not options.limit or quantizer.activation_bits is None:
-        return None
-    found = _calibrated_copy(model, images, with_bits(config, MAX_BITS), options.images)
-    loss = output_loss(found, found.model.image_graph, None, '')
-    return diagnose(found.model.image_graph, lambda paths: loss.of((), paths), loss.kind, options)
+    bits, found = quantizer.activation_bits, None
+    if bits is not None and options.limit:
+        graph, loss = _losses_of_copy(model, images, with_bits(config, MAX_BITS), options.images)
+        found = diagnose(graph, lambda paths: loss.of((), paths), loss.kind, options)
+    if bits is not None and bits < MAX_BITS and options.low_bound is not None:
+        overrides = [*config.get('overrides', ()), *(found.overrides() if found else ())]
+        graph, loss = _losses_of_copy(model, images, {**config, 'overrides': overrides}, min(options.images, 4))
+        raised = find_raised(graph, lambda paths: loss.of((), paths), options)
+        if raised:
+            found = found or Diagnosis(loss.kind)
+            found.raised = raised
+    return found
+
+
+def _losses_of_copy(
+    model: nn.Module, images: Images, config: Mapping[str, Any], count: int
+) -> tuple[QuantizedGraph, OutputLoss]:
+    found = _calibrated_copy(model, images, config, count)
+    return found.model.image_graph, output_loss(found, found.model.image_graph, None, '')
 
 
 def find_grid_losses(model: nn.Module, images: Images, config: Mapping[str, Any], count: int = 16) -> GridLosses:

@@ -11,10 +11,15 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
+from typing import Any
 
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
+from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import FLOAT, FallbackOptions
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
+
+RAISING_PASSES = 64
+"""Most passes over a few images that look for the worst grids below 8 bits."""
 
 
 @dataclass
@@ -27,22 +32,40 @@ class Diagnosis:
         after: The same without those of the layers that stay in float.
         worst: Loss with the grid of one activation alone, by its path, the worst first; what loses little is missing.
         layers: Layers that stay in float, each with the loss of the grid of its input.
+        raised: Layers that read 8 bits where the config has fewer, each with the loss of the grid of its input.
     """
 
     kind: str
-    before: float
-    after: float
+    before: float = 0.0
+    after: float = 0.0
     worst: dict[str, float] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
+    raised: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f'activations at 8 bits cost the outputs {self.before:.2g} ({self.kind})'
-        count = len(self.layers)
-        return f'{text}, {self.after:.2g} with {count} layers in float' if count else text
+        found = []
+        if self.before:
+            count, kind = len(self.layers), self.kind
+            more = f', {self.after:.2g} with {count} layers in float' if count else ''
+            found.append(f'activations at 8 bits cost the outputs {self.before:.2g} ({kind}){more}')
+        if self.raised:
+            worst = ', '.join(f'{layer} ({loss:.2g})' for layer, loss in self.raised.items())
+            found.append(
+                f'inputs of layers get {MAX_BITS} bits, for fewer alone cost the outputs ({self.kind}): {worst}'
+            )
+        return '; '.join(found)
 
-    def overrides(self) -> list[dict[str, str]]:
-        """Returns the options of a quantizer that leave the layers in float."""
-        return [
+    def overrides(self) -> list[dict[str, Any]]:
+        """Returns the options of a quantizer that leave the layers in float, or give them more bits."""
+        raised: list[dict[str, Any]] = [
+            {
+                'pattern': layer,
+                'activation_bits': MAX_BITS,
+                'reason': f'with fewer bits its input alone costs the outputs {loss:.2g} ({self.kind})',
+            }
+            for layer, loss in self.raised.items()
+        ]
+        return raised + [
             {
                 'pattern': layer,
                 'weight_bits': FLOAT,
@@ -164,6 +187,25 @@ def diagnose(
         if after < found.after:
             paths, found.layers, found.after = rest, more, after
     return found
+
+
+def find_raised(
+    graph: QuantizedGraph, loss: Callable[[Sequence[str]], float], options: FallbackOptions
+) -> dict[str, float]:
+    """Returns the layers whose input on a grid below 8 bits loses more than its bound alone, with that loss.
+
+    Args:
+        graph: With calibrated grids of the bits of the config.
+        loss: See :func:`diagnose`.
+        options: The bound.
+    """
+    paths = [path for path, quantizer in graph.quantizers.items() if quantizer.qtype.bits < MAX_BITS]
+    if options.low_bound is None or not paths:
+        return {}
+    owners = _owners(graph)
+    alone = _alone(paths, loss, loss(paths), options.low_bound, RAISING_PASSES)
+    worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
+    return {layer: own for path, own in worst for layer in sorted(owners.get(path, ()))}
 
 
 def _owners(graph: QuantizedGraph) -> dict[str, set[str]]:

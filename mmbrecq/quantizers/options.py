@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -64,22 +65,28 @@ class Override:
 
 @dataclass(frozen=True)
 class FallbackOptions:
-    """Holds the options of layers that stay in float since 8 bits hurt their inputs.
+    """Holds the options of layers whose inputs are hurt: by 8 bits, so that they stay in float, or by fewer bits.
 
     Args:
         bound: Loss of the outputs, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`, that all
             activations at 8 bits may have together; above it the layers behind the worst ones stay in float.
         limit: Largest share of the layers that stay in float for it, 0 to 1; 0 for none.
+        low_bound: Loss that a single activation below 8 bits may have; the layers behind one that has more read 8 bits.
+            None for no such.
         images: Most calibration images that are looked at; large ones are fewer.
     """
 
     bound: float = 0.02
     limit: float = 0.1
+    low_bound: float | None = 0.3
     images: int = 16
 
     def __post_init__(self) -> None:
-        for name, least, most in (('bound', 0, float('inf')), ('limit', 0, 1), ('images', 1, float('inf'))):
+        ends = {'bound': (0, math.inf), 'limit': (0, 1), 'low_bound': (0, math.inf), 'images': (1, math.inf)}
+        for name, (least, most) in ends.items():
             value = getattr(self, name)
+            if name == 'low_bound' and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise ConfigError(f'expected quantizer.fallback.{name} in [{least}, {most}], but got {value!r}')
 

@@ -41,7 +41,7 @@ def images(count: int = 16) -> Tensor:
 def config(**fallback: Any) -> dict[str, Any]:
     return {
         'type': 'BRECQQuantizer', 'preset': 'openvino', 'weight': {'bits': 4}, 'activation': {'bits': 4},
-        'fallback': {'bound': 1e-3, 'limit': 0.5, **fallback},
+        'fallback': {'bound': 1e-3, 'limit': 0.5, 'low_bound': None, **fallback},
     }  # fmt: skip
 
 
@@ -68,8 +68,35 @@ def test_nothing_stays_in_float_within_the_bound_or_beyond_the_limit(model: Net,
 
 def test_nothing_is_looked_for_where_all_activations_are_to_lie_on_grids() -> None:
     assert pipeline.find_fallback(Net().eval(), images(), config(limit=0.0)) is None
-    academic = {**config(), 'preset': 'academic', 'fallback': None}
+    academic = {**config(), 'preset': 'academic', 'fallback': {'low_bound': None}}
     assert pipeline.find_fallback(Net().eval(), images(), academic) is None
+
+
+@pytest.mark.parametrize('preset', ['academic', 'openvino'])
+def test_an_input_that_fewer_bits_hurt_alone_gets_8(preset: str) -> None:
+    model, asked = Net().eval(), {**config(limit=0.0, low_bound=0.001), 'preset': preset, 'first_last_8bit': False}
+    found = pipeline.find_fallback(model, images(), asked)
+    assert found is not None and not found.layers
+    assert list(found.raised) == ['second']
+    # what the grid alone costs, measured layer by layer
+    losses = pipeline.find_grid_losses(model, images(4), asked, 4)
+    alone = {grid.layers[0]: grid.loss for grid in losses.grids if grid.kind == 'activation' and grid.layers}
+    assert found.raised == pytest.approx({layer: loss for layer, loss in alone.items() if loss > 0.001}, rel=1e-3)
+    (override,) = found.overrides()
+    assert override['reason'].startswith('with fewer bits its input alone costs the outputs ')
+    assert str(found).startswith('inputs of layers get 8 bits, for fewer alone cost the outputs (divergence): second (')
+    quantized = mmbrecq.quantize(
+        model, images(), preset=preset, weight_bits=4, activation_bits=4, method='nearest',
+        quantizer={'fallback': {'limit': 0.0, 'low_bound': 0.001}, 'first_last_8bit': False},
+    )  # fmt: skip
+    assert {layer.name: layer.activation_bits for layer in quantized.layers} == {
+        'stem': 4, 'first': 4, 'second': 8, 'third': 4,
+    }  # fmt: skip
+
+
+def test_8_bits_are_not_raised() -> None:
+    asked = {**config(limit=0.0, low_bound=0.0), 'activation': {'bits': 8}}
+    assert pipeline.find_fallback(Net().eval(), images(), asked) is None
 
 
 def test_errors_that_cancel_each_other_are_left_alone() -> None:
@@ -160,7 +187,7 @@ def test_a_config_that_does_not_name_what_is_float_fits_the_file(tmp_path: Path)
         ({'bound': -1}, r'^expected quantizer\.fallback\.bound in \[0, inf\], but got -1$'),
         ({'limit': 2}, r'^expected quantizer\.fallback\.limit in \[0, 1\], but got 2$'),
         ({'images': True}, r'^expected quantizer\.fallback\.images in \[1, inf\], but got True$'),
-        ({'layers': 3}, "^unknown option 'layers' of quantizer.fallback: expected bound or limit or images$"),
+        ({'layers': 3}, "^unknown option 'layers' of quantizer.fallback: expected bound or limit or low_bound or images$"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
