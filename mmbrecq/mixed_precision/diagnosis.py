@@ -18,7 +18,7 @@ from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import FLOAT, FallbackOptions
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 
-RAISING_PASSES = 64
+RAISING_PASSES = 128
 """Most passes over a few images that look for the worst grids below 8 bits."""
 
 
@@ -203,7 +203,14 @@ def find_raised(
     if options.low_bound is None or not paths:
         return {}
     owners = _owners(graph)
-    alone = _alone(paths, loss, loss(paths), options.low_bound, RAISING_PASSES)
+    if (together := loss(paths)) <= options.low_bound:
+        return {}
+    one_by_one = len(paths) <= RAISING_PASSES
+    alone = (
+        {path: loss([path]) for path in paths}
+        if one_by_one
+        else (_alone(paths, loss, together, options.low_bound, RAISING_PASSES))
+    )
     worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
     return {layer: own for path, own in worst for layer in sorted(owners.get(path, ()))}
 
