@@ -19,6 +19,7 @@ from mmbrecq.graph.components import (
     RegionHead,
     attach,
     graph_module,
+    has_transformer,
     region_shape,
     set_forward,
 )  # fmt: skip
@@ -134,7 +135,7 @@ def _trace_at_sizes(
     pair = torch.cat([example, example])[:2]
     base, more = trace(pair), trace(torch.cat([pair, pair[:1]]))
     traced = TracedGraph(model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent)
-    is_map = any(output.dim() == 4 for output in traced.example_outputs().values())
+    is_map = has_transformer(model) or any(output.dim() == 4 for output in traced.example_outputs().values())
     wider = None
     if isinstance(entry, ImageForward) and example.dim() == 4:
         with suppress(Exception):
