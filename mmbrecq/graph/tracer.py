@@ -184,6 +184,8 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        if target is torch.linspace and len(args) == 3 and kwargs.keys() <= {'dtype', 'device'}:
+            return _spaced(*args, **kwargs)
         if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
             target, args = _SHAPED_AS[target], (args[0], args[1].shape)
         target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
@@ -321,6 +323,12 @@ def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     for name, tensor, version in state:
         if tensor._version != version:
             raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
+
+
+def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+    """Returns what ``torch.linspace`` does; its own form in a file divides by zero for a single step."""
+    number = torch.arange(steps, dtype=dtype, device=device)
+    return number / number[-1:].clamp(min=1) * (end - start) + start
 
 
 def _positional(
