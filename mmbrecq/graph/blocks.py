@@ -49,7 +49,8 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
 
     Each has one output and 2 to :data:`MAX_LAYERS` layers, but not all of the graph. Modules of the first kind do not
     read the input of the graph, as a network that is written as one module does; inverted residuals without a shortcut
-    are of the second kind.
+    are of the second kind. A module that chains blocks of different types and nothing else that has layers, as the
+    layer of a transformer whose attention adds its own input, is a block itself; a stage chains blocks of one type.
     """
     regions: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
@@ -68,7 +69,15 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
     reading = set(next(n for n in graph.nodes if n.op == 'placeholder').users)
     joined = {path for path in joined if path in possible and not reading & regions[path]}
     types = {possible[path] for path in joined if possible[path].forward is not nn.Sequential.forward}
-    return {path for path, kind in possible.items() if path in joined or kind in types}
+    found = {path for path, kind in possible.items() if path in joined or kind in types}
+    chains = set()
+    for path in possible:
+        inner = [p for p in found if p != path and is_below(p, path)]
+        inner = [p for p in inner if not any(p != q and is_below(p, q) for q in inner)]
+        has_all = layers[path] == {layer for p in inner for layer in layers[p]}
+        if has_all and len({possible[p] for p in inner}) > 1 and possible[path].forward is not nn.Sequential.forward:
+            chains.add(path)
+    return found | {path for path in chains if not any(p != path and is_below(p, path) for p in chains)}
 
 
 def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:

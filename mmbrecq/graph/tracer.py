@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -97,7 +98,7 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
-            symbolic.seen_as_tensors(),
+            symbolic.seen_as_tensors(), _computing_in_torch(),
         ):  # fmt: skip
             for component in components_of(model):
                 object.__setattr__(component, 'forward', self._recorded(component))
@@ -306,6 +307,20 @@ class _SymbolicSizes(TorchFunctionMode):
         is_method = is_tensor_method_or_property(func)
         kind, target = ('call_method', name) if is_method else ('call_function', func)
         return self._tracer.create_proxy(kind, target, args, kwargs)
+
+
+@contextmanager
+def _computing_in_torch() -> Iterator[None]:
+    """Makes mmcv's deformable attention compute as on a CPU, by functions of torch; no file has its kernel of a GPU."""
+    module: Any = sys.modules.get('mmcv.ops.multi_scale_deform_attn')
+    before = getattr(module, 'IS_CUDA_AVAILABLE', False)
+    try:
+        if before:
+            module.IS_CUDA_AVAILABLE = False
+        yield
+    finally:
+        if before:
+            module.IS_CUDA_AVAILABLE = True
 
 
 @contextmanager

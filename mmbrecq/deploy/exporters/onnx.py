@@ -58,14 +58,14 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     buffer = io.BytesIO()
     sink: Any = buffer
     compiled = graph.compiled.eval()
-    outputs = graph.traced.example_outputs()
+    outputs, traced = graph.traced.example_outputs(), graph.traced
     try:
         with torch.no_grad(), warnings.catch_warnings(), _nothing_printed():
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
                 compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
-                dynamic_axes=_free_axes(outputs, graph.traced.free_size and graph.traced.sizes_vary), opset_version=opset,
+                dynamic_axes=_free_axes(outputs, traced.free_size and traced.sizes_vary), opset_version=opset,
                 do_constant_folding=False, dynamo=False,
             )  # fmt: skip
     except Exception as error:
