@@ -68,16 +68,20 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
     joined = {next((path for path in _ancestors(owner) if len(layers[path]) > 1), '') for owner in owners}
     reading = set(next(n for n in graph.nodes if n.op == 'placeholder').users)
     joined = {path for path in joined if path in possible and not reading & regions[path]}
-    types = {possible[path] for path in joined if possible[path].forward is not nn.Sequential.forward}
+    types = {possible[path] for path in joined if not _is_list(possible[path])}
     found = {path for path, kind in possible.items() if path in joined or kind in types}
-    chains = set()
-    for path in possible:
-        inner = [p for p in found if p != path and is_below(p, path)]
-        inner = [p for p in inner if not any(p != q and is_below(p, q) for q in inner)]
-        has_all = layers[path] == {layer for p in inner for layer in layers[p]}
-        if has_all and len({possible[p] for p in inner}) > 1 and possible[path].forward is not nn.Sequential.forward:
-            chains.add(path)
-    return found | {path for path in chains if not any(p != path and is_below(p, path) for p in chains)}
+    children: dict[str, list[str]] = {}
+    for path in found:
+        children.setdefault(path.rpartition('.')[0], []).append(path)
+    for path in children.keys() & possible.keys():
+        has_all = layers[path] == {layer for child in children[path] for layer in layers[child]}
+        if has_all and len({possible[child] for child in children[path]}) > 1 and not _is_list(possible[path]):
+            found.add(path)
+    return found
+
+
+def _is_list(kind: type[nn.Module]) -> bool:
+    return kind.forward in (nn.Sequential.forward, nn.Module.forward)
 
 
 def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
