@@ -90,7 +90,8 @@ def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
     passed: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         sources = [passed[n] for n in node.all_input_nodes if n in passed]
-        if node.op == 'placeholder' or (sources and _has_tensors(node)):
+        follows = 'values' in node.meta.get('depends', ('values',))
+        if node.op == 'placeholder' or (sources and follows and _has_tensors(node)):
             passed[node] = frozenset(node.meta.get('layers', ())).union(*sources)
         joins = roles.is_add(node) or roles.is_concat(node) or roles.operation(node) == 'mul'
         if len(set(sources)) > 1 and joins:
