@@ -173,7 +173,7 @@ def test_values_without_images_along_their_first_axis_cross_no_unit() -> None:
     model, x = net(forward, stem=conv(), **layers), images(3, seed=1, size=8)
     traced = trace_image_graph(model, images(2, size=8))
     units = cut_units(model, traced.graph, layers_of(model), set(), [], '', 'layer')
-    assert [len(unit.layers) for unit in units] == [1, 2, 1, 1]
+    assert [len(unit.layers) for unit in units] == [3, 1, 1]
     values = run_units(units, x)
     assert all(len(value) == 3 for value in values.values())
     torch.testing.assert_close(values[outputs_of(traced)[0]], run(traced.compile(), x), rtol=0, atol=0)
