@@ -9,6 +9,9 @@ WORK_DIR ?= work_dirs/demo
 PYTEST_ARGS ?=
 # Files of tests that run side by side, each with one thread
 WORKERS ?= 2
+# The longest first, so that no worker is left alone with one of them
+LONG := tests/test_tools tests/test_detectors tests/test_kinds.py tests/test_benchmarks.py
+TESTS := $(LONG) $(filter-out $(LONG),$(wildcard tests/test_*))
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip
@@ -40,9 +43,7 @@ demo-detection: env-full  ## Quantize a small RetinaNet and a small Faster R-CNN
 	done
 
 test: env-full  ## Run the tests (the first time builds mmcv with its ops, about 15 minutes)
-	@# a process of their own: in one with test_bad_input, test_ptq and test_test of the tools before, the interpreter dies when test_tools starts a tool
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests/test_detectors
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) --ignore tests/test_detectors tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
 lint: env  ## Check the code with ruff and mypy
 	@$(BIN)/ruff check .

@@ -155,14 +155,29 @@ def find_grid_losses(model: nn.Module, images: Images, config: Mapping[str, Any]
     """
     found = _calibrated_copy(model, images, config, count)
     calibrate_weights(found.model)
-    loss = output_loss(found, found.model.image_graph, None, '')
-    return measure_grids(found.model.image_graph, loss, len(found.images))
+    return grid_losses(found)
+
+
+def grid_losses(task: Task, passes: int | None = None) -> GridLosses:
+    """Measures what single grids of a calibrated model cost its outputs over the images of a task.
+
+    Args:
+        task: The model, its grids calibrated, and a few images.
+        passes: See :func:`~mmbrecq.mixed_precision.diagnosis.measure_grids`.
+    """
+    graph = task.model.image_graph
+    return measure_grids(graph, output_loss(task, graph, None, ''), len(task.images), passes)
+
+
+def few_of(images: Images, count: int) -> Tensor:
+    """Returns the first images of the first group, fewer where they are large, see :data:`LOOKED_AT`."""
+    group: Tensor = grouped(images).parts[0]
+    return group[: min(count, max(2, LOOKED_AT // group[0, :1].numel()))]
 
 
 def _calibrated_copy(model: nn.Module, images: Images, config: Mapping[str, Any], count: int) -> Task:
     """Returns a prepared copy of a model, the activations of its images calibrated, with the images looked at."""
-    group: Tensor = grouped(images).parts[0]
-    few = group[: min(count, max(2, LOOKED_AT // group[0, :1].numel()))]
+    few = few_of(images, count)
     rough = prepare(copy_model(model), few, build(QUANTIZERS, dict(config)))
 
     def run() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip('mmpretrain', reason='the benchmarks run models of mmpretrain')
 
@@ -60,11 +65,17 @@ def test_accuracy_prints_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     assert memory is not None and 100 < float(memory[1]) < float(cells[-1].split()[0])
 
 
+def load(name: str) -> ModuleType:
+    folder = str(ROOT / 'benchmarks')
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
 def test_spread_has_digits_for_percentages_and_for_fractions() -> None:
-    spec = importlib.util.spec_from_file_location('accuracy', ROOT / 'benchmarks' / 'accuracy.py')
-    assert spec is not None and spec.loader is not None
-    accuracy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(accuracy)
+    accuracy = load('accuracy')
     assert accuracy.spread([81.0, 82.0, 83.0]) == '82.00 ± 1.00'
     assert accuracy.spread([0.55, 0.57]) == '0.560 ± 0.014'
     assert accuracy.spread([0.5]) == '0.500' and accuracy.spread([]) == ''
@@ -102,6 +113,66 @@ def test_agreement_compares_simulation_and_deployed_files(tmp_path: Path) -> Non
     assert little == pytest.approx(quantized, abs=0.5) and much < 0.8 * quantized
     for row in rows[3:-2]:
         assert float(row[2]) < 0.1 * float(row[3]), 'far nearer to the simulation than to float'
+
+
+def write_files(folder: Path) -> None:
+    """Writes the float files of a network as peers.py does, and copies in place of all quantized ones."""
+    peers = load('peers')
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    peers.write_float(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), images, list, folder)
+    assert np.array_equal(np.load(folder / 'calibration-0000.npy'), images.numpy())
+    for name in ('nncf', 'nearest_openvino-seed0/deploy/model'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ('.xml', '.bin'):
+            (folder / f'{name}{suffix}').write_bytes((folder / f'float{suffix}').read_bytes())
+    (folder / 'onnxruntime.onnx').write_bytes((folder / 'float.onnx').read_bytes())
+
+
+def test_peers_compares_files_in_a_work_dir(tmp_path: Path) -> None:
+    write_files(tmp_path / 'mmpretrain-none.py')
+    options = ['--work-dir', str(tmp_path), '--reuse', '--seconds', '0', '--python', sys.executable]
+    out = run('peers.py', 'mmpretrain::none.py', *options)
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
+    assert rows[2][:2] == ['mmpretrain::none.py', 'skipped: random weights'] and len(rows[2]) == len(rows[0]) == 7
+    latency = rows[5]
+    assert rows[3][-1] == 'mmbrecq / peer' and latency[:3] == ['mmpretrain::none.py', 'openvino', '1']
+    assert all(float(cell) > 0 for cell in latency[3:7])
+    ratio, low, high = map(float, re.fullmatch(r'([\d.]+) \(([\d.]+) to ([\d.]+)\)', latency[7]).groups())
+    assert low <= ratio <= high
+    assert len(rows) == 8, 'the same file has the same operations'
+
+
+def test_peers_quantize_reads_every_image_once_and_knows_attention(tmp_path: Path) -> None:
+    helper = pytest.importorskip('onnx').helper
+    quantize = load('peers_quantize')
+    first, second = np.arange(6.0).reshape(3, 2), np.arange(4.0).reshape(2, 2)
+    for name, array in (('-0000', first), ('-0001', second), ('.head-0000', np.ones((130, 2)))):
+        np.save(tmp_path / f'calibration{name}.npy', array)
+    samples = quantize.samples_of(tmp_path, '')
+    for _ in 'again':
+        assert np.array_equal(np.concatenate(list(samples)), np.concatenate([first, second]))
+    assert len(samples) == 5 and next(iter(samples)).dtype == np.float32
+    assert [len(part) for part in quantize.samples_of(tmp_path, 'head')] == [64, 64, 2]
+    with pytest.raises(FileNotFoundError, match='expected arrays of calibration images in'):
+        quantize.samples_of(tmp_path, 'other')
+
+    def graph(*values: str) -> object:
+        nodes = [helper.make_node('Softmax', ['x'], ['s']), helper.make_node('Reshape', ['s', 'shape'], ['r'])]
+        weight = helper.make_tensor('weight', 1, [1, 1], [1.0])
+        return helper.make_graph([*nodes, helper.make_node('MatMul', list(values), ['y'])], 'g', [], [], [weight])
+
+    assert quantize.has_attention(graph('r', 'values'))
+    assert not quantize.has_attention(graph('r', 'weight')) and not quantize.has_attention(graph('x', 'values'))
+
+
+def test_peers_ratio_is_that_of_paired_rounds() -> None:
+    latency = load('peers_latency')
+    times = {'float32': [4e-3] * 3, 'peer': [1e-3, 2e-3, 4e-3], 'mmbrecq': [1e-3, 4e-3, 12e-3]}
+    assert latency.cells(times) == ['4.00', '', '2.00', '4.00', '2.00 (1.00 to 3.00)']
+    calls: list[str] = []
+    found = latency.in_turn({name: lambda name=name: calls.append(name) or time.sleep(0.011) for name in 'ab'}, 0)
+    assert len(found['a']) == len(found['b']) == latency.FEWEST_ROUNDS and min(found['a']) >= 0.011
+    assert ''.join(calls).startswith('aaabbb' + 'bbbaaa'), 'each round begins with another file'
 
 
 @pytest.mark.parametrize('script', ['reconstruction.py', 'mixed_precision.py', 'accuracy.py'])

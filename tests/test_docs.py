@@ -163,7 +163,7 @@ def test_qdrop_example_replaces_the_reconstructor(tmp_path: Path) -> None:
     cfg = example_config('configs/brecq/resnet/qdrop_w2a4_resnet18_in1k.py', tmp_path)
     (stage,) = build(RECONSTRUCTORS, cfg.reconstructor).stages
     assert stage.name == 'joint'
-    assert (stage.options.iterations, stage.options.drop_prob, stage.options.activation_lr) == (20000, 0.5, 4e-5)
+    assert (stage.options.iterations, stage.options.drop_prob, stage.options.activation_lr) == (20000, 0.5, None)
 
 
 @pytest.mark.parametrize('heading', REFERENCE)

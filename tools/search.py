@@ -1,7 +1,8 @@
 """Chooses the bits of every layer within budgets, from what tools/analyze.py has measured.
 
 The budgets are of the cost models in search.costs, by default size and bitops: --budget size=0.1x is a tenth of the
-float model, size=1.2MB and latency=3ms are amounts. It writes a config that tools/ptq.py takes as it is.
+float model, size=1.2MB and latency=3ms are amounts. With drop=1.0 the cheapest bits are chosen that lose at most one
+point of accuracy, measured on held-out calibration images. It writes a config that tools/ptq.py takes as it is.
 """
 
 from __future__ import annotations

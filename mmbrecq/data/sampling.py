@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from mmbrecq.data.source import build_source_datasets, last_line
 from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
 from mmbrecq.progress import without_chatter
+from mmbrecq.runs.storage import write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,30 @@ class CalibrationOptions:
             raise ConfigError(f"expected calibration.selection 'random' or 'first', but got {self.selection!r}")
 
 
-def build_calibration_set(cfg: Config, calibration: dict[str, Any]) -> CalibrationSet:
-    """Draws the calibration images that a config asks for.
+def build_calibration_set(cfg: Config, calibration: dict[str, Any], held_out: int = 0) -> CalibrationSet:
+    """Draws the calibration images that a config asks for, or those that follow them in the same draw.
 
-    They are images of the training set read through the test pipeline, never of the test or validation set.
-    ConfigError names an invalid option of :class:`CalibrationOptions`, DataError a folder that is missing, has too few
-    images, or is the test set's.
+    They are images of the training set read through the test pipeline, never of the test or validation set. With
+    ``held_out`` they are so many others, with annotations as an evaluator wants them. ConfigError names an invalid
+    option of :class:`CalibrationOptions`, DataError a folder that is missing, has too few images, or is the test set's.
     """
     options = parse_options(CalibrationOptions, calibration, 'calibration')
     with without_chatter():
-        images = _Images(build_source_datasets(cfg, options.dataset, options.pipeline))
-    if len(images) < options.num_samples:
+        sources = build_source_datasets(cfg, options.dataset, options.pipeline, for_loss=not held_out)
+        images = _Images(sources)
+    if len(images) < options.num_samples + held_out:
+        more = f' and {held_out} others, see search.held_out, to measure a drop' if held_out else ''
         raise DataError(
-            f'expected at least {options.num_samples} images for calibration, but got {len(images)} in {images.where}'
+            f'expected at least {options.num_samples} images for calibration{more}, but got {len(images)} in '
+            f'{images.where}'
         )
     if options.selection == 'first':
         order = sorted(range(len(images)), key=lambda index: _name_order(images.id_of(index)))
     else:
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(images), generator=generator).tolist()
-    return CalibrationSet(images, order[: options.num_samples], options.batch_size, options.num_workers)
+    chosen = order[options.num_samples :][:held_out] if held_out else order[: options.num_samples]
+    return CalibrationSet(images, chosen, options.batch_size, options.num_workers)
 
 
 class CalibrationSet(Dataset[Any]):
@@ -104,6 +111,27 @@ class CalibrationSet(Dataset[Any]):
         if data is None:
             return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
         return data
+
+    @property
+    def dataset(self) -> Any:
+        """The dataset of the first image."""
+        return self._images.locate(self._indices[0])[1]
+
+    def write_annotations(self, path: Path) -> None:
+        """Writes the annotations of these images alone as a file in COCO's format; ConfigError where that fails."""
+        dataset: Any
+        try:
+            (dataset,) = self._images.datasets
+            content = json.loads(Path(dataset.ann_file).read_text(encoding='utf-8'))
+            ids = {dataset.get_data_info(index)['img_id'] for index in self._indices}
+            content['images'] = [image for image in content['images'] if image['id'] in ids]
+            content['annotations'] = [entry for entry in content['annotations'] if entry['image_id'] in ids]
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"expected held-out images of one dataset with annotations in COCO's format, as the evaluator has "
+                f'them, but got {self._images.where}: {type(error).__name__}: {error}'
+            ) from error
+        write_text_atomic(json.dumps(content), path)
 
     def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
         """Returns this process's images, ordered by ``groups`` of their numbers; DataError where a process has none."""

@@ -30,7 +30,9 @@ _NO_SUCH_FILE = re.compile(r"No such file or directory: '(.+)'")
 _NO_DATA = 'Test time pipline should not get `None`'  # the spelling is mmengine's
 
 
-def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline: list[Any] | None) -> list[Any]:
+def build_source_datasets(
+    cfg: Config, dataset: dict[str, Any] | None, pipeline: list[Any] | None, for_loss: bool = True
+) -> list[Any]:
     """Builds the datasets to draw from; several where the training set is concatenated.
 
     Wrappers that repeat, re-weight or mix images are removed, since a draw without replacement needs each image once.
@@ -39,6 +41,8 @@ def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline:
         cfg: The resolved config, with ``train_dataloader`` and ``test_dataloader``.
         dataset: A dataset config that replaces the training set; its own ``pipeline`` is not used.
         pipeline: Transforms that replace the test pipeline.
+        for_loss: Whether annotations are as a task loss wants them, see :func:`annotations_first`, or else as the
+            pipeline leaves them for an evaluator.
 
     Raises:
         ConfigError: There is no dataset or no pipeline in the config, or a type or argument in it is unknown.
@@ -48,7 +52,8 @@ def build_source_datasets(cfg: Config, dataset: dict[str, Any] | None, pipeline:
         raise ConfigError('expected train_dataloader.dataset or calibration.dataset, but the config has neither')
     sources = _unwrap(dataset)
     _refuse_test_files(cfg, sources)
-    pipeline = annotations_first(_test_pipeline(cfg) if pipeline is None else pipeline)
+    pipeline = _test_pipeline(cfg) if pipeline is None else pipeline
+    pipeline = annotations_first(pipeline) if for_loss else pipeline
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return [_build({**copy.deepcopy(dict(source)), 'pipeline': copy.deepcopy(pipeline)}) for source in sources]
 

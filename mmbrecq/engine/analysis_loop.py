@@ -17,9 +17,13 @@ from mmbrecq.data import build_calibration_set
 from mmbrecq.data.images import collect_images
 from mmbrecq.data.source import has_annotations
 from mmbrecq.engine.evaluation import check_classes, task_loss_of
+from mmbrecq.engine.held_out import HeldOut
 from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
+from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.chosen_bits import load_rounding
 from mmbrecq.mixed_precision.diagnosis import GridLosses
-from mmbrecq.mixed_precision.search.bits import SearchOptions, check_budgets
+from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, check_budgets
+from mmbrecq.mixed_precision.search.drop import DROP
 from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -27,7 +31,7 @@ from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.runs.checkpoint import load_float_checkpoint
-from mmbrecq.runs.identity import describe_inputs
+from mmbrecq.runs.identity import describe_inputs, first_difference
 from mmbrecq.schema import save_json
 
 
@@ -80,8 +84,18 @@ class AnalysisLoop(BaseLoop):
         if self.quick:
             return self._measure_grids()
         self.load()
+        analyzer = Analyzer(
+            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), self._inputs(),
+            HookCaller(self.runner), self._check_budgets,
+        )  # fmt: skip
+        table = analyzer.run()
+        self.runner.logger.info(f'sensitivities: {analyzer.path}')
+        return table
+
+    def _inputs(self) -> dict[str, str]:
+        """Returns what the figures of an analysis depend on, once everything is loaded."""
         count = len(self.images)
-        inputs = {
+        return {
             **describe_inputs(self.runner.cfg, self.runner.model, self.images, self.runner.seed or 0),
             'overrides': str(self.quantizer.get('overrides', ())),
             'candidates': str(sorted(self.options.candidates, key=str)),
@@ -89,13 +103,6 @@ class AnalysisLoop(BaseLoop):
             'loss': self.options.loss,
             'images': f'{self.options.images or count} of {count}',
         }
-        analyzer = Analyzer(
-            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), inputs,
-            HookCaller(self.runner), self._check_budgets,
-        )  # fmt: skip
-        table = analyzer.run()
-        self.runner.logger.info(f'sensitivities: {analyzer.path}')
-        return table
 
     def _measure_grids(self) -> GridLosses:
         self._load_images()
@@ -112,7 +119,10 @@ class AnalysisLoop(BaseLoop):
         self.images, self._set = collect_images(model, self._set, room)
 
     def load(self) -> None:
-        """Loads the float weights and the calibration images."""
+        """Loads the float weights, the calibration images, and those on which a drop is to be measured."""
+        if DROP in self.options.budgets:
+            # what is missing is told before the work
+            self.held_out = HeldOut(self.runner, self.calibration, self.options.held_out)
         self._load_images()
         model = self.runner.model
         found = pipeline.find_fallback(model, self.images, self.quantizer)
@@ -121,10 +131,34 @@ class AnalysisLoop(BaseLoop):
         asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
         self._annotated = asked and has_annotations(self._set.batches())
 
-    def prepare(self, bits: int, activation_bits: int | None, overrides: Sequence[Mapping[str, Any]] = ()) -> Task:
+    def begin_drops(self, inputs: Mapping[str, str]) -> None:
+        """Loads everything and measures the float model; ConfigError where ``inputs`` of an analysis are others."""
+        self.load()
+        if (difference := first_difference(inputs, self._inputs())) is not None:
+            raise ConfigError(
+                f'expected the config and images of the analysis to measure a drop with, but {difference}'
+            )
+        self.held_out.measure_float(self.runner.model)
+
+    def drop(self, chosen: SearchResult, states: Path) -> float:
+        """Returns the measured drop of chosen bits, in points, with the rounding that the analysis has learned."""
+        bits = self.quantizer['weight']['bits']
+        model = self.prepare(bits, None, chosen.overrides(), activations=True).model
+        load_rounding(model, states, chosen.bits)
+        with model.quantization(weights=True, activations=True):
+            return self.held_out.drop(model.model)
+
+    def prepare(
+        self,
+        bits: int,
+        activation_bits: int | None,
+        overrides: Sequence[Mapping[str, Any]] = (),
+        activations: bool = False,
+    ) -> Task:
         """Returns a copy of the model that :meth:`load` read, prepared, with calibrated weights.
 
-        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's.
+        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's, and
+        ``activations`` are calibrated, too, where that is asked for.
         """
         model = copy.deepcopy(self.runner.model)
         config = {**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': bits}}
@@ -134,7 +168,7 @@ class AnalysisLoop(BaseLoop):
         prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, config))
         loss = task_loss_of(model) if self._annotated else None
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
-        pipeline.calibrate(task, activations=False)
+        pipeline.calibrate(task, activations=activations)
         return task
 
     def _check_budgets(self, table: SensitivityTable) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ from mmengine.config import Config
 from mmbrecq.building import build, parse_options
 from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
+from mmbrecq.engine.analysis_loop import AnalysisLoop
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
 from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
+from mmbrecq.mixed_precision.search.drop import cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.nsga2 import find_front
+from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.registry import COST_MODELS, SEARCHERS
-from mmbrecq.report.html import write_sensitivities
+from mmbrecq.report.html import write_grids, write_sensitivities
+from mmbrecq.report.rows import format_cost
 from mmbrecq.report.table import choice_text, grid_text
 
 TABLE = 'sensitivity.json'
@@ -46,10 +51,11 @@ def analyze(cfg: Config, path: str) -> SensitivityTable:
 
 
 def print_grid_losses(cfg: Config, path: str) -> None:
-    """Prints what every grid of the config at ``path`` costs the outputs alone; the work dir gets ``grids.json``."""
+    """Prints what every grid of the config at ``path`` costs the outputs alone; ``grids.html`` has a chart of it."""
     count = int(cfg.calibration.get('num_samples', LOOKED_AT))
     cfg.calibration.num_samples = min(count, LOOKED_AT)
     found: GridLosses = build_runner(cfg, path, {**_loop(cfg, path), 'quick': True}).test()
+    write_grids(found, path, Path(cfg.work_dir) / 'grids.html')
     print(grid_text(found))
 
 
@@ -78,14 +84,25 @@ def choose_bits(
     table = SensitivityTable.load(table_path)
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
+    points = drop_budget(budgets)
+    table = table if points is None else bits.with_float(table)
     problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
-    choice = build(SEARCHERS, dict(options.searcher)).search(problem, seed)
-    result = bits.describe_choice(table, models, problem, choice)
+    search = partial(build(SEARCHERS, dict(options.searcher)).search, seed=seed)
+    describe = partial(bits.describe_choice, table, models, problem)
+    if points is None:
+        result, cost = describe(search(problem)), next(iter(budgets))
+    else:
+        cost = cost_to_lower(problem.costs, budgets)
+        own = cfg.copy()
+        own.search = {**(cfg.get('search') or {}), 'budgets': budgets}
+        loop = build_runner(own, path, _loop(own, path)).test_loop
+        loop.begin_drops(table.inputs)
+        result = _within_drop(loop, problem, cost, search, describe, table_path.parent / 'states', points)
     result.asked = {name: str(amount) for name, amount in budgets.items()}
     result.images, result.inputs = table.images, table.inputs
     result.states = os.path.relpath(table_path.parent / 'states', out.parent)
-    result.front_cost = next(iter(budgets))
+    result.front_cost = cost
     try:
         result.front = find_front(problem, result.front_cost, seed)
     except DependencyError as error:
@@ -97,6 +114,30 @@ def choose_bits(
     )
     print(f'{choice_text(result, table)}config: {out}')
     return result
+
+
+def _within_drop(
+    loop: AnalysisLoop,
+    problem: BitProblem,
+    cost: str,
+    search: Callable[[BitProblem], Choices],
+    describe: Callable[[Choices], SearchResult],
+    states: Path,
+    points: float,
+) -> SearchResult:
+    """Finds the cheapest choice whose drop, as the loop measures it, is within ``points``; prints what it evaluates."""
+
+    def measure(choice: Choices) -> float:
+        tried = describe(choice)
+        drop = loop.drop(tried, states)
+        spent = format_cost(tried.spent[cost], tried.units[cost])
+        print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
+        return drop
+
+    choice, trials = find_cheapest(problem, cost, search, measure, points)
+    found = describe(choice)
+    found.metric, found.held_out, found.trials = loop.held_out.metric, len(loop.held_out), trials
+    return found
 
 
 def chosen_bits(cfg: Config, path: str) -> Path | None:

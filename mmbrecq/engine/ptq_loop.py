@@ -47,6 +47,9 @@ from mmbrecq.runs.run_files import RunFiles, model_size, peak_memory, rehearsal_
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """Names of the evaluations that a run may make, in this order."""
 
+GRID_IMAGES, GRID_PASSES = 8, 32
+"""Images on which single grids are measured, and passes over them that are always made."""
+
 DEFAULT_HOOKS = (
     hooks.ReconstructionLoggerHook, hooks.ReconstructionScalarsHook, hooks.ReconstructionProgressHook,
 )  # fmt: skip
@@ -257,10 +260,20 @@ class PTQLoop(TestLoop):
     def _calibrate(self, task: Task, at_once: int, first_batch: int) -> None:
         with self._timed('calibrate'):
             count = pipeline.calibrate(task, at_once, first_batch)
+            self._measure_grids(task)
         if task.model.equalization:
             self.runner.logger.info(f'channels of {count} groups of values are equalised')
         with task.model.quantization(weights=True, activations=True):
             self._evaluate('nearest')
+
+    def _measure_grids(self, task: Task) -> None:
+        """Measures what single grids cost the outputs, with about as much work as a pass over the images."""
+        device = next(self.runner.model.parameters()).device
+        few = on_main(lambda: pipeline.few_of(task.images, GRID_IMAGES).cpu()).to(device)
+        passes = max(sum(gather(len(task.images))) // len(few), GRID_PASSES)
+        self.summary.grids = pipeline.grid_losses(replace(task, images=few), passes)
+        if (text := self.summary.grids.describe_worst(self.quantizer.fallback.bound)) is not None:
+            self.runner.logger.info(text)
 
     def _reconstruct(self, task: Task, plan: CachePlan) -> None:
         self.runner.logger.info(f'reconstruction loss: {self.summary.loss}')

@@ -69,25 +69,8 @@ class ChosenBits:
 
     def load_rounding(self, task: Task, stage: Stage) -> Task:
         """Loads the rounding of the analysis into a task's model; units that have all of it are done in this pass."""
-        done = set(task.done)
-        for unit in (unit for graph in task.model.graphs for unit in graph.units):
-            paths = self._paths(unit)
-            if paths and all(path.exists() for path in paths.values()):
-                for layer, path in paths.items():
-                    load_layers(task.model.model, (layer,), path)
-                done.add((stage.name, unit.name))
-        return replace(task, done=frozenset(done))
-
-    def _paths(self, unit: ReconstructionUnit) -> dict[str, Path]:
-        """Returns the file of the state of every layer of a unit, at its bits; none where no bits were searched."""
-        chosen = {name: self.result.bits[name] for name in unit.layers if name in self.result.bits}
-        numbers = [bits for bits in chosen.values() if bits is not None]
-        # a layer whose bits are fixed is in the states of all candidates, learned beside others of those bits
-        return {
-            name: state_path(self._states, unit.name, chosen.get(name) or max(numbers))
-            for name in unit.layers
-            if numbers and chosen.get(name, 0) is not None
-        }
+        units = load_rounding(task.model, self._states, self.result.bits)
+        return replace(task, done=task.done | {(stage.name, unit) for unit in units})
 
     def measure(self, task: Task) -> float:
         """Measures the rise of the loss with all that was searched quantized, and everything else in float."""
@@ -100,3 +83,27 @@ class ChosenBits:
                 images = None if self.result.images is None else max(self.result.images - task.first, 0)
                 total += output_loss(task, part, images, self.result.kind).of(layers, quantizers)
         return total
+
+
+def load_rounding(model: QuantizedModel, states: Path, chosen: Mapping[str, int | None]) -> list[str]:
+    """Loads the rounding that an analysis has learned at the chosen bits; returns the units that have all of it."""
+    found = []
+    for unit in (unit for graph in model.graphs for unit in graph.units):
+        paths = _state_paths(unit, states, chosen)
+        if paths and all(path.exists() for path in paths.values()):
+            for layer, path in paths.items():
+                load_layers(model.model, (layer,), path)
+            found.append(unit.name)
+    return found
+
+
+def _state_paths(unit: ReconstructionUnit, states: Path, chosen: Mapping[str, int | None]) -> dict[str, Path]:
+    """Returns the file of the state of every layer of a unit, at its bits; none where no bits were searched."""
+    own = {name: chosen[name] for name in unit.layers if name in chosen}
+    numbers = [bits for bits in own.values() if bits is not None]
+    # a layer whose bits are fixed is in the states of all candidates, learned beside others of those bits
+    return {
+        name: state_path(states, unit.name, own.get(name) or max(numbers))
+        for name in unit.layers
+        if numbers and own.get(name, 0) is not None
+    }

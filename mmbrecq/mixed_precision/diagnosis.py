@@ -7,8 +7,10 @@ levels for both. Their loss adds up, so that groups which lose next to nothing t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.quantizers.options import FLOAT, FallbackOptions
@@ -69,34 +71,65 @@ class GridLoss:
     loss: float
     layers: list[str] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The name, of an activation without the module that has all of them."""
+        return self.name.removeprefix('activation_quantizers.')
+
 
 @dataclass
 class GridLosses:
-    """Holds the losses of all grids of a graph, the largest first.
+    """Holds the losses of the grids of a graph, the largest first.
 
     Args:
         kind: Kind of the loss.
         images: Number of images that it was measured with.
         together: Loss with all grids at once.
-        grids: The single ones.
+        grids: Those that were measured alone: all, or the worst.
+        count: Number of all grids.
     """
 
     kind: str
     images: int
     together: float
     grids: list[GridLoss]
+    count: int
+
+    def describe_worst(self, bound: float, shown: int = 5) -> str | None:
+        """Names the grids that cost more than a bound; None where there are none."""
+        worst = [grid for grid in self.grids if grid.loss > bound]
+        names = [f'{grid.kind} {grid.label} {grid.loss:.2g}' for grid in worst[:shown]]
+        more = f' and {len(worst) - shown} more' if len(worst) > shown else ''
+        text = f'grids that alone cost the outputs more than {bound:.2g} before anything is learned ({self.kind})'
+        return f'{text}: {", ".join(names)}{more}' if worst else None
 
 
-def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int) -> GridLosses:
-    """Switches every grid of a calibrated graph on by itself and measures the loss of the outputs."""
+def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int, passes: int | None = None) -> GridLosses:
+    """Switches the grids of a calibrated graph on one by one and measures the loss of the outputs.
+
+    Args:
+        graph: With calibrated grids of weights and activations.
+        loss: Of the graph.
+        images: Number of images of the loss.
+        passes: Most passes over these images; where there are more grids, the worst are looked for group by group.
+            None for one for every grid.
+    """
     owners = _owners(graph)
-    grids = [GridLoss(name, 'weight', fq.qtype.bits, loss.of([name])) for name, _, fq in graph.weights()]
-    grids += [
-        GridLoss(path, 'activation', fq.qtype.bits, loss.of((), [path]), sorted(owners.get(path, ())))
-        for path, fq in graph.quantizers.items()
-    ]
-    together = loss.of([grid.name for grid in grids if grid.kind == 'weight'], list(graph.quantizers))
-    return GridLosses(loss.kind, images, together, sorted(grids, key=lambda grid: -grid.loss))
+    found = {name: GridLoss(name, 'weight', fq.qtype.bits, 0.0) for name, _, fq in graph.weights()}
+    for path, fq in graph.quantizers.items():
+        found[path] = GridLoss(path, 'activation', fq.qtype.bits, 0.0, sorted(owners.get(path, ())))
+
+    def of(names: Collection[str]) -> float:
+        weights = [name for name in names if found[name].kind == 'weight']
+        return loss.of(weights, [name for name in names if found[name].kind != 'weight'])
+
+    together = of(found)
+    if passes is None or len(found) <= passes:
+        alone = {name: of([name]) for name in found}
+    else:
+        alone = _alone(list(found), of, together, 0.0, passes)
+    grids = [replace(found[name], loss=value) for name, value in alone.items()]
+    return GridLosses(loss.kind, images, together, sorted(grids, key=lambda grid: -grid.loss), len(found))
 
 
 def diagnose(
@@ -147,14 +180,20 @@ def _owners(graph: QuantizedGraph) -> dict[str, set[str]]:
 
 
 def _alone(
-    paths: Sequence[str], loss: Callable[[Sequence[str]], float], total: float, least: float
+    paths: Sequence[str], loss: Callable[[Sequence[str]], float], total: float, least: float, passes: float = math.inf
 ) -> dict[str, float]:
-    """Returns the loss of every single grid but for groups that lose no more than ``least`` together."""
-    if total <= least:
-        return {}
-    if len(paths) == 1:
-        return {paths[0]: total}
+    """Returns the loss of every single grid but for groups that lose no more than ``least`` together.
+
+    The group that loses most is halved first, so that the worst are found where the passes do not suffice for all.
+    """
     found: dict[str, float] = {}
-    for part in (paths[: len(paths) // 2], paths[len(paths) // 2 :]):
-        found |= _alone(part, loss, loss(part), least)
+    groups = [(-total, 0, paths)]
+    while groups and -groups[0][0] > least:
+        negative, start, group = heappop(groups)
+        if len(group) == 1:
+            found[group[0]] = -negative
+        elif passes >= 2:
+            middle, passes = len(group) // 2, passes - 2
+            for begin, part in ((start, group[:middle]), (start + middle, group[middle:])):
+                heappush(groups, (-loss(part), begin, part))
     return found

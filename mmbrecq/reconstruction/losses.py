@@ -50,6 +50,32 @@ class MSELoss:
 
 
 @LOSSES.register_module()
+class RelativeMSELoss:
+    """Squared error over the power of the target, position by position, times the number of channels.
+
+    A transformer reads its stream through normalisations, which divide every token by its own magnitude. In trained
+    ones a few tokens are a hundred times as large as the others (Sun et al., Massive Activations in Large Language
+    Models, COLM 2024), and a plain squared error sees nothing else. Channels are the last axis of ``(N, T, C)``, else
+    axis 1.
+
+    Example:
+        >>> large = torch.tensor([[[100.0, 0.0], [0.0, 1.0]]])
+        >>> float(RelativeMSELoss()(1.1 * large, large))
+        0.01...
+    """
+
+    needs_fisher = False
+
+    def __call__(self, output: Tensor, target: Tensor, fisher: Tensor | None = None) -> Tensor:
+        """Returns a scalar for a quantized and a float output, ``(N, T, C)`` or ``(N, C, ...)``."""
+        axis = -1 if output.dim() == 3 else 1
+        power = target.square().mean(axis)
+        # an error where the target is next to nothing counts as at a thousandth of the mean power
+        power = torch.maximum(power, 1e-3 * power.mean()).clamp_min(1e-12)
+        return ((output - target).square().mean(axis) / power).mean() * output.shape[axis]
+
+
+@LOSSES.register_module()
 class FisherLoss:
     """Squared error weighted by the diagonal of the Fisher information (Li et al., ICLR 2021, eq. 10).
 

@@ -53,5 +53,5 @@ class QDropReconstructor(BaseReconstructor):
 
     def own_stages(self) -> Sequence[Stage]:
         joint = self.joint or {}
-        options = parse_options(StageOptions, joint, 'reconstructor.joint', activation_lr=4e-5, drop_prob=0.5)
+        options = parse_options(StageOptions, joint, 'reconstructor.joint', drop_prob=0.5)
         return (Stage('joint', options, True, True),)

@@ -30,11 +30,13 @@ from mmbrecq.reconstruction.losses import (
     FISHER_BATCH,
     FisherWeights,
     MSELoss,
+    RelativeMSELoss,
     output_fisher,
     task_fisher,
     weighted_outputs,
 )
 from mmbrecq.reconstruction.optimize import optimize_unit
+from mmbrecq.reconstruction.ranges import fit_ranges
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams
@@ -52,7 +54,8 @@ class BaseReconstructor:
         network: Options of :class:`StageOptions` for a last pass over the whole network as one unit: what was learned
             unit by unit is kept, and biases, weight scales and step sizes, too few to overfit, are fitted to the
             outputs of the network; None for no such pass.
-        loss: Config of the reconstruction loss.
+        loss: Config of the reconstruction loss; None for the squared error, of units whose outputs are tokens,
+            ``(N, T, C)``, relative to the power of each.
         mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions
             of the images as they are.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
@@ -74,6 +77,7 @@ class BaseReconstructor:
             options = parse_options(StageOptions, self.network, 'reconstructor.network', iterations=500)
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.criterion = build(LOSSES, dict(self.loss or {'type': 'MSELoss'}))
+        self.token_criterion = RelativeMSELoss() if self.loss is None else self.criterion
         if self.mirror and self.criterion.needs_fisher:
             raise ConfigError(
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
@@ -184,7 +188,7 @@ class BaseReconstructor:
         cache = ActivationCache(plan, device, task.directory)
         images = cache.hold(task.images, self.mirror)
         fisher = self._fisher(task, images, cache)
-        run = _Run(task, self.criterion, cache, callback, forecast)
+        run = _Run(task, self.criterion, self.token_criterion, cache, callback, forecast)
         for stage in self.stages:
             if stage.name == 'activations' and not task.model.quantizes_activations:
                 continue
@@ -230,6 +234,7 @@ class _Run:
 
     task: Task
     loss: Any
+    token_loss: Any
     cache: ActivationCache
     callback: Callback
     forecast: Forecast
@@ -291,12 +296,17 @@ class _Run:
         known = (None, None) if fisher is None else fisher.of(unit.outputs)
         data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
         # the plain loss where what it weighs by is not known
-        loss: UnitLoss = self.loss if fisher is not None or not self.loss.needs_fisher else MSELoss()
+        tokens = all(len(grouped(value).parts[0].sample_shape) == 2 for value in float_outputs)
+        of_unit = self.token_loss if tokens else self.loss
+        loss: UnitLoss = of_unit if fisher is not None or not self.loss.needs_fisher else MSELoss()
         power = data.power(loss, size)
         self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             self._observe(graph, unit, streams)
+            if tokens if stage.options.fit_ranges is None else stage.options.fit_ranges:
+                with graph.quantization(weights=True, activations=True):
+                    fit_ranges(unit.module, quantizers, data, loss)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
         before = after = data.mean_loss(outputs, loss, size)
         training = MicroBatches(unit.name, min(size, len(data.targets[0])))

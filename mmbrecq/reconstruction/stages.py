@@ -16,6 +16,10 @@ AUTOCAST = {'bfloat16': torch.bfloat16}
 """Dtypes that layers may multiply in, by their names in a config."""
 
 
+SCALE_LR = 5e-3
+"""Learning rate of a step size by default, as a fraction of it: in one network they differ by a factor of a hundred."""
+
+
 @dataclass(frozen=True)
 class StageOptions:
     """Options of one pass, as a config gives them.
@@ -23,10 +27,12 @@ class StageOptions:
     Args:
         iterations: Iterations of the optimiser for each unit.
         batch_size: Images of an iteration.
-        lr: Adam's learning rate of the rounding variables.
+        lr: Adam's learning rate of the rounding variables; None for 1e-3 with 20,000 iterations, and the more the fewer
+            there are, so that a short run rounds as far away: ``1e-3 * sqrt(20000 / iterations)``.
         bias_lr: Adam's learning rate of the bias corrections, falling to 0 along a cosine; 0 leaves biases alone.
         weight_scale_lr: Adam's learning rate of a factor on every weight scale, likewise; 0 leaves scales alone.
-        activation_lr: Adam's learning rate of the activation step sizes, falling to 0 along a cosine.
+        activation_lr: Adam's learning rate of the activation step sizes, falling to 0 along a cosine; None for 1/200 of
+            each.
         round_weight: Weight of the rounding regulariser.
         beta: Exponent of the regulariser after the warm-up and at the end.
         warmup: Fraction of the iterations without regulariser.
@@ -34,6 +40,8 @@ class StageOptions:
             reading a unit's float input instead of the quantized one (QDrop, Wei et al., ICLR 2022).
         plateau: Fraction by which the mean loss of 100 iterations must fall below the best before. If it does not, a
             unit is done early, or where rounding is learned its warm-up is; 0 for never.
+        fit_ranges: Whether step sizes start from the multiple of the observed one with which the unit computes its
+            outputs best; None for where all its outputs are tokens, ``(N, T, C)``.
         autocast: ``'bfloat16'`` for layers that multiply in it while they are trained; None for float32. Fake
             quantization, losses and all that is learned are float32 either way, and so are the losses that decide
             what is kept.
@@ -41,15 +49,16 @@ class StageOptions:
 
     iterations: int = 20000
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float | None = None
     bias_lr: float = 1e-3
     weight_scale_lr: float = 3e-4
-    activation_lr: float = 4e-4
+    activation_lr: float | None = None
     round_weight: float = 0.01
     beta: tuple[float, float] = (20.0, 2.0)
     warmup: float = 0.2
     drop_prob: float = 0.0
     plateau: float = 0.0
+    fit_ranges: bool | None = None
     autocast: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,13 +67,19 @@ class StageOptions:
             self._expect(type(value) is int and value >= 1, name, 'an integer >= 1')
         for name in ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'):
             value = getattr(self, name)
-            self._expect(_is_number(value) and 0 <= value < math.inf, name, 'a finite number >= 0')
+            if name not in ('lr', 'activation_lr') or value is not None:
+                self._expect(_is_number(value) and 0 <= value < math.inf, name, 'a finite number >= 0')
         for name in ('warmup', 'drop_prob', 'plateau'):
             value = getattr(self, name)
             self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
         pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
         self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
         self._expect(self.autocast in (None, *AUTOCAST), 'autocast', f'None or one of {list(AUTOCAST)}')
+
+    @property
+    def rounding_lr(self) -> float:
+        """Learning rate of the rounding variables."""
+        return 1e-3 * math.sqrt(20000 / self.iterations) if self.lr is None else self.lr
 
     def _expect(self, valid: bool, name: str, what: str) -> None:
         if not valid:

@@ -18,7 +18,7 @@ from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, o
 from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.adam import Group
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
-from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.reconstruction.stages import SCALE_LR, Stage
 from mmbrecq.reconstruction.values import called_modules, laid_out
 
 SMALLEST = 0.01
@@ -65,11 +65,13 @@ class Variables:
         scales = [scale for _, scale in self._quantizers]
         for scale in scales:
             scale.requires_grad_(True)
+        rate = self._options.activation_lr
         groups: list[Group] = [
-            (self.alphas, self._options.lr, lambda t: 1.0),
+            (self.alphas, self._options.rounding_lr, lambda t: 1.0),
             (self.gains, self._options.weight_scale_lr, cosine),
             (self.offsets, self._options.bias_lr, cosine),
-            (scales, self._options.activation_lr, cosine),
+            *([([scale], SCALE_LR * float(scale.detach().mean()), cosine) for scale in scales] if rate is None else []),
+            (scales if rate is not None else [], rate or 0.0, cosine),
         ]
         self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]

@@ -1,4 +1,4 @@
-"""Writes ``report.html`` and ``sensitivity.html``: self-contained pages, from the templates beside this file."""
+"""Writes ``report.html``, ``sensitivity.html`` and ``grids.html``: self-contained pages, from the templates here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
+from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.results import UnitResult
@@ -45,6 +46,12 @@ def write_sensitivities(table: SensitivityTable, config: str, path: Path) -> Non
     weights = {name: {bits: row[bits] for bits in row if bits != FLOAT_BITS} for name, row in losses.items()}
     title = f'{Path(config).stem}, sensitivities'
     write_text_atomic(_render('sensitivity.html', title=title, config=config, table=table, weights=weights), path)
+
+
+def write_grids(found: GridLosses, config: str, path: Path) -> None:
+    """Writes ``grids.html``: what single grids cost the outputs, as a chart and as a table."""
+    title = f'{Path(config).stem}, grids'
+    write_text_atomic(_render('grids.html', title=title, config=config, found=found), path)
 
 
 def _render(template: str, **values: Any) -> str:

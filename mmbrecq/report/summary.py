@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mmbrecq.deploy.backends.base import KernelCount
+from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.results import UnitResult
@@ -97,6 +98,7 @@ class Summary:
         warnings: One sentence for each warning.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
+        grids: What single grids cost the outputs after the calibration, the worst first; None before it.
         search: The chosen bits; None without a search.
         pictures: Paths, from the run's folder, of pictures of float and quantized predictions.
     """
@@ -118,6 +120,7 @@ class Summary:
     warnings: list[str] = field(default_factory=list)
     verify: dict[str, str] = field(default_factory=dict)
     integer_kernels: dict[str, KernelCount] = field(default_factory=dict)
+    grids: GridLosses | None = None
     search: SearchResult | None = None
     pictures: list[str] = field(default_factory=list)
 

@@ -69,9 +69,10 @@ def grid_text(found: GridLosses, shown: int = 20) -> str:
     total = sum(grid.loss for grid in found.grids) or 1.0
     lines = ['| loss | share | grid of | bits | layers |', '| ---: | ---: | --- | ---: | --- |']
     for grid in found.grids[:shown]:
-        name = f'{grid.kind} {grid.name.removeprefix("activation_quantizers.")}'
         layers = ', '.join(grid.layers)
-        lines.append(f'| {grid.loss:.3g} | {grid.loss / total:.1%} | {name} | {grid.bits} | {layers} |')
+        lines.append(
+            f'| {grid.loss:.3g} | {grid.loss / total:.1%} | {grid.kind} {grid.label} | {grid.bits} | {layers} |'
+        )
     rest = found.grids[shown:]
     hidden = f'; {len(rest)} more grids cost {sum(g.loss for g in rest) / total:.1%}' if rest else ''
     lines += ['', f'{found.kind} of the outputs with all grids {found.together:.3g}, {found.images} images{hidden}']
@@ -97,6 +98,9 @@ def choice_text(chosen: SearchResult, table: SensitivityTable) -> str:
         budget = f', budget {rows.format_cost(chosen.budgets[name], unit)}' if name in chosen.budgets else ''
         share = spent / chosen.float_costs[name] if chosen.float_costs[name] else 0.0
         lines.append(f'{name}: {rows.format_cost(spent, unit)}, {share:.3g}x of float{budget}')
+    if (drop := chosen.drop) is not None:
+        told = f'{drop:.4g} points of {chosen.metric} on {chosen.held_out} held-out images'
+        lines.append(f'drop: {told}, budget {chosen.asked["drop"]}; {len(chosen.trials)} choices were evaluated')
     return '\n'.join(lines) + '\n'
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,38 @@ def test_fewer_images_than_asked_for(cfg: Config, tmp_path: Path) -> None:
     expected = rf'^expected at least 1024 images for calibration, but got 10 in {tmp_path}/train$'
     with pytest.raises(DataError, match=expected):
         build_calibration_set(cfg, {})
+
+
+def test_held_out_images_are_others_of_the_same_draw(cfg: Config, tmp_path: Path) -> None:
+    options = {'num_samples': 6, 'batch_size': 4}
+    used, held_out = build_calibration_set(cfg, options), build_calibration_set(cfg, options, held_out=3)
+    assert used.ids + held_out.ids == build_calibration_set(cfg, {'num_samples': 9}).ids
+    expected = '6 images for calibration and 5 others, see search.held_out, to measure a drop, but got 10 in '
+    with pytest.raises(DataError, match=f'^expected at least {expected}{tmp_path}/train$'):
+        build_calibration_set(cfg, options, held_out=5)
+
+
+def test_annotations_of_held_out_images_alone(cfg: Config, tmp_path: Path) -> None:
+    images = build_calibration_set(cfg, {'num_samples': 6}, held_out=3)
+    with pytest.raises(
+        ConfigError, match=r"^expected held-out images of one dataset with annotations in COCO's format"
+    ):
+        images.write_annotations(tmp_path / 'some.json')
+    dataset = images.dataset
+    dataset.get_data_info = lambda index: {'img_id': 100 + index}
+    content = {
+        'images': [{'id': 100 + index} for index in range(10)],
+        'annotations': [{'id': index, 'image_id': 100 + index % 10} for index in range(20)],
+        'categories': [{'id': 1, 'name': 'a'}],
+    }
+    dataset.ann_file = str(tmp_path / 'all.json')
+    (tmp_path / 'all.json').write_text(json.dumps(content))
+    images.write_annotations(tmp_path / 'some.json')
+    found = json.loads((tmp_path / 'some.json').read_text())
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()[6:9]
+    assert [image['id'] for image in found['images']] == sorted(100 + index for index in order)
+    assert [entry['id'] for entry in found['annotations']] == sorted([*order, *(10 + index for index in order)])
+    assert found['categories'] == content['categories']
 
 
 @pytest.mark.parametrize('loader', ['test_dataloader', 'val_dataloader'])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mmbrecq
 from mmbrecq import pipeline
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.diagnosis import diagnose
+from mmbrecq.mixed_precision.diagnosis import GridLoss, GridLosses, diagnose, measure_grids
 from mmbrecq.quantizers import BRECQQuantizer
 from mmbrecq.quantizers.options import FallbackOptions
 
@@ -83,6 +83,49 @@ def test_errors_that_cancel_each_other_are_left_alone() -> None:
 
     found = diagnose(model.image_graph, loss, 'distance', FallbackOptions(bound=0.5, limit=1.0))
     assert found.before == 1.0 and not found.layers
+
+
+class Sums:
+    """Losses that add up, of the weights and activations that are on; counts how often it is asked."""
+
+    kind = 'distance'
+
+    def __init__(self, single: dict[str, float]) -> None:
+        self.single, self.asked = single, 0
+
+    def of(self, layers: Sequence[str], quantizers: Sequence[str] = ()) -> float:
+        self.asked += 1
+        return sum(self.single[name] for name in [*layers, *quantizers])
+
+
+def test_the_worst_grids_are_found_in_few_passes() -> None:
+    model = BRECQQuantizer({'bits': 4}, {'bits': 8}, 'openvino', first_last_8bit=False).prepare(Net(), images(2))
+    graph = model.image_graph
+    names = [name for name, _, _ in graph.weights()] + list(graph.quantizers)
+    single = {name: 0.01 * (1 + index) for index, name in enumerate(names)} | {'second': 3.0, names[-1]: 2.0}
+    every = measure_grids(graph, Sums(single), 2)  # type: ignore[arg-type]
+    assert {grid.name: grid.loss for grid in every.grids} == pytest.approx(single)
+    assert [grid.bits for grid in every.grids if grid.kind == 'weight'] == [4] * 4
+    assert (every.count, every.together) == (len(names), pytest.approx(sum(single.values())))
+    assert [grid.loss for grid in every.grids] == sorted(single.values(), reverse=True)
+    sums = Sums(single)
+    few = measure_grids(graph, sums, 2, 6)  # type: ignore[arg-type]
+    assert sums.asked <= 7
+    assert few.grids[0].name == 'second' and few.count == len(names) > len(few.grids)
+    assert measure_grids(graph, Sums(single), 2, len(names)) == every  # type: ignore[arg-type]
+
+
+def test_the_grids_that_cost_more_than_a_bound_are_named() -> None:
+    grids = [GridLoss('activation_quantizers.relu', 'activation', 8, 0.5)]
+    grids += [GridLoss(f'fc{index}', 'weight', 4, 0.1) for index in range(6)]
+    found = GridLosses('divergence', 8, 1.0, grids, 9)
+    text = found.describe_worst(0.02)
+    assert text is not None and text.startswith('grids that alone cost the outputs more than 0.02 before')
+    assert text.endswith(
+        ': activation relu 0.5, weight fc0 0.1, weight fc1 0.1, weight fc2 0.1, weight fc3 0.1 and 2 more'
+    )
+    assert found.describe_worst(0.2) is not None and str(found.describe_worst(0.2)).endswith(': activation relu 0.5')
+    assert found.describe_worst(0.5) is None
 
 
 def test_a_model_keeps_its_accuracy_and_its_file_what_is_float(tmp_path: Path) -> None:

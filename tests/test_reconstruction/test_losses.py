@@ -13,7 +13,7 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, MSELoss, Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
-from mmbrecq.reconstruction.losses import FisherWeights, output_fisher, task_fisher
+from mmbrecq.reconstruction.losses import FisherWeights, RelativeMSELoss, output_fisher, task_fisher
 from mmbrecq.registry import LOSSES
 
 SHAPES = pytest.mark.parametrize('shape', [(4, 3, 5, 2), (4, 3), (4, 3, 7)], ids=['map', 'vector', 'tokens'])
@@ -39,6 +39,24 @@ def test_mse_sums_channels_and_averages_the_rest(shape: tuple[int, ...]) -> None
     got = MSELoss()(torch.from_numpy(output), torch.from_numpy(target))
     assert got.shape == ()
     assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+@SHAPES
+def test_relative_mse_divides_every_position_by_its_power(shape: tuple[int, ...]) -> None:
+    output, target, _ = arrays(shape)
+    axis = -1 if len(shape) == 3 else 1
+    # one position of great magnitude counts no more than the others
+    target[0].fill(100.0)
+    output[0].fill(110.0)
+    errors, power = ((output - target) ** 2).sum(axis), (target**2).mean(axis)
+    expected = (errors / np.maximum(power, 1e-3 * power.mean())).mean()
+    got = RelativeMSELoss()(torch.from_numpy(output), torch.from_numpy(target))
+    assert got.shape == ()
+    assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+def test_relative_mse_of_nothing_is_finite() -> None:
+    assert float(RelativeMSELoss()(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))) == 0
 
 
 @SHAPES

@@ -37,6 +37,12 @@ def test_rates_and_weights_are_finite_and_not_negative(name: str, value: float) 
         StageOptions(**{name: value})
 
 
+@pytest.mark.parametrize(('iterations', 'expected'), [(20000, 1e-3), (5000, 2e-3), (200, 1e-2)])
+def test_fewer_iterations_round_in_larger_steps(iterations: int, expected: float) -> None:
+    assert StageOptions(iterations=iterations).rounding_lr == pytest.approx(expected)
+    assert StageOptions(iterations=iterations, lr=3e-3).rounding_lr == 3e-3
+
+
 @pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0), 5, '20'])
 def test_beta_is_two_numbers_above_one(beta: Any) -> None:
     with pytest.raises(ConfigError, match='^expected beta of a reconstruction to be two numbers above 1, but got '):

@@ -73,6 +73,15 @@ def test_a_fixed_step_size_is_not_learned(prepared: Prepare) -> None:
     assert not quantizer.scale.requires_grad
 
 
+def test_by_default_a_step_size_is_learned_in_fractions_of_itself(prepared: Prepare) -> None:
+    model = prepared()
+    quantizers = model.image_graph.unit_quantizers(model.image_graph.units[1])
+    quantizers[0].set_grid(torch.tensor(40.0), quantizers[0].zero_point)
+    quantizers[1].set_grid(torch.tensor(0.5), quantizers[1].zero_point)
+    found = variables_of(model, activation_lr=None, bias_lr=0.0)
+    assert rates(found) == {0.1: 2, 0.3: 2, 0.2: 1, 0.0025: 1}
+
+
 def test_only_rounding_keeps_its_learning_rate(prepared: Prepare) -> None:
     for _, lr, schedule in variables_of(prepared()).groups:
         assert schedule(0.0) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mmbrecq.mixed_precision.diagnosis import GridLoss, GridLosses
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.report.html import environment, render_html
 from mmbrecq.report.summary import Summary
@@ -99,3 +100,20 @@ def test_escape_leaves_nothing_that_ends_a_tag_or_an_attribute() -> None:
 def test_what_utf_8_cannot_hold_is_a_question_mark() -> None:
     page = render_html(Summary(config='a\udcff.py'))
     assert '<code>a?.py</code>' in page and page.encode()
+
+
+def test_bars_of_grids_are_proportional_and_stand_in_the_table() -> None:
+    grids = [
+        GridLoss('activation_quantizers.relu', 'activation', 8, 0.5, ['conv', 'fc']),
+        GridLoss('conv', 'weight', 4, 0.25), GridLoss('fc', 'weight', 8, 0.0),
+    ]  # fmt: skip
+    markup = MACROS.grids(GridLosses('divergence', 8, 1.5, grids, 5), 2)
+    assert re.findall(r'class="name"[^>]*>([^<]+)<', markup) == ['relu', 'conv']
+    first, second = numbers(markup, r'<rect class="t[02]" x=[^>]* width="([\d.]+)" height="16"')
+    assert first == pytest.approx(2 * second, abs=0.2)
+    assert [name for name in re.findall(r'<rect class="(t\d)" x=', markup)] == ['t2', 't0']
+    rows = [re.findall(r'>([^<]*)</t[hd]>', row) for row in re.findall(r'<tr>(.*?)</tr>', markup)]
+    assert rows[1:] == [['relu', 'activation', '8', '0.5', 'conv, fc'], ['conv', 'weight', '4', '0.25', '']]
+    assert 'over 8 images; with all 5 grids on it is 1.5. The 2 grids that cost most' in markup
+    assert 'What single grids cost' in render_html(Summary(grids=GridLosses('divergence', 8, 1.5, grids, 5)))
+    assert 'What single grids cost' not in render_html(Summary(grids=GridLosses('divergence', 8, 0.0, [], 0)))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmbrecq.mixed_precision.search.bits import SearchResult
+from mmbrecq.mixed_precision.search.drop import Trial
 from mmbrecq.report.html import environment, render_html
 from mmbrecq.report.summary import Summary
 from mmbrecq.schema import decode, encode
@@ -57,6 +58,19 @@ def test_points_lie_where_the_axes_say() -> None:
 def test_without_a_front_there_is_no_chart() -> None:
     assert '<svg class="chart"' in MACROS.choice_of_bits(CHOSEN)
     assert '<svg' not in MACROS.choice_of_bits(replace(CHOSEN, front=[]))
+
+
+def test_choices_that_were_evaluated_stand_beside_their_predictions() -> None:
+    trials = [Trial(90e3, 0.001, -0.25), Trial(20e3, 1.0, 12.0), Trial(40e3, 0.01, 0.5, chosen=True)]
+    chosen = replace(CHOSEN, metric='accuracy/top1', held_out=400, trials=trials)
+    markup = MACROS.choice_of_bits(chosen)
+    assert 'On 400 held-out images accuracy/top1 dropped by 0.5 points.' in markup
+    rows = [re.findall(r'>([^<]*)</t[hd]>', row) for row in re.findall(r'<tr>(.*?)</tr>', markup)]
+    assert rows[-3:] == [
+        ['20.0 kB', '1', '12', ''], ['40.0 kB', '0.01', '0.5', 'chosen'], ['90.0 kB', '0.001', '-0.25', ''],
+    ]  # fmt: skip
+    assert 'held-out' not in MACROS.choice_of_bits(CHOSEN)
+    assert decode(Summary, encode(Summary(search=chosen)), 'summary').search == chosen
 
 
 def test_the_choice_comes_back_from_the_file_and_stands_in_the_page() -> None:

@@ -27,7 +27,7 @@ SCHEMA = {
 def test_keys_are_the_documented_ones(summary: Summary) -> None:
     plain = encode(summary)
     rest = {'config', 'seed', 'versions', 'units', 'bits', 'float_layers', 'warnings', 'verify', 'integer_kernels'}
-    assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures', 'search'}
+    assert set(plain) == rest | set(SCHEMA) | {'model', 'preset', 'loss', 'pictures', 'search', 'grids'}
     for name, keys in SCHEMA.items():
         assert set(plain[name]) == keys
     unit_keys = {

@@ -82,6 +82,50 @@ def test_bits_are_chosen_within_a_budget_and_quantized(call: Any, analysed: Path
         assert reason in log.read_text()
 
 
+def test_the_cheapest_bits_within_a_measured_drop(call: Any, analysed: Path, tmp_path: Path) -> None:
+    options = (*SHORT, 'search.held_out=100', 'search.searcher.type=IntegerProgram')
+    outcome = call('search', DEMO, *options, '--budget=drop=20', work_dir=analysed)
+    assert outcome.status == 0, outcome.err
+    search = json.loads((analysed / 'search.json').read_text())
+    trials = search['trials']
+    (chosen,) = [trial for trial in trials if trial['chosen']]
+    # a hundred images: whole points
+    assert chosen['drop'] == round(chosen['drop'], 9) <= 20
+    assert all(trial['drop'] > 20 for trial in trials if trial['spent'] < chosen['spent'])
+    assert any(trial['drop'] > 20 for trial in trials), 'else nothing was to be found'
+    assert chosen['spent'] == search['spent']['size'] and chosen['predicted'] == search['predicted']
+    assert (search['metric'], search['held_out'], search['asked']) == ('accuracy/top1', 100, {'drop': '20'})
+    assert f'drop: {chosen["drop"]:.4g} points of accuracy/top1 on 100 held-out images, budget 20' in outcome.out
+    told = re.findall(
+        r'^size [\d.]+ kB, predicted loss [\d.e-]+: drops by (-?[\d.]+) points$', outcome.out, re.MULTILINE
+    )
+    assert [float(drop) for drop in told] == [float(f'{trial["drop"]:.4g}') for trial in trials]
+    # float layers are among the choices without being asked for
+    assert trials[0]['spent'] > 0.3 * search['float_costs']['size']
+
+    page = tmp_path / 'ptq' / 'report.html'
+    outcome = call('ptq', analysed / 'bits.py', *SHORT, 'evaluations=[]', 'exporters=[]', work_dir=page.parent)
+    assert outcome.status == 0, outcome.err
+    assert 'On 100 held-out images accuracy/top1 dropped by' in page.read_text()
+
+    error = call('search', DEMO, *options, 'seed=1', '--budget=drop=20', work_dir=analysed).error
+    expected = 'expected the config and images of the analysis to measure a drop with, but seed was 0 and is 1 now'
+    assert expected in error
+    error = call('search', DEMO, *options, 'search.budgets.size=0.072x', '--budget=drop=1', work_dir=analysed).error
+    assert re.search(
+        'but got 1 points: the choice .* is predicted to lose least drops by [0-9]+ on the held-out', error
+    )
+
+
+def test_held_out_images_need_labels(call: Any, folder_config: Any, tmp_path: Path) -> None:
+    path, _ = folder_config
+    text = path.read_text() + "train_dataloader['dataset'].update(with_label=False)\n"
+    path.write_text(text + 'search = dict(budgets=dict(drop=1), held_out=1)\ncalibration = dict(num_samples=20)\n')
+    error = call('analyze', path).error
+    assert 'expected annotated calibration images to measure the drop of search.budgets on, but those that are' in error
+    assert not list(tmp_path.rglob('*.pth')), 'nothing was reconstructed'
+
+
 def test_one_command_chooses_bits_of_weights_and_activations(call: Any, tmp_path: Path) -> None:
     config, work = tmp_path / 'config.py', tmp_path / 'work'
     checkpoint = DEMO.with_name('resnet_digits.pth')
@@ -235,6 +279,8 @@ def test_bad_budgets(call: Any, words: tuple[str, ...], message: str, tmp_path: 
         ('search.searcher.type=Greedy', "unknown searcher type 'Greedy'"),
         ('search.costs=[]', r'expected search.costs to be a list of cost models, but got \[\]'),
         ('search.budgets=3', "expected option 'budgets' of search to be a dict, but got 3"),
+        ('search.budgets.drop=-1', 'expected the budget of drop to be points of the metric, >= 0, but got -1'),
+        ('search.held_out=0', 'expected search.held_out to be an integer >= 1, but got 0'),
         ('search.reuse=3', "expected option 'reuse' of search to be True or False, but got 3"),
     ],
 )
@@ -244,6 +290,8 @@ def test_bad_options_of_an_analysis(call: Any, tmp_path: Path, option: str, mess
 
 
 def test_a_run_that_searches_checks_its_budget_first(call: Any, tmp_path: Path) -> None:
+    options = ('search.budgets.drop=1', 'search.held_out=5000')
+    assert 'images for calibration and 5000 others, see search.held_out' in call('ptq', DEMO, *SHORT, *options).error
     assert 'expected a budget of bitops that can be kept' in call('ptq', DEMO, *SHORT, 'search.budgets.bitops=1').error
     assert not list(tmp_path.rglob('*.pth')), 'nothing was reconstructed'
 
@@ -293,4 +341,5 @@ def test_a_quick_analysis_tells_what_every_grid_costs(call: Any, tmp_path: Path)
     assert found['together'] > grids[0]['loss']
     rows = re.findall(r'^\| ([\d.e-]+) \|', outcome.out, re.MULTILINE)
     assert [float(row) for row in rows] == [float(f'{grid["loss"]:.3g}') for grid in grids[:20]]
+    assert 'backbone.layer3.0.conv1' in (tmp_path / 'work' / 'grids.html').read_text()
     assert f'with all grids {found["together"]:.3g}, 16 images; {len(grids) - 20} more grids' in outcome.out

@@ -3,8 +3,7 @@ quantizer = dict(type='BRECQQuantizer', preset='academic', first_last_8bit=True,
 calibration = dict(num_samples=1024, batch_size=32, seed=0)
 reconstructor = dict(
     type='BRECQReconstructor',
-    weights=dict(iterations=20000, batch_size=32, lr=1e-3, round_weight=0.01),
+    weights=dict(iterations=20000, batch_size=32, round_weight=0.01),
     activations=dict(iterations=5000, batch_size=32, activation_lr=4e-4),
-    loss=dict(type='MSELoss'),
 )
 exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]

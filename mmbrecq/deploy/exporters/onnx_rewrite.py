@@ -8,6 +8,7 @@ import numpy as np
 
 from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
 from mmbrecq.deploy.exporters.onnx_editor import OnnxEditor
+from mmbrecq.deploy.exporters.onnx_phases import join_phases
 from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Node
 from mmbrecq.errors import ExportError
 from mmbrecq.presets import Preset
@@ -32,6 +33,7 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     _store_transposed(OnnxEditor(proto))
     _own_zero_points(OnnxEditor(proto))
     if preset.name == 'openvino':
+        join_phases(OnnxEditor(proto))
         _keep_rank(OnnxEditor(proto))
         _give_biases(OnnxEditor(proto))
         clip_signed_values(proto)

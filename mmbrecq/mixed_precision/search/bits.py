@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError
+from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
+from mmbrecq.mixed_precision.search.drop import DROP, Trial, drop_budget
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
 from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable
 from mmbrecq.runs.storage import write_text_atomic
@@ -34,7 +37,9 @@ class SearchOptions(AnalysisOptions):
     Args:
         costs: Configs of the cost models; one for every name that has a budget.
         searcher: Config of the searcher.
-        budgets: ``{name of a cost: budget}``, see :func:`parse_budget`.
+        budgets: ``{name of a cost: budget}``, see :func:`parse_budget`, and the points of accuracy that may be lost as
+            ``drop``.
+        held_out: Images of the calibration data, beyond those of the calibration, on which a drop is measured.
         result: Bits that have been chosen, as a file beside the config; then there is nothing to search.
         reuse: Whether ``tools/ptq.py`` takes the rounding that the analysis has learned for the chosen bits.
     """
@@ -42,6 +47,7 @@ class SearchOptions(AnalysisOptions):
     costs: Sequence[Mapping[str, Any]] = ({'type': 'ModelSize'}, {'type': 'BitOperations'})
     searcher: Mapping[str, Any] = field(default_factory=lambda: {'type': 'GeneticSearcher'})
     budgets: Mapping[str, str | float] = field(default_factory=dict)
+    held_out: int = 512
     result: str = ''
     reuse: bool = True
 
@@ -49,6 +55,8 @@ class SearchOptions(AnalysisOptions):
         super().__post_init__()
         if not self.costs:
             raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
+        check_integer(self.held_out, 1, 'search.held_out')
+        drop_budget(self.budgets)
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:
@@ -99,12 +107,13 @@ def build_problem(
     Args:
         table: Complete, see :meth:`SensitivityTable.check_complete`.
         models: Cost models of different names.
-        budgets: See :func:`parse_budget`.
+        budgets: See :func:`parse_budget`; a drop is no cost.
 
     Raises:
         ConfigError: A budget is no budget, or names a cost that no model has.
     """
     names = [model.name for model in models]
+    budgets = {name: amount for name, amount in budgets.items() if name != DROP}
     for name in budgets:
         if name not in names:
             raise ConfigError(f'expected budgets of the costs {", ".join(names)}, but got one of {name!r}')
@@ -173,6 +182,9 @@ class SearchResult:
         units: Unit of every cost.
         front_cost: Name of the cost of the front; empty where none was searched.
         front: Cost and loss of choices of which none is better in both than another, the cheapest first.
+        metric: Name of the metric whose drop was measured; empty without a budget of it.
+        held_out: Number of images that it was measured on.
+        trials: The choices that were evaluated for it, by their cost ``front_cost``.
         images: How many calibration images the losses are of; None for all.
         inputs: What the reconstructed states depend on.
         states: Folder of the states, from that of the file.
@@ -190,9 +202,17 @@ class SearchResult:
     units: dict[str, str] = field(default_factory=dict)
     front_cost: str = ''
     front: list[list[float]] = field(default_factory=list)
+    metric: str = ''
+    held_out: int = 0
+    trials: list[Trial] = field(default_factory=list)
     images: int | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     states: str = ''
+
+    @property
+    def drop(self) -> float | None:
+        """The measured drop, in points; None without a budget of it."""
+        return next((trial.drop for trial in self.trials if trial.chosen), None)
 
     def overrides(self) -> list[dict[str, object]]:
         """Returns the bits as the quantizer's ``overrides``."""
@@ -201,6 +221,14 @@ class SearchResult:
             {'pattern': name, 'weight_bits': 'float' if bits is None else bits, **inputs.get(name, {})}
             for name, bits in self.bits.items()
         ]
+
+
+def with_float(table: SensitivityTable) -> SensitivityTable:
+    """Returns the table with float among the candidates of weights, which needs no measurement."""
+    if FLOAT_BITS in table.candidates:
+        return table
+    loss = {name: {**table.loss[name], FLOAT_BITS: 0.0} for name in table.searched}
+    return replace(table, candidates=[*table.candidates, FLOAT_BITS], loss=loss)
 
 
 def describe_choice(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def test_rest_runs_in_float32(tmp_path: Path) -> None:
 
 def test_unnamed_tensors_take_their_nodes_name(tmp_path: Path) -> None:
     assert OpenVINOBackend(save_conv(tmp_path / 'm.xml', 256), num_threads=1).input_names == ['image']
+
+
+TWO_FILES = """
+import os, signal, sys
+from mmbrecq.deploy.backends import OpenVINOBackend
+first, second = (OpenVINOBackend(sys.argv[1], num_threads=1) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print('handled'))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_is_handled_after_several_files_were_open(tmp_path: Path) -> None:
+    # the plugin of a core of its own would have left the signal a stack that is unmapped
+    path = save_conv(tmp_path / 'm.xml', 256)
+    done = subprocess.run([sys.executable, '-c', TWO_FILES, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr
 
 
 def test_corrupt_file(tmp_path: Path) -> None:
