@@ -34,7 +34,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
-from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, LARGER, Family
+from zoo import DETECTOR_SIZE, DETECTORS, FAMILIES, LARGER, TRANSFORMER, Family
 
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_weights, observing
 from mmbrecq.deploy.backends import open_backend
@@ -332,7 +332,8 @@ def family_of(name: str) -> Family:
     package, _, path = name.partition('::')
     families = {f'{family.config}.py': family for family in FAMILIES}
     size = 224 if package == 'mmpretrain' else LARGER.get(path, DETECTOR_SIZE)
-    return families.get(path, Family(path, size))
+    is_transformer = path.partition('/')[0] in ('detr', 'conditional_detr', 'dab_detr', 'deformable_detr', 'dino')
+    return families.get(path, Family(path, size, TRANSFORMER if is_transformer else {}))
 
 
 def deploy_table(args: argparse.Namespace) -> None:

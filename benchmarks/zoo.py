@@ -154,6 +154,12 @@ DETECTORS = [
     'solo/solo_r50_fpn_1x_coco.py',
     'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py',
     'swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py',
+    'detr/detr_r50_8xb2-150e_coco.py',
+    'conditional_detr/conditional-detr_r50_8xb2-50e_coco.py',
+    'dab_detr/dab-detr_r50_8xb2-50e_coco.py',
+    'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
+    'dino/dino-4scale_r50_8xb2-12e_coco.py',
     'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
     'pafpn/faster-rcnn_r50_pafpn_1x_coco.py',
     'regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco.py',
@@ -162,9 +168,12 @@ DETECTORS = [
     'dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py',
     'double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
     'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
-    'detr/detr_r50_8xb2-150e_coco.py',
 ]
 """Detectors of mmdet, the one-stage ones first."""
+
+TRANSFORMER = {'encoder.num_layers': 2, 'decoder.num_layers': 2, 'num_queries': 20}
+"""Options of the detectors in :data:`DETECTORS` that have a transformer, of six layers each in their configs."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from traceback import extract_tb
+
 
 class MMBrecqError(Exception):
     """Base of all errors raised on purpose; ``tools/`` prints its message and exits with status 2."""
@@ -60,8 +63,12 @@ class BudgetError(MMBrecqError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text that has content, without a final full stop, or else its type."""
+    """Returns the first line of an error's text that has content, without a final full stop.
+
+    Of an error without a text it returns the type, and the file and the line that raised it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # OpenVINO opens each message with the C++ source line that raised it
     content = [line for line in lines if not line.startswith(('Exception from', 'Check '))]
-    return (content or lines or [type(error).__name__])[0].rstrip('.')
+    raised = [f' in {Path(frame.filename).name}, line {frame.lineno}' for frame in extract_tb(error.__traceback__)]
+    return (content or lines or [type(error).__name__ + ''.join(raised[-1:])])[0].rstrip('.')

@@ -29,6 +29,7 @@ from mmbrecq.engine import hooks
 from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate, task_loss_of
 from mmbrecq.errors import ConfigError
+from mmbrecq.graph.components import has_transformer
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
@@ -243,6 +244,11 @@ class PTQLoop(TestLoop):
             example = on_main(lambda: example_of(images).cpu()).to(device)
             model = pipeline.prepare(self.runner.model, example, self.quantizer)
             self.summary.add_model(model, model_size(model))
+        if has_transformer(model.model) and self.dataloader.batch_size != 1:
+            text = (
+                'masks padding, which a graph of images cannot, so a batch of images of several sizes will be refused'
+            )
+            self.summary.warnings.append(f'{type(model.model).__name__} {text}')
         for line in self.summary.float_layers + self.summary.warnings:
             self.runner.logger.warning(line)
         for line in model.image_graph.traced.frozen:

@@ -49,7 +49,8 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
 
     Each has one output and 2 to :data:`MAX_LAYERS` layers, but not all of the graph. Modules of the first kind do not
     read the input of the graph, as a network that is written as one module does; inverted residuals without a shortcut
-    are of the second kind.
+    are of the second kind. A module that chains blocks of different types and nothing else that has layers, as the
+    layer of a transformer whose attention adds its own input, is a block itself; a stage chains blocks of one type.
     """
     regions: dict[str, set[fx.Node]] = {}
     for node in graph.nodes:
@@ -67,8 +68,20 @@ def _structural_blocks(model: nn.Module, graph: fx.Graph) -> set[str]:
     joined = {next((path for path in _ancestors(owner) if len(layers[path]) > 1), '') for owner in owners}
     reading = set(next(n for n in graph.nodes if n.op == 'placeholder').users)
     joined = {path for path in joined if path in possible and not reading & regions[path]}
-    types = {possible[path] for path in joined if possible[path].forward is not nn.Sequential.forward}
-    return {path for path, kind in possible.items() if path in joined or kind in types}
+    types = {possible[path] for path in joined if not _is_list(possible[path])}
+    found = {path for path, kind in possible.items() if path in joined or kind in types}
+    children: dict[str, list[str]] = {}
+    for path in found:
+        children.setdefault(path.rpartition('.')[0], []).append(path)
+    for path in children.keys() & possible.keys():
+        has_all = layers[path] == {layer for child in children[path] for layer in layers[child]}
+        if has_all and len({possible[child] for child in children[path]}) > 1 and not _is_list(possible[path]):
+            found.add(path)
+    return found
+
+
+def _is_list(kind: type[nn.Module]) -> bool:
+    return kind.forward in (nn.Sequential.forward, nn.Module.forward)
 
 
 def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
@@ -77,7 +90,8 @@ def _joins(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
     passed: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
         sources = [passed[n] for n in node.all_input_nodes if n in passed]
-        if node.op == 'placeholder' or (sources and _has_tensors(node)):
+        follows = 'values' in node.meta.get('depends', ('values',))
+        if node.op == 'placeholder' or (sources and follows and _has_tensors(node)):
             passed[node] = frozenset(node.meta.get('layers', ())).union(*sources)
         joins = roles.is_add(node) or roles.is_concat(node) or roles.operation(node) == 'mul'
         if len(set(sources)) > 1 and joins:

@@ -4,6 +4,9 @@ Any model whose ``forward`` reads images is replaced as a whole. An OpenMMLab mo
 neck, head) goes on owning its parameters and its ``predict``, ``loss`` and post-processing; only its ``forward`` is
 replaced. The components that follow from the image alone are one graph: the first computes it all, the others return
 its result. The heads of a two-stage detector, which read what was cut out of the features, are one graph each.
+
+A detector with a transformer (DETR and what followed it) also reads the sizes of the images, and masks what a batch was
+padded with. Its graph reads images alone, so it is that of images without padding; a batch with padding is refused.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mmbrecq.errors import GraphError
+from mmbrecq.errors import DataError, GraphError
 
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
@@ -54,11 +58,28 @@ class ImageForward(nn.Module):
         model: Any = self.model
         if not has_modes(model):
             return model(inputs)
+        if has_transformer(model):
+            return _predictions(model, inputs)
         if not is_two_stage(model):
             return model(inputs, mode='tensor')
         features = model.extract_feat(inputs)
         read = max(model.get_submodule(head.extractor).num_inputs for head in region_heads(model))
         return tuple(features)[:read], model.rpn_head(features)
+
+
+def _predictions(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    """Returns what the head of a transformer makes results of: scores and boxes of the last layer, ``(N, L, C)``."""
+    size = tuple(images.shape[-2:])
+    samples = [SimpleNamespace(img_shape=size, batch_input_shape=size, metainfo={}) for _ in range(images.shape[0])]
+    read = model.forward_transformer(model.extract_feat(images), samples)
+    own = vars(model.bbox_head).copy()
+    object.__setattr__(model.bbox_head, 'predict_by_feat', lambda *outputs, **_: outputs)
+    try:
+        outputs = model.bbox_head.predict(**read, batch_data_samples=samples)
+    finally:
+        vars(model.bbox_head).clear()
+        vars(model.bbox_head).update(own)
+    return tuple(layers[-1] for layers in outputs)
 
 
 class RegionForward(nn.Module):
@@ -83,6 +104,11 @@ def is_two_stage(model: nn.Module) -> bool:
     """Returns whether regions that an RPN head proposes are read by heads of their own."""
     heads = [getattr(model, name, None) for name in ('rpn_head', 'roi_head')]
     return has_modes(model) and all(isinstance(head, nn.Module) for head in heads)
+
+
+def has_transformer(model: nn.Module) -> bool:
+    """Returns whether the head reads what a transformer computes of the features and of the sizes of the images."""
+    return has_modes(model) and hasattr(model, 'forward_transformer')
 
 
 def region_heads(model: nn.Module) -> list[RegionHead]:
@@ -147,6 +173,45 @@ def attach(model: nn.Module, arithmetic: Callable[[Tensor], Any]) -> None:
     for component in others:
         is_rpn = two_stage and component is model.rpn_head
         set_forward(component, (lambda features: features.rpn_outputs) if is_rpn else (lambda value: value))
+    if has_transformer(model):
+        _attach_transformer(model, model.bbox_head)
+
+
+def _attach_transformer(model: Any, head: Any) -> None:
+    """Makes the head of a transformer take what the first component has computed as its own outputs."""
+
+    def outputs(value: tuple[Tensor, ...]) -> list[Tensor]:
+        # of one layer
+        return [output.unsqueeze(0) for output in value]
+
+    def predict(value: tuple[Tensor, ...], batch_data_samples: Any, rescale: bool = True) -> Any:
+        for sample in batch_data_samples:
+            _refuse_padding(model, sample)
+        metas = [sample.metainfo for sample in batch_data_samples]
+        return head.predict_by_feat(*outputs(value), batch_img_metas=metas, rescale=rescale)
+
+    def loss(value: tuple[Tensor, ...], batch_data_samples: Any) -> Any:
+        # the graph takes padding for a part of the image
+        metas = [{**sample.metainfo, 'img_shape': sample.batch_input_shape} for sample in batch_data_samples]
+        known = {'batch_img_metas': metas, 'batch_gt_instances': [s.gt_instances for s in batch_data_samples]}
+        names = list(inspect.signature(head.loss_by_feat).parameters.values())[2:]
+        others = {p.name: known.get(p.name) for p in names if p.default is inspect.Parameter.empty}
+        return head.loss_by_feat(*outputs(value), **others)
+
+    for owner, name, method in (
+        (model, 'forward_transformer', lambda value, _=None: {'value': value}),
+        (head, 'predict', predict), (head, 'loss', loss),
+    ):  # fmt: skip
+        object.__setattr__(owner, name, method)
+
+
+def _refuse_padding(model: nn.Module, sample: Any) -> None:
+    if tuple(sample.img_shape[:2]) != tuple(sample.batch_input_shape):
+        found, batch = (' x '.join(map(str, shape[:2])) for shape in (sample.img_shape, sample.batch_input_shape))
+        raise DataError(
+            f'expected images without padding, which {type(model).__name__} masks and a graph of images cannot, but '
+            f'got one of {found} in a batch of {batch}; set batch_size=1 in its dataloader, and pad_size_divisor=1'
+        )
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def make_layers(model: nn.Module, graph: fx.Graph) -> None:
             replace_module(model, made[key], _make_layer(function, values))
         with graph.inserting_before(node):
             call = graph.call_module(made[key], (options['input'],))
-        call.meta.update(owner=made[key], example=node.meta['example'], layers=[made[key]])
+        call.meta.update(node.meta, owner=made[key], layers=[made[key]])
         node.replace_all_uses_with(call)
         unused = [node]
         while unused:

@@ -51,19 +51,24 @@ def index_squeezes(graph: fx.Graph) -> None:
 
 
 def read_past_concatenations(graph: fx.Graph) -> None:
-    """Makes an index of a concatenation that reaches one of its parts alone an index of this part.
+    """Makes an index of a concatenation that reaches one of its parts alone an index of this part, or the part itself.
 
     What a layer reads of the part then follows from that part, and not from all that was concatenated: a class token
     that is normalised and put back, ``cat([norm(x[:, :1]), x[:, 1:]], 1)[:, :1]``, is not on a grid with the other
     tokens. The comparison with the model tells where a part has not the same size for every size of the input.
     """
     for node in graph.nodes:
-        while node.target is operator.getitem and operation(node.args[0]) == 'cat':
+        while node.target is operator.getitem and operation(node.args[0]) in ('cat', 'stack'):
             parts, axis = _concatenated(node.args[0])
             if isinstance(parts, fx.Node):
                 # the parts of what was split
                 break
             index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            if operation(node.args[0]) == 'stack':
+                # a list of layers, of which one is read
+                if axis == 0 and type(index[0]) is int:
+                    node.args = (parts[index[0]], index[1:] or (slice(None),))
+                break
             if len(index) <= axis or not all(_is_plain(entry) for entry in index):
                 break
             part, entry = _entry_of_a_part(index[axis], [part.meta['example'].shape[axis] for part in parts])

@@ -117,6 +117,8 @@ def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:
         return False
     if roles.is_add(node):
         return not _stays_float(node, roles)
+    if roles.operation(node) == 'sigmoid' and _is_inverted(node, roles):
+        return False
     if roles.is_activation(node):
         # what is only normalised next gains nothing by a grid, but as the output of an integer layer
         return preset.conv_outputs or not all(map(roles.is_norm, consumers))
@@ -143,6 +145,13 @@ def _stays_float(add: fx.Node, roles: Roles) -> bool:
     if any(roles.is_weighted(reader) for reader in readers):
         return False
     return any(roles.is_norm(r) for r in readers) or all(roles.is_add(r) and _stays_float(r, roles) for r in readers)
+
+
+def _is_inverted(node: fx.Node, roles: Roles) -> bool:
+    """Returns whether a logarithm takes a sigmoid back: of coordinates, which 256 levels would move by pixels."""
+    way = ('clamp', 'clampmin', 'sub', 'rsub', 'div', 'detach')
+    found = roles.consumers(node, lambda user: roles.moves_only(user) or roles.operation(user) in way)
+    return any(roles.operation(reader) == 'log' for reader in found)
 
 
 def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset) -> set[fx.Node]:

@@ -55,6 +55,11 @@ def resolve_sizes(
     except UntraceableError as error:
         frozen = [f'{error.owner}: {error}']
     theirs, arguments = _matched(base.graph, more.graph, _BatchSize(base.graph, more.graph))
+    counts = [len(tracer.example) for tracer in (base, more)]
+    for ours, other in theirs.items():
+        examples = [n.meta['example'] for n in (ours, other)]
+        if isinstance(ours.meta['example'], Tensor):
+            ours.meta['by_image'] = [e.shape[:1].numel() if e.dim() else 0 for e in examples] == counts
     others = _values_in(more, theirs)
     constant = {n for n in values if equal(values[n], others[n])}
     bound = [n for n in values if n in constant and not equal(values[n], resized[n])]

@@ -34,6 +34,7 @@ _READS_SIZES = (
     'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
     'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
     'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
+    '_shape_as_tensor',
 )  # fmt: skip
 """Functions and methods whose result follows from the shape and the type of a tensor alone."""
 

@@ -19,6 +19,7 @@ from mmbrecq.graph.components import (
     RegionHead,
     attach,
     graph_module,
+    has_transformer,
     region_shape,
     set_forward,
 )  # fmt: skip
@@ -42,6 +43,7 @@ class TracedGraph:
         opaque: Paths of the modules that are one call of the graph, each with the reason.
         value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
         frozen: Lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
+        sizes_vary: Whether images are of several heights and widths: of detectors, but not of classifiers.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class TracedGraph:
     opaque: dict[str, str] = field(default_factory=dict)
     value_dependent: set[str] = field(default_factory=set)
     frozen: list[str] = field(default_factory=list)
+    sizes_vary: bool = False
 
     @property
     def free_size(self) -> bool:
@@ -134,12 +137,13 @@ def _trace_at_sizes(
     pair = torch.cat([example, example])[:2]
     base, more = trace(pair), trace(torch.cat([pair, pair[:1]]))
     traced = TracedGraph(model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent)
-    is_map = any(output.dim() == 4 for output in traced.example_outputs().values())
+    has_maps = any(output.dim() == 4 for output in traced.example_outputs().values())
+    traced.sizes_vary = has_maps or has_transformer(model)
     wider = None
     if isinstance(entry, ImageForward) and example.dim() == 4:
         with suppress(Exception):
             wider = trace(other_size(pair))
-    traced.frozen = resolve_sizes(base, more, wider, keep_free=is_map)
+    traced.frozen = resolve_sizes(base, more, wider, keep_free=traced.sizes_vary)
     for target, value in base.constants.items():
         _register(model, base.graph, target, value)
     index_squeezes(base.graph)
@@ -149,8 +153,11 @@ def _trace_at_sizes(
 
 
 def other_size(images: Tensor) -> Tensor:
-    """Returns the images, repeated at their borders to another height and width."""
-    return F.pad(images, (0, 32, 0, 64), mode='replicate')
+    """Returns the images, repeated at their borders to another height and width.
+
+    Maps of every stride up to 128 get another size by it: a size that two traces share would be taken for a constant.
+    """
+    return F.pad(images, (0, 128, 0, 192), mode='replicate')
 
 
 def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> None:

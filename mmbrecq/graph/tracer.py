@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -97,7 +98,7 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
-            symbolic.seen_as_tensors(),
+            symbolic.seen_as_tensors(), _computing_in_torch(),
         ):  # fmt: skip
             for component in components_of(model):
                 object.__setattr__(component, 'forward', self._recorded(component))
@@ -184,6 +185,8 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        if target is torch.linspace and len(args) == 3 and kwargs.keys() <= {'dtype', 'device'}:
+            return _spaced(*args, **kwargs)
         if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
             target, args = _SHAPED_AS[target], (args[0], args[1].shape)
         target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
@@ -307,6 +310,20 @@ class _SymbolicSizes(TorchFunctionMode):
 
 
 @contextmanager
+def _computing_in_torch() -> Iterator[None]:
+    """Makes mmcv's deformable attention compute as on a CPU, by functions of torch; no file has its kernel of a GPU."""
+    module: Any = sys.modules.get('mmcv.ops.multi_scale_deform_attn')
+    before = getattr(module, 'IS_CUDA_AVAILABLE', False)
+    try:
+        if before:
+            module.IS_CUDA_AVAILABLE = False
+        yield
+    finally:
+        if before:
+            module.IS_CUDA_AVAILABLE = True
+
+
+@contextmanager
 def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     """Restores the attributes that tracing sets; parameters and buffers must not change at all."""
     # buffers and caches that are set lie in dicts
@@ -321,6 +338,12 @@ def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     for name, tensor, version in state:
         if tensor._version != version:
             raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
+
+
+def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+    """Returns what ``torch.linspace`` does; its own form in a file divides by zero for a single step."""
+    number = torch.arange(steps, dtype=dtype, device=device)
+    return number / number[-1:].clamp(min=1) * (end - start) + start
 
 
 def _positional(

@@ -1,6 +1,7 @@
 """Cuts a graph into reconstruction units.
 
-A unit consists of consecutive nodes, so any cut is executable in order; it may have several inputs and outputs.
+A unit consists of consecutive nodes, so any cut is executable in order; it may have several inputs and outputs. What
+crosses from unit to unit is kept image by image, so a value without the images along its first axis crosses none.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def cut_units(
     ``block``, ``stage`` (blocks that share a parent) or ``net`` (everything).
     """
     check_granularity(granularity)
-    builders = [_UnitBuilder(model, run) for run in _merge_shared(_runs(graph, layers, blocks, granularity), layers)]
+    builders = [_UnitBuilder(model, run) for run in _merge_bound(_runs(graph, layers, blocks, granularity), layers)]
     needed = {name for builder in builders for name in builder.inputs}
     needed |= {n.name for n in next(n for n in graph.nodes if n.op == 'output').all_input_nodes}
     units = []
@@ -113,9 +114,23 @@ def _runs(graph: fx.Graph, layers: set[str], blocks: list[str], granularity: str
     return runs
 
 
-def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
-    """Merges the runs between the first and the last call of a layer, since its weight is learned only once."""
-    called = [[str(n.target) for n in run if n.op == 'call_module' and str(n.target) in layers] for run in runs]
+def _is_recomputed(node: fx.Node) -> bool:
+    """Returns whether units compute the value where they read it: no tensor, or one of sizes and parameters alone."""
+    if not isinstance(node.meta['example'], Tensor):
+        return True
+    return not node.meta.get('by_image', True) and node.meta.get('depends', {'values'}) <= {'size', 'state'}
+
+
+def _merge_bound(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.Node]]:
+    """Merges the runs between the first and the last call of a layer, since its weight is learned only once.
+
+    So it does those between a value that cannot be kept image by image and its last reader.
+    """
+    called: list[list[object]] = []
+    for run in runs:
+        targets = [str(n.target) for n in run if n.op == 'call_module' and str(n.target) in layers]
+        read = [n for node in run for n in (node, *node.all_input_nodes)]
+        called.append([*targets, *(n for n in read if not n.meta.get('by_image', True) and not _is_recomputed(n))])
     last = {layer: index for index, own in enumerate(called) for layer in own}
     merged: list[list[fx.Node]] = []
     end = -1
@@ -131,8 +146,8 @@ def _merge_shared(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.N
 class _UnitBuilder:
     """Copies a run of nodes into a graph of its own.
 
-    Values that are no tensors (sizes, tuples of a split) are recomputed where they are read, so that only tensors
-    cross from unit to unit.
+    Values that are no tensors (sizes, tuples of a split) are recomputed where they are read, and tensors that follow
+    from sizes without the images along their first axis, so that only values of images cross from unit to unit.
     """
 
     def __init__(self, model: nn.Module, run: list[fx.Node]) -> None:
@@ -153,7 +168,7 @@ class _UnitBuilder:
     def _copy(self, node: fx.Node) -> None:
         if node in self._copies:
             return
-        if node in self._body or node.op == 'get_attr' or not isinstance(node.meta['example'], Tensor):
+        if node in self._body or node.op == 'get_attr' or _is_recomputed(node):
             for source in node.all_input_nodes:
                 self._copy(source)
             self._copies[node] = self.graph.node_copy(node, lambda n: self._copies[n])

@@ -185,7 +185,7 @@ class BRECQQuantizer:
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
-            new.meta.update(owner=node.meta['owner'], example=node.meta['example'])
+            new.meta.update({key: node.meta[key] for key in ('owner', 'example', 'by_image') if key in node.meta})
             for user in list(node.users):
                 if user is not new and user not in position.float_readers:
                     user.replace_input_with(node, new)

@@ -23,7 +23,14 @@ FILES = {
     'yolox': 'yolox/yolox_tiny_8xb8-300e_coco.py',
     'rtmdet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     'vfnet': 'vfnet/vfnet_r50_fpn_1x_coco.py',
+    'detr': 'detr/detr_r50_8xb2-150e_coco.py',
+    'conditional': 'conditional_detr/conditional-detr_r50_8xb2-50e_coco.py',
+    'dab': 'dab_detr/dab-detr_r50_8xb2-50e_coco.py',
+    'deformable': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
 }
+TRANSFORMERS = ('detr', 'conditional', 'dab', 'deformable', 'dino')
+QUERIES = 6
 NECK = {'in_channels': [8, 16, 32, 64], 'out_channels': 8}
 
 
@@ -39,6 +46,8 @@ def config(name: str) -> dict[str, Any]:
     if name in ('ssdlite', 'yolox', 'rtmdet'):
         return model
     model['backbone'] = BACKBONE
+    if name in TRANSFORMERS:
+        return _with_small_transformer(name, model)
     model['neck'].update(NECK)
     if name in ('retinanet', 'fcos', 'vfnet'):
         model['bbox_head'].update(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=3)
@@ -55,6 +64,20 @@ def config(name: str) -> dict[str, Any]:
     if name == 'mask_rcnn':
         heads['mask_roi_extractor'].update(out_channels=8)
         heads['mask_head'].update(in_channels=8, conv_out_channels=8, num_convs=2, num_classes=3)
+    return model
+
+
+def _with_small_transformer(name: str, model: dict[str, Any]) -> dict[str, Any]:
+    one_level = name in TRANSFORMERS[:3]
+    model['backbone'] = {**BACKBONE, 'out_indices': (3,) if one_level else (1, 2, 3)}
+    model['neck']['in_channels'] = [64] if one_level else [16, 32, 64]
+    for part in ('encoder', 'decoder'):
+        # the first attention of this decoder reads constants alone, and adds nothing that a layer has computed
+        model[part]['num_layers'] = 2 if (name, part) == ('deformable', 'decoder') else 1
+        model[part]['layer_cfg']['ffn_cfg']['feedforward_channels'] = 32
+    model['num_queries'] = QUERIES
+    model['bbox_head']['num_classes'] = 3
+    model['test_cfg'] = {'max_per_img': QUERIES}
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,6 +208,34 @@ def test_blocks_of_ones_own(modules: list[nn.Module], expected: list[str]) -> No
         stem=conv(), body=nn.Sequential(*modules), last=conv(4, 2),
     )  # fmt: skip
     assert blocks_of(model) == [f'backbone.body.{path}' for path in expected]
+
+
+class Chain(nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        for number, part in enumerate(parts):
+            setattr(self, f'part{number}', part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+class OtherSkip(Skip): ...
+
+
+@pytest.mark.parametrize(
+    ('parts', 'expected'),
+    [
+        ([Skip(Layers()), OtherSkip(Layers())], ['0', '1']),
+        ([Skip(Layers()), Skip(Layers())], ['0.part0', '0.part1', '1.part0', '1.part1']),
+        ([Skip(Layers()), OtherSkip(Layers()), conv(4, 4)], ['0.part0', '0.part1', '1.part0', '1.part1']),
+    ],
+)
+def test_a_chain_of_blocks_of_different_types_is_a_block(parts: list[nn.Module], expected: list[str]) -> None:
+    """The attention and the two layers of a transformer, for one, of which each adds its own input."""
+    test_blocks_of_ones_own([Chain(*copy.deepcopy(parts)), Chain(*copy.deepcopy(parts))], expected)
 
 
 def test_a_network_in_one_module_is_no_block() -> None:

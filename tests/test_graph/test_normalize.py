@@ -101,6 +101,17 @@ def test_an_index_of_a_concatenation_reads_the_part_that_it_reaches(index: Any, 
     assert ''.join(str(n.target)[-1] for n in traced.graph.nodes if n.op == 'call_module') == layers
 
 
+@pytest.mark.parametrize(('index', 'layers'), [(1, 'b'), (-1, 'c'), ((0, 1), 'a'), (slice(1), 'abc')])
+def test_an_index_of_a_stack_reads_one_of_its_values(index: Any, layers: str) -> None:
+    model = net(
+        lambda self, x: torch.stack([self.a(x), self.b(x), self.c(x)])[index], a=conv(), b=conv(), c=conv()
+    )  # fmt: skip
+    wanted = run(model, images(2))
+    traced = trace_image_graph(model, images(2))
+    torch.testing.assert_close(run(traced.compile(), images(2)), wanted, rtol=1e-5, atol=1e-6)
+    assert ''.join(str(n.target)[-1] for n in traced.graph.nodes if n.op == 'call_module') == layers
+
+
 def test_an_index_of_a_concatenation_of_what_was_split_stays() -> None:
     model = net(lambda self, x: torch.cat(self.layer(x).chunk(3, 1), 2)[:, :, :8], layer=conv(3, 6))
     wanted = run(model, images())

@@ -281,6 +281,17 @@ def test_a_sum_that_a_layer_reads_is_quantized(preset: str) -> None:
     assert {'add', 'add_1'} <= set(targets(places(model, preset)))
 
 
+def test_coordinates_that_a_logarithm_takes_back_stay_in_float() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        points, gate = self.points(x).sigmoid(), self.gate(x).sigmoid()
+        inverse = torch.log(points.clamp(min=1e-5) / (1 - points).clamp(min=1e-5))
+        return self.last(x * gate) + inverse
+
+    model = net(forward, points=conv(), gate=conv(3, 3), last=conv())
+    found = targets(places(model, 'openvino'))
+    assert 'sigmoid_1' in found and 'sigmoid' not in found
+
+
 def test_no_linear_layer_is_quantized_behind_itself() -> None:
     """ONNX Runtime computes a linear layer in integers whatever follows it, a convolution does not."""
 

@@ -159,6 +159,26 @@ def test_only_tensors_cross_from_unit_to_unit() -> None:
     )  # fmt: skip
 
 
+def test_values_without_images_along_their_first_axis_cross_no_unit() -> None:
+    """Windows and stacked layers stay within a unit; the sizes of maps are computed again."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        sizes = torch._shape_as_tensor(x)[2:]
+        windows = self.first(x.reshape(-1, 4, 4, 4)) + self.second(x.reshape(-1, 4, 4, 4))
+        x = self.third(windows.reshape(x.shape[0], 4, *x.shape[2:]))
+        return self.last(x) / sizes.prod()
+
+    layers = {'first': conv(4, 4), 'second': conv(4, 4), 'third': conv(4, 4), 'last': conv(4, 2)}
+    model, x = net(forward, stem=conv(), **layers), images(3, seed=1, size=8)
+    traced = trace_image_graph(model, images(2, size=8))
+    units = cut_units(model, traced.graph, layers_of(model), set(), [], '', 'layer')
+    assert [len(unit.layers) for unit in units] == [3, 1, 1]
+    values = run_units(units, x)
+    assert all(len(value) == 3 for value in values.values())
+    torch.testing.assert_close(values[outputs_of(traced)[0]], run(traced.compile(), x), rtol=0, atol=0)
+
+
 def test_units_hold_the_quantizers_of_what_they_compute() -> None:
     model = packed(classifier('resnet'), 'onnxruntime')
     held = Counter(name for unit in model.image_graph.units for name in unit.quantizers)

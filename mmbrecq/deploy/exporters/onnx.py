@@ -58,14 +58,14 @@ def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     buffer = io.BytesIO()
     sink: Any = buffer
     compiled = graph.compiled.eval()
-    outputs = graph.traced.example_outputs()
+    outputs, traced = graph.traced.example_outputs(), graph.traced
     try:
         with torch.no_grad(), warnings.catch_warnings(), _nothing_printed():
             # the TorchScript exporter announces its successor, which has no public hook for Q/DQ with given integers
             warnings.simplefilter('ignore')
             torch.onnx.export(
                 compiled, (example,), sink, input_names=[INPUT_NAME], output_names=list(outputs),
-                dynamic_axes=_free_axes(outputs, graph.traced.free_size), opset_version=opset,
+                dynamic_axes=_free_axes(outputs, traced.free_size and traced.sizes_vary), opset_version=opset,
                 do_constant_folding=False, dynamo=False,
             )  # fmt: skip
     except Exception as error:
@@ -111,9 +111,8 @@ def _free_axes(outputs: Mapping[str, Tensor], free_size: bool) -> dict[str, dict
     A classifier's scores say nothing of height and width; the maps of a detector follow them, where the graph does.
     """
     axes = {name: {0: 'batch'} for name in (INPUT_NAME, *outputs)}
-    maps = [name for name, output in outputs.items() if output.dim() == 4 and free_size]
-    for name in maps:
+    for name in [name for name, output in outputs.items() if output.dim() == 4 and free_size]:
         axes[name].update({2: f'{name}_height', 3: f'{name}_width'})
-    if maps:
+    if free_size:
         axes[INPUT_NAME].update({2: 'height', 3: 'width'})
     return axes

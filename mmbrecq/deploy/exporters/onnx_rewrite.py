@@ -37,6 +37,8 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
         _keep_rank(OnnxEditor(proto))
         _give_biases(OnnxEditor(proto))
         clip_signed_values(proto)
+        _quantize_behind_moves(OnnxEditor(proto), of_constants=True)
+        _fold_constant_grids(OnnxEditor(proto))
     if preset.bias_apart == 'all':
         _split_bias(OnnxEditor(proto), 'Conv', 'ConvTranspose', 'Gemm')
     if preset.bias_apart == 'linear':
@@ -176,7 +178,30 @@ def _store_transposed(edit: OnnxEditor) -> None:
     edit.drop_unread()
 
 
-def _quantize_behind_moves(edit: OnnxEditor) -> None:
+def _fold_constant_grids(edit: OnnxEditor) -> None:
+    """Stores every constant that is brought to a grid, such as learned queries, as the values that this gives.
+
+    OpenVINO's low-precision transformations (seen with 2026.4) take a constant on a grid for a weight, and compute
+    wrong numbers from the parts into which it is split.
+    """
+    for found in edit.of_type('DequantizeLinear'):
+        quantizer = edit.quantizer(found)
+        values = None if quantizer is None else edit.constant(quantizer.input(0))
+        scale, bounds = edit.scale(found), edit.zero_point_range(found)
+        if quantizer is None or values is None or scale is None or scale.size != 1 or bounds is None:
+            continue
+        zero_point = int(edit.zero_point(found).flat[0])
+        codes = np.clip(np.rint(values / scale) + zero_point, *bounds)
+        old = edit.makers[found.outputs[0]]
+        name = edit.store(f'{old.name}/values', ((codes - zero_point) * scale).astype(np.float32))
+        for node in edit.proto.node:
+            node.input[:] = [name if tensor == found.outputs[0] else tensor for tensor in node.input]
+        edit.proto.node.remove(old)
+        edit.proto.node.remove(edit.makers[quantizer.outputs[0]])
+    edit.drop_unread()
+
+
+def _quantize_behind_moves(edit: OnnxEditor, of_constants: bool = False) -> None:
     """Quantizes what a layer reads right before it, where other nodes moved it there; it lies on that grid already."""
     readers: dict[str, list[Node]] = {}
     for layer in edit.layers():
@@ -190,6 +215,8 @@ def _quantize_behind_moves(edit: OnnxEditor) -> None:
         if scale is None or scale.size != 1 or not all(edit.same_grid(sources[0], other) for other in sources):
             continue
         quantizer = edit.quantizer(sources[0])
+        if of_constants and (quantizer is None or edit.constant(quantizer.input(0)) is None):
+            continue
         clip = None if quantizer is None else edit.integer_clip(quantizer)
         grid, codes = sources[0].inputs[1:], f'{tensor}/codes'
         new = [('QuantizeLinear', [tensor, *grid], codes)]

@@ -232,6 +232,30 @@ def test_openvino_is_right_where_several_nodes_read_a_convolution_without_bias(
     np.testing.assert_allclose(run_in_openvino(model, x, tmp_path), before, atol=1e-3)
 
 
+def test_openvino_reads_a_constant_on_a_grid_as_values(tmp_path: Path) -> None:
+    """Learned queries, split in two, of which a layer reads one."""
+    rng = np.random.default_rng(0)
+    tensors = {'codes': rng.integers(-60, 60, (8, 6)).astype(np.int8), **grids(rng, 6), 'halves': np.array([8, 8])}
+    tensors |= {'queries': rng.normal(size=(5, 16)).astype(np.float32), 'zero': np.array([0])}
+    nodes = [*qdq('a', 'queries'), helper.make_node('Split', ['a', 'halves'], ['p', 'q'], name='split', axis=1)]
+    nodes += [helper.make_node('Unsqueeze', ['p', 'zero'], ['u'], name='u')]
+    nodes += [helper.make_node('Shape', ['x'], ['shape'], name='shape')]
+    nodes += [helper.make_node('Expand', ['u', 'shape'], ['e'], name='e')]
+    nodes += [*qdq('w', 'codes', 1), helper.make_node('MatMul', ['e', 'w'], ['m'], name='m')]
+    nodes += [
+        helper.make_node('ReduceSum', ['q'], ['s'], name='s'),
+        helper.make_node('Add', ['m', 's'], ['y'], name='y'),
+    ]
+    model = model_of(nodes, tensors, ['N', 5, 8])
+    x = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    before = run_as_written(model, x)
+    rewrite_for(model, PRESETS['openvino'])
+    np.testing.assert_allclose(run_as_written(model, x), before, atol=1e-6)
+    # the constant is no longer brought to a grid, but what the layer reads
+    assert [node.input[0] for node in model.graph.node if node.op_type == 'QuantizeLinear'] == ['e']
+    np.testing.assert_allclose(run_in_openvino(model, x, tmp_path), before, atol=1e-3)
+
+
 def test_openvino_takes_one_index_of_scales_per_channel(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tensors = {'codes': rng.integers(-60, 60, (8, 6)).astype(np.int8), **grids(rng, 6), 'one': np.array(1)}
