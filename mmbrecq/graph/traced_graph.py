@@ -156,8 +156,10 @@ def other_size(images: Tensor) -> Tensor:
     """Returns the images, repeated at their borders to another height and width.
 
     Maps of every stride up to 128 get another size by it: a size that two traces share would be taken for a constant.
+    Small images grow by less, for attention between all of their positions grows with the square.
     """
-    return F.pad(images, (0, 128, 0, 192), mode='replicate')
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, min(2 * width, 128), 0, min(3 * height, 192)), mode='replicate')
 
 
 def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> None:

@@ -104,6 +104,10 @@ def build(name: str) -> nn.Module:
         # as they are made, heads start so near to 0 that all scores are alike
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and name not in ('ssdlite', 'yolox'):
             nn.init.kaiming_normal_(layer.weight)
+    for path, parameter in model.named_parameters():
+        if path.endswith('level_embed'):
+            # mmdet leaves it as the memory was
+            nn.init.normal_(parameter)
     return model.eval()
 
 
