@@ -31,6 +31,7 @@ from mmbrecq.reconstruction.callbacks import Callback, Callbacks
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.rehearsal import rehearse
 from mmbrecq.runs.safe_load import read_checkpoint
 
 METHODS: dict[str, tuple[str, dict[str, int]]] = {
@@ -156,7 +157,7 @@ def quantize(
         options['overrides'] = [*options.get('overrides', ()), *diagnosis.overrides()]
     builder = build(QUANTIZERS, options)
     if preset in TARGETS:
-        pipeline.rehearse(model, tensor, builder, [EXPORTERS[TARGETS[preset]]()])
+        rehearse(model, tensor, builder, [EXPORTERS[TARGETS[preset]]()])
     quantized = pipeline.prepare(pipeline.copy_model(model), tensor, builder)
     if quantized.region_graphs:
         raise GraphError(

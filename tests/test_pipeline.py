@@ -18,6 +18,7 @@ from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.nearest import NearestReconstructor
+from mmbrecq.rehearsal import rehearse
 
 
 class Net(nn.Module):
@@ -69,7 +70,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
 def test_a_rehearsal_leaves_the_model_and_forecasts_the_work(preset: str, exporter: Any) -> None:
     model, before = make(), make().state_dict()
     reconstructor = BRECQReconstructor({'iterations': 1000}, {'iterations': 500})
-    found = pipeline.rehearse(model, images(), quantizer(preset), [exporter()], reconstructor)
+    found = rehearse(model, images(), quantizer(preset), [exporter()], reconstructor)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [d.batch for d in found.deviations] == [1, 3] and all(d.error < 1e-4 for d in found.deviations)
     (count,) = found.kernels.values()
@@ -83,7 +84,7 @@ def test_what_a_file_cannot_hold_is_told_by_the_rehearsal() -> None:
             return torch.linalg.eigh(F.relu(self.stem(x))[..., :8, :8]).eigenvalues
 
     with pytest.raises(MMBrecqError, match='cannot be written as ONNX'):
-        pipeline.rehearse(Inverse().eval(), images(), quantizer(), [ONNXExporter()])
+        rehearse(Inverse().eval(), images(), quantizer(), [ONNXExporter()])
 
 
 def test_a_file_of_another_network_is_noticed(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.callbacks import Callbacks
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
+from mmbrecq.rehearsal import rehearse
 from mmbrecq.report.summary import Summary
 from mmbrecq.report.table import print_table
 from mmbrecq.runs.checkpoint import load_float_checkpoint
@@ -232,7 +233,7 @@ class PTQLoop(TestLoop):
         # all processes rehearse alike, since calibration brings together what each of them has seen
         model, count = self.runner.model, len(images)
         few = on_main(lambda: grouped(images).parts[0][:4].cpu()).to(next(model.parameters()).device)
-        found = pipeline.rehearse(model, few, self.quantizer, self.exporters, forecast, count)
+        found = rehearse(model, few, self.quantizer, self.exporters, forecast, count)
         self.runner.logger.info(f'rehearsed on a copy of the model in {time.perf_counter() - start:.1f} s')
         if self.dry_run:
             master_only(print)(rehearsal_text(found))

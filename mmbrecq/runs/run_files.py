@@ -25,6 +25,7 @@ from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
+from mmbrecq.rehearsal import Rehearsal
 from mmbrecq.report.html import write_report
 from mmbrecq.report.rows import format_seconds
 from mmbrecq.report.summary import ModelSize, PeakMemory, Summary
@@ -93,7 +94,7 @@ def layer_list(model: QuantizedModel) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def rehearsal_text(found: pipeline.Rehearsal) -> str:
+def rehearsal_text(found: Rehearsal) -> str:
     """Returns what a dry run prints: layers, units, integer kernels, memory and time."""
     units = [unit for graph in found.model.graphs for unit in graph.units if unit.is_quantized]
     lines = [layer_list(found.model), f'{len(units)} units: {", ".join(unit.name for unit in units)}']
