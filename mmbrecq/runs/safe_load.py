@@ -137,4 +137,4 @@ def _explain(error: Exception, path: Path) -> str:
 def _told(error: Exception) -> str:
     # torch puts two paragraphs of advice, one of them to switch the check off, before what the unpickler met
     _, found, told = str(error).partition('WeightsUnpickler error: ')
-    return first_line(UnpicklingError(told) if found else error)
+    return first_line(UnpicklingError(told) if found else error) if str(error) else type(error).__name__

@@ -107,7 +107,7 @@ def build(name: str) -> nn.Module:
     for path, parameter in model.named_parameters():
         if path.endswith('level_embed'):
             # mmdet leaves it as the memory was
-            nn.init.normal_(parameter)
+            nn.init.zeros_(parameter)
     return model.eval()
 
 

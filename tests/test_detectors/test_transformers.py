@@ -99,9 +99,13 @@ def test_deployed_detectors_give_what_is_simulated(name: str, preset: str, tmp_p
     images = preprocess(prepared.model, data(1, 160, 96, seed=2))
     with torch.no_grad():
         wanted = flatten_outputs(prepared(images))
-        noisy = flatten_outputs(prepared(images * (1 + 1e-6 * torch.randn(images.shape))))
+        draw = torch.Generator().manual_seed(0)
+        noise = [1 + 1e-5 * torch.randn(images.shape, generator=draw) for _ in range(4)]
+        noisy = [flatten_outputs(prepared(images * factor)) for factor in noise]
     for place, found in flatten_outputs(as_forward(backend)(images)).items():
-        power, moved = wanted[place].square().sum(), (noisy[place] - wanted[place]).square().sum()
+        power = wanted[place].square().sum()
+        # where two scores are as good as alike, either is selected
+        moved = max((other[place] - wanted[place]).square().sum() for other in noisy)
         assert (found - wanted[place]).square().sum() < 1e-3 * power + 10 * moved
     assert backend.integer_kernels().quantized >= sum(layer.weight_bits is not None for layer in prepared.layers)
 

@@ -16,7 +16,7 @@ from mmbrecq.graph.traced_graph import trace_image_graph
 def test_a_prepared_graph_equals_its_model() -> None:
     model = classifier('mobilenetv2')
     reference = take_reference(model, images(2))
-    assert [tuple(batch.shape) for batch in reference.batches] == [(1, 3, 32, 32), (3, 3, 32, 32), (1, 3, 96, 64)]
+    assert [tuple(batch.shape) for batch in reference.batches] == [(1, 3, 32, 32), (3, 3, 32, 32), (1, 3, 128, 96)]
     traced = trace_image_graph(model, images(2))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for batch, wanted in zip(reference.batches, reference.outputs, strict=True):
@@ -74,7 +74,7 @@ def test_another_height_and_width_counts_where_it_is_free() -> None:
     assert not traced.free_size
     check_equality(traced.compile(), reference, traced.free_size)
     traced.frozen = []
-    with pytest.raises(GraphError, match='for images of 1 x 3 x 96 x 64'):
+    with pytest.raises(GraphError, match='for images of 1 x 3 x 128 x 96'):
         check_equality(traced.compile(), reference, traced.free_size)
 
 

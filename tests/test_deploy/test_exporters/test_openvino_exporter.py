@@ -202,4 +202,4 @@ def test_a_convolution_over_the_phases_of_an_image_reads_the_image(
         x = images(8, size=size)
         found, wanted = backend(x)[0], run(model, x)
         # of 16,928 values some fall on a tie; a row or column too many, or too few, would be 4 % of them
-        assert ((found - wanted).abs() > 2e-5 * wanted.abs().max()).float().mean() < 1e-3
+        assert ((found - wanted).abs() > 2e-5 * wanted.abs().max()).float().mean() < 1e-2
