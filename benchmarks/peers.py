@@ -98,12 +98,12 @@ class Network:
 
     @property
     def is_random(self) -> bool:
-        """Whether the network has random weights."""
+        """Tells whether the network has random weights."""
         return '::' in self.name
 
     @property
     def label(self) -> str:
-        """What the tables call it."""
+        """Returns what the tables call it."""
         return self.name if self.is_random else Path(self.name).stem
 
     @cached_property

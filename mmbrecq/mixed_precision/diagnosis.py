@@ -205,12 +205,10 @@ def find_raised(
     owners = _owners(graph)
     if (together := loss(paths)) <= options.low_bound:
         return {}
-    one_by_one = len(paths) <= RAISING_PASSES
-    alone = (
-        {path: loss([path]) for path in paths}
-        if one_by_one
-        else (_alone(paths, loss, together, options.low_bound, RAISING_PASSES))
-    )
+    if len(paths) <= RAISING_PASSES:
+        alone = {path: loss([path]) for path in paths}
+    else:
+        alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
     worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
     return {layer: own for path, own in worst for layer in sorted(owners.get(path, ()))}
 

@@ -74,11 +74,12 @@ class StageOptions:
             self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
         pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
         self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
+        self._expect(self.fit_ranges is None or isinstance(self.fit_ranges, bool), 'fit_ranges', 'None or a boolean')
         self._expect(self.autocast in (None, *AUTOCAST), 'autocast', f'None or one of {list(AUTOCAST)}')
 
     @property
     def rounding_lr(self) -> float:
-        """Learning rate of the rounding variables."""
+        """Returns the learning rate of the rounding variables."""
         return 1e-3 * math.sqrt(20000 / self.iterations) if self.lr is None else self.lr
 
     def _expect(self, valid: bool, name: str, what: str) -> None:

@@ -66,12 +66,13 @@ class Variables:
         for scale in scales:
             scale.requires_grad_(True)
         rate = self._options.activation_lr
+        # those of one network differ too much for one rate
+        of_scales: list[Group] = [([scale], SCALE_LR * float(scale.detach().mean()), cosine) for scale in scales]
         groups: list[Group] = [
             (self.alphas, self._options.rounding_lr, lambda t: 1.0),
             (self.gains, self._options.weight_scale_lr, cosine),
             (self.offsets, self._options.bias_lr, cosine),
-            *([([scale], SCALE_LR * float(scale.detach().mean()), cosine) for scale in scales] if rate is None else []),
-            (scales if rate is not None else [], rate or 0.0, cosine),
+            *(of_scales if rate is None else [(scales, rate, cosine)]),
         ]
         self._floors = [(scale, scale.detach() * SMALLEST) for scale in scales]
         self.groups = [group for group in groups if group[0]]

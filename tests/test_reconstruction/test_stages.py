@@ -43,6 +43,11 @@ def test_fewer_iterations_round_in_larger_steps(iterations: int, expected: float
     assert StageOptions(iterations=iterations, lr=3e-3).rounding_lr == 3e-3
 
 
+def test_ranges_are_fitted_or_not() -> None:
+    with pytest.raises(ConfigError, match="fit_ranges of a reconstruction to be None or a boolean, but got 'y'"):
+        StageOptions(fit_ranges='y')  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0), 5, '20'])
 def test_beta_is_two_numbers_above_one(beta: Any) -> None:
     with pytest.raises(ConfigError, match='^expected beta of a reconstruction to be two numbers above 1, but got '):
