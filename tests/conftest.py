@@ -17,6 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def default_scope() -> Iterator[None]:
+    """Undoes what a test makes the default scope of mmengine's registries: the next test's models come from another."""
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield
+
+
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """``with full_disk(size)``: no file of this process grows beyond ``size`` bytes, writing fails as on a full disk.

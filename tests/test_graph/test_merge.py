@@ -126,8 +126,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def family(name: str) -> nn.Module:
     import mmpretrain.models  # noqa: F401 - registers the types
+    from mmengine.registry import init_default_scope
     from mmpretrain.registry import MODELS
 
+    init_default_scope('mmpretrain')
     torch.manual_seed(0)
     model = net(lambda self, x: self.body(x)[-1], body=MODELS.build(FAMILIES[name]))
     randomize(model)
