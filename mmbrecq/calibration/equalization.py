@@ -50,7 +50,7 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
 
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
     the geometric mean of all channels' factors. Where a group can shift, the middle of every channel's range becomes 0
-    before, which halves what ``v`` is for a channel that lies to one side. Grids are to be calibrated after this.
+    before. Grids are to be calibrated after this.
 
     ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
     Returns the number of groups of values that were equalised; GraphError if an output changes.

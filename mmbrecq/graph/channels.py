@@ -4,8 +4,8 @@ Where every operation between layers is positively homogeneous in each channel (
 a value may be divided by any ``r_c > 0`` if the layers that write it divide their output channel by ``r_c`` and the
 layers that read it multiply their input channel by it: the network computes what it did before (Nagel et al., Data-Free
 Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1). A normalisation with a gain of
-its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023); with an offset of its own, and biases behind it, a
-constant may be taken from each channel as well (Li et al., RepQ-ViT, ICCV 2023).
+its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023). Where it has an offset and the layers behind
+have biases, a constant may be taken from each channel as well (Li et al., RepQ-ViT, ICCV 2023).
 """
 
 from __future__ import annotations
