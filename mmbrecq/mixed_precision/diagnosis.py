@@ -18,6 +18,9 @@ from mmbrecq.qtype import MAX_BITS
 from mmbrecq.quantizers.options import FLOAT, FallbackOptions
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 
+ROUNDS = 2
+"""Times that the worst grids at 8 bits are looked for; the second is without what the first has left in float."""
+
 RAISING_PASSES = 128
 """Most passes over a few images that look for the worst grids below 8 bits."""
 
@@ -172,20 +175,26 @@ def diagnose(
     if before <= options.bound:
         return found
     owners = _owners(graph)
-    least = max(options.bound / 4, before / 20)
-    found.worst = dict(sorted(_alone(paths, loss, before, least).items(), key=lambda item: -item[1]))
     room = options.limit * sum(layer.activation_bits is not None for layer in graph.layers)
-    # what helps most for each layer that loses its integer kernel comes first
-    for path in sorted(found.worst, key=lambda path: -found.worst[path] / max(len(owners.get(path, ())), 1)):
-        own, layers = found.worst[path], owners.get(path, set()) - set(found.layers)
-        if found.after <= options.bound or len(found.layers) + len(layers) > room or not layers:
-            continue
-        more = {**found.layers, **dict.fromkeys(sorted(layers), own)}
-        rest = [other for other in paths if not owners.get(other) or not owners[other] <= set(more)]
-        after = loss(rest)
-        # errors of several grids may cancel each other
-        if after < found.after:
-            paths, found.layers, found.after = rest, more, after
+    for _ in range(ROUNDS):
+        # what single grids cost shows when those that cost more are gone
+        start, least = found.after, max(options.bound / 4, found.after / 20)
+        worst = _alone(paths, loss, start, least)
+        found.worst = {**worst, **found.worst}
+        # what helps most for each layer that loses its integer kernel comes first
+        for path in sorted(worst, key=lambda path: -worst[path] / max(len(owners.get(path, ())), 1)):
+            layers = owners.get(path, set()) - set(found.layers)
+            if found.after <= options.bound or len(found.layers) + len(layers) > room or not layers:
+                continue
+            more = {**found.layers, **dict.fromkeys(sorted(layers), worst[path])}
+            rest = [other for other in paths if not owners.get(other) or not owners[other] <= set(more)]
+            after = loss(rest)
+            # errors of several grids may cancel each other
+            if after < found.after:
+                paths, found.layers, found.after = rest, more, after
+        if found.after <= options.bound or found.after == start:
+            break
+    found.worst = dict(sorted(found.worst.items(), key=lambda item: -item[1]))
     return found
 
 
