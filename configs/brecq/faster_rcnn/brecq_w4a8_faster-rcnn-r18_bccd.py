@@ -5,5 +5,6 @@ _base_ = [
 ]
 calibration = dict(num_samples=256)
 reconstructor = dict(
-    weights=dict(iterations=400, batch_size=8, lr=3e-3), activations=dict(iterations=100, batch_size=8)
+    weights=dict(iterations=400, batch_size=8, lr=3e-3),
+    activations=dict(iterations=100, batch_size=8, activation_lr=4e-4),
 )

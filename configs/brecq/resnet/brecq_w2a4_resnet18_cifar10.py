@@ -4,4 +4,4 @@ _base_ = [
     '../../_base_/quant/brecq_w2a4.py',
 ]
 calibration = dict(selection='first')
-reconstructor = dict(weights=dict(iterations=2000, lr=3e-3), activations=dict(iterations=500))
+reconstructor = dict(weights=dict(iterations=2000, lr=3e-3), activations=dict(iterations=500, activation_lr=4e-4))

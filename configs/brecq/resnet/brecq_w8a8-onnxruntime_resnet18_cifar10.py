@@ -4,4 +4,4 @@ _base_ = [
     '../../_base_/quant/brecq_w8a8_onnxruntime.py',
 ]
 calibration = dict(selection='first')
-reconstructor = dict(weights=dict(iterations=1000, lr=3e-3), activations=dict(iterations=250))
+reconstructor = dict(weights=dict(iterations=1000, lr=3e-3), activations=dict(iterations=250, activation_lr=4e-4))

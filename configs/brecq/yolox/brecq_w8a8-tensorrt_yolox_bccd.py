@@ -7,5 +7,6 @@ calibration = dict(num_samples=256)
 # Steps of 8 bits stay as observed: a pass that learns them lowers the squared error of the units, and the AP with it
 quantizer = dict(activation=dict(fake_quant=dict(type='FakeQuantize')))
 reconstructor = dict(
-    weights=dict(iterations=500, batch_size=8, lr=3e-3), activations=dict(bias_lr=0, weight_scale_lr=0)
+    weights=dict(iterations=500, batch_size=8, lr=3e-3),
+    activations=dict(bias_lr=0, weight_scale_lr=0, activation_lr=4e-4),
 )
