@@ -109,8 +109,9 @@ def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstr
     values = {node.name: node.meta['example'] for node in graph.traced.graph.nodes if 'example' in node.meta}
     options = replace(stage.options, iterations=iterations)
     rows = torch.arange(options.batch_size) % len(images)
-    data = UnitData(*([values[name][rows % len(values[name])] for name in names] for names in (
-        unit.inputs, unit.inputs, unit.outputs)))  # fmt: skip
+    quantized, floats, targets = ([values[name][rows % len(values[name])] for name in names] for names in (
+        unit.inputs, unit.inputs, unit.outputs))  # fmt: skip
+    data = UnitData(quantized, floats, targets)
     nearest = unit_state(model.model, unit)
     start = time.perf_counter()
     with graph.quantization(weights=True, activations=stage.quantizes_activations):
@@ -120,4 +121,6 @@ def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstr
         )  # fmt: skip
     spent = time.perf_counter() - start
     load_unit_state(model.model, unit, nearest)
-    return Forecast(model, reconstructor.stages).total(stage, unit, spent * stage.options.iterations / iterations)
+    return Forecast(model, reconstructor.stages, reconstructor.share_behind).total(
+        stage, unit, spent * stage.options.iterations / iterations
+    )

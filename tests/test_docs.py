@@ -36,6 +36,7 @@ from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import (
     BRECQReconstructor,
     FisherLoss,
+    FisherLowRankLoss,
     NearestReconstructor,
     QDropReconstructor,
     StageOptions,
@@ -60,6 +61,7 @@ REFERENCE = {
     'Reconstructor: `NearestReconstructor`': NearestReconstructor,
     'Passes': StageOptions,
     'Loss: `FisherLoss`': FisherLoss,
+    'Loss: `FisherLowRankLoss`': FisherLowRankLoss,
     '`search`': SearchOptions,
     'Searcher: `GeneticSearcher`': GeneticSearcher,
     'Searcher: `IntegerProgram`': IntegerProgram,

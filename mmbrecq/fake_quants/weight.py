@@ -85,6 +85,15 @@ class AdaRound(WeightFakeQuantize):
         self.curve = Sigmoid(zeta, gamma)
 
 
+@FAKE_QUANTS.register_module()
+class StraightThrough(WeightFakeQuantize):
+    """Learns the weight itself, in a reconstruction, by gradients that pass rounding as if it were not there.
+
+    That is how step sizes and weights are learned together in LSQ (Esser et al., ICLR 2020). A weight may move by more
+    than one step of its grid.
+    """
+
+
 class PackedWeight(nn.Module):
     """A parametrization whose originals are ``(codes, scale, zero_point)``: what a deployed model stores."""
 

@@ -1,6 +1,7 @@
 """Block reconstruction: learning rounding and step sizes unit by unit."""
 
 from mmbrecq.reconstruction.losses import FisherLoss, MSELoss
+from mmbrecq.reconstruction.low_rank import FisherLowRankLoss
 from mmbrecq.reconstruction.methods import BRECQReconstructor, QDropReconstructor
 from mmbrecq.reconstruction.nearest import NearestReconstructor
 from mmbrecq.reconstruction.results import UnitResult
@@ -8,6 +9,6 @@ from mmbrecq.reconstruction.stages import Stage, StageOptions
 from mmbrecq.reconstruction.task import Task
 
 __all__ = [
-    'BRECQReconstructor', 'FisherLoss', 'MSELoss', 'NearestReconstructor', 'QDropReconstructor', 'Stage',
-    'StageOptions', 'Task', 'UnitResult',
+    'BRECQReconstructor', 'FisherLoss', 'FisherLowRankLoss', 'MSELoss', 'NearestReconstructor', 'QDropReconstructor',
+    'Stage', 'StageOptions', 'Task', 'UnitResult',
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -18,6 +18,9 @@ from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out, to_device
+
+if TYPE_CHECKING:
+    from mmbrecq.reconstruction.rest import OutputTerm
 
 T = TypeVar('T')
 V = TypeVar('V', bound=Values)
@@ -34,6 +37,9 @@ class UnitData(Generic[V]):
         targets: Outputs of the float model.
         fisher: Fisher weights of the outputs, None where the loss needs none.
         importance: How much each output counts, 1 on average; None for all the same.
+        term: A term of the loss for the outputs of the network; None for none.
+        beside: What the rest of the network reads beside the outputs of the unit.
+        network_outputs: Outputs of the float network.
     """
 
     quantized_inputs: Sequence[V]
@@ -41,6 +47,9 @@ class UnitData(Generic[V]):
     targets: Sequence[V]
     fisher: Sequence[V] | None = None
     importance: Sequence[float] | None = None
+    term: OutputTerm | None = None
+    beside: Sequence[V] = ()
+    network_outputs: Sequence[V] = ()
 
     def __len__(self) -> int:
         return len(self.targets[0])
@@ -48,7 +57,8 @@ class UnitData(Generic[V]):
     @property
     def values(self) -> list[V]:
         """All values, shared inputs twice."""
-        return [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.fisher or ())]
+        own = [*self.quantized_inputs, *self.float_inputs, *self.targets, *(self.fisher or ())]
+        return [*own, *self.beside, *self.network_outputs]
 
     def read(self, index: Tensor | slice, floats: bool = True) -> Batch:
         """Reads the images ``index``; their float inputs only where ``floats`` asks for them."""
@@ -67,12 +77,12 @@ class UnitData(Generic[V]):
         return self._mapped(lambda x: laid_out(x, layout))
 
     def loss(self: Batch, outputs: Sequence[Tensor], loss: UnitLoss) -> Tensor:
-        """Returns the sum of the losses of all outputs, each as much as it counts."""
+        """Returns the sum of the losses of all outputs, each as much as it counts, and of the term."""
         total: Any = 0
         for i, (output, target) in enumerate(zip(outputs, self.targets, strict=True)):
             one = loss(output, target, None if self.fisher is None else self.fisher[i])
             total = total + (one if self.importance is None else self.importance[i] * one)
-        return total
+        return total if self.term is None else total + self.term(outputs, self.beside, self.network_outputs)
 
     def mean_loss(self, outputs: Sequence[Values], loss: UnitLoss, batch_size: int) -> float:
         """Returns the loss of ``outputs`` over all images, those of other processes included."""
@@ -82,6 +92,7 @@ class UnitData(Generic[V]):
         """Returns the loss of outputs of zeros, over all images of all processes."""
         return self._mean(lambda index: [torch.zeros_like(x[index]) for x in self.targets], loss, batch_size)
 
+    @torch.no_grad()
     def _mean(self, outputs: Callable[[slice], Sequence[Tensor]], loss: UnitLoss, batch_size: int) -> float:
         total, without_inputs = 0.0, replace(self, quantized_inputs=(), float_inputs=())
         for index in batches_of(self.targets[0], batch_size):
@@ -99,6 +110,9 @@ class UnitData(Generic[V]):
             [change(x) for x in self.targets],
             None if self.fisher is None else [change(x) for x in self.fisher],
             self.importance,
+            self.term,
+            [change(x) for x in self.beside],
+            [change(x) for x in self.network_outputs],
         )
 
 

@@ -62,7 +62,7 @@ def last_readers(units: Sequence[ReconstructionUnit]) -> dict[str, int]:
 
 
 def peak_bytes(
-    units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, standing: int = 0
+    units: Sequence[ReconstructionUnit], sizes: Mapping[str, int], images: str, standing: int = 0, weights: int = 0
 ) -> tuple[int, str]:
     """Returns the most bytes cached at once over a run, and the unit at which that is.
 
@@ -73,7 +73,8 @@ def peak_bytes(
         units: In the order of execution.
         sizes: Bytes of each value over all calibration images.
         images: Name of the network's input.
-        standing: Bytes of what is there from the start to the end: Fisher weights.
+        standing: Bytes of what is there from the start to the end: Fisher weights, outputs of the network.
+        weights: Values of the size of a unit's outputs that its loss weighs by, and is to find them from.
     """
     last = last_readers(units)
     live: set[str] = {images}
@@ -81,7 +82,8 @@ def peak_bytes(
     for index, unit in enumerate(units):
         live |= set(unit.outputs)
         total = standing + sum(sizes[name] * (1 if name == images else 2) for name in live)
-        total += sum(sizes[name] for name in unit.outputs)
+        # what the weights are found from is gone when the unit has learned
+        total += max(1, weights) * sum(sizes[name] for name in unit.outputs)
         if total > worst:
             worst, where = total, unit.name
         live = {name for name in live if name == images or last.get(name, -1) > index}

@@ -75,19 +75,30 @@ class Callbacks(Callback):
 
 
 class Forecast:
-    """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done."""
+    """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done.
 
-    def __init__(self, model: QuantizedModel, stages: Iterable[Stage]) -> None:
+    Args:
+        model: The prepared model.
+        stages: The passes.
+        share: Fraction of the images that pass through the network behind a unit, too.
+    """
+
+    def __init__(self, model: QuantizedModel, stages: Iterable[Stage], share: float = 0.0) -> None:
         macs = {shape.name: _macs(shape) for shape in layer_shapes(model)}
         overhead = OVERHEAD.get(model.image_graph.traced.example.device.type, OVERHEAD['cuda'])
-        self._left = {
-            (stage.name, unit.name): _work(stage, unit, macs, overhead)
-            for stage in stages
-            if stage.name != 'activations' or model.quantizes_activations
-            for part in model.graphs
-            for unit in stage_units(part, stage)
-            if unit.is_quantized
-        }
+        self._own: dict[tuple[str, str], float] = {}
+        self._left: dict[tuple[str, str], float] = {}
+        for stage in stages:
+            if stage.name == 'activations' and not model.quantizes_activations:
+                continue
+            for part in model.graphs:
+                behind = 0.0
+                for unit in reversed(stage_units(part, stage)):
+                    work = _work(stage, unit, macs, 0.0)
+                    if unit.is_quantized:
+                        self._own[stage.name, unit.name] = _work(stage, unit, macs, overhead)
+                        self._left[stage.name, unit.name] = self._own[stage.name, unit.name] + share * behind
+                    behind += work
         self._work = self._seconds = 0.0
         self._names: list[str] = []
         self._count = 0
@@ -109,8 +120,8 @@ class Forecast:
         return self._seconds / self._work * sum(self._left.values()) if self._work else None
 
     def total(self, stage: Stage, unit: ReconstructionUnit, seconds: float) -> float:
-        """Returns the seconds that all units will take, where this one takes ``seconds``."""
-        return seconds / self._left[stage.name, unit.name] * sum(self._left.values())
+        """Returns the seconds that all units will take, where this one takes ``seconds`` without what is behind it."""
+        return seconds / self._own[stage.name, unit.name] * sum(self._left.values())
 
 
 def _macs(shape: LayerShape) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ from mmbrecq.reconstruction.ranges import fit_ranges
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams
+from mmbrecq.reconstruction.supervision import Supervision
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, observed_units, working_memory
@@ -56,6 +58,9 @@ class BaseReconstructor:
             outputs of the network; None for no such pass.
         loss: Config of the reconstruction loss; None for the squared error, of units whose outputs are tokens,
             ``(N, T, C)``, relative to the power of each.
+        global_weight: How much the distance of the network's outputs, as the float rest of the network computes them
+            from those of a unit, counts in its loss; at 1 as much as the unit's own error before it learns; 0 for none.
+        global_share: Fraction of the images of a batch that pass through the rest, in (0, 1].
         mirror: Whether the mirror image of every calibration image is learned from, too; heads of regions see regions
             of the images as they are.
         cache: Where activations are cached: ``auto``, ``device``, ``host`` or ``disk``.
@@ -66,6 +71,8 @@ class BaseReconstructor:
 
     network: Mapping[str, Any] | None = None
     loss: Mapping[str, Any] | None = None
+    global_weight: float = 0.0
+    global_share: float = 1.0
     mirror: bool = False
     cache: str = 'auto'
     cache_dtype: str = 'float32'
@@ -78,6 +85,14 @@ class BaseReconstructor:
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.criterion = build(LOSSES, dict(self.loss or {'type': 'MSELoss'}))
         self.token_criterion = RelativeMSELoss() if self.loss is None else self.criterion
+        ends = {'global_weight': (0 <= self.global_weight < math.inf, 'finite and >= 0')}
+        ends['global_share'] = (0 < self.global_share <= 1, 'in (0, 1]')
+        for name, (valid, what) in ends.items():
+            if not valid:
+                raise ConfigError(f'expected reconstructor.{name} to be {what}, but got {getattr(self, name)!r}')
+        self.share_behind = self.global_share if self.global_weight > 0 else 0.0
+        # most losses weigh by nothing that only the rest of the network tells
+        self.rank = getattr(self.criterion, 'rank', 0)
         if self.mirror and self.criterion.needs_fisher:
             raise ConfigError(
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
@@ -108,12 +123,15 @@ class BaseReconstructor:
             count = len(task.images) * REGIONS_PER_IMAGE if part.is_region else -(-pixels // size)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
-            weights = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
+            standing = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
+            has_rest = self.rank > 0 or self.share_behind > 0
+            standing += sum(sizes[name] for name in part.cut('net')[0].outputs) if has_rest else 0
             for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
                 units = stage_units(part, stage)
-                cached.append(peak_bytes(units, sizes, inputs, weights))
+                # the errors of low rank, of which the quantized outputs are the first, and what is found from them
+                cached.append(peak_bytes(units, sizes, inputs, standing, 2 * self.rank))
                 images = min(stage.options.batch_size, count * (1 + self.mirror))
-                needed = working_memory(part, units, stage, images, self.criterion.needs_fisher)
+                needed = working_memory(part, units, stage, images, self.criterion.needs_fisher, self.rank, has_rest)
                 # features of regions are collected in memory, and then joined, wherever all else is cached
                 features = 2 * sizes[inputs] if part.is_region else 0
                 working += [(size + features, unit) for size, unit in needed]
@@ -158,6 +176,8 @@ class BaseReconstructor:
     def describe_loss(self, task: Task) -> str:
         """Returns the loss in words: what it weighs by is decided by the data."""
         name = type(self.criterion).__name__
+        if self.global_weight > 0:
+            name += f', with the outputs of the network (weight {self.global_weight:g})'
         if not self.criterion.needs_fisher:
             return name
         if task.task_loss is None:
@@ -182,13 +202,13 @@ class BaseReconstructor:
             NonFiniteError: A loss stops being finite; unit and iteration are named.
         """
         device = next(task.model.model.parameters()).device
-        forecast = Forecast(task.model, self.stages)
+        forecast = Forecast(task.model, self.stages, self.share_behind)
         for finished in task.resumed.values():
             forecast.note(finished.result)
         cache = ActivationCache(plan, device, task.directory)
         images = cache.hold(task.images, self.mirror)
         fisher = self._fisher(task, images, cache)
-        run = _Run(task, self.criterion, self.token_criterion, cache, callback, forecast)
+        run = _Run(task, self, cache, callback, forecast)
         for stage in self.stages:
             if stage.name == 'activations' and not task.model.quantizes_activations:
                 continue
@@ -233,8 +253,7 @@ class _Run:
     """One run over a task: what all its passes share."""
 
     task: Task
-    loss: Any
-    token_loss: Any
+    options: BaseReconstructor
     cache: ActivationCache
     callback: Callback
     forecast: Forecast
@@ -262,6 +281,8 @@ class _Run:
         results = []
         units, task, done = stage_units(graph, stage), self.task, self.task.done
         streams = Streams(graph, units, inputs, self.cache, stage.options.batch_size, quantized_inputs, first)
+        options = self.options
+        behind = Supervision(streams, options.rank, options.global_weight, options.global_share)
         for index, unit in enumerate(units):
             start = time.perf_counter()
             float_outputs = streams.run(unit, streams.float_inputs(unit), weights=False, activations=False)
@@ -274,7 +295,7 @@ class _Run:
                     outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
-            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher)
+            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher, behind)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             result = replace(result, seconds=time.perf_counter() - start)
             results.append(result)
@@ -289,25 +310,28 @@ class _Run:
         unit: ReconstructionUnit,
         float_outputs: Sequence[CachedValues],
         fisher: FisherWeights | None,
+        behind: Supervision,
     ) -> tuple[UnitResult, list[CachedValues]]:
         """Optimises one unit; returns its result, without the time, and its quantized outputs."""
         size, activations = stage.options.batch_size, stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
         known = (None, None) if fisher is None else fisher.of(unit.outputs)
         data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
-        # the plain loss where what it weighs by is not known
         tokens = all(len(grouped(value).parts[0].sample_shape) == 2 for value in float_outputs)
-        of_unit = self.token_loss if tokens else self.loss
-        loss: UnitLoss = of_unit if fisher is not None or not self.loss.needs_fisher else MSELoss()
-        power = data.power(loss, size)
+        plain = RelativeMSELoss() if tokens else MSELoss()
+        of_unit = self.options.token_criterion if tokens else self.options.criterion
+        # the plain loss where what it weighs by is not known
+        loss: UnitLoss = of_unit if fisher is not None or not self.options.criterion.needs_fisher else MSELoss()
         self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
             self._observe(graph, unit, streams)
             if tokens if stage.options.fit_ranges is None else stage.options.fit_ranges:
                 with graph.quantization(weights=True, activations=True):
-                    fit_ranges(unit.module, quantizers, data, loss)
+                    fit_ranges(unit.module, quantizers, data, plain if self.options.rank else loss)
         outputs = streams.run(unit, data.quantized_inputs, weights=True, activations=activations)
+        data, loss = behind.add_to(data, unit, loss, plain, outputs, activations)
+        power = data.power(loss, size)
         before = after = data.mean_loss(outputs, loss, size)
         training = MicroBatches(unit.name, min(size, len(data.targets[0])))
         state, kept = unit_state(graph.model, unit), False

@@ -42,7 +42,7 @@ class Streams:
         first: int | None = 0,
     ) -> None:
         self.first = first
-        self._images, self._batches = inputs, batches_of(inputs, batch_size, first)
+        self.images, self._batches = inputs, batches_of(inputs, batch_size, first)
         self.graph, self.units, self.cache = graph, units, cache
         name = next(n.name for n in graph.traced.graph.nodes if n.op == 'placeholder')
         self.float_values: dict[str, Values] = {name: inputs}
@@ -53,7 +53,7 @@ class Streams:
         for unit in units:
             for value in unit.inputs:
                 self._layouts.setdefault(value, memory_format(unit.module))
-        self._batch_size = min(batch_size, len(inputs))
+        self.batch_size = min(batch_size, len(inputs))
         self._fitting: dict[str, MicroBatches] = {}
 
     def float_inputs(self, unit: ReconstructionUnit) -> list[Values]:
@@ -76,9 +76,9 @@ class Streams:
                 results = unit.module(*[x[part] for x in inputs])
                 if not outputs:
                     for name, result in zip(unit.outputs, results, strict=True):
-                        shape = len(self._images), *result.shape[1:]
+                        shape = len(self.images), *result.shape[1:]
                         layout = self._layouts.get(name, torch.contiguous_format)
-                        outputs.append(self.cache.allocate(shape, layout, self._images))
+                        outputs.append(self.cache.allocate(shape, layout, self.images))
                 for output, result in zip(outputs, results, strict=True):
                     output.write(start, result)
 
@@ -95,12 +95,12 @@ class Streams:
         """
         inputs = self.quantized_inputs(unit)
         with torch.no_grad(), self.graph.quantization(weights=True, activations=False):
-            for batch in batches_of(self._images, size, self.first):
+            for batch in batches_of(self.images, size, self.first):
                 unit.module(*[x[batch] for x in inputs])
 
     def micro_batches(self, unit: ReconstructionUnit) -> MicroBatches:
         """Returns how many images a unit computes at once in a pass."""
-        return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self._batch_size))
+        return self._fitting.setdefault(unit.name, MicroBatches(unit.name, self.batch_size))
 
     def advance(self, index: int, float_outputs: Sequence[Values], quantized_outputs: Sequence[Values]) -> None:
         """Hands the outputs of unit ``index`` on and frees what no later unit reads."""

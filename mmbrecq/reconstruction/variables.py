@@ -14,11 +14,12 @@ from torch.nn.utils import parametrize
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.fake_quants.ops import OutputGradient
-from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize, original, original_weight
+from mmbrecq.fake_quants.weight import AdaRound, StraightThrough, WeightFakeQuantize, original, original_weight
 from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.adam import Group
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.stages import SCALE_LR, Stage
+from mmbrecq.reconstruction.straight_through import StraightThroughRounding
 from mmbrecq.reconstruction.values import called_modules, laid_out
 
 SMALLEST = 0.01
@@ -41,7 +42,8 @@ class Variables:
         layout: Order in memory of the unit's activations and of the weights of its convolutions.
 
     Attributes:
-        alphas: Variables of the rounding.
+        alphas: Variables of AdaRound's rounding.
+        steps: Those of straight-through rounding.
         gains: Factors on the scales of weights.
         offsets: Corrections of the biases.
         groups: What is optimised, none of them empty.
@@ -57,7 +59,8 @@ class Variables:
     ) -> None:
         self._options, called = stage.options, called_modules(module)
         self._layers = [_Layer(layer, fq, stage, layout, layer in called) for layer, fq in weights]
-        self.alphas = [layer.soft.alpha for layer in self._layers if layer.soft is not None]
+        self.alphas = [layer.soft.alpha for layer in self._layers if isinstance(layer.soft, SoftRounding)]
+        self.steps = [layer.soft.steps for layer in self._layers if isinstance(layer.soft, StraightThroughRounding)]
         self.gains = [layer.gain for layer in self._layers if layer.gain is not None]
         self.offsets = [layer.correction.offset for layer in self._layers if layer.correction is not None]
         learning = [q for q in quantizers if stage.quantizes_activations and not q.fixed]
@@ -70,6 +73,7 @@ class Variables:
         of_scales: list[Group] = [([scale], SCALE_LR * float(scale.detach().mean()), cosine) for scale in scales]
         groups: list[Group] = [
             (self.alphas, self._options.rounding_lr, lambda t: 1.0),
+            (self.steps, self._options.rounding_lr, cosine),
             (self.gains, self._options.weight_scale_lr, cosine),
             (self.offsets, self._options.bias_lr, cosine),
             *(of_scales if rate is None else [(scales, rate, cosine)]),
@@ -138,10 +142,12 @@ class _Layer:
         called: bool,
     ) -> None:
         self.module, self.fake_quant, scale = module, fake_quant, stage.options.weight_scale_lr > 0
-        self.soft: SoftRounding | None = None
+        self.soft: SoftRounding | StraightThroughRounding | None = None
         self.bias: Tensor | None = None
         if stage.learns_rounding and isinstance(fake_quant, AdaRound):
             self.soft = SoftRounding(fake_quant, original_weight(module), layout)
+        elif stage.learns_rounding and isinstance(fake_quant, StraightThrough):
+            self.soft = StraightThroughRounding(fake_quant, original_weight(module), layout)
         # a soft weight is written anew before it is multiplied, so it needs no second tensor
         self.values = laid_out(self.soft.weight if self.soft else fake_quant.values, layout)
         # the factor on its scale: the integers do not follow it, it stretches the grid under them

@@ -103,16 +103,24 @@ def measure_footprint(
 
 
 def working_memory(
-    graph: QuantizedGraph, units: Sequence[ReconstructionUnit], stage: Stage, images: int, fisher: bool
+    graph: QuantizedGraph,
+    units: Sequence[ReconstructionUnit],
+    stage: Stage,
+    images: int,
+    fisher: bool,
+    rank: int = 0,
+    has_rest: bool = False,
 ) -> list[tuple[int, str]]:
     """Returns the most bytes that the work on each unit takes beside cached activations, and its name.
 
-    An iteration is of ``images`` images; ``fisher`` tells whether the loss has Fisher weights.
+    An iteration is of ``images`` images; ``fisher`` tells whether the loss has Fisher weights, ``rank`` how many
+    factors a unit has of its own, and ``has_rest`` whether gradients come through the network behind a unit.
     """
     examples = {node.name: node.meta.get('example') for node in graph.traced.graph.nodes}
     needed = []
     with graph.quantization(weights=False, activations=stage.quantizes_activations):
-        for unit in units:
+        behind = 0
+        for unit in reversed(units):
             layers = [module for module, _ in graph.unit_weights(unit)]
             footprint = measure_footprint(
                 unit.module,
@@ -120,7 +128,10 @@ def working_memory(
                 [original_weight(layer) for layer in layers],
                 [] if stage.learns_rounding else layers,
             )
-            needed.append((_with_headroom(iteration_bytes(footprint, stage, images, fisher)), unit.name))
+            own = iteration_bytes(footprint, stage, images, 1 + rank if rank else fisher)
+            needed.append((_with_headroom(own + (images * behind if has_rest else 0)), unit.name))
+            # values that pass the next units by are inputs of one of them
+            behind += footprint.saved + footprint.inputs + footprint.outputs
         if fisher:
             (network,) = graph.cut('net')
             footprint = measure_footprint(network.module, [examples[name] for name in network.inputs], [])
@@ -130,11 +141,14 @@ def working_memory(
     return needed
 
 
-def iteration_bytes(unit: Footprint, stage: Stage, images: int, fisher: bool) -> int:
-    """Returns the most bytes that an iteration takes, with the variables and the state of the optimizer."""
+def iteration_bytes(unit: Footprint, stage: Stage, images: int, fisher: int) -> int:
+    """Returns the most bytes that an iteration takes, with the variables and the state of the optimizer.
+
+    The loss weighs by so many values, ``fisher``, of the size of the outputs.
+    """
     dropping = stage.options.drop_prob > 0
-    batch = unit.inputs * (2 if dropping else 1) + unit.outputs * (2 if fisher else 1)
-    of_loss = unit.outputs * (OF_LOSS + (OF_FISHER if fisher else 0))
+    batch = unit.inputs * (2 if dropping else 1) + unit.outputs * (1 + fisher)
+    of_loss = unit.outputs * (OF_LOSS + OF_FISHER * fisher)
     # the next batch may be read meanwhile
     total = images * (unit.saved + PASSING * unit.largest + of_loss + 2 * batch)
     if stage.options.autocast is not None:

@@ -75,12 +75,13 @@ def test_both_streams_of_a_head_are_about_the_same_regions() -> None:
     assert torch.equal(floats, again[0]) and torch.equal(quantized, again[1])
 
 
-def test_heads_are_reconstructed_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize('behind', [{}, {'loss': {'type': 'FisherLowRankLoss'}, 'global_weight': 1.0}])
+def test_heads_are_reconstructed_too(behind: dict[str, Any], tmp_path: Path) -> None:
     prepared, batch = prepare(build('mask_rcnn'), 2, 4), data()
     images = preprocess(prepared.model, batch)
     task = Task(prepared, images, lambda: [batch], lambda *_: torch.zeros(()), 0, tmp_path)
     options = {'iterations': 30, 'batch_size': 2, 'lr': 3e-2, 'drop_prob': 0.0}
-    reconstructor = QDropReconstructor(options)
+    reconstructor = QDropReconstructor(options, **behind)
     results = reconstructor.run(task, reconstructor.plan(task), Callback())
     of_heads = [result for result in results if result.name.startswith('roi_head')]
     assert [r.name for r in of_heads][:2] == ['roi_head.bbox_head.shared_fcs.0', 'roi_head.bbox_head.shared_fcs.1']

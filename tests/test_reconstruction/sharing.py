@@ -67,8 +67,13 @@ def reconstruct(share: range, loss: str) -> dict[str, Any]:
     model = prepare(share, 'MinMaxObserver')
     task = task_of(model, share)
     steps = {'batch_size': len(share)}
+    weight = 1.0 if loss == 'FisherLowRankLoss' else 0.0
     reconstructor = BRECQReconstructor(
-        {**steps, 'iterations': 60}, {**steps, 'iterations': 40}, loss={'type': loss}, cache='host'
+        {**steps, 'iterations': 60},
+        {**steps, 'iterations': 40},
+        loss={'type': loss},
+        global_weight=weight,
+        cache='host',
     )
     results = reconstructor.run(task, reconstructor.plan(task), Callback())
     return {
@@ -129,7 +134,7 @@ def main() -> None:
         model = prepare(share, observer)
         found[observer] = {name: quantizer.scale.detach() for name, quantizer in model.image_graph.quantizers.items()}
     found['equalized'] = prepare(share, 'MinMaxObserver', equalization=0.75).model.state_dict()
-    for loss in ('MSELoss', 'FisherLoss'):
+    for loss in ('MSELoss', 'FisherLoss', 'FisherLowRankLoss'):
         found[loss] = reconstruct(share, loss)
     found['groups'] = groups(share)
     found['refusals'] = refusals(make_classifier())

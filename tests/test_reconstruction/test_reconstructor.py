@@ -465,7 +465,13 @@ def test_an_unknown_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    'options', [{}, {'loss': {'type': 'FisherLoss'}, 'network': ACTIVATIONS}], ids=['mse', 'fisher']
+    'options',
+    [
+        {},
+        {'loss': {'type': 'FisherLoss'}, 'network': ACTIVATIONS},
+        {'loss': {'type': 'FisherLowRankLoss'}, 'global_weight': 1.0},
+    ],
+    ids=['mse', 'fisher', 'low-rank'],
 )
 def test_no_more_is_cached_than_was_planned(
     options: dict[str, Any], prepared: Prepare, task: MakeTask, monkeypatch: pytest.MonkeyPatch

@@ -64,7 +64,7 @@ def test_channels_are_equalised_alike(found: tuple[Found, Found, Found]) -> None
     assert untouched is not None
 
 
-@pytest.mark.parametrize('loss', ['MSELoss', 'FisherLoss'])
+@pytest.mark.parametrize('loss', ['MSELoss', 'FisherLoss', 'FisherLowRankLoss'])
 def test_steps_over_all_images_learn_the_same(found: tuple[Found, Found, Found], loss: str) -> None:
     alone, first, second = (part[loss] for part in found)
     assert first['losses'] == second['losses'] and first['digest'] == second['digest']
