@@ -201,6 +201,8 @@ class ConcreteTracer(fx.Tracer):
             args = (kwargs.pop('input'),)
         if target is F.local_response_norm:
             return _local_response_norm(*args, **kwargs)
+        if kind == 'call_method' and target == 'unfold' and not kwargs:
+            return _unfold(*args)
         if target is torch.linspace and len(args) == 3 and kwargs.keys() <= {'dtype', 'device'}:
             return _spaced(*args, **kwargs)
         if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
@@ -388,6 +390,15 @@ def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype = torch.float32
     """Returns what ``torch.linspace`` does; its own form in a file divides by zero for a single step."""
     number = torch.arange(steps, dtype=dtype, device=device)
     return number / number[-1:].clamp(min=1) * (end - start) + start
+
+
+def _unfold(input: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """Returns the windows along an axis that the method of torch does, by an index; a file has no form for it."""
+    dim %= input.dim()
+    count = (input.shape[dim] - size) // step + 1
+    index = torch.arange(count, device=input.device)[:, None] * step + torch.arange(size, device=input.device)
+    windows = input.index_select(dim, index.flatten())
+    return windows.reshape(*input.shape[:dim], count, size, *input.shape[dim + 1 :]).movedim(dim + 1, -1)
 
 
 def _local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
