@@ -64,9 +64,12 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     kept = [v for module in model.modules() for v in tensors_in(vars(module)) if not v.is_leaf]
     try:
-        return _uncompiled(copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})).eval()
+        copied = _uncompiled(copy.deepcopy(model, {id(value): value.detach().clone() for value in kept}))
+        # the backbones of OpenMMLab return nothing
+        copied.eval()
     except Exception as error:
         raise GraphError(f'expected a model that can be copied, but got: {first_line(error)}') from error
+    return copied
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:

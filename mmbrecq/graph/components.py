@@ -265,4 +265,7 @@ def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
         return (own if _running.depth else forward)(*args, **kwargs)
 
     setattr(call, 'own', own)  # noqa: B010 - a function's attribute
+    for hooks in ('_forward_hooks', '_forward_pre_hooks'):
+        # the graph has their effect
+        vars(module)[hooks].clear()
     object.__setattr__(module, 'forward', call)

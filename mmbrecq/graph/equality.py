@@ -121,12 +121,12 @@ def _expect_repetition(reference: Reference, forward: Callable[[Tensor], Any], l
         )
 
 
-def _versions(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, int]]:
-    """Returns the tensors by path, each with a number that grows when it is written into."""
-    return {path: (t, 0 if t.is_inference() else t._version) for path, t in tensors}
+def _versions(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, str]]:
+    """Returns the tensors by path, each with the sum of its values: torch does not count writes by ``.data``."""
+    return {path: (t, str(t.detach().sum().item())) for path, t in tensors}
 
 
-def _changed(before: Mapping[str, tuple[Tensor, int]], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _changed(before: Mapping[str, tuple[Tensor, str]], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the tensors that have been written into, or are others than before."""
     present = _versions(tensors)
     return {p: t for p, (t, v) in present.items() if p in before and (before[p][0] is not t or before[p][1] != v)}

@@ -132,7 +132,7 @@ class ONNXRuntimeBackend(BaseBackend):
 
 
 def unshare_weights(model: Any) -> bool:
-    """Gives every QuantizeLinear and DequantizeLinear int8 constants of its own; tells whether there was something to copy."""
+    """Gives every Q and DQ int8 constants of its own; tells whether there was something to copy."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == tensor.INT8}
     read: set[str] = set()
     count = len(model.graph.initializer)
