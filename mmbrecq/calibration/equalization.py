@@ -49,7 +49,8 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     """Scales the channels of a graph, as much as the quantizer asks for; the network computes what it did before.
 
     With ``v`` the mean over the batches of a channel's largest absolute value, its factor is ``v ** strength``, over
-    the geometric mean of all channels' factors. Grids are to be calibrated after this.
+    the geometric mean of all channels' factors. Where a group can shift, the middle of every channel's range becomes 0
+    before. Grids are to be calibrated after this.
 
     ``run`` passes calibration data through the float network, from the batch ``first`` on, of those of all processes.
     Returns the number of groups of values that were equalised; GraphError if an output changes.
@@ -66,7 +67,8 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     own: dict[str, list[Tensor]] = {}
 
     def note(name: str, args: tuple[Tensor, ...]) -> None:
-        own.setdefault(name, []).append(args[0].transpose(0, axes[name]).flatten(1).abs().amax(1))
+        values = args[0].transpose(0, axes[name]).flatten(1)
+        own.setdefault(name, []).append(torch.stack([values.amax(1), -values.amin(1)]))
 
     quantizers = {name: graph.quantizers[name] for name in axes}
     with torch.no_grad(), pre_hooks(quantizers, note), model.quantization(weights=False, activations=False):
@@ -74,9 +76,14 @@ def equalize(model: QuantizedModel, graph: QuantizedGraph, run: Callable[[], Non
     ranges = _of_all_processes(own, first)
     before, count = _outputs(graph), 0
     for group in groups:
-        seen = [torch.stack(ranges[name]).mean(0) for name in group.quantizers if ranges.get(name)]
+        seen = [torch.stack(ranges[name]) for name in group.quantizers if ranges.get(name)]
         if seen:
-            factors = _factors(torch.stack(seen).mean(0), strengths[group.is_normalised])
+            if group.can_shift:
+                above, below = torch.stack([ends.mean(0) for ends in seen]).mean(0)
+                _shift(model.model, group.writers, group.readers, (above - below) / 2)
+                seen = [ends.mean(1, keepdim=True) for ends in seen]
+            widths = torch.stack([ends.amax(1).mean(0) for ends in seen]).mean(0)
+            factors = _factors(widths, strengths[group.is_normalised])
             _scale(model.model, group.writers, group.readers, factors)
             count += 1
     difference = unexplained_error(graph, graph.traced.example, _outputs(graph), before, '{}')
@@ -113,6 +120,20 @@ def _of_all_processes(ranges: dict[str, list[Tensor]], first: int) -> dict[str, 
             for index, value in enumerate(values, start):
                 known[index] = torch.maximum(known[index], value) if index in known else value
     return {name: [known[index] for index in sorted(known)] for name, known in batches.items()}
+
+
+def _shift(model: nn.Module, writers: list[str], readers: list[str], centre: Tensor) -> None:
+    """Takes ``centre``, ``(C,)``, from the channels that are written, and adds what the readers make of it to them."""
+    with torch.no_grad():
+        for path in writers:
+            module = model.get_submodule(path)
+            set_original(module, 'bias', original(module, 'bias') - centre)
+        for path in readers:
+            module = model.get_submodule(path)
+            weight, groups = original(module, 'weight'), getattr(module, 'groups', 1)
+            by_group = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+            change = by_group.view(groups, -1, by_group.shape[1]) @ centre.view(groups, -1, 1)
+            set_original(module, 'bias', original(module, 'bias') + change.flatten())
 
 
 def _scale(model: nn.Module, writers: list[str], readers: list[str], factors: Tensor) -> None:

@@ -4,7 +4,8 @@ Where every operation between layers is positively homogeneous in each channel (
 a value may be divided by any ``r_c > 0`` if the layers that write it divide their output channel by ``r_c`` and the
 layers that read it multiply their input channel by it: the network computes what it did before (Nagel et al., Data-Free
 Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1). A normalisation with a gain of
-its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023).
+its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023). Where it has an offset and the layers behind
+have biases, a constant may be taken from each channel as well (Li et al., RepQ-ViT, ICCV 2023).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mmbrecq.graph.roles import Roles, joined
 from mmbrecq.graph.symbolic import evaluate
 from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 
-_BY_ELEMENT = ('relu', 'leakyrelu', 'contiguous', 'clone')
+_BY_ELEMENT = ('relu', 'leakyrelu')
+_COPYING = ('contiguous', 'clone')
 _ROTATING = ('roll', 'flip')
 _POOLING = ('maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d')
 
@@ -37,12 +39,14 @@ class ChannelGroup:
         writers: Paths of the layers and normalisations whose output channels they are.
         readers: Paths of the layers whose input channels they are.
         is_normalised: Whether normalisations alone write them.
+        can_shift: Whether a constant may be taken from each channel, too: biases of writers and readers make up for it.
     """
 
     quantizers: dict[str, int]
     writers: list[str]
     readers: list[str]
     is_normalised: bool
+    can_shift: bool
 
 
 def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
@@ -50,6 +54,7 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
     # values, and inputs and outputs of layers, that share their channels
     pairs: list[tuple[Any, Any]] = []
     fixed: set[Any] = set()
+    unshifted: set[Any] = set()
     for node in roles.graph.nodes:
         sources = [n for n in node.all_input_nodes if roles.is_tensor(n)]
         axis, layer = _channel_axis(node, roles.module(node)), str(node.target)
@@ -58,15 +63,24 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             # a layer may be called several times: all its inputs share their channels, and all its outputs
             ends = {node: 'output', **dict.fromkeys(sources if roles.is_weighted(node) else (), 'input')}
             pairs += [((layer, end), (value, axis)) for value, end in ends.items()]
+            if getattr(roles.module(node), 'bias', None) is None or set(_padding(roles.module(node))) != {0}:
+                unshifted.update((layer, end) for end in _ENDS)
             along = [(value, a) for value in (node, *sources) for a in _axes(value)]
             fixed.update((value, a) for value, a in along if value not in ends or a != axis)
         elif not isinstance(node.meta.get('example'), (int, torch.Size)):
             # a size tells nothing of what is in its source
             carried = [((source, a), _carried(node, source, a, roles)) for source in sources for a in _axes(source)]
-            pairs += [(value, (node, to)) for value, to in carried if to is not None]
-            fixed.update(value for value, to in carried if to is None)
-            fixed.update((node, a) for a in _axes(node) if all(a != to for _, to in carried))
-    return [group for members in joined(pairs) if fixed.isdisjoint(members) and (group := _group(members, roles))]
+            pairs += [(value, (node, to)) for value, (to, _) in carried if to is not None]
+            fixed.update(value for value, (to, _) in carried if to is None)
+            fixed.update((node, a) for a in _axes(node) if all(a != to for _, (to, _) in carried))
+            unshifted.update(value for value, (_, as_is) in carried if not as_is)
+    groups = (_group(members, roles, unshifted) for members in joined(pairs) if fixed.isdisjoint(members))
+    return [group for group in groups if group is not None]
+
+
+def _padding(module: Any) -> tuple[Any, ...]:
+    padding = getattr(module, 'padding', 0)
+    return padding if isinstance(padding, tuple) else (padding,)
 
 
 def _axes(node: fx.Node) -> range:
@@ -74,7 +88,7 @@ def _axes(node: fx.Node) -> range:
     return range(example.dim() if isinstance(example, Tensor) else 0)
 
 
-def _group(members: list[Any], roles: Roles) -> ChannelGroup | None:
+def _group(members: list[Any], roles: Roles, unshifted: set[Any]) -> ChannelGroup | None:
     values = [member for member in members if isinstance(member[0], fx.Node)]
     ends = [member for member in members if not isinstance(member[0], fx.Node)]
     writers, readers = ([path for path, end in ends if end == kind] for kind in ('output', 'input'))
@@ -82,7 +96,7 @@ def _group(members: list[Any], roles: Roles) -> ChannelGroup | None:
         return None
     quantizers = {str(n.target): axis for n, axis in values if isinstance(roles.module(n), FakeQuantize)}
     is_normalised = not any(isinstance(roles.model.get_submodule(path), WEIGHTED) for path in writers)
-    return ChannelGroup(quantizers, writers, readers, is_normalised)
+    return ChannelGroup(quantizers, writers, readers, is_normalised, is_normalised and unshifted.isdisjoint(members))
 
 
 def _channel_axis(node: fx.Node, module: Any) -> int | None:
@@ -101,21 +115,25 @@ def _channel_axis(node: fx.Node, module: Any) -> int | None:
     return 1 if is_norm else None
 
 
-def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> int | None:
-    """Returns the axis of the result along which the channels of an input lie, as they are, None where on none."""
+def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> tuple[int | None, bool]:
+    """Returns the axis of the result along which the channels of an input lie, None where on none.
+
+    Each may have a factor of its own; the second result tells whether they are the very values of the input.
+    """
     wanted, name = source.meta['example'].shape, roles.operation(node)
     if not roles.is_tensor(node) or not wanted:
-        return None
+        return None, False
     example: Tensor = node.meta['example']
-    if isinstance(roles.module(node), FakeQuantize) or name in _BY_ELEMENT or roles.is_add(node):
-        return axis if example.shape == wanted else None
+    is_same = isinstance(roles.module(node), FakeQuantize) or name in _COPYING
+    if is_same or name in _BY_ELEMENT or roles.is_add(node):
+        return (axis if example.shape == wanted else None), is_same
     if name in _POOLING:
-        return axis if axis <= 1 and example.shape[:2] == wanted[:2] else None
+        return (axis if axis <= 1 and example.shape[:2] == wanted[:2] else None), False
     if (
         not (roles.moves_only(node) or name in _ROTATING)
         or len([n for n in node.all_input_nodes if roles.is_tensor(n)]) != 1
     ):
-        return None
+        return None, False
     shape = [-1 if a == axis else 1 for a in range(len(wanted))]
     # in the order in memory of the value, which decides whether it has a view
     channels = torch.empty_like(source.meta['example'], dtype=torch.float32)
@@ -124,11 +142,12 @@ def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> int | N
         moved = evaluate(node, lambda n: channels if n is source else n.meta['example'], roles.model)
     except RuntimeError:
         # a slice of a value has another order
-        return None
+        return None, False
     for to, size in enumerate(moved.shape):
         order = torch.arange(1.0, size + 1, device=moved.device)
         order = order.view([-1 if a == to else 1 for a in range(moved.dim())])
         # padding stays 0 whatever the factor
         if size == wanted[axis] and size > 1 and bool(((moved == order) | (moved == 0)).all()):
-            return to
-    return None
+            # and images of another size may be padded where the example is not
+            return to, 'pad' not in name and bool((moved == order).all())
+    return None, False

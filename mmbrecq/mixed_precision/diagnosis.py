@@ -194,10 +194,12 @@ def find_raised(
 ) -> dict[str, float]:
     """Returns the layers whose input on a grid below 8 bits loses more than its bound alone, with that loss.
 
+    Where they are more than the limit allows the worst are taken.
+
     Args:
         graph: With calibrated grids of the bits of the config.
         loss: See :func:`diagnose`.
-        options: The bound.
+        options: The bound and the limit.
     """
     paths = [path for path, quantizer in graph.quantizers.items() if quantizer.qtype.bits < MAX_BITS]
     if options.low_bound is None or not paths:
@@ -210,7 +212,8 @@ def find_raised(
     else:
         alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
     worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
-    return {layer: own for path, own in worst for layer in sorted(owners.get(path, ()))}
+    raised = [(layer, own) for path, own in worst for layer in sorted(owners.get(path, ()))]
+    return dict(raised[: math.ceil(options.low_limit * len(graph.layers))])
 
 
 def _owners(graph: QuantizedGraph) -> dict[str, set[str]]:

@@ -71,18 +71,26 @@ class FallbackOptions:
         bound: Loss of the outputs, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`, that all
             activations at 8 bits may have together; above it the layers behind the worst ones stay in float.
         limit: Largest share of the layers that stay in float for it, 0 to 1; 0 for none.
-        low_bound: Loss that a single activation below 8 bits may have; the layers behind one that has more read 8 bits.
-            None for no such.
+        low_bound: Loss that a single activation below 8 bits may have; the layers behind one that has more read 8 bits,
+            the worst first. None for no such.
+        low_limit: Largest share of the layers that read 8 bits for it, 0 to 1, rounded up.
         images: Most calibration images that are looked at; large ones are fewer.
     """
 
     bound: float = 0.02
     limit: float = 0.1
-    low_bound: float | None = 0.3
+    low_bound: float | None = 0.05
+    low_limit: float = 0.1
     images: int = 16
 
     def __post_init__(self) -> None:
-        ends = {'bound': (0, math.inf), 'limit': (0, 1), 'low_bound': (0, math.inf), 'images': (1, math.inf)}
+        ends = {
+            'bound': (0, math.inf),
+            'limit': (0, 1),
+            'low_bound': (0, math.inf),
+            'low_limit': (0, 1),
+            'images': (1, math.inf),
+        }
         for name, (least, most) in ends.items():
             value = getattr(self, name)
             if name == 'low_bound' and value is None:

@@ -18,6 +18,7 @@ from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.pipeline import prepare as prepare_checked
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor, Task
+from mmbrecq.reconstruction.callbacks import Callback
 
 OBSERVER = {'type': 'MinMaxObserver'}
 
@@ -81,7 +82,7 @@ def test_layers_of_encoder_and_decoder_are_units_and_learn(name: str, tmp_path: 
     images = preprocess(prepared.model, data())
     task = Task(prepared, images, list, None, 0, tmp_path)
     reconstructor = QDropReconstructor({'iterations': 20, 'batch_size': 4, 'lr': 1e-2, 'drop_prob': 0.0})
-    results = reconstructor.run(task, reconstructor.plan(task), Silent())
+    results = reconstructor.run(task, reconstructor.plan(task), Callback())
     better = {result.name for result in results if result.loss_after < result.loss_before}
     assert {'encoder.layers.0', 'decoder.layers.0'} <= better
 
@@ -108,13 +109,3 @@ def test_deployed_detectors_give_what_is_simulated(name: str, preset: str, tmp_p
         moved = max((other[place] - wanted[place]).square().sum() for other in noisy)
         assert (found - wanted[place]).square().sum() < 1e-3 * power + 10 * moved
     assert backend.integer_kernels().quantized >= sum(layer.weight_bits is not None for layer in prepared.layers)
-
-
-class Silent:
-    """Listens to a reconstruction."""
-
-    def before_stage(self, *args: Any) -> None: ...
-    def before_unit(self, *args: Any) -> None: ...
-    def after_step(self, *args: Any) -> None: ...
-    def after_unit(self, *args: Any) -> None: ...
-    def after_stage(self, *args: Any) -> None: ...

@@ -15,6 +15,7 @@ from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.errors import BackendError, DataError, GraphError
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor, Task
+from mmbrecq.reconstruction.callbacks import Callback
 
 HEADS = {'faster_rcnn': ['bbox_head'], 'mask_rcnn': ['bbox_head', 'mask_head']}
 OBSERVER = {'type': 'MinMaxObserver'}
@@ -80,7 +81,7 @@ def test_heads_are_reconstructed_too(tmp_path: Path) -> None:
     task = Task(prepared, images, lambda: [batch], lambda *_: torch.zeros(()), 0, tmp_path)
     options = {'iterations': 30, 'batch_size': 2, 'lr': 3e-2, 'drop_prob': 0.0}
     reconstructor = QDropReconstructor(options)
-    results = reconstructor.run(task, reconstructor.plan(task), Silent())
+    results = reconstructor.run(task, reconstructor.plan(task), Callback())
     of_heads = [result for result in results if result.name.startswith('roi_head')]
     assert [r.name for r in of_heads][:2] == ['roi_head.bbox_head.shared_fcs.0', 'roi_head.bbox_head.shared_fcs.1']
     assert sum(result.loss_after < result.loss_before for result in of_heads) >= len(of_heads) - 1
@@ -137,13 +138,3 @@ def test_features_that_are_changed_before_the_head_are_refused() -> None:
     extractor.register_forward_hook(lambda module, args, features: 2 * features)
     with pytest.raises(GraphError, match=r"expected 'roi_head\.bbox_head' to read features as they are cut out"):
         capture(prepared, batch).pairs(prepared.region_graphs[0], weights=True, activations=True)
-
-
-class Silent:
-    """Listens to a reconstruction."""
-
-    def before_stage(self, *args: Any) -> None: ...
-    def before_unit(self, *args: Any) -> None: ...
-    def after_step(self, *args: Any) -> None: ...
-    def after_unit(self, *args: Any) -> None: ...
-    def after_stage(self, *args: Any) -> None: ...

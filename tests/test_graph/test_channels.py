@@ -64,6 +64,10 @@ def activated_between(self: Any, x: Tensor) -> Tensor:
     return self.fc(F.gelu(self.norm(tokens(self, x))))
 
 
+def patches(self: Any, x: Tensor) -> Tensor:
+    return self.conv(self.norm(tokens(self, x)).transpose(1, 2).unflatten(2, (8, 8)))
+
+
 def normalised_pixels(self: Any, x: Tensor) -> Tensor:
     return self.conv(F.relu(self.bn(self.stem(x) * 2)))
 
@@ -86,16 +90,18 @@ def layers(**more: nn.Module) -> dict[str, nn.Module]:
 @pytest.mark.parametrize(
     ('forward', 'more', 'expected'),
     [
-        (windows, {}, [({'norm'}, {'fc'})]),
-        (viewed, {}, [({'norm'}, {'fc'})]),
-        (two_readers, {'fc2': nn.Linear(WIDTH, WIDTH, bias=False)}, [({'norm'}, {'fc', 'fc2'})]),
-        (shared_norm, {'fc2': nn.Linear(WIDTH, WIDTH)}, [({'norm'}, {'fc', 'fc2'})]),
-        (shared_layer, {'norm2': nn.LayerNorm(WIDTH)}, [({'norm', 'norm2'}, {'fc'})]),
+        (windows, {}, [({'norm'}, {'fc'}, False)]),
+        (viewed, {}, [({'norm'}, {'fc'}, True)]),
+        (two_readers, {'fc2': nn.Linear(WIDTH, WIDTH, bias=False)}, [({'norm'}, {'fc', 'fc2'}, False)]),
+        (shared_norm, {'fc2': nn.Linear(WIDTH, WIDTH)}, [({'norm'}, {'fc', 'fc2'}, True)]),
+        (shared_layer, {'norm2': nn.LayerNorm(WIDTH)}, [({'norm', 'norm2'}, {'fc'}, True)]),
+        (patches, {'conv': nn.Conv2d(WIDTH, 4, 2, 2, groups=2)}, [({'norm'}, {'conv'}, True)]),
+        (patches, {'conv': nn.Conv2d(WIDTH, 4, 2, 2, padding=1)}, [({'norm'}, {'conv'}, False)]),
         (read_in_float, {}, []),
         (read_across_tokens, {'mix': nn.Linear(64, 64)}, []),
         (activated_between, {}, []),
         (own_norm, {'own': ChannelNorm(WIDTH)}, None),
-        (normalised_pixels, {'bn': nn.BatchNorm2d(WIDTH), 'conv': conv(WIDTH, 4)}, [({'bn'}, {'conv'})]),
+        (normalised_pixels, {'bn': nn.BatchNorm2d(WIDTH), 'conv': conv(WIDTH, 4)}, [({'bn'}, {'conv'}, False)]),
     ],
 )  # fmt: skip
 def test_channels_that_a_normalisation_writes(forward: Any, more: dict[str, nn.Module], expected: Any) -> None:
@@ -108,7 +114,8 @@ def test_channels_that_a_normalisation_writes(forward: Any, more: dict[str, nn.M
     wanted = run(model, images())
     quantized = BRECQQuantizer({'bits': 8}, {'bits': 8}, smoothing=1.0).prepare(model, images(2))
     groups = find_channel_groups(Roles(model, quantized.image_graph.traced.graph))
-    found = [({path.split('.')[1] for path in g.writers}, {path.split('.')[1] for path in g.readers}) for g in groups]
+    names = [[{path.split('.')[1] for path in paths} for paths in (g.writers, g.readers)] for g in groups]
+    found = [(*pair, group.can_shift) for pair, group in zip(names, groups, strict=True)]
     assert expected is None or found == expected
     assert all(group.is_normalised and group.quantizers for group in groups)
     gains = {path: quantized.model.get_submodule(path).weight.clone() for group in groups for path in group.writers}
@@ -118,6 +125,20 @@ def test_channels_that_a_normalisation_writes(forward: Any, more: dict[str, nn.M
     for path, before in gains.items():
         after = quantized.model.get_submodule(path).weight
         assert float(after.max() / after.min()) < 0.1 * float(before.max() / before.min())
+    ends: dict[str, Tensor] = {}
+    for path, axis in {
+        path: axis for group in groups if group.can_shift for path, axis in group.quantizers.items()
+    }.items():
+
+        def note(_: Any, args: tuple[Tensor], path: str = path, axis: int = axis) -> None:
+            values = args[0].transpose(0, axis).flatten(1)
+            ends[path] = torch.stack([values.amax(1), values.amin(1)])
+
+        quantized.image_graph.quantizers[path].register_forward_pre_hook(note)
+    run(quantized, images())
+    for above, below in ends.values():
+        # the middle of every channel is 0
+        torch.testing.assert_close(above, -below, rtol=1e-3, atol=1e-3)
 
 
 def test_a_weight_that_another_layer_shares_is_scaled_for_its_own_reader_alone() -> None:

@@ -4,6 +4,6 @@ calibration = dict(num_samples=1024, batch_size=32, seed=0)
 reconstructor = dict(
     type='BRECQReconstructor',
     weights=dict(iterations=20000, batch_size=32, round_weight=0.01),
-    activations=dict(iterations=5000, batch_size=32, activation_lr=4e-4),
+    activations=dict(iterations=5000, batch_size=32),
 )
 exporters = [dict(type='ONNXExporter'), dict(type='OpenVINOExporter')]
