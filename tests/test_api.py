@@ -245,6 +245,14 @@ def test_a_model_is_quantized_without_the_wrapper_of_a_compiler(tmp_path: Path) 
     torch.testing.assert_close(loaded(images(2)), quantized(images(2)), rtol=0, atol=0)
 
 
+def test_scores_of_a_convolution_leave_the_network_flat(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.Flatten())
+    quantized = mmbrecq.quantize(model, images(), preset='onnxruntime', method='nearest')
+    quantized.export(tmp_path / 'model.onnx')
+    assert max(deviation.error for deviation in quantized.deviations) < 1e-6
+
+
 def test_hooks_that_change_outputs_count_once() -> None:
     model = make()
     model.register_forward_hook(lambda module, args, result: result * 2.0)
