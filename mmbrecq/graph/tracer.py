@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -27,6 +26,7 @@ from mmbrecq.errors import GraphError
 from mmbrecq.graph import symbolic
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of, pre_hooks
+from mmbrecq.graph.decompositions import computing_in_torch, local_response_norm, spaced, unfold
 from mmbrecq.graph.units import is_below
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -102,7 +102,7 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
-            symbolic.seen_as_tensors(), _computing_in_torch(), _entering_functions(),
+            symbolic.seen_as_tensors(), computing_in_torch(), _entering_functions(),
         ):  # fmt: skip
             for component in components_of(model):
                 object.__setattr__(component, 'forward', self._recorded(component))
@@ -200,11 +200,11 @@ class ConcreteTracer(fx.Tracer):
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
         if target is F.local_response_norm:
-            return _local_response_norm(*args, **kwargs)
+            return local_response_norm(*args, **kwargs)
         if kind == 'call_method' and target == 'unfold' and not kwargs:
-            return _unfold(*args)
+            return unfold(*args)
         if target is torch.linspace and len(args) == 3 and kwargs.keys() <= {'dtype', 'device'}:
-            return _spaced(*args, **kwargs)
+            return spaced(*args, **kwargs)
         if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
             target, args = _SHAPED_AS[target], (args[0], args[1].shape)
         target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
@@ -330,20 +330,6 @@ class _SymbolicSizes(TorchFunctionMode):
 
 
 @contextmanager
-def _computing_in_torch() -> Iterator[None]:
-    """Makes mmcv's deformable attention compute as on a CPU, by functions of torch; no file has its kernel of a GPU."""
-    module: Any = sys.modules.get('mmcv.ops.multi_scale_deform_attn')
-    before = getattr(module, 'IS_CUDA_AVAILABLE', False)
-    try:
-        if before:
-            module.IS_CUDA_AVAILABLE = False
-        yield
-    finally:
-        if before:
-            module.IS_CUDA_AVAILABLE = True
-
-
-@contextmanager
 def _entering_functions() -> Iterator[None]:
     """Makes functions of autograd run their ``forward``, which is Python, without the compiled code around it.
 
@@ -384,29 +370,6 @@ def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
     for name, tensor, version in state:
         if tensor._version != version:
             raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
-
-
-def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-    """Returns what ``torch.linspace`` does; its own form in a file divides by zero for a single step."""
-    number = torch.arange(steps, dtype=dtype, device=device)
-    return number / number[-1:].clamp(min=1) * (end - start) + start
-
-
-def _unfold(input: Tensor, dim: int, size: int, step: int) -> Tensor:
-    """Returns the windows along an axis that the method of torch does, by an index; a file has no form for it."""
-    dim %= input.dim()
-    count = (input.shape[dim] - size) // step + 1
-    index = torch.arange(count, device=input.device)[:, None] * step + torch.arange(size, device=input.device)
-    windows = input.index_select(dim, index.flatten())
-    return windows.reshape(*input.shape[:dim], count, size, *input.shape[dim + 1 :]).movedim(dim + 1, -1)
-
-
-def _local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
-    """Returns what the function of torch does; its own form in a file has a branch."""
-    channels = input.shape[1]
-    squares = F.pad(input.square(), [0, 0] * (input.dim() - 2) + [size // 2, (size - 1) // 2])
-    power = sum((squares[:, i : i + channels] for i in range(1, size)), squares[:, :channels])
-    return input / (power * (alpha / size) + k) ** beta
 
 
 def _positional(
