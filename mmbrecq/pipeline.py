@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mmbrecq.building import build
 from mmbrecq.calibration.calibrator import (
@@ -63,9 +64,21 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     kept = [v for module in model.modules() for v in tensors_in(vars(module)) if not v.is_leaf]
     try:
-        return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept}).eval()
+        copied = _uncompiled(copy.deepcopy(model, {id(value): value.detach().clone() for value in kept}))
+        # the backbones of OpenMMLab return nothing
+        copied.eval()
     except Exception as error:
         raise GraphError(f'expected a model that can be copied, but got: {first_line(error)}') from error
+    return copied
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """Returns the module that ``torch.compile`` has wrapped, or the module itself; those within are replaced so."""
+    module = dict(module.named_children()).get('_orig_mod', module)
+    for name, child in list(module.named_children()):
+        if _uncompiled(child) is not child:
+            setattr(module, name, _uncompiled(child))
+    return module
 
 
 @full_float32()
@@ -95,6 +108,8 @@ def prepare(model: nn.Module, images: Images, quantizer: BRECQQuantizer) -> Quan
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise GraphError(f'expected modules of Python, but got {path or "the model"} compiled by TorchScript')
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise GraphError(f'expected initialised weights, but {path} gets its own in the first pass of the model')
         if any(map(iskeyword, path.split('.'))):
             raise GraphError(f'expected names of modules that are no words of Python, but got {path}')
     example = example_of(images)

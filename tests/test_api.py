@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ class Text(Net):
     ('model', 'error', 'message'),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), Branch()), ExportError, "expected '1' to compute alike for all inputs"),
-        (Text(), GraphError, 'expected the outputs of the network to be tensors, but output_1 is a str'),
+        (Text(), GraphError, 'expected the outputs of the network to be real tensors, but output_1 is a str'),
         (nn.Sequential(nn.ReLU()), GraphError, 'to have a convolution or linear layer, but found none'),
     ],
 )
@@ -203,6 +204,61 @@ def test_an_output_keeps_its_name_where_the_runtime_moves_operations(tmp_path: P
     quantized = mmbrecq.quantize(Scaled().eval(), images(), method='nearest')
     quantized.export(tmp_path / 'model.xml')
     assert max(deviation.error for deviation in quantized.deviations) < 1e-6
+
+
+@dataclass
+class Result:
+    """What a model of a stranger returns."""
+
+    scores: Tensor
+    features: Tensor
+    loss: Tensor | None = None
+
+
+class WithResult(Net):
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.norm(self.stem(x)))
+        return Result(self.fc((x + F.relu(self.side(x))).mean((2, 3))), x)
+
+
+def test_outputs_are_of_the_class_that_the_model_returns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = WithResult().eval()
+    # outputs lie on no grid, though a layer reads them on one
+    quantized = mmbrecq.quantize(model, images(), method='nearest')
+    found, wanted = quantized(images(2)), model(images(2))
+    assert type(found) is Result and found.loss is None
+    torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=0.02)
+    quantized.export(tmp_path / 'model.xml')
+    quantized.save(tmp_path / 'model.pth')
+    loaded = mmbrecq.load(tmp_path / 'model.pth', model)(images(2))
+    assert type(loaded) is Result and torch.equal(loaded.features, found.features)
+
+
+def test_a_model_is_quantized_without_the_wrapper_of_a_compiler(tmp_path: Path) -> None:
+    model = make()
+    model.side = torch.compile(model.side, backend='eager')  # type: ignore[assignment]
+    quantized = mmbrecq.quantize(torch.compile(model, backend='eager'), images(), preset='academic', method='nearest')  # type: ignore[arg-type]
+    assert [layer.name for layer in quantized.layers] == ['stem', 'side', 'fc']
+    quantized.save(tmp_path / 'model.pth')
+    loaded = mmbrecq.load(tmp_path / 'model.pth', make())
+    torch.testing.assert_close(loaded(images(2)), quantized(images(2)), rtol=0, atol=0)
+
+
+def test_scores_of_a_convolution_leave_the_network_flat(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.Flatten())
+    quantized = mmbrecq.quantize(model, images(), preset='onnxruntime', method='nearest')
+    quantized.export(tmp_path / 'model.onnx')
+    assert max(deviation.error for deviation in quantized.deviations) < 1e-6
+
+
+def test_hooks_that_change_outputs_count_once() -> None:
+    model = make()
+    model.register_forward_hook(lambda module, args, result: result * 2.0)
+    quantized = mmbrecq.quantize(model, images(), preset='academic', method='nearest')
+    for found in (quantized(images(2)), quantized.model.model(images(2))):
+        torch.testing.assert_close(found, model(images(2)), rtol=0.05, atol=0.05)
 
 
 def test_an_unknown_format_is_refused(quantized: api.Quantized, tmp_path: Path) -> None:

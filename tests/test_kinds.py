@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import drop_block2d
 
 import mmbrecq
@@ -121,6 +122,66 @@ def class_token_of_its_own(self: Any, t: Tensor) -> Tensor:
     return torch.cat([self.l(t[:, :1]), t[:, 1:]], 1)
 
 
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, factor: float = 2.0) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+swish = Swish.apply
+
+
+def functions_of_autograd(self: Any, x: Tensor) -> Tensor:
+    x = checkpoint(lambda y: F.relu(self.c(y)), swish(x), use_reentrant=True)
+    return checkpoint(self.c2, Scaled.apply(x), use_reentrant=False)
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('calls', torch.zeros((), dtype=torch.int64))
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return F.relu(x)
+
+
+class WithCoordinates(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        columns = torch.linspace(-1, 1, x.shape[-1]).expand(x.shape[0], 1, x.shape[2], -1)
+        return super().forward(torch.cat([x, columns], 1)) + 0.5
+
+
+def doubling() -> nn.Module:
+    """Computes something else than its class does: its values are negative, too."""
+    module = nn.ReLU()
+    module.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    return module
+
+
+def windows(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.relu(x) + self.c(x).unfold(2, 3, 1).mean(-1).repeat_interleave(4, -2)[:, :, : x.shape[2]]
+
+
 KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a tensor that is made empty and written': (written_one_by_one, {}),
     'a concatenation of which a layer and a norm read parts': (
@@ -148,6 +209,18 @@ KINDS: dict[str, tuple[Middle, dict[str, Callable[[], nn.Module]]]] = {
     'a value converted before a layer': (lambda self, x: F.relu(x).to(torch.float64).to(torch.float32), {}),
     'a function of torch.fx.wrap': (lambda self, x: drop_block2d(F.relu(x), 0.1, 3, training=self.training) * 2, {}),
     'modules made within a forward pass': (lambda self, x: nn.Sequential(self.c, nn.ReLU())[:2](x), {'c': conv}),
+    'functions of autograd, checkpoints among them': (functions_of_autograd, {'c': conv, 'c2': conv}),
+    'a counter, in inference mode': (lambda self, x: self.c(self.counting(x)), {'c': conv, 'counting': Counting}),
+    'a layer that writes coordinates beside its input': (
+        lambda self, x: F.relu(self.c(x)),
+        {'c': lambda: WithCoordinates(9, 8, 3, padding=1)},
+    ),
+    'a module with a forward pass of its own': (lambda self, x: self.c(self.d(x)), {'c': conv, 'd': doubling}),
+    'a compiled module, and a norm across channels': (
+        lambda self, x: self.n(self.c(x)),
+        {'c': lambda: torch.compile(conv(), backend='eager'), 'n': lambda: nn.LocalResponseNorm(3)},  # type: ignore[dict-item]
+    ),
+    'windows, and the type of a device': (windows, {'c': conv}),
     'weight_norm': (lambda self, x: F.relu(self.c(x)), {'c': lambda: nn.utils.weight_norm(conv())}),
 }
 
@@ -203,6 +276,48 @@ def scripted(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+class Growing(nn.Module):
+    """Computes with a number of calls."""
+
+    def __init__(self, bound: int) -> None:
+        super().__init__()
+        self.bound = bound
+        self.register_buffer('calls', torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (2.0 if self.calls > self.bound else 1.0)
+
+
+class Centred(nn.Module):
+    """Takes its mean from the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mean == 0:
+            self.mean.data.copy_(x.mean())
+        return x - self.mean
+
+
+class WithNumPy(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(x.detach().numpy()))
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
+
+
+def with_a_list() -> nn.Module:
+    model = Net(lambda self, x: self.layers[0](x))
+    model.layers = [conv()]
+    return model
+
+
 def fails(self: Any, x: Tensor) -> Tensor:
     raise ValueError('expected 4 channels')
 
@@ -227,6 +342,30 @@ def fails(self: Any, x: Tensor) -> Tensor:
         (
             lambda: Net(lambda self, x: self.c(x.bfloat16()).float(), c=conv().bfloat16()),
             'expected layers in torch.float32, but got c in torch.bfloat16',
+        ),
+        (
+            lambda: Net(lambda self, x: F.dropout(x, 0.5, training=True)),
+            'expected Net to compute the same whenever it is given the same images, but in another pass it is off by',
+        ),
+        (lambda: Net(lambda self, x: self.g(x), g=Growing(4)), 'in what last reads: it computes with g.calls'),
+        (lambda: Net(lambda self, x: self.g(x), g=Growing(10**5)), 'in what last reads: it computes with g.calls'),
+        (lambda: Net(lambda self, x: self.m(x), m=Centred()), 'that keeps all weights, but it changes m.mean'),
+        (
+            lambda: Net(lambda self, x: self.c(x), c=nn.LazyConv2d(8, 3, padding=1)),
+            'expected initialised weights, but c gets its own in the first pass of the model',
+        ),
+        (with_a_list, 'expected parameters of the model, but one is of a module in a list, which nn.ModuleList would'),
+        (
+            lambda: Net(lambda self, x: self.c(x), c=WithNumPy(8, 8, 3, padding=1)),
+            'expected Python to read no values of tensors, but a result of numpy follows from the input',
+        ),
+        (
+            lambda: Net(lambda self, x: torch.compile(F.relu, backend='eager')(x)),
+            'Net cannot be traced: a function of it is compiled by torch.compile',
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), Spectrum()),
+            'expected the outputs of the network to be real tensors, but output is a complex tensor',
         ),
     ],
 )

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import DataError, GraphError
+from mmbrecq.graph.structure import split_outputs
 
 COMPONENTS = ('backbone', 'neck', 'rpn_head', 'head', 'bbox_head')
 """Attributes of a model whose ``forward`` follows from the image alone, in the order in which they run."""
@@ -54,7 +55,14 @@ class ImageForward(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> Any:
-        """Returns raw outputs for preprocessed images, ``(N, 3, H, W)``."""
+        """Returns raw outputs for preprocessed images, ``(N, 3, H, W)``, as nested tuples, lists and dicts.
+
+        The attribute ``restore`` becomes a function that makes of such what the model itself returns.
+        """
+        outputs, self.restore = split_outputs(self._outputs(inputs))
+        return outputs
+
+    def _outputs(self, inputs: Tensor) -> Any:
         model: Any = self.model
         if not has_modes(model):
             return model(inputs)
@@ -257,4 +265,7 @@ def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
         return (own if _running.depth else forward)(*args, **kwargs)
 
     setattr(call, 'own', own)  # noqa: B010 - a function's attribute
+    for hooks in ('_forward_hooks', '_forward_pre_hooks'):
+        # the graph has their effect
+        vars(module)[hooks].clear()
     object.__setattr__(module, 'forward', call)

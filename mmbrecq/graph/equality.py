@@ -6,7 +6,7 @@ where the two first differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,13 +66,15 @@ def full_float32() -> Iterator[None]:
 def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Reference:
     """Runs the float model on one image, on three, and on one of another height and width.
 
-    ``forward`` computes the outputs, by default as :class:`ImageForward`; GraphError if one of them is no tensor.
+    ``forward`` computes the outputs, by default as :class:`ImageForward`. GraphError is raised if one of them is no
+    tensor, or if they follow from random numbers or from earlier passes.
     """
     three = torch.cat([images, images.flip(-1), images.flip(-2)])[:3]
     batches = [three[:1], three, other_size(three[:1])] if images.dim() == 4 else [three[:1], three]
     reference = Reference(model, batches)
     forward = ImageForward(model) if forward is None else forward
     layers = {path: m for path, m in model.named_modules() if path and not any(m.children())}
+    weights = _versions(model.named_parameters())
     for index, batch in enumerate(batches):
         # another height and width is more than every model has
         try:
@@ -88,7 +90,55 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
             ) from error
         reference.outputs.append(outputs)
         reference.reads.append(reads)
+    _expect_repetition(reference, forward, layers)
+    changed = _changed(weights, model.named_parameters())
+    if changed:
+        raise GraphError(f'expected a forward pass that keeps all weights, but it changes {min(changed)}')
     return reference
+
+
+def _expect_repetition(reference: Reference, forward: Callable[[Tensor], Any], layers: Mapping[str, nn.Module]) -> None:
+    """Raises GraphError if another pass over the same image computes something else, now or after many more."""
+    model, batch, wanted, reads = reference.model, reference.batches[0], reference.outputs[0], reference.reads[0]
+    buffers = _versions(model.named_buffers())
+    found, own = _run(model, forward, batch, layers)
+    changed = _changed(buffers, model.named_buffers())
+    difference, where = _difference(forward, batch, found, wanted), _first_difference(own, reads)
+    if changed and not difference:
+        kept = {path: buffer.clone() for path, buffer in changed.items()}
+        for buffer in changed.values():
+            # a counter may be compared with a bound that it reaches after long
+            buffer.add_(10**6) if buffer.dtype in (torch.int64, torch.float32) else buffer.logical_not_()
+        found, own = _run(model, forward, batch, layers)
+        difference, where = _difference(forward, batch, found, wanted), _first_difference(own, reads)
+        for path, buffer in changed.items():
+            buffer.copy_(kept[path])
+    if difference:
+        cause = f'it computes with {min(changed)}, which it changes' if changed else 'it draws random numbers or counts'
+        raise GraphError(
+            f'expected {type(model).__name__} to compute the same whenever it is given the same images, but in another '
+            f'pass {difference.partition("; noise")[0]}{where}: {cause}'
+        )
+
+
+def _versions(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[Tensor, str]]:
+    """Returns the tensors by path, each with the sum of its values: torch does not count writes by ``.data``."""
+    return {path: (t, str(t.detach().sum().item())) for path, t in tensors}
+
+
+def _changed(before: Mapping[str, tuple[Tensor, str]], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the tensors that have been written into, or are others than before."""
+    present = _versions(tensors)
+    return {p: t for p, (t, v) in present.items() if p in before and (before[p][0] is not t or before[p][1] != v)}
+
+
+def _difference(
+    run: Callable[[Tensor], Any], batch: Tensor, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> str:
+    shapes = [', '.join(f'{name} {tuple(t.shape)}' for name, t in outputs.items()) for outputs in (found, wanted)]
+    if shapes[0] != shapes[1]:
+        return f'its outputs have the shapes {shapes[0]} instead of {shapes[1]}'
+    return unexplained_error(run, batch, found, wanted, 'it is off by {} of the variance of its outputs')
 
 
 def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size: bool = True) -> None:
@@ -104,11 +154,7 @@ def check_equality(run: Callable[[Tensor], Any], reference: Reference, free_size
         present = dict(reference.model.named_modules())
         layers = {path: present[path] for path, _ in reads if path in present}
         found, own = _run(reference.model, run, batch, layers)
-        shapes = [', '.join(f'{name} {tuple(t.shape)}' for name, t in outputs.items()) for outputs in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            difference = f'its outputs have the shapes {shapes[0]} instead of {shapes[1]}'
-        else:
-            difference = unexplained_error(run, batch, found, wanted, 'it is off by {} of the variance of its outputs')
+        difference = _difference(run, batch, found, wanted)
         if difference:
             raise GraphError(
                 f'expected the prepared graph to compute what {type(reference.model).__name__} does, but for images of '

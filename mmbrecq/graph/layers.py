@@ -92,6 +92,10 @@ def _plain_layer(module: Any, *inputs: Any) -> nn.Module | None:
             result = module(x)
         if len(calls.calls) != 1 or calls.calls[0][2] is not result:
             return None
+        read = calls.calls[0][1]['input']
+        if read is not x and (read.shape == x.shape or read.shape[:2] != x.shape[:2]):
+            # but one that only pads what it reads is a layer
+            return None
         seen.append((calls.calls[0][0], calls.calls[0][1], x))
     (function, options, x), (_, others, _) = seen
     if options['weight'] is module.weight and options.get('bias') is module.bias:

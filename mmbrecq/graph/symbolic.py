@@ -55,7 +55,7 @@ def stand_in(node: fx.Node, tracer: Any) -> Any:
     example = node.meta['example']
     if isinstance(example, torch.Size):
         return SymbolicSize(node, tracer)
-    if isinstance(example, (torch.dtype, torch.layout)):
+    if isinstance(example, (torch.dtype, torch.layout, str)):
         return example
     if type(example) not in (int, float):
         return ConcreteProxy(node, tracer)
@@ -132,6 +132,9 @@ def seen_as_tensors() -> Iterator[None]:
     def is_of(value: Any, kinds: Any) -> bool:
         if check(value, kinds):
             return True
+        if sys._getframe(1).f_globals.get('__name__') == 'torch._functorch.utils':
+            # hands tensors to compiled code before a function of autograd is applied
+            return False
         return issubclass(type(value), ConcreteProxy) and check(value.example, Tensor) and issubclass(Tensor, kinds)
 
     builtins.isinstance = is_of
@@ -210,6 +213,8 @@ for _kind in (SymbolicInt, SymbolicFloat):
 
 def obstacle(error: Exception) -> str:
     """Returns the reason why something cannot be traced."""
+    if 'dynamo-optimized' in str(error):
+        return 'a function of it is compiled by torch.compile'
     if any(text in str(error) for text in ('ConcreteProxy', 'incompatible function arguments')):
         return 'compiled code computes outside of what can be traced'
     return first_line(error)
@@ -278,7 +283,8 @@ def operation(node: fx.Node, module: nn.Module | None = None) -> str:
     It is empty for a ``module`` that is not of torch, whatever the name of its class.
     """
     if node.op == 'call_module':
-        name = type(module).__name__ if type(module).__module__.startswith('torch.nn.') else ''
+        is_torchs = type(module).__module__.startswith('torch.nn.') and 'forward' not in vars(module)
+        name = type(module).__name__ if is_torchs else ''
     elif node.op in ('call_function', 'call_method'):
         name = str(getattr(node.target, '__name__', node.target))
     else:

@@ -44,6 +44,7 @@ class TracedGraph:
         value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
         frozen: Lines that bind the graph to one height and width, as ``path: file:line``; empty where they are free.
         sizes_vary: Whether images are of several heights and widths: of detectors, but not of classifiers.
+        restore: Makes of the outputs of the graph what the model itself returns, such as a dataclass.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class TracedGraph:
     value_dependent: set[str] = field(default_factory=set)
     frozen: list[str] = field(default_factory=list)
     sizes_vary: bool = False
+    restore: Callable[[Any], Any] = lambda outputs: outputs
 
     @property
     def free_size(self) -> bool:
@@ -136,7 +138,9 @@ def _trace_at_sizes(
 
     pair = torch.cat([example, example])[:2]
     base, more = trace(pair), trace(torch.cat([pair, pair[:1]]))
-    traced = TracedGraph(model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent)
+    traced = TracedGraph(
+        model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent, restore=base.restore
+    )
     has_maps = any(output.dim() == 4 for output in traced.example_outputs().values())
     traced.sizes_vary = has_maps or has_transformer(model)
     wider = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -18,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph import symbolic
 from mmbrecq.graph.attention import attend
 from mmbrecq.graph.components import components_of, pre_hooks
+from mmbrecq.graph.decompositions import computing_in_torch, local_response_norm, spaced, unfold
 from mmbrecq.graph.units import is_below
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,6 +77,7 @@ class ConcreteTracer(fx.Tracer):
         opaque: Paths of the modules that are one call of the graph, each with the reason.
         value_dependent: Paths of the opaque modules whose Python reads values of tensors.
         constants: Tensors that the graph reads and the model does not have.
+        restore: Makes of the outputs of the graph what the model itself returns.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class ConcreteTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.value_dependent: set[str] = set()
         self.constants: dict[str, Tensor] = {}
+        self.restore: Callable[[Any], Any] = lambda outputs: outputs
         self._owners: list[str] = ['']
         self._attributes: dict[str, Any] = {}
         self.is_evaluating = False
@@ -98,11 +102,12 @@ class ConcreteTracer(fx.Tracer):
         self._model = model
         with (
             torch.inference_mode(False), torch.no_grad(), _same_state(model, entry), _SymbolicSizes(self),
-            symbolic.seen_as_tensors(), _computing_in_torch(),
+            symbolic.seen_as_tensors(), computing_in_torch(), _entering_functions(),
         ):  # fmt: skip
             for component in components_of(model):
                 object.__setattr__(component, 'forward', self._recorded(component))
             graph = self.trace(entry)
+            self.restore = vars(entry).get('restore', self.restore)
         for node in graph.nodes:
             # a function of torch.fx.wrap that is traced through makes no call that generated code would have to wrap
             node.meta.pop('is_wrapped', None)
@@ -124,6 +129,8 @@ class ConcreteTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, WEIGHTED):
             return module_qualified_name not in self.computing
+        if isinstance(m, nn.LocalResponseNorm) or 'forward' in vars(m):
+            return False
         if type(m).__name__ in (*ACTIVATION_NAMES, 'LayerNorm2d'):
             return True
         # a transformer of torch has layers of its own, and an empty sequence is no operation
@@ -156,6 +163,9 @@ class ConcreteTracer(fx.Tracer):
                 not isinstance(v, (Tensor, fx.Proxy, bool, int, float, str)) for v in symbolic.flat((args, kwargs))
             ):
                 raise
+            if isinstance(m, WEIGHTED):
+                # one that is not called as its class is has no grid to be quantized on
+                raise UntraceableError('', f'{path}: {symbolic.obstacle(error)}') from error
             for node in reversed(list(self.graph.nodes)[count:]):
                 self.graph.erase_node(node)
             self.opaque = {p: why for p, why in self.opaque.items() if not is_below(p, path)}
@@ -174,6 +184,10 @@ class ConcreteTracer(fx.Tracer):
             return a.item()
         if isinstance(a, fx.Node):
             return a
+        if isinstance(a, nn.Parameter) and all(a is not own for own in self.root.parameters()):
+            where = symbolic.caller()
+            raise UntraceableError('', f'{where}: expected parameters of the model, but one is of a module in a list, '
+                                   'which nn.ModuleList would register, or in a closure')  # fmt: skip
         return a.node if symbolic.is_symbolic(a) else super().create_arg(a)
 
     def create_proxy(
@@ -185,8 +199,12 @@ class ConcreteTracer(fx.Tracer):
         if kind == 'call_function' and not args and 'input' in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop('input'),)
+        if target is F.local_response_norm:
+            return local_response_norm(*args, **kwargs)
+        if kind == 'call_method' and target == 'unfold' and not kwargs:
+            return unfold(*args)
         if target is torch.linspace and len(args) == 3 and kwargs.keys() <= {'dtype', 'device'}:
-            return _spaced(*args, **kwargs)
+            return spaced(*args, **kwargs)
         if kind == 'call_method' and target in _SHAPED_AS and len(args) == 2:
             target, args = _SHAPED_AS[target], (args[0], args[1].shape)
         target = _INITIALISED.get(target, target) if kind in ('call_function', 'call_method') else target
@@ -200,7 +218,9 @@ class ConcreteTracer(fx.Tracer):
         # torch.fx patches every module call while it traces; the ones made here are not to be recorded
         self.is_evaluating = True
         try:
-            self._evaluate(node)
+            # a model may enter the mode in its own code, which keeps no count of what is overwritten
+            with torch.inference_mode(False), torch.no_grad():
+                self._evaluate(node)
         finally:
             self.is_evaluating = False
         return node
@@ -310,40 +330,46 @@ class _SymbolicSizes(TorchFunctionMode):
 
 
 @contextmanager
-def _computing_in_torch() -> Iterator[None]:
-    """Makes mmcv's deformable attention compute as on a CPU, by functions of torch; no file has its kernel of a GPU."""
-    module: Any = sys.modules.get('mmcv.ops.multi_scale_deform_attn')
-    before = getattr(module, 'IS_CUDA_AVAILABLE', False)
+def _entering_functions() -> Iterator[None]:
+    """Makes functions of autograd run their ``forward``, which is Python, without the compiled code around it.
+
+    Such are activation functions with a gradient of their own, and checkpoints of activations.
+    """
+    base: Any = torch.autograd.Function.__base__
+
+    def apply(cls: Any, *args: Any) -> Any:
+        if cls.setup_context is not torch.autograd.Function.setup_context:
+            return cls.forward(*args)
+        context: Any = FunctionCtx()
+        context.needs_input_grad = (False,) * len(args)
+        return cls.forward(context, *args)
+
+    base.apply = classmethod(apply)
     try:
-        if before:
-            module.IS_CUDA_AVAILABLE = False
         yield
     finally:
-        if before:
-            module.IS_CUDA_AVAILABLE = True
+        del base.apply
 
 
 @contextmanager
 def _same_state(model: nn.Module, entry: nn.Module) -> Iterator[None]:
-    """Restores the attributes that tracing sets; parameters and buffers must not change at all."""
+    """Restores the attributes and the buffers that tracing sets; parameters must not change at all."""
     # buffers and caches that are set lie in dicts
     attributes = [(m, {k: copy(v) if type(v) is dict else v for k, v in vars(m).items()}) for m in entry.modules()]
-    state = [(name, t, t._version) for name, t in [*model.named_parameters(), *model.named_buffers()]]
+    state = [(name, t, t._version) for name, t in model.named_parameters()]
+    buffers = [(t, t._version, t.clone()) for t in model.buffers()]
     try:
         yield
     finally:
         for module, before in attributes:
             vars(module).clear()
             vars(module).update(before)
+    for buffer, version, value in buffers:
+        if buffer._version != version:
+            buffer.copy_(value)
     for name, tensor, version in state:
         if tensor._version != version:
             raise UntraceableError('', f'expected a forward pass that keeps its state, but it changes {name}')
-
-
-def _spaced(start: Any, end: Any, steps: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-    """Returns what ``torch.linspace`` does; its own form in a file divides by zero for a single step."""
-    number = torch.arange(steps, dtype=dtype, device=device)
-    return number / number[-1:].clamp(min=1) * (end - start) + start
 
 
 def _positional(

@@ -263,7 +263,9 @@ def _list_layers(
     others = [] if traced.path else [head.path for head in region_heads(traced.model)]
     for name, module in traced.model.named_modules():
         own = is_below(name, traced.path) and not any(is_below(name, path) for path in others)
-        if not own or not isinstance(module, WEIGHTED):
+        # one that computes something else than its class has a layer below it
+        is_replaced = name not in bits and any(is_below(layer, name) for layer in bits)
+        if not own or is_replaced or not isinstance(module, WEIGHTED):
             continue
         weight_bits, activation_bits = bits.get(name, (None, None))
         floated = reasons.get(name, "the config says 'float'") if weight_bits is None else None

@@ -86,7 +86,7 @@ class QuantizedGraph:
 
     def attach(self) -> None:
         """Makes the model compute this graph instead of the modules from which it was traced."""
-        self.traced.attach(self.compiled)
+        self.traced.attach(self)
 
     def weights(self) -> Iterator[tuple[str, nn.Module, WeightFakeQuantize]]:
         """Yields path, module and fake quantizer of every quantized weight that is not packed yet."""
@@ -154,7 +154,7 @@ class QuantizedGraph:
 
     def __call__(self, inputs: Tensor) -> object:
         """Computes raw outputs of images, or of features of regions, in the present state of the switches."""
-        return self.compiled(inputs)
+        return self.traced.restore(self.compiled(inputs))
 
 
 @dataclass

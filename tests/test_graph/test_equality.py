@@ -105,6 +105,43 @@ def test_what_a_model_makes_of_its_own_rounding_is_allowed(gain: float, passes: 
         check_equality(traced.compile(), reference)
 
 
+def _counting(self: Any, x: Tensor) -> Tensor:
+    self.calls += 1
+    return self.conv(x) * (2.0 if self.calls > self.bound else 1.0)
+
+
+@pytest.mark.parametrize(('bound', 'by_hand'), [(3, 'calls'), (10**5, 'calls'), (10**7, ''), (float('inf'), '')])
+def test_a_count_may_not_change_the_outputs(bound: float, by_hand: str) -> None:
+    model = net(_counting, conv=conv())
+    model.backbone.bound = bound
+    model.backbone.register_buffer('calls', torch.zeros((), dtype=torch.int64))
+    if not by_hand:
+        take_reference(model, images(2))
+        assert 0 < model.backbone.calls < 10
+        return
+    with pytest.raises(GraphError, match='in another pass it is off by .* it computes with backbone.calls, which it'):
+        take_reference(model, images(2))
+
+
+def test_outputs_that_are_drawn_are_refused() -> None:
+    model = net(lambda self, x: self.last(self.conv(x) * torch.rand(1)), conv=conv(), last=conv(4, 2))
+    with pytest.raises(GraphError, match='another pass .* in what backbone.last reads: it draws random numbers or'):
+        take_reference(model, images(2))
+
+
+def test_weights_that_a_pass_changes_are_named() -> None:
+    def initialise(self: Any, x: Tensor) -> Tensor:
+        if not self.conv.bias.any():
+            # torch counts no write by `.data`
+            self.conv.bias.data.fill_(float(x.mean()))
+        return self.conv(x)
+
+    model = net(initialise, conv=conv())
+    nn.init.zeros_(model.backbone.conv.bias)
+    with pytest.raises(GraphError, match='forward pass that keeps all weights, but it changes backbone.conv.bias$'):
+        take_reference(model, images(2))
+
+
 def test_full_float32_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
     with full_float32():

@@ -38,6 +38,20 @@ class LowRank(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
 
 
+class Halving(nn.Conv2d):
+    """Computes what it reads before its class does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 0.5)
+
+
+class WithOnes(nn.Conv2d):
+    """Reads another channel beside its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+
+
 class Dynamic(nn.Conv2d):
     """Its weight depends on the image."""
 
@@ -94,6 +108,8 @@ def test_a_constant_weight_is_baked(build: Any) -> None:
     [
         (Padded(3, 6, 2), {'layer'}),
         (Rectified(3, 6, 1), {'layer.conv2d_layer'}),
+        (Halving(3, 6, 1), {'layer.conv2d_layer'}),
+        (WithOnes(4, 6, 1), {'layer.conv2d_layer'}),
         (Dynamic(3, 6, 1), set()),
         (LowRank(), {'layer.linear_layer', 'layer.linear_1_layer', 'layer.linear_2_layer'}),
     ],
@@ -103,7 +119,8 @@ def test_what_is_no_plain_layer(layer: nn.Module, expected: set[str]) -> None:
         x = self.first(x)
         return self.layer(x if isinstance(layer, nn.Conv2d) else x.permute(0, 2, 3, 1))
 
-    assert layers_of(net(forward, first=conv(3, layer.weight.shape[1]), layer=layer)) == {'first', *expected}
+    channels = layer.weight.shape[1] - isinstance(layer, WithOnes)
+    assert layers_of(net(forward, first=conv(3, channels), layer=layer)) == {'first', *expected}
 
 
 def test_functions_on_weights_of_modules_and_parameters() -> None:
@@ -120,6 +137,13 @@ def test_functions_on_weights_of_modules_and_parameters() -> None:
     model.backbone.gain, model.backbone.query = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
     functions = {'linear_1_layer', 'matmul_layer', 'linear_2_layer', 'linear_3_layer'}
     assert layers_of(model) == {'stem', 'qkv', 'called', *functions}
+
+
+def test_the_layer_that_takes_the_place_of_another_is_listed_alone() -> None:
+    model = net(lambda self, x: self.last(self.layer(x)), layer=Halving(3, 4, 1), last=conv(4, 2))
+    prepared = prepare(model, 'openvino')
+    found = [(layer.name, layer.float_reason) for layer in prepared.layers]
+    assert found == [('backbone.layer.conv2d_layer', None), ('backbone.last', None)]
 
 
 @pytest.mark.parametrize('preset', ['openvino', 'onnxruntime', 'tensorrt'])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from mmbrecq.errors import GraphError
-from mmbrecq.graph.structure import flatten_outputs, nest_outputs
+from mmbrecq.graph.structure import flatten_outputs, nest_outputs, split_outputs
 
 
 def tensors(count: int) -> list[torch.Tensor]:
@@ -53,9 +55,42 @@ def test_a_dict_of_tensors() -> None:
     ('outputs', 'message'),
     [
         ((torch.zeros(1), 'text'), 'but output_1 is a str'),
+        ([torch.zeros(1, dtype=torch.complex64)], 'real tensors, but output_0 is a complex tensor'),
         ({'maps': [torch.zeros(1)], 'maps_0': torch.zeros(1)}, 'names of their own, but got several output_maps_0'),
     ],
 )
 def test_what_cannot_be_an_output_is_refused(outputs: Any, message: str) -> None:
     with pytest.raises(GraphError, match=message):
         flatten_outputs(outputs)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass
+class Result:
+    scores: Any
+    hidden: Any = None
+
+
+class Fields(OrderedDict[str, Any]):
+    """A dict whose keys are attributes, as the outputs of Hugging Face's models."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)
+        vars(self).update(values)
+
+
+def test_outputs_of_classes_are_flat_and_come_back_as_they_were() -> None:
+    a, b, c, d = tensors(4)
+    outputs = Fields(pair=Pair(a, None), result=Result([b]), more=({3: c}, d))
+    names = ['output_pair_0', 'output_result_scores_0', 'output_more_0_3', 'output_more_1']
+    assert list(flatten_outputs(outputs)) == names
+    plain, restore = split_outputs(outputs)
+    assert plain == {'pair': (a, None), 'result': {'scores': [b], 'hidden': None}, 'more': ({3: c}, d)}
+    assert type(plain) is dict and type(plain['pair']) is tuple
+    found = restore(plain)
+    assert found == outputs and found.result == Result([b])
+    assert [type(part) for part in (found, found.pair, found.more)] == [Fields, Pair, tuple]

@@ -243,3 +243,58 @@ def test_parameters_read_by_a_module_stay_its_own() -> None:
         model.backbone.scaled.gain.fill_(5.0)
     torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
     assert isinstance(model, Net)
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 7), (2, 6, 4, 4), (2, 3, 2, 4, 4)])
+@pytest.mark.parametrize('size', [1, 4, 5])
+def test_norm_across_channels_is_that_of_torch(shape: tuple[int, ...], size: int) -> None:
+    model = net(lambda self, x: self.norm(self.conv(x) * x), conv=nn.Identity(), norm=nn.LocalResponseNorm(size, 0.5))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    traced, _ = trace(model, x)
+    assert not any(node.op == 'call_module' and 'norm' in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(run(traced, x), run(model, x))
+
+
+@pytest.mark.parametrize(('dim', 'size', 'step'), [(2, 3, 2), (-1, 4, 4), (1, 1, 1)])
+def test_windows_are_those_of_torch(dim: int, size: int, step: int) -> None:
+    model = net(lambda self, x: self.conv(x).unfold(dim, size, step), conv=conv())
+    traced, _ = trace(model)
+    assert all(node.target != 'unfold' for node in traced.graph.nodes)
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+
+
+def test_functions_of_autograd_are_entered_while_a_model_is_traced_alone() -> None:
+    class Clipped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+            assert ctx.needs_input_grad == (False, False)
+            ctx.save_for_backward(x)
+            return x.clamp(max=bound)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            return gradient * 3, None
+
+    traced, tracer = trace(net(lambda self, x: Clipped.apply(self.conv(x), 0.1), conv=conv()))
+    assert not tracer.opaque and 'clamp' in {node.target for node in traced.graph.nodes}
+    assert 'apply' not in vars(torch.autograd.Function.__base__)
+
+
+def test_buffers_that_a_trace_writes_into_get_their_values_back() -> None:
+    def count(self: Any, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x)
+
+    model = net(count, conv=conv())
+    model.backbone.register_buffer('calls', torch.zeros(()))
+    traced, _ = trace(model)
+    assert not model.backbone.calls
+    torch.testing.assert_close(run(traced, images()), run(model, images()), rtol=0, atol=0)
+    assert model.backbone.calls == 1
+
+
+def test_an_activation_function_with_a_forward_of_its_own_is_no_leaf() -> None:
+    act = nn.ReLU()
+    act.forward = lambda x: -x  # type: ignore[method-assign]
+    traced, _ = trace(net(lambda self, x: self.act(self.conv(x)), conv=conv(), act=act))
+    assert [n.target for n in traced.graph.nodes if n.op == 'call_module'] == ['backbone.conv']

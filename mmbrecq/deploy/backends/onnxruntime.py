@@ -46,8 +46,9 @@ class ONNXRuntimeBackend(BaseBackend):
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimize else levels.ORT_DISABLE_ALL
         model = require('onnx').load(str(self.path))
-        # to be exact, ONNX Runtime moves int8 weights to uint8 on processors without VNNI, once per reader, and refuses
-        # the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels share
+        # to be exact, ONNX Runtime moves int8 constants to uint8 on processors without VNNI, once per reader, and
+        # refuses the file (seen with 1.31) when it meets one that it has moved: the weights of a head that all levels
+        # share, and the zero-point of several constants that layers read
         source = model.SerializeToString() if unshare_weights(model) else str(self.path)
         self._session = onnxruntime.InferenceSession(source, options, providers=PROVIDERS)
         self.input_names = [value.name for value in self._session.get_inputs()]
@@ -131,17 +132,16 @@ class ONNXRuntimeBackend(BaseBackend):
 
 
 def unshare_weights(model: Any) -> bool:
-    """Gives every DequantizeLinear integers and zero-point of its own; tells whether there was something to copy."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    """Gives every Q and DQ int8 constants of its own; tells whether there was something to copy."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == tensor.INT8}
     read: set[str] = set()
-    count = len(constants)
+    count = len(model.graph.initializer)
     for index, node in enumerate(model.graph.node):
-        if node.op_type != 'DequantizeLinear' or node.input[0] not in constants:
-            continue
-        for place in (0, 2) if node.input[0] in read else ():
-            if place < len(node.input) and node.input[place] in constants:
+        inputs = node.input if node.op_type in ('QuantizeLinear', 'DequantizeLinear') else []
+        for place, name in enumerate(list(inputs)):
+            if name in read:
                 copy = model.graph.initializer.add()
-                copy.CopyFrom(constants[node.input[place]])
-                copy.name = node.input[place] = f'{copy.name}/{index}'
-        read.add(node.input[0])
+                copy.CopyFrom(constants[name])
+                copy.name = inputs[place] = f'{name}/{index}'
+            read |= {name} & constants.keys()
     return len(model.graph.initializer) > count

@@ -214,8 +214,8 @@ def _quantize_behind_moves(edit: OnnxEditor, of_constants: bool = False) -> None
         scale = edit.scale(sources[0])
         if scale is None or scale.size != 1 or not all(edit.same_grid(sources[0], other) for other in sources):
             continue
-        quantizer = edit.quantizer(sources[0])
-        if of_constants and (quantizer is None or edit.constant(quantizer.input(0)) is None):
+        quantizer, *others = map(edit.quantizer, sources)
+        if of_constants and all(q is None or edit.constant(q.input(0)) is None for q in (quantizer, *others)):
             continue
         clip = None if quantizer is None else edit.integer_clip(quantizer)
         grid, codes = sources[0].inputs[1:], f'{tensor}/codes'

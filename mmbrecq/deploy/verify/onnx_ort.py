@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import Faults, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import MOVE_OPS, Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_structure import title
 
 
 def check_outputs(graph: OnnxGraph) -> Faults:
-    """O1: a quantized convolution feeds a Q, with nothing but a ReLU or Clip between; a network output is exempt."""
+    """O1: a quantized convolution feeds a Q, with nothing but a ReLU or Clip between; a network output is exempt.
+
+    So is one that is only moved, as the scores of a classifier whose last layer is a convolution.
+    """
     for layer in graph.layers():
         integer = layer.weight_dq is not None and graph.quantized_sources(layer.data) is not None
         if layer.node.op != 'Conv' or not integer:
@@ -23,12 +26,19 @@ def check_outputs(graph: OnnxGraph) -> Faults:
         while len(readers) == 1 and readers[0].op in ('Relu', 'Clip') and last.outputs[0] not in graph.outputs:
             last = readers[0]
             readers = graph.consumers(last.outputs[0])
-        if last.outputs[0] in graph.outputs:
+        if _leaves(graph, last):
             continue
         others = [reader for reader in readers if reader.op != 'QuantizeLinear']
         if others or len(readers) != 1:
             found = ', '.join(title(reader) for reader in others or readers) or 'nothing'
             yield layer.node.name, f'expected a QuantizeLinear after it, but got {found}'
+
+
+def _leaves(graph: OnnxGraph, node: Node) -> bool:
+    """Returns whether the result of a node is an output of the network, or only moved to one."""
+    readers = graph.consumers(node.outputs[0])
+    moves = len(readers) == 1 and readers[0].op in MOVE_OPS
+    return node.outputs[0] in graph.outputs or (moves and _leaves(graph, readers[0]))
 
 
 def check_relu_grids(graph: OnnxGraph) -> Faults:

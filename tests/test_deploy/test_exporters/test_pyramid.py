@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import conv, images, net, packed
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmbrecq.deploy.backends import ONNXRuntimeBackend, as_forward, open_backend
 from mmbrecq.deploy.backends.onnxruntime import unshare_weights
@@ -102,3 +102,18 @@ def test_weights_that_levels_share(preset: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=float(wanted.abs().max()) / 25)
     assert backend.integer_kernels().quantized == 6
     assert unshare_weights(proto) and not unshare_weights(proto)
+
+
+def constants(self: Any, x: Tensor) -> Tensor:
+    """Two learned constants that layers read, for every image."""
+    first, second = (table.expand(x.shape[0], -1, -1) for table in (self.first, self.second))
+    return self.last(self.stem(x) * (self.a(first) + self.b(second))[..., None])
+
+
+def test_constants_that_share_a_zero_point(tmp_path: Path) -> None:
+    model = net(constants, stem=conv(), a=nn.Linear(3, 1), b=nn.Linear(3, 1), last=conv(4, 2))
+    model.backbone.first, model.backbone.second = (nn.Parameter(torch.randn(1, 4, 3)) for _ in range(2))
+    path = ONNXExporter().export(packed(model, 'tensorrt').image_graph, images(2), tmp_path)
+    exact, plain = (ONNXRuntimeBackend(path, num_threads=1, optimize=optimize) for optimize in (True, False))
+    (wanted,) = plain(images(3))
+    torch.testing.assert_close(exact(images(3))[0], wanted, rtol=0, atol=float(wanted.abs().max()) / 50)
