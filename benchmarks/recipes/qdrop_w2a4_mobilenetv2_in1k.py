@@ -5,3 +5,4 @@ _base_ = [
 float_checkpoint = '{{$MMBRECQ_DATA:../../../shared/data}}/../zoo/mobilenetv2_in1k.pth'
 quantizer = dict(weight=dict(bits=2), activation=dict(bits=4))
 calibration = dict(num_samples=512, pipeline={{_base_.calibration_pipeline}})
+reconstructor = dict(joint=dict(iterations=300))
