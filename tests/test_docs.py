@@ -123,8 +123,8 @@ def prepare(cfg: Config) -> QuantizedModel:
 
 
 def test_every_python_block_of_the_guide_is_a_whole_config() -> None:
-    assert len(examples()) == 3
-    assert read('write_a_config.md').count('```python') == 3
+    assert len(examples()) == 4
+    assert read('write_a_config.md').count('```python') == 4
 
 
 @pytest.mark.parametrize('path', examples())
@@ -166,6 +166,13 @@ def test_qdrop_example_replaces_the_reconstructor(tmp_path: Path) -> None:
     (stage,) = build(RECONSTRUCTORS, cfg.reconstructor).stages
     assert stage.name == 'joint'
     assert (stage.options.iterations, stage.options.drop_prob, stage.options.activation_lr) == (20000, 0.5, None)
+
+
+def test_short_recipe_example(tmp_path: Path) -> None:
+    cfg = example_config('configs/brecq/mobilenetv2/qdrop_w4a4_mobilenetv2_in1k.py', tmp_path)
+    stages = build(RECONSTRUCTORS, cfg.reconstructor).stages
+    assert [(stage.name, stage.options.iterations) for stage in stages] == [('joint', 500), ('network', 100)]
+    assert cfg.quantizer.weight == {'bits': 4, 'rounding': {'type': 'StraightThrough'}}
 
 
 @pytest.mark.parametrize('heading', REFERENCE)
