@@ -40,6 +40,8 @@ METHODS: dict[str, tuple[str, dict[str, int]]] = {
     'nearest': ('NearestReconstructor', {}),
 }
 """The reconstructor of each method, and the divisors of the iterations of its passes."""
+ROUNDING = {'brecq': 'AdaRound', 'qdrop': 'StraightThrough', 'nearest': 'NearestRounding'}
+"""How each method rounds weights; with few iterations straight-through gradients get further."""
 
 EXPORTERS: dict[str, type[BaseExporter]] = {'.onnx': ONNXExporter, '.xml': OpenVINOExporter}
 TARGETS = {'openvino': '.xml', 'onnxruntime': '.onnx', 'tensorrt': '.onnx'}
@@ -125,8 +127,8 @@ def quantize(
         preset: ``openvino``, ``onnxruntime``, ``tensorrt`` or ``academic``.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; None leaves activations in float.
-        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together; ``nearest`` rounds to nearest
-            and corrects biases.
+        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together, with straight-through rounding;
+            ``nearest`` rounds to nearest and corrects biases.
         iterations: Iterations of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the
             defaults, 20,000 and 5,000.
         seed: Seed of all random draws.
@@ -215,7 +217,7 @@ def _quantizer_config(
 ) -> dict[str, Any]:
     get_preset(preset)
     given = dict(more or {})
-    rounding = {'type': 'NearestRounding' if method == 'nearest' else 'AdaRound'}
+    rounding = {'type': ROUNDING[method]}
     weight = {'bits': weight_bits, 'rounding': rounding, **given.pop('weight', {})}
     activation = None
     if activation_bits is not None:
