@@ -127,8 +127,8 @@ def quantize(
         preset: ``openvino``, ``onnxruntime``, ``tensorrt`` or ``academic``.
         weight_bits: 2 to 8.
         activation_bits: 2 to 8; None leaves activations in float.
-        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together, with straight-through rounding;
-            ``nearest`` rounds to nearest and corrects biases.
+        method: ``brecq`` reconstructs weights, then activations; ``qdrop`` both together, with straight-through
+            rounding; ``nearest`` rounds to nearest and corrects biases.
         iterations: Iterations of each unit in the first pass; the second pass of ``brecq`` has a quarter. None for the
             defaults, 20,000 and 5,000.
         seed: Seed of all random draws.
