@@ -87,7 +87,5 @@ def test_options_are_checked(cls: type, key: str) -> None:
 
 
 def test_an_unknown_loss() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown reconstruction loss type 'L3Loss': expected one of FisherLoss, MSELoss"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown reconstruction loss type 'L3Loss': expected one of .*, MSELoss"):
         BRECQReconstructor(loss={'type': 'L3Loss'})

@@ -84,7 +84,11 @@ class _Shift(torch.autograd.Function):
 
 
 class _Shifted(nn.Module):
+    """Cannot be traced."""
+
     def forward(self, x: Tensor) -> Any:
+        if type(x) is not Tensor:
+            raise TypeError('expected a tensor')
         return _Shift.apply(x)
 
 
