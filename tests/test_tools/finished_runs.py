@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 KILLER = Path(__file__).with_name('killing.py')
-KILLS = 20
 TINY = (
     'calibration.num_samples=32', 'calibration.batch_size=16', 'reconstructor.weights.batch_size=8',
     'reconstructor.activations.batch_size=8', 'exporters=[]',
@@ -35,15 +34,15 @@ def assert_same(folder: Path, other: Path) -> None:
     assert summary == expected_summary
 
 
-def kill_often(demo: Path, folder: Path, processes: int, iterations: tuple[int, int]) -> None:
-    """Kills the demo at random moments until it was killed often enough; it ends as a run that is left alone."""
+def kill_often(demo: Path, folder: Path, processes: int, iterations: tuple[int, int], kills: int) -> None:
+    """Kills the demo at random moments until it was killed so often; it ends as a run that is left alone."""
     first, second = iterations
     # without exporters most of a run is its reconstruction
     steps = (f'reconstructor.weights.iterations={first}', f'reconstructor.activations.iterations={second}')
-    command = [sys.executable, KILLER, processes, KILLS, folder / 'killed', demo, '--cfg-options', *TINY, *steps]
+    command = [sys.executable, KILLER, processes, kills, folder / 'killed', demo, '--cfg-options', *TINY, *steps]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert f'killed {KILLS} times' in done.stdout
+    assert f'killed {kills} times' in done.stdout
     taken_up = {int(count) for count in re.findall(r'resumed: (\d+) units are done', done.stdout)}
     assert len(taken_up - {0}) > 2, 'the moments did not lie within the reconstruction'
     assert_same(folder / 'killed', folder / 'killed-whole')

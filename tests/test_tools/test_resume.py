@@ -17,7 +17,7 @@ from mmbrecq.runs import identity
 
 
 def test_a_run_that_is_killed_ends_bit_for_bit_where_another_ends(demo: Path, tmp_path: Path) -> None:
-    kill_often(demo, tmp_path, processes=1, iterations=(10, 5))
+    kill_often(demo, tmp_path, processes=1, iterations=(10, 5), kills=20)
 
 
 @pytest.fixture
