@@ -3,6 +3,8 @@ _base_ = [
     '../../_base_/datasets/bccd.py',
     '../../_base_/quant/brecq_w4a4.py',
 ]
+# every input but the first and the last at 4 bits, as the published figures have it
+quantizer = dict(fallback=dict(low_bound=0.3))
 calibration = dict(num_samples=256)
 reconstructor = dict(
     _delete_=True,
