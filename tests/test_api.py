@@ -208,7 +208,7 @@ def test_an_output_keeps_its_name_where_the_runtime_moves_operations(tmp_path: P
 
 @dataclass
 class Result:
-    """What a model of a stranger returns."""
+    """Stands for the outputs of a model that nobody here made."""
 
     scores: Tensor
     features: Tensor

@@ -1,4 +1,4 @@
-"""What the error of a unit does behind it: the float rest of the network, and the distance of its outputs."""
+"""Computes what the error of a unit does behind it: the float rest of the network, and the distance of its outputs."""
 
 from __future__ import annotations
 

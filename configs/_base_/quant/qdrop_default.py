@@ -1,4 +1,4 @@
-# What short recipes share, of some hundred iterations a unit: straight-through rounding, learned with the step sizes
+# Short recipes, of some hundred iterations a unit, share this: straight-through rounding, learned with the step sizes
 _base_ = './brecq_default.py'
 quantizer = dict(weight=dict(rounding=dict(type='StraightThrough')))
 reconstructor = dict(_delete_=True, type='QDropReconstructor', joint=dict(iterations=500, batch_size=16))
