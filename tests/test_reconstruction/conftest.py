@@ -1,7 +1,11 @@
-"""A tiny classifier of every kind of unit: a layer, a block, a unit without layers, and a head."""
+"""A tiny classifier of every kind of unit: a layer, a block, a unit without layers, and a head.
+
+The folder is on the path, for the tests' helpers: the folders are no packages.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 WIDTH, CLASSES, IMAGES = 6, 5, 24
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_grids import GRIDS, SHAPE, calibrated
 from torch import Tensor
 
 from mmbrecq.fake_quants import AdaRound
 from mmbrecq.qtype import QType
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
-
-SHAPE = (6, 4, 3, 3)
-GRIDS = [
-    pytest.param(QType(2, symmetric=False, signed=False, ch_axis=0), id='asymmetric-2'),
-    pytest.param(QType(4, symmetric=True, signed=True, ch_axis=0), id='symmetric-4'),
-    pytest.param(QType(3, symmetric=True, signed=True), id='per-tensor-3'),
-    pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), id='second-axis-4'),
-]
 
 
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels-last'])
@@ -32,15 +25,7 @@ def _disabled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def started(qtype: QType, layout: torch.memory_format) -> tuple[AdaRound, SoftRounding, Tensor]:
     """A weight on a grid too small for its outer values."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SHAPE, generator=generator)
-    size = () if qtype.ch_axis is None else (SHAPE[qtype.ch_axis],)
-    scale = (1 + torch.rand(size, generator=generator)) * 2 / qtype.levels
-    zero_point = torch.zeros(size)
-    if not qtype.symmetric:
-        zero_point = torch.randint(1, qtype.quant_max, size, generator=generator).float()
-    rounding = AdaRound(qtype, weight.shape)
-    rounding.calibrate(weight, scale, zero_point)
+    rounding, weight = calibrated(AdaRound, qtype)
     return rounding, SoftRounding(rounding, weight, layout), weight
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small_grids import GRIDS, SHAPE, calibrated
 from torch import Tensor
 
 from mmbrecq.fake_quants import StraightThrough
@@ -16,25 +17,10 @@ from mmbrecq.reconstruction import QDropReconstructor, Task
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.straight_through import StraightThroughRounding
 
-SHAPE = (6, 4, 3, 3)
-GRIDS = [
-    pytest.param(QType(2, symmetric=False, signed=False, ch_axis=0), id='asymmetric-2'),
-    pytest.param(QType(3, symmetric=True, signed=True), id='per-tensor-3'),
-    pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), id='second-axis-4'),
-]
-
 
 def started(qtype: QType) -> tuple[StraightThrough, StraightThroughRounding, Tensor]:
     """A weight on a grid too small for its outer values."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SHAPE, generator=generator)
-    size = () if qtype.ch_axis is None else (SHAPE[qtype.ch_axis],)
-    scale = (1 + torch.rand(size, generator=generator)) * 2 / qtype.levels
-    zero_point = torch.zeros(size)
-    if not qtype.symmetric:
-        zero_point = torch.randint(1, qtype.quant_max, size, generator=generator).float()
-    rounding = StraightThrough(qtype, weight.shape)
-    rounding.calibrate(weight, scale, zero_point)
+    rounding, weight = calibrated(StraightThrough, qtype)
     return rounding, StraightThroughRounding(rounding, weight, torch.channels_last), weight
 
 
