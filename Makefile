@@ -27,6 +27,8 @@ FULL := $(VENV)/.mmcv-full
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
+# INSTALL leaves it to the first import to compile a file: without the result every tool needs 10 s more to start
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-detection test lint env env-full clean
 

@@ -19,15 +19,18 @@ from demo_runs import CONFIGS, QUICK, summary_of
     ],
 )
 def test_bits_are_chosen_in_one_command(
-    run: Callable[..., Any], folder: Path, tmp_path: Path, name: str, bitops: float, loss: str, kind: str
-) -> None:
+    call: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, bitops: float,
+    loss: str, kind: str,
+) -> None:  # fmt: skip
     """The layers of heads that read features of regions among them."""
     path, checkpoint = CONFIGS / f'{name}.py', CONFIGS / f'{name.removesuffix("_w4a8")}.pth'
     config, work = tmp_path / 'config.py', tmp_path / 'work'
     budgets = {'size': '0.2x', 'bitops': f'{bitops}x'}
     search = {'candidates': [2, 8], 'activation_candidates': [4, 8], 'pairs': False, 'loss': loss, 'budgets': budgets}
     config.write_text(f'_base_ = [{str(path)!r}]\nfloat_checkpoint = {str(checkpoint)!r}\nsearch = {search}\n')
-    run('ptq', folder, config, '--work-dir', work, '--cfg-options', *QUICK)
+    monkeypatch.chdir(folder)
+    outcome = call('ptq', config, *QUICK, work_dir=work)
+    assert outcome.status == 0, outcome.err
     summary = summary_of(work)
     chosen = summary['search']
     assert chosen['kind'] == kind

@@ -1,4 +1,4 @@
-"""Compares two runs, and kills a run over and over."""
+"""Compares two runs, and kills a run in each of its phases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ def assert_same(folder: Path, other: Path) -> None:
     assert summary == expected_summary
 
 
-def kill_often(demo: Path, folder: Path, processes: int, iterations: tuple[int, int], kills: int) -> None:
-    """Kills the demo at random moments until it was killed so often; it ends as a run that is left alone."""
+def kill_often(demo: Path, folder: Path, processes: int, iterations: tuple[int, int], lines: Sequence[str]) -> None:
+    """Kills the demo a random moment after each of these lines of its log; it ends as a run that is left alone."""
     first, second = iterations
-    # without exporters most of a run is its reconstruction
     steps = (f'reconstructor.weights.iterations={first}', f'reconstructor.activations.iterations={second}')
-    command = [sys.executable, KILLER, processes, kills, folder / 'killed', demo, '--cfg-options', *TINY, *steps]
+    options = [demo, '--cfg-options', *TINY, *steps]
+    command = [sys.executable, KILLER, processes, folder / 'killed', ';'.join(lines), *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert f'killed {kills} times' in done.stdout
-    taken_up = {int(count) for count in re.findall(r'resumed: (\d+) units are done', done.stdout)}
-    assert len(taken_up - {0}) > 2, 'the moments did not lie within the reconstruction'
+    resumed = [int(count) for count in re.findall(r'resumed: (\d+) units are done', done.stdout)]
+    assert resumed == sorted(resumed) and resumed[-1] == 20
+    assert len(set(resumed)) > len(lines) // 3, 'the moments did not lie within the reconstruction'
     assert_same(folder / 'killed', folder / 'killed-whole')

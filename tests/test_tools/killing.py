@@ -1,7 +1,8 @@
-"""Runs tools/ptq.py over and over, kills it at random moments and lets it go on, until it was killed often enough.
+"""Runs tools/ptq.py over and over, kills it a random moment after a line of its log, each time a later one, and lets
+it go on.
 
-Called by a test as ``killing.py PROCESSES KILLS WORK_DIR ARGUMENTS...``. Each run is a fork of this process, which has
-imported everything, so that most of the moments lie within the work.
+Called by a test as ``killing.py PROCESSES WORK_DIR LINES ARGUMENTS...``, where LINES are beginnings of messages, with
+a ``;`` between them. Each run is a fork of this process, which has imported everything.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+LATEST = 0.01
+"""Of the time that a whole run takes, some 80 ms: a unit or two."""
 
 
-def start(processes: int, arguments: list[str]) -> list[int]:
-    """Starts the tool in so many processes; returns their numbers."""
+def start(processes: int, arguments: list[str]) -> tuple[list[int], int]:
+    """Starts the tool in so many processes; returns their numbers, and where to read what the first of them says."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     children = []
+    reader, writer = os.pipe()
+    # what is not written yet would be written by each fork
+    sys.stdout.flush()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
+            if rank == 0:
+                os.dup2(writer, 1)
+            os.close(reader)
+            os.close(writer)
             if processes > 1:
                 arguments = [*arguments, '--launcher', 'pytorch']
                 os.environ.update(
@@ -41,12 +52,30 @@ def start(processes: int, arguments: list[str]) -> list[int]:
                 os._exit(int(end.code or 0))
             os._exit(1)
         children.append(child)
-    return children
+    os.close(writer)
+    return children, reader
+
+
+def run(processes: int, arguments: list[str], lines: Sequence[str] = (), delay: float = 0.0) -> list[int]:
+    """Runs the tool, to its end or until it is killed so many seconds after the first of these lines.
+
+    Returns how the processes ended.
+    """
+    children, reader = start(processes, arguments)
+    with open(reader) as said:
+        for text in said:
+            sys.stdout.write(text)
+            if any(f' - INFO - {line}' in text for line in lines):
+                time.sleep(delay)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                sys.stdout.write(said.read() + '\n')
+    return [os.waitpid(child, 0)[1] for child in children]
 
 
 def main() -> None:
-    """Ends with status 0 where the last run does."""
-    processes, kills, arguments = int(sys.argv[1]), int(sys.argv[2]), ['--work-dir', *sys.argv[3:], '--resume']
+    """Ends with status 0 where each run but the last was killed, and the last and the whole one succeed."""
+    processes, folder, lines, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(';'), sys.argv[4:]
     import sklearn.datasets  # noqa: F401
     from mmpretrain.utils import register_all_modules
 
@@ -58,23 +87,16 @@ def main() -> None:
     kernels()
     rng = random.Random(0)
     begin = time.perf_counter()
-    statuses = [
-        os.waitpid(child, 0)[1] for child in start(processes, ['--work-dir', sys.argv[3] + '-whole', *sys.argv[4:]])
-    ]
+    statuses = run(processes, ['--work-dir', f'{folder}-whole', *arguments])
     whole = time.perf_counter() - begin
-    killed = 0
-    while killed < kills and not any(statuses):
-        children = start(processes, arguments)
-        time.sleep(rng.uniform(0.1, 1) * whole)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        ended = [os.waitpid(child, 0)[1] for child in children]
-        killed += any(os.WIFSIGNALED(status) for status in ended)
-        if not any(ended):
-            # it was done before: from the beginning again, for more moments to be killed at
-            Path(sys.argv[3], 'reconstruction.pth').unlink(missing_ok=True)
-    statuses += [os.waitpid(child, 0)[1] for child in start(processes, arguments)]
-    print(f'killed {killed} times, a whole run takes {whole:.1f} s')
+    resumed = ['--work-dir', folder, *arguments, '--resume']
+    for index, line in enumerate(lines):
+        # a run that was killed late may have come past the next line
+        ended = run(processes, resumed, lines[index:], rng.uniform(0, LATEST) * whole)
+        if not any(map(os.WIFSIGNALED, ended)):
+            sys.exit(f'the run ended before it was killed after {line!r}')
+    statuses += run(processes, resumed)
+    print(f'a whole run takes {whole:.1f} s')
     sys.exit(any(statuses))
 
 

@@ -90,7 +90,8 @@ def test_a_run_of_one_process_does_not_go_on_in_two(
 
 
 def test_two_processes_that_are_killed_end_bit_for_bit_where_others_end(demo: Path, tmp_path: Path) -> None:
-    kill_often(demo, tmp_path, processes=2, iterations=(6, 3), kills=10)
+    lines = ('rehearsed', 'weights 3/10', 'weights 10/10', 'weights: ', 'activations 5/10', 'quantized: ')
+    kill_often(demo, tmp_path, processes=2, iterations=(6, 3), lines=lines)
 
 
 def test_a_choice_of_bits_is_made_in_one_process(call: Any, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
