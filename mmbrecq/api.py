@@ -9,8 +9,6 @@ Example:
     (16, 8, 12, 12)
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 The functions are thin ones over mmengine's; in a single process each does nothing, or returns its argument.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import socket

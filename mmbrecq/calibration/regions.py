@@ -1,7 +1,5 @@
 """Captures the features of regions on which the heads of a two-stage detector are calibrated."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Comparison of an exported file with the simulation that it was written from."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

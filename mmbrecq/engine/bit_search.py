@@ -1,7 +1,5 @@
 """Runs mixed precision for the tools: measures sensitivities, chooses bits, writes the config that has them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Evaluates a model with the config's own data loader and evaluator, and computes the loss of its training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ name, what the methods of :class:`~mmbrecq.reconstruction.callbacks.Callback` ge
 runner, is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 from inspect import signature

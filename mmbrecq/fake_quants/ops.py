@@ -4,8 +4,6 @@ A chain of elementary autograd operations would read and write every tensor five
 for the backward pass; a function here keeps what its gradient needs and no more.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Attention as the linear layers and products that it computes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

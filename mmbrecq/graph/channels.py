@@ -8,8 +8,6 @@ its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023). Wher
 have biases, a constant may be taken from each channel as well (Li et al., RepQ-ViT, ICCV 2023).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

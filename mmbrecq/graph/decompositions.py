@@ -1,7 +1,5 @@
 """Functions of torch whose own form in a file is wrong, or that have none, by others."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

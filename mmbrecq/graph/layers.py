@@ -1,7 +1,5 @@
 """Turns whatever computes a convolution or a linear layer with a constant weight into a plain layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain, count
 from typing import Any

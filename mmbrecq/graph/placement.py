@@ -7,8 +7,6 @@ as the others (Sun et al., Massive Activations in Large Language Models, COLM 20
 levels for the rest.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

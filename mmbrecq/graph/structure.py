@@ -4,8 +4,6 @@ A detector's head returns tuples of lists, one tensor per pyramid level. A file 
 named by its indices: ``output_0_2`` is ``outputs[0][2]``; a single tensor is ``output``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any

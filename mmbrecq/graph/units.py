@@ -4,8 +4,6 @@ A unit consists of consecutive nodes, so any cut is executable in order; it may 
 crosses from unit to unit is kept image by image, so a value without the images along its first axis crosses none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn

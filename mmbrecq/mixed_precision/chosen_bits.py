@@ -1,7 +1,5 @@
 """Bits that a search has chosen, in a run: the rounding that its analysis has learned, and their measured loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

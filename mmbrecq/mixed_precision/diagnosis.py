@@ -5,8 +5,6 @@ the magnitude of the others (Sun et al., Massive Activations in Large Language M
 levels for both. Their loss adds up, so that groups which lose next to nothing together need not be taken apart.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace

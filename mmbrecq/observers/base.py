@@ -1,7 +1,5 @@
 """Observers turn batches of values into one scale and zero-point per channel or tensor; the simplest take the ends."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Prepares a float model for block reconstruction (BRECQ, Li et al., ICLR 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Checks the options of a quantizer in a config."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

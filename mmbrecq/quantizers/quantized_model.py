@@ -1,7 +1,5 @@
 """Holds a prepared model: its graphs, their units and layers, and the switches of its quantization."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

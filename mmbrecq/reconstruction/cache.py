@@ -1,7 +1,5 @@
 """Where cached activations live, decided from their sizes before the work starts."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Callbacks observe a reconstruction, and are told how far it has come and how long it will take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial

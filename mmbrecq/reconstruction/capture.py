@@ -1,7 +1,5 @@
 """Iterations captured as a CUDA graph: Python launches a graph in the time that it takes for one of its kernels."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

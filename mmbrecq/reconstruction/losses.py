@@ -5,8 +5,6 @@ loss. What stands in for it is the distance of the outputs of the network, its w
 the float network: of the float network alone that distance has no gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING

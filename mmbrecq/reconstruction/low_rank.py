@@ -1,7 +1,5 @@
 """A loss weighted by the Fisher information of a unit's outputs, diagonal plus low rank, from responses to errors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

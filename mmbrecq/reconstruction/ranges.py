@@ -1,7 +1,5 @@
 """Ranges of activations by what they do to the outputs of a unit, where an observer sees the values of each alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

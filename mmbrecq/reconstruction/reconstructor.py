@@ -1,7 +1,5 @@
 """Reconstruction of all units, pass by pass."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

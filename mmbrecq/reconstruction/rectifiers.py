@@ -4,8 +4,6 @@ Memory, not arithmetic, limits both: together they take one pass over a feature 
 backward.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Computes what the error of a unit does behind it: the float rest of the network, and the distance of its outputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a unit has learned, and what a reconstruction reports of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

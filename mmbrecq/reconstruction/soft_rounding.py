@@ -1,7 +1,5 @@
 """The rounding of a layer while it is learned: its variable, its soft-quantized weight, and the gradients of both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The float and the quantized activations, carried forward from unit to unit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

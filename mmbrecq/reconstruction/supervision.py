@@ -1,7 +1,5 @@
 """Supervision of units by what their errors do to the outputs of the network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Values over all calibration images, in memory or in a file, and the order in which they lie there."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import weakref

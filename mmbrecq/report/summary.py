@@ -3,8 +3,6 @@
 Each field may still be empty, so that an unfinished run can be saved, read and reported.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field

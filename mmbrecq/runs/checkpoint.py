@@ -1,7 +1,5 @@
 """Weights from a checkpoint file into a model: all of them fit, or one sentence says what does not."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What the result of a run depends on, so that neither it nor its states are continued by another run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

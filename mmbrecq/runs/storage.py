@@ -1,7 +1,5 @@
 """Files that are either written whole or left as they were: write beside, flush to the disk, rename."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

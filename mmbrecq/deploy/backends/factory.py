@@ -1,7 +1,5 @@
 """The runtime that reads a file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

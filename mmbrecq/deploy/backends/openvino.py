@@ -1,7 +1,5 @@
 """OpenVINO on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any

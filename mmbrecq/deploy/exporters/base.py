@@ -1,7 +1,5 @@
 """The contract of all exporters."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from abc import ABCMeta, abstractmethod

@@ -1,7 +1,5 @@
 """Export to ONNX with QuantizeLinear and DequantizeLinear."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """Changes an exported ONNX graph in place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ other as channels. A convolution over them is one of twice the kernel with strid
 slices (seen with 2026.4) take as long as a good part of such a network.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Export to OpenVINO's intermediate representation."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

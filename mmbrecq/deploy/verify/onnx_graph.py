@@ -1,7 +1,5 @@
 """A read-only view of an ONNX file with Q/DQ nodes, and what the quantized torch model says of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

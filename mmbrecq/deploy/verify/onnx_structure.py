@@ -3,8 +3,6 @@
 Source: the ONNX operator specification of QuantizeLinear and DequantizeLinear, and their version history.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -3,8 +3,6 @@
 Source: NVIDIA's TensorRT guide, "Explicit Quantization", the recommendations on Q/DQ placement.
 """
 
-from __future__ import annotations
-
 from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Faults, Node, OnnxGraph
 from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, quantization_nodes, title
 

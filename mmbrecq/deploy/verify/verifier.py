@@ -1,7 +1,5 @@
 """Checks an exported file, without running it, against the rules of its preset: the table says where each is from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The shapes of layers and of their calls, on which costs depend."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial

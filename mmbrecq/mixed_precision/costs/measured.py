@@ -1,7 +1,5 @@
 """Latencies of layers as a runtime on this machine has them."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

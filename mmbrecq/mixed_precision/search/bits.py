@@ -1,7 +1,5 @@
 """Options of a search, the problem made of measured sensitivities and costs, and the chosen bits as files keep them."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

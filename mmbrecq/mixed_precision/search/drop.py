@@ -1,7 +1,5 @@
 """The cheapest choice of bits whose measured drop of accuracy stays within a budget."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace

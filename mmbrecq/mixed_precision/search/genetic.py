@@ -1,7 +1,5 @@
 """The genetic search of the paper (Li et al., ICLR 2021, algorithm 2), and the local search that refines choices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

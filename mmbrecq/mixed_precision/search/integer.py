@@ -1,7 +1,5 @@
 """The exact solution by integer programming."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The front of loss against cost by NSGA-II."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

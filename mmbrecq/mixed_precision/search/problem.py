@@ -6,8 +6,6 @@
 layer alone, and the loss of two layers of one block together beyond that. Costs are sums over layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Li et al., ICLR 2021, section 3.4: the loss of a choice of bits is that of each 
 two layers together at the fewest bits; more bits hardly interact.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The loss of quantized layers and activations: the distance of the network's outputs from the float ones."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
