@@ -89,7 +89,7 @@ class Quantized:
         path = Path(path)
         if path.suffix not in EXPORTERS:
             raise ExportError(f'expected a file ending in {" or ".join(EXPORTERS)}, but got {path}')
-        exporter = EXPORTERS[path.suffix](path.name, opset)  # type: ignore[call-arg]
+        exporter = EXPORTERS[path.suffix](path.name, opset)
         paths = pipeline.export(self.model, exporter, self._example, path.parent)
         self.deviations = compare(self.model, paths, self._example if images is None else images)
         return paths
