@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,10 @@ def _with_noise(graph: QuantizedGraph, x: Tensor) -> dict[str, Tensor]:
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output * (1 + NOISE * torch.randn(output.shape, generator=generator).to(output))
 
-    hooks = [graph.model.get_submodule(layer.name).register_forward_hook(disturb) for layer in graph.layers]
-    try:
-        with torch.no_grad():
-            return {name: value.cpu() for name, value in flatten_outputs(graph(x)).items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in graph.layers:
+            hooks.enter_context(graph.model.get_submodule(layer.name).register_forward_hook(disturb))
+        return {name: value.cpu() for name, value in flatten_outputs(graph(x)).items()}
 
 
 def _relative_error(graph: QuantizedGraph, x: Tensor, outputs: dict[str, Tensor]) -> float:

@@ -89,10 +89,8 @@ def check_residuals(graph: OnnxGraph) -> Faults:
                 yield add.name, f'expected Q/DQ on the shortcut, but it comes from {title(found)}'
         elif any(through) and all(graph.quantized_sources(tensor) is not None for tensor in computed):
             conv = title(next(node for node in through if node is not None))
-            yield (
-                add.name,
-                f'expected no Q/DQ between {conv} and the add, but no input comes straight from a convolution',
-            )
+            message = 'but no input comes straight from a convolution'
+            yield add.name, f'expected no Q/DQ between {conv} and the add, {message}'
 
 
 def _is_quantized(graph: OnnxGraph, node: Node) -> bool:

@@ -112,8 +112,7 @@ def _calls(model: QuantizedModel, graph: QuantizedGraph) -> dict[str, list[Call]
 
     with ExitStack() as stack:
         for name in calls:
-            hook = graph.model.get_submodule(name).register_forward_hook(partial(record, name))
-            stack.callback(hook.remove)
+            stack.enter_context(graph.model.get_submodule(name).register_forward_hook(partial(record, name)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(model.quantization(weights=False, activations=False))
         graph(graph.traced.example)
