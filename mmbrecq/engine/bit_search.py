@@ -83,7 +83,7 @@ def choose_bits(
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
     points = drop_budget(budgets)
-    table = table if points is None else bits.with_float(table)
+    table = table if points is None else table.with_float()
     problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
     search = partial(build(SEARCHERS, dict(options.searcher)).search, seed=seed)

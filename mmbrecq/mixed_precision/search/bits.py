@@ -12,7 +12,6 @@ import numpy as np
 
 from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.drop import DROP, Trial, drop_budget
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
@@ -221,14 +220,6 @@ class SearchResult:
         ]
 
 
-def with_float(table: SensitivityTable) -> SensitivityTable:
-    """Returns the table with float among the candidates of weights, which needs no measurement."""
-    if FLOAT_BITS in table.candidates:
-        return table
-    loss = {name: {**table.loss[name], FLOAT_BITS: 0.0} for name in table.searched}
-    return replace(table, candidates=[*table.candidates, FLOAT_BITS], loss=loss)
-
-
 def describe_choice(
     table: SensitivityTable, models: Sequence[BaseCostModel], problem: BitProblem, choice: Choices
 ) -> SearchResult:
@@ -258,13 +249,8 @@ def write_bit_config(
 ) -> None:
     """Writes a config that inherits ``base``, has the chosen bits, and runs in ``tools/ptq.py`` as it is.
 
-    Args:
-        path: The file; ``search.json`` with the result is saved beside it.
-        base: The config whose layers the bits are of; named relative to ``path``.
-        float_checkpoint: Path from the working directory, or a URL.
-        result: What was chosen.
-        overrides: Those of ``base``, which stay.
-        comment: First line of the file.
+    The result is saved beside it. ``float_checkpoint`` is a path from the working directory, or a URL, ``overrides``
+    are those of ``base``, which stay, and ``comment`` is the first line.
     """
 
     # a path within a config is looked for beside it, and the new one stands elsewhere

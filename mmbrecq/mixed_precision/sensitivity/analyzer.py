@@ -16,7 +16,7 @@ from torch import nn
 
 from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, layer_shapes, other_bytes
+from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
 from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, measure_activations, output_loss
 from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable, value_groups
 from mmbrecq.progress import track
@@ -107,8 +107,7 @@ class Analyzer:
         self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
         self.table.images = self.options.images
         if FLOAT in self.options.candidates:
-            self.table.candidates = [*bits, FLOAT_BITS]
-            self.table.loss = {name: {FLOAT_BITS: 0.0} for name in searched}
+            self.table = self.table.with_float()
         if self.options.activation_candidates:
             self.table.activation_candidates = sorted(self.options.activation_candidates)
             groups = [group for part in model.graphs for group in value_groups(part, searched)]
