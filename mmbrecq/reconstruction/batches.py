@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -19,12 +19,10 @@ from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out, to_device
 
-if TYPE_CHECKING:
-    from mmbrecq.reconstruction.rest import OutputTerm
-
 T = TypeVar('T')
 V = TypeVar('V', bound=Values)
 UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+OutputTerm = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
