@@ -41,12 +41,7 @@ class ChosenBits:
             )
 
     def obstacle(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
-        """Says why the first pass of a run cannot use the rounding of the analysis; None where it can.
-
-        Args:
-            stage: The first pass of the run.
-            inputs: What states of this run depend on.
-        """
+        """Says why a first pass, whose states depend on ``inputs``, cannot use what was learned; None where it can."""
         if not self.reuse:
             return 'search.reuse is False'
         if stage.quantizes_activations:

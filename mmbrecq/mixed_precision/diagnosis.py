@@ -58,23 +58,14 @@ class Diagnosis:
 
     def overrides(self) -> list[dict[str, Any]]:
         """Returns the options of a quantizer that leave the layers in float, or give them more bits."""
-        raised: list[dict[str, Any]] = [
-            {
-                'pattern': layer,
-                'activation_bits': MAX_BITS,
-                'reason': f'with fewer bits its input alone costs the outputs {loss:.2g} ({self.kind})',
-            }
-            for layer, loss in self.raised.items()
-        ]
-        return raised + [
-            {
-                'pattern': layer,
-                'weight_bits': FLOAT,
-                'activation_bits': FLOAT,
-                'reason': f'at 8 bits its input costs {loss:.2g} of {self.before:.2g} at the outputs ({self.kind})',
-            }
-            for layer, loss in self.layers.items()
-        ]
+        found: list[dict[str, Any]] = []
+        for layer, loss in self.raised.items():
+            reason = f'with fewer bits its input alone costs the outputs {loss:.2g} ({self.kind})'
+            found.append({'pattern': layer, 'activation_bits': MAX_BITS, 'reason': reason})
+        for layer, loss in self.layers.items():
+            reason = f'at 8 bits its input costs {loss:.2g} of {self.before:.2g} at the outputs ({self.kind})'
+            found.append({'pattern': layer, 'weight_bits': FLOAT, 'activation_bits': FLOAT, 'reason': reason})
+        return found
 
 
 @dataclass
@@ -129,14 +120,10 @@ class GridLosses:
 
 
 def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int, passes: int | None = None) -> GridLosses:
-    """Switches the grids of a calibrated graph on one by one and measures the loss of the outputs.
+    """Switches the grids of a calibrated graph on one by one and measures the loss of the outputs over some images.
 
-    Args:
-        graph: With calibrated grids of weights and activations.
-        loss: Of the graph.
-        images: Number of images of the loss.
-        passes: Most passes over these images; where there are more grids, the worst are looked for group by group.
-            None for one for every grid.
+    Where there are more grids than ``passes``, the worst are looked for group by group in so many passes over the
+    images; None for a pass for every grid.
     """
     owners = _owners(graph)
     found = {name: GridLoss(name, 'weight', fq.qtype.bits, 0.0) for name, _, fq in graph.weights()}
@@ -161,11 +148,8 @@ def diagnose(
 ) -> Diagnosis:
     """Finds the layers to leave in float: as few as bring the loss below the bound, within the limit.
 
-    Args:
-        graph: With calibrated 8-bit grids.
-        loss: Returns the loss of the outputs with the given activation quantizers on, all else in float.
-        kind: Kind of the loss, in words.
-        options: The bound and the limit.
+    ``graph`` has calibrated 8-bit grids; ``loss``, of a ``kind`` in words, returns that of the outputs with the given
+    activation quantizers on and all else in float.
     """
     paths = list(graph.quantizers)
     before = loss(paths) if paths else 0.0
@@ -201,12 +185,8 @@ def find_raised(
 ) -> dict[str, float]:
     """Returns the layers whose input on a grid below 8 bits loses more than its bound alone, with that loss.
 
-    Where they are more than the limit allows the worst are taken.
-
-    Args:
-        graph: With calibrated grids of the bits of the config.
-        loss: See :func:`diagnose`.
-        options: The bound and the limit.
+    Where they are more than the limit allows the worst are taken. ``graph`` has calibrated grids of the bits of the
+    config; ``loss`` is that of :func:`diagnose`.
     """
     paths = [path for path, quantizer in graph.quantizers.items() if quantizer.qtype.bits < MAX_BITS]
     if options.low_bound is None or not paths:

@@ -96,9 +96,7 @@ class BitProblem:
     def follow(self, choices: Choices, leaders: Mapping[int, Choices]) -> Choices:
         """Returns choices in which the layers of every tie have the second number of one of them, ``(..., layers)``.
 
-        Args:
-            choices: Of all layers.
-            leaders: For ties, by index, the index within the tie of the layer that the others follow, ``(...)``.
+        ``leaders`` has, by the index of a tie, the index within it of the layer that the others follow, ``(...)``.
         """
         choices = choices.copy()
         for index, members in leaders.items():
