@@ -68,7 +68,7 @@ def _items(value: Any) -> dict[Any, Any] | None:
 
 
 def nest_outputs(named: Mapping[str, Tensor]) -> Any:
-    """Returns the nested tuple of lists whose :func:`flatten_outputs` is ``named``, in any order of names."""
+    """Returns the nested tuple of lists whose :func:`flatten_outputs` is ``named``, in any order; None fills gaps."""
     tensors = {tuple(map(int, name.split('_')[1:])): tensor for name, tensor in named.items()}
     nested = _nest(tensors, ())
     return tuple(nested) if isinstance(nested, list) else nested
@@ -78,5 +78,5 @@ def _nest(tensors: Mapping[tuple[int, ...], Tensor], prefix: tuple[int, ...]) ->
     if prefix in tensors:
         return tensors[prefix]
     depth = len(prefix)
-    count = 1 + max(indices[depth] for indices in tensors if indices[:depth] == prefix)
-    return [_nest(tensors, (*prefix, index)) for index in range(count)]
+    places = [indices[depth] for indices in tensors if indices[:depth] == prefix]
+    return [_nest(tensors, (*prefix, index)) for index in range(max(places) + 1)] if places else None
