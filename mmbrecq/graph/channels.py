@@ -26,6 +26,7 @@ _ROTATING = ('roll', 'flip')
 _POOLING = ('maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d')
 
 _ENDS = ('input', 'output')
+_UNPADDED = (0, (0,), (0, 0), (0, 0, 0))
 
 
 @dataclass
@@ -61,7 +62,8 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             # a layer may be called several times: all its inputs share their channels, and all its outputs
             ends = {node: 'output', **dict.fromkeys(sources if roles.is_weighted(node) else (), 'input')}
             pairs += [((layer, end), (value, axis)) for value, end in ends.items()]
-            if getattr(roles.module(node), 'bias', None) is None or set(_padding(roles.module(node))) != {0}:
+            padding = getattr(roles.module(node), 'padding', 0)
+            if getattr(roles.module(node), 'bias', None) is None or padding not in _UNPADDED:
                 unshifted.update((layer, end) for end in _ENDS)
             along = [(value, a) for value in (node, *sources) for a in _axes(value)]
             fixed.update((value, a) for value, a in along if value not in ends or a != axis)
@@ -74,11 +76,6 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             unshifted.update(value for value, (_, as_is) in carried if not as_is)
     groups = (_group(members, roles, unshifted) for members in joined(pairs) if fixed.isdisjoint(members))
     return [group for group in groups if group is not None]
-
-
-def _padding(module: Any) -> tuple[Any, ...]:
-    padding = getattr(module, 'padding', 0)
-    return padding if isinstance(padding, tuple) else (padding,)
 
 
 def _axes(node: fx.Node) -> range:
