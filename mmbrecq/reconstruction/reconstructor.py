@@ -22,18 +22,11 @@ from mmbrecq.distributed import batch_number, gather, on_main, process_count, pr
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.reconstruction import losses
 from mmbrecq.reconstruction.batches import MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
-from mmbrecq.reconstruction.losses import (
-    FISHER_BATCH,
-    FisherWeights,
-    MSELoss,
-    RelativeMSELoss,
-    output_fisher,
-    task_fisher,
-    weighted_outputs,
-)
+from mmbrecq.reconstruction.losses import MSELoss, RelativeMSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.ranges import fit_ranges
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
@@ -121,7 +114,7 @@ class BaseReconstructor:
             count = len(task.images) * REGIONS_PER_IMAGE if part.is_region else -(-pixels // size)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
-            standing = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
+            standing = sum(sizes[name] for name in losses.weighted_outputs(part)) if self.criterion.needs_fisher else 0
             has_rest = self.rank > 0 or self.share_behind > 0
             standing += sum(sizes[name] for name in part.cut('net')[0].outputs) if has_rest else 0
             for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
@@ -191,13 +184,7 @@ class BaseReconstructor:
     def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
         """Reconstructs every unit, and yields after each pass; the model then has what it learned, its switches off.
 
-        Args:
-            task: The model with calibrated grids, and its images.
-            plan: What :meth:`plan` returned.
-            callback: Is told of every unit.
-
-        Raises:
-            NonFiniteError: A loss stops being finite; unit and iteration are named.
+        ``plan`` is what :meth:`plan` returned. If a loss stops being finite, NonFiniteError names unit and iteration.
         """
         device = next(task.model.model.parameters()).device
         forecast = Forecast(task.model, self.stages, self.share_behind)
@@ -231,19 +218,19 @@ class BaseReconstructor:
                 weights = None
                 if self.criterion.needs_fisher and stage.granularity is None:
                     # the task loss is about regions chosen by the annotations, not about these
-                    weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
+                    weights = losses.output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
                 # nor do regions
                 results += run.units(head, head_stage, inputs, quantized_inputs, weights, None)
             callback.after_stage(stage)
             yield stage, results
 
-    def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> FisherWeights | None:
+    def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> losses.FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
         if not self.criterion.needs_fisher:
             return None
         if task.task_loss is None:
-            return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
-        return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
+            return losses.output_fisher(task.model.image_graph, images, images, cache, losses.FISHER_BATCH)
+        return losses.task_fisher(task.model, task.batches(), images, task.task_loss, cache)
 
 
 @dataclass(frozen=True)
@@ -272,7 +259,7 @@ class _Run:
         stage: Stage,
         inputs: Values,
         quantized_inputs: Values | None,
-        fisher: FisherWeights | None,
+        fisher: losses.FisherWeights | None,
         first: int | None,
     ) -> list[UnitResult]:
         """Reconstructs all units of one graph, whose outputs may have Fisher weights; see :class:`Streams`."""
@@ -307,7 +294,7 @@ class _Run:
         streams: Streams,
         unit: ReconstructionUnit,
         float_outputs: Sequence[CachedValues],
-        fisher: FisherWeights | None,
+        fisher: losses.FisherWeights | None,
         behind: Supervision,
     ) -> tuple[UnitResult, list[CachedValues]]:
         """Optimises one unit; returns its result, without the time, and its quantized outputs."""
