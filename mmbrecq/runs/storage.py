@@ -15,11 +15,7 @@ _TORCH_WRITE_FAILURES = ('PytorchStreamWriter', 'unexpected pos')
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
-    """Writes ``obj`` with ``torch.save``; a previous file at ``path`` survives any failure.
-
-    Args:
-        obj: What ``torch.save`` takes, usually a checkpoint dict.
-        path: File to create or replace; missing folders are made.
+    """Writes ``obj`` with ``torch.save`` and makes missing folders; a previous file at ``path`` survives any failure.
 
     Raises:
         StorageError: The file cannot be written: no space left, no permission, a file in the place of a folder.
