@@ -66,8 +66,7 @@ class BaseObserver:
     def compute(self) -> tuple[Tensor, Tensor]:
         """Returns ``(scale, zero_point)``, float tensors of shape ``()`` or ``(C,)``; ``scale > 0`` and finite.
 
-        Raises:
-            DataError: If nothing was observed.
+        DataError is raised if nothing was observed.
         """
         if self.low is None or self.high is None:
             raise DataError(f'expected {type(self).__name__} to have observed values, but it has seen none')

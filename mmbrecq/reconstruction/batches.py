@@ -230,11 +230,7 @@ class MicroBatches:
         self.unit, self.images, self.split = unit, images, False
 
     def run(self, work: Callable[[int], T]) -> T:
-        """Calls ``work(images)``, again with fewer where it fails for want of memory.
-
-        Raises:
-            StorageError: A single image does not fit.
-        """
+        """Calls ``work(images)``, again with fewer where memory does not suffice; StorageError if one does not fit."""
         while True:
             try:
                 return work(self.images)

@@ -97,7 +97,8 @@ class MemoryValues:
 class FileValues:
     """Values in a file without a name: its blocks are freed with this object, even if the process is killed.
 
-    They are read and written by explicit calls: pages of a mapping would count as the memory of this process.
+    They are read and written by explicit calls: pages of a mapping would count as the memory of this process. Where the
+    disk has no room for them, StorageError is raised.
 
     Args:
         directory: Where the file is made.
@@ -105,9 +106,6 @@ class FileValues:
         dtype: In which values are stored.
         device: Device of the model.
         layout: Order of images, in the file and in memory.
-
-    Raises:
-        StorageError: The disk has no room for it.
     """
 
     def __init__(

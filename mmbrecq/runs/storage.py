@@ -34,10 +34,8 @@ def write_text_atomic(text: str, path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path beside ``path`` to write to, and replaces ``path`` by that file when the block ends well.
 
-    When the block raises, Ctrl-C included, the partial file is removed and ``path`` stays as it was.
-
-    Raises:
-        StorageError: The system refused to write; every other exception of the block is raised unchanged.
+    When the block raises, Ctrl-C included, the partial file is removed and ``path`` stays as it was. The exception is
+    raised unchanged, but as a StorageError where the system refused to write.
     """
     target = Path(path)
     partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')

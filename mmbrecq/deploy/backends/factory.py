@@ -53,10 +53,7 @@ class DeployedModel:
 
     Args:
         model: The OpenMMLab model that they were made of.
-        path: The file that reads images.
-
-    Raises:
-        BackendError: As :func:`open_backend` has it.
+        path: The file that reads images, which :func:`open_backend` opens.
     """
 
     def __init__(self, model: nn.Module, path: Path) -> None:

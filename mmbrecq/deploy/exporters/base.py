@@ -42,11 +42,7 @@ class BaseExporter(metaclass=ABCMeta):
         self.opset = opset
 
     def export_all(self, model: QuantizedModel, example: Tensor, folder: Path) -> list[Path]:
-        """Writes ``model`` and, in a file each, its heads; see :meth:`export`.
-
-        Returns:
-            The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
-        """
+        """Writes ``model`` and its heads, see :meth:`export`, to files named by :func:`head_file`; returns them."""
         examples = [example, *(head.traced.example for head in model.region_graphs)]
         return [self.export(graph, of, folder) for graph, of in zip(model.graphs, examples, strict=True)]
 

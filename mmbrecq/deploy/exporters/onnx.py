@@ -35,10 +35,8 @@ class ONNXExporter(BaseExporter):
 def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     """The packed model as an ``onnx.ModelProto``.
 
-    The batch axis is free, height and width where outputs and graph follow them.
-
-    Raises:
-        ExportError: An operator has no ONNX form.
+    The batch axis is free, height and width where outputs and graph follow them. ExportError is raised if an operator
+    has no ONNX form.
     """
     import onnx
 

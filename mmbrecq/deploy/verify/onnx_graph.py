@@ -287,12 +287,7 @@ def _read_node(proto: Any, source: str) -> Node:
 
 
 def read_onnx(path: Path, expected: ExpectedQuantization | None = None) -> OnnxGraph:
-    """Reads an ONNX file.
-
-    Raises:
-        DependencyError: The onnx package is missing.
-        ExportError: The file cannot be read, or holds what the rules cannot see into.
-    """
+    """Reads an ONNX file, if onnx is installed; ExportError if it cannot be read, or holds what no rule sees into."""
     onnx = require('onnx')
     try:
         model = onnx.load(path)

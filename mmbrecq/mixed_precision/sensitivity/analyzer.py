@@ -197,11 +197,7 @@ def state_path(folder: Path, unit: str, bits: int) -> Path:
 
 
 def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
-    """Loads integers, scales and bias corrections of a unit's layers into layers prepared with the same bits.
-
-    Raises:
-        CheckpointError: The file cannot be read, or is of other layers.
-    """
+    """Loads what was learned of layers into those prepared with the same bits; CheckpointError if it does not fit."""
     try:
         states = torch.load(path, map_location='cpu', weights_only=True)
         for name in layers:

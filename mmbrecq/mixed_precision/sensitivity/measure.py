@@ -110,12 +110,9 @@ def output_loss(task: Task, graph: QuantizedGraph, images: int | None, kind: str
 def squared_gradients(
     model: QuantizedModel, batches: Iterable[Any], images: Images, task_loss: TaskLoss
 ) -> list[Images]:
-    """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
+    """Returns the squared gradients of the float network's task loss at each of its outputs, of the output's shape.
 
     The arguments are those of :func:`~mmbrecq.reconstruction.losses.visit_task_losses`.
-
-    Returns:
-        ``[(N, ...)]``, of the shapes of the outputs.
     """
     outputs: list[Tensor] = []
 

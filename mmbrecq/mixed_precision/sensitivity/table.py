@@ -134,11 +134,7 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: Path) -> SensitivityTable:
-        """Reads the file.
-
-        Raises:
-            TableError: It is missing, or is no such file, or holds what no loss can be.
-        """
+        """Reads the file; TableError if it is missing, or is no such file, or holds what no loss can be."""
         table = load_json(cls, path, 'tools/analyze.py')
         pairs = {' '.join(pair): row for pair, row in table.pairs.items()}
         inputs = {f'the input of {name}': row for name, row in table.activation_loss.items()}
