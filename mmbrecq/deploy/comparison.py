@@ -30,13 +30,9 @@ BATCHES = (1, 3)
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a file lies from its simulation.
+    """How far a file lies from its simulation, for a ``batch`` of so many images, or regions.
 
-    Args:
-        file: Name of the file.
-        runtime: Name of the runtime that ran it.
-        batch: Number of images, or of regions.
-        error: Squared error of all outputs over the power of the simulated ones.
+    The ``error`` is the squared one of all outputs over the power of the simulated ones.
     """
 
     file: str

@@ -70,13 +70,10 @@ class Diagnosis:
 
 @dataclass
 class GridLoss:
-    """Tells what one grid costs the outputs, all else in float.
+    """Tells what one grid, of a ``weight`` or an ``activation``, costs the outputs, all else in float.
 
     Args:
         name: Path of the layer for a weight, of the quantizer for an activation.
-        kind: ``weight`` or ``activation``.
-        bits: Its bits.
-        loss: The loss.
         layers: The layers that read an activation, or the one that writes it where none does; empty for a weight.
     """
 
@@ -94,14 +91,10 @@ class GridLoss:
 
 @dataclass
 class GridLosses:
-    """Holds the losses of the grids of a graph, the largest first.
+    """Holds the losses of the grids of a graph over some images, the largest first.
 
-    Args:
-        kind: Kind of the loss.
-        images: Number of images that it was measured with.
-        together: Loss with all grids at once.
-        grids: Those that were measured alone: all, or the worst.
-        count: Number of all grids.
+    ``together`` is the loss with all grids at once, ``grids`` are those that were measured alone, all or the worst, and
+    ``count`` is the number of all grids.
     """
 
     kind: str

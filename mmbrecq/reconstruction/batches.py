@@ -117,6 +117,7 @@ class UnitData(Generic[V]):
 Batch: TypeAlias = UnitData[Tensor]
 
 
+@dataclass
 class Batches:
     """The batches of all iterations, one after the other; a context manager.
 
@@ -125,27 +126,22 @@ class Batches:
     are kept.
 
     Args:
-        data: What is read.
-        batch_size: Images of an iteration.
-        iterations: How many batches there will be.
+        left: How many batches there will be.
         generator: Source of the draws, on the CPU.
         device: Where the batches are used.
         floats: Whether the float inputs are read.
     """
 
-    def __init__(
-        self,
-        data: UnitData[Any],
-        batch_size: int,
-        iterations: int,
-        generator: torch.Generator,
-        device: torch.device,
-        floats: bool,
-    ) -> None:
-        self.data, self.batch_size, self.left = data, batch_size, iterations
-        self.generator, self.device, self.floats = generator, device, floats
+    data: UnitData[Any]
+    batch_size: int
+    left: int
+    generator: torch.Generator
+    device: torch.device
+    floats: bool
+
+    def __post_init__(self) -> None:
         self._reader: ThreadPoolExecutor | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
         # what a CUDA graph reads, while it is captured
         self.fixed: Batch | Tensor | None = None
@@ -217,13 +213,7 @@ def is_slow(data: UnitData[Any]) -> bool:
 class MicroBatches:
     """How many images a unit computes at once: half as many whenever the GPU runs out of memory.
 
-    Args:
-        unit: Name of the unit.
-        images: Images of a whole batch.
-
-    Attributes:
-        images: Images that are computed at once now.
-        split: Whether that is less than a whole batch.
+    ``images`` starts as a whole batch; ``split`` tells whether it is less by now.
     """
 
     def __init__(self, unit: str, images: int) -> None:

@@ -280,7 +280,7 @@ class _Run:
                     outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
-            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher, behind)
+            result, outputs = self._reconstruct(stage, streams, unit, float_outputs, fisher, behind)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             result = replace(result, seconds=time.perf_counter() - start)
             results.append(result)
@@ -289,7 +289,6 @@ class _Run:
 
     def _reconstruct(
         self,
-        graph: QuantizedGraph,
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
@@ -298,7 +297,7 @@ class _Run:
         behind: Supervision,
     ) -> tuple[UnitResult, list[CachedValues]]:
         """Optimises one unit; returns its result, without the time, and its quantized outputs."""
-        size, activations = stage.options.batch_size, stage.quantizes_activations
+        graph, size, activations = streams.graph, stage.options.batch_size, stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
         known = (None, None) if fisher is None else fisher.of(unit.outputs)
         data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
@@ -310,7 +309,7 @@ class _Run:
         self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            self._observe(graph, unit, streams)
+            self._observe(unit, streams)
             if tokens if stage.options.fit_ranges is None else stage.options.fit_ranges:
                 with graph.quantization(weights=True, activations=True):
                     fit_ranges(unit.module, quantizers, data, plain if self.options.rank else loss)
@@ -340,9 +339,9 @@ class _Run:
         result = UnitResult(unit.name, stage.name, unit.layers, before, after, iterations, 0.0, kept, power, split)
         return result, outputs
 
-    def _observe(self, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams) -> None:
+    def _observe(self, unit: ReconstructionUnit, streams: Streams) -> None:
         """Finds the grids of a unit's activations from its quantized inputs, at once where there is room."""
-        fitting = streams.micro_batches(unit)
+        graph, fitting = streams.graph, streams.micro_batches(unit)
         size = self.cache.plan.observed * (REGIONS_PER_IMAGE if graph.is_region else 1)
 
         def run(images: int) -> None:

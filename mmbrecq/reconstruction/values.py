@@ -64,12 +64,7 @@ class CachedValues(Values, Protocol):
 
 
 class MemoryValues:
-    """Values in a tensor, which is not copied; batches lie in memory in the same order.
-
-    Args:
-        tensor (Tensor): ``(N, ...)``, without gaps.
-        device: Device of the model.
-    """
+    """Values in a tensor ``(N, ...)`` without gaps, which is not copied; batches lie in memory in the same order."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self.tensor, self.device, self.sample_shape = tensor, device, tensor.shape[1:]

@@ -37,13 +37,11 @@ class LayerShape:
     """One convolution or linear layer.
 
     Args:
-        name: Its path.
         kind: Its class name.
         weight: Shape of its weight.
         calls: Of one image; a head that pyramid levels share has one for each.
         bits: As the model was prepared.
-        scales: Number of scales of its weight.
-        symmetric: Whether its weight has no zero-points.
+        scales: Number of scales of its weight; it has no zero-points where it is ``symmetric``.
         options: Stride, padding, dilation and groups of a convolution.
     """
 

@@ -15,14 +15,7 @@ PRECISION = 0.005
 
 @dataclass
 class Trial:
-    """One choice of bits that was evaluated.
-
-    Args:
-        spent: Its cost.
-        predicted: Its loss by the tables.
-        drop: Measured drop of the metric, in points.
-        chosen: Whether it is the one that was chosen.
-    """
+    """One choice of bits that was evaluated: its cost, its loss by the tables, and the measured drop in points."""
 
     spent: float
     predicted: float

@@ -71,12 +71,7 @@ def _are_bits(values: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class ValueGroup:
-    """Activations that have one number of bits.
-
-    Args:
-        quantizers: Their paths.
-        layers: Layers that read them, in the order of the network.
-    """
+    """Activations that have one number of bits, and the layers that read them, in the order of the network."""
 
     quantizers: tuple[str, ...]
     layers: tuple[str, ...]
