@@ -12,10 +12,11 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -121,8 +122,7 @@ class ConcreteProxy(fx.Proxy):
         return convert(self.example)
 
 
-@contextmanager
-def seen_as_tensors() -> Iterator[None]:
+def seen_as_tensors() -> AbstractContextManager[object]:
     """Makes proxies of tensors tensors for ``isinstance`` within the block.
 
     A ``__class__`` of their own would do the same, but compiled code believes it, and reads the memory of a tensor.
@@ -137,11 +137,7 @@ def seen_as_tensors() -> Iterator[None]:
             return False
         return issubclass(type(value), ConcreteProxy) and check(value.example, Tensor) and issubclass(Tensor, kinds)
 
-    builtins.isinstance = is_of
-    try:
-        yield
-    finally:
-        builtins.isinstance = check
+    return patch.object(builtins, 'isinstance', is_of)
 
 
 def _augmented(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

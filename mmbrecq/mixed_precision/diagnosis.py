@@ -128,10 +128,7 @@ def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int, passes: 
         return loss.of(weights, [name for name in names if found[name].kind != 'weight'])
 
     together = of(found)
-    if passes is None or len(found) <= passes:
-        alone = {name: of([name]) for name in found}
-    else:
-        alone = _alone(list(found), of, together, 0.0, passes)
+    alone = _alone(list(found), of, together, 0.0, math.inf if passes is None else passes)
     grids = [replace(found[name], loss=value) for name, value in alone.items()]
     return GridLosses(loss.kind, images, together, sorted(grids, key=lambda grid: -grid.loss), len(found))
 
@@ -187,10 +184,7 @@ def find_raised(
     owners = _owners(graph)
     if (together := loss(paths)) <= options.low_bound:
         return {}
-    if len(paths) <= RAISING_PASSES:
-        alone = {path: loss([path]) for path in paths}
-    else:
-        alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
+    alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
     worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
     raised = [(layer, own) for path, own in worst for layer in sorted(owners.get(path, ()))]
     return dict(raised[: math.ceil(options.low_limit * len(graph.layers))])
@@ -210,20 +204,26 @@ def _owners(graph: QuantizedGraph) -> dict[str, set[str]]:
 
 
 def _alone(
-    paths: Sequence[str], loss: Callable[[Sequence[str]], float], total: float, least: float, passes: float = math.inf
+    paths: Sequence[str],
+    loss: Callable[[Sequence[str]], float],
+    total: float,
+    least: float,
+    passes: float | None = None,
 ) -> dict[str, float]:
-    """Returns the loss of every single grid but for groups that lose no more than ``least`` together.
+    """Returns the loss of every grid alone, or, without so many ``passes``, but for groups that lose ``least`` or less.
 
-    The group that loses most is halved first, so that the worst are found where the passes do not suffice for all.
+    The group that loses most is halved first, so that the worst are found; None is for as many passes as that takes.
     """
+    if passes is not None and len(paths) <= passes:
+        return {path: loss([path]) for path in paths}
     found: dict[str, float] = {}
-    groups = [(-total, 0, paths)]
+    groups, left = [(-total, 0, paths)], math.inf if passes is None else passes
     while groups and -groups[0][0] > least:
         negative, start, group = heappop(groups)
         if len(group) == 1:
             found[group[0]] = -negative
-        elif passes >= 2:
-            middle, passes = len(group) // 2, passes - 2
+        elif left >= 2:
+            middle, left = len(group) // 2, left - 2
             for begin, part in ((start, group[:middle]), (start + middle, group[middle:])):
                 heappush(groups, (-loss(part), begin, part))
     return found

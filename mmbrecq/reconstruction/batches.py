@@ -117,7 +117,7 @@ class UnitData(Generic[V]):
 Batch: TypeAlias = UnitData[Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Batches:
     """The batches of all iterations, one after the other; a context manager.
 
@@ -126,7 +126,7 @@ class Batches:
     are kept.
 
     Args:
-        left: How many batches there will be.
+        left: How many batches are still to be drawn.
         generator: Source of the draws, on the CPU.
         device: Where the batches are used.
         floats: Whether the float inputs are read.
