@@ -34,6 +34,7 @@ from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
+from mmbrecq.graph.traced_graph import smaller
 from mmbrecq.mixed_precision.diagnosis import Diagnosis, GridLosses, diagnose, find_raised, measure_grids
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss, output_loss
 from mmbrecq.progress import track
@@ -53,7 +54,10 @@ from mmbrecq.runs.safe_load import read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 LOOKED_AT = 2**21
-"""Pixels of all images that a diagnosis looks at: 16 of 362 x 362, or two of 1344 x 800."""
+"""Pixels of all images that a diagnosis looks at: 16 of 362 x 362."""
+
+CORNER = 320
+"""Rows and columns, at least, of the corners of large images that stand for these."""
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -189,16 +193,21 @@ def grid_losses(task: Task, passes: int | None = None) -> GridLosses:
     return measure_grids(graph, output_loss(task, graph, None, ''), len(task.images), passes)
 
 
-def few_of(images: Images, count: int) -> Tensor:
-    """Returns the first images of the first group, fewer where they are large, see :data:`LOOKED_AT`."""
-    group: Tensor = grouped(images).parts[0]
-    return group[: min(count, max(2, LOOKED_AT // group[0, :1].numel()))]
+def few_of(images: Images, count: int, free_size: bool) -> Tensor:
+    """Returns the first images of the first group, or corners of large ones if the model runs at any size.
+
+    They are fewer where they are large, see :data:`LOOKED_AT`.
+    """
+    group: Tensor = grouped(images).parts[0][:count]
+    if free_size:
+        group = smaller(group, CORNER)
+    return group[: max(2, LOOKED_AT // group[0, :1].numel())].contiguous()
 
 
 def _calibrated_copy(model: nn.Module, images: Images, config: Mapping[str, Any], count: int) -> Task:
     """Returns a prepared copy of a model, the activations of its images calibrated, with the images looked at."""
-    few = few_of(images, count)
-    rough = prepare(copy_model(model), few, build(QUANTIZERS, dict(config)))
+    rough = prepare(copy_model(model), images, build(QUANTIZERS, dict(config)))
+    few = few_of(images, count, rough.image_graph.traced.free_size)
 
     def run() -> None:
         rough.image_graph(few)

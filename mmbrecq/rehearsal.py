@@ -16,7 +16,8 @@ from mmbrecq.deploy.backends.base import KernelCount
 from mmbrecq.deploy.backends.factory import DeployedModel
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters.base import BaseExporter
-from mmbrecq.pipeline import copy_model, export, prepare
+from mmbrecq.graph.shapes import stand_in
+from mmbrecq.pipeline import copy_model, export, few_of, prepare
 from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.batches import UnitData
@@ -64,7 +65,7 @@ def rehearse(
 
     Args:
         model: The float model; it stays as it is.
-        images (Tensor): Preprocessed calibration images, of which four are used.
+        images (Tensor): Preprocessed calibration images, of which four are used, or corners of large ones.
         quantizer: Decides grids and units.
         exporters: Write the files, which are removed again.
         reconstructor: Memory and time of its passes are forecast, the time from a few iterations of the first unit;
@@ -76,10 +77,11 @@ def rehearse(
     """
     count, images = len(images) if count is None else count, images[:4]
     quantized = prepare(copy_model(model), images, quantizer)
+    few = few_of(images, len(images), quantized.image_graph.traced.free_size)
     observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)
     calibrate_weights(rough)
-    calibrate_activations(rough, [images])
+    calibrate_activations(rough, [few])
     with torch.no_grad():
         for graph in rough.region_graphs:
             with graph.quantization(False, False), observing(rough, list(graph.quantizers.values())):
@@ -95,8 +97,8 @@ def rehearse(
     kernels: dict[str, KernelCount] = {}
     with tempfile.TemporaryDirectory(prefix='mmbrecq-') as folder:
         for exporter in exporters:
-            paths = export(rough, exporter, images, Path(folder))
-            deviations += compare(rough, paths, images)
+            paths = export(rough, exporter, few, Path(folder))
+            deviations += compare(rough, paths, few)
             deployed = DeployedModel(rough.model, paths[0])
             kernels[deployed.name] = deployed.integer_kernels()
     return Rehearsal(rough, deviations, kernels, plan, seconds)
@@ -106,7 +108,8 @@ def _forecast(model: QuantizedModel, images: Tensor, reconstructor: BaseReconstr
     """Returns the seconds of all passes, extrapolated from a few iterations of the first unit with weights."""
     graph, stage = model.image_graph, reconstructor.stages[0]
     unit = next(unit for unit in stage_units(graph, stage) if unit.layers)
-    values = {node.name: node.meta['example'] for node in graph.traced.graph.nodes if 'example' in node.meta}
+    shapes = {node.name: node.meta['example'] for node in graph.traced.graph.nodes if 'example' in node.meta}
+    values = {name: stand_in(shapes[name], images.device) for name in (*unit.inputs, *unit.outputs)}
     options = replace(stage.options, iterations=iterations)
     rows = torch.arange(options.batch_size) % len(images)
     quantized, floats, targets = ([values[name][rows % len(values[name])] for name in names] for names in (

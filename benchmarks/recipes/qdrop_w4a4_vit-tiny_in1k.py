@@ -1,13 +1,8 @@
 _base_ = [
     '{{$MMBRECQ_DATA:../../../shared/data}}/../zoo/vit_tiny_in1k.py',
-    '../../configs/_base_/quant/brecq_default.py',
+    '../../configs/_base_/quant/qdrop_default.py',
 ]
 float_checkpoint = '{{$MMBRECQ_DATA:../../../shared/data}}/../zoo/vit_tiny_in1k.pth'
 quantizer = dict(weight=dict(bits=4), activation=dict(bits=4))
 calibration = dict(num_samples=512, pipeline={{_base_.calibration_pipeline}})
-reconstructor = dict(
-    _delete_=True,
-    type='QDropReconstructor',
-    joint=dict(iterations=100, batch_size=16),
-    network=dict(iterations=200, batch_size=16),
-)
+reconstructor = dict(joint=dict(iterations=100), network=dict(iterations=200, batch_size=16))

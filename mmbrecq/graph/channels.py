@@ -131,7 +131,7 @@ def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> tuple[i
         return None, False
     shape = [-1 if a == axis else 1 for a in range(len(wanted))]
     # in the order in memory of the value, which decides whether it has a view
-    channels = torch.empty_like(source.meta['example'], dtype=torch.float32)
+    channels = torch.empty_like(source.meta['example'], dtype=torch.float32, device='cpu')
     channels.copy_(torch.arange(1.0, wanted[axis] + 1).view(shape).expand(wanted))
     try:
         moved = evaluate(node, lambda n: channels if n is source else n.meta['example'], roles.model)

@@ -7,7 +7,7 @@ where the two first differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmbrecq.errors import GraphError, MMBrecqError, first_line
 from mmbrecq.graph.components import ImageForward, pre_hooks
 from mmbrecq.graph.structure import flatten_outputs
-from mmbrecq.graph.traced_graph import evaluation_mode, other_size
+from mmbrecq.graph.traced_graph import evaluation_mode, other_size, smaller
 
 TOLERANCE = 1e-5
 """Largest squared error, of the variance of the outputs over images."""
@@ -66,13 +66,16 @@ def full_float32() -> Iterator[None]:
 def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Reference:
     """Runs the float model on one image, on three, and on one of another height and width.
 
+    Of large images only the first is taken as a whole, and corners of the others, where the model runs on these.
     ``forward`` computes the outputs, by default as :class:`ImageForward`. GraphError is raised if one of them is no
     tensor, or if they follow from random numbers or from earlier passes.
     """
-    three = torch.cat([images, images.flip(-1), images.flip(-2)])[:3]
-    batches = [three[:1], three, other_size(three[:1])] if images.dim() == 4 else [three[:1], three]
-    reference = Reference(model, batches)
     forward = ImageForward(model) if forward is None else forward
+    three, corners = (torch.cat([x, x.flip(-1), x.flip(-2)])[:3] for x in (images, smaller(images)))
+    if corners.shape != three.shape and not _runs(model, forward, corners):
+        corners = three
+    batches = [three[:1], corners, other_size(corners[:1])] if images.dim() == 4 else [three[:1], three]
+    reference = Reference(model, batches)
     layers = {path: m for path, m in model.named_modules() if path and not any(m.children())}
     weights = _versions(model.named_parameters())
     for index, batch in enumerate(batches):
@@ -97,9 +100,18 @@ def take_reference(model: nn.Module, images: Tensor, forward: Callable[[Tensor],
     return reference
 
 
+def _runs(model: nn.Module, forward: Callable[[Tensor], Any], batch: Tensor) -> bool:
+    with suppress(Exception), evaluation_mode(model):
+        forward(batch.clone())
+        return True
+    return False
+
+
 def _expect_repetition(reference: Reference, forward: Callable[[Tensor], Any], layers: Mapping[str, nn.Module]) -> None:
     """Raises GraphError if another pass over the same image computes something else, now or after many more."""
-    model, batch, wanted, reads = reference.model, reference.batches[0], reference.outputs[0], reference.reads[0]
+    index = min(range(2), key=lambda i: reference.batches[i].numel())
+    model, batch, wanted = reference.model, reference.batches[index], reference.outputs[index]
+    reads = reference.reads[index]
     buffers = _versions(model.named_buffers())
     found, own = _run(model, forward, batch, layers)
     changed = _changed(buffers, model.named_buffers())

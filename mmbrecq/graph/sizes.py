@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from mmbrecq.graph.shapes import shapes_of
 from mmbrecq.graph.symbolic import equal, evaluate, operation
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 from mmbrecq.graph.units import is_below
@@ -68,6 +69,15 @@ def resolve_sizes(
         node.args, node.kwargs = args, kwargs
     _fold(base, {n: values[n] for n in values if n in constant.difference(bound)})
     return list(dict.fromkeys(line.removeprefix(': ') for line in frozen))
+
+
+def keep_sizes(traced: ConcreteTracer) -> ConcreteTracer:
+    """Returns the tracer with what follows from sizes alone; of all other values it keeps the shapes."""
+    traced.sizes = _sizes(traced)
+    for node in traced.graph.nodes:
+        if node.op.startswith('call') and node not in traced.sizes:
+            node.meta['example'] = shapes_of(node.meta['example'])
+    return traced
 
 
 class _BatchSize:
@@ -160,6 +170,8 @@ def _owner(node: fx.Node) -> str:
 
 def _sizes(traced: ConcreteTracer) -> dict[fx.Node, Any]:
     """Returns the value of each node that follows from sizes alone."""
+    if traced.sizes is not None:
+        return traced.sizes
     values: dict[fx.Node, Any] = {}
 
     def value(node: fx.Node) -> Any:

@@ -26,10 +26,14 @@ from mmbrecq.graph.components import (
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes, read_past_concatenations
-from mmbrecq.graph.sizes import resolve_sizes
+from mmbrecq.graph.shapes import note_shapes
+from mmbrecq.graph.sizes import keep_sizes, resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.symbolic import obstacle
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
+
+LARGE = 2**18
+"""Most pixels of an image that is traced as it is; of a larger one a corner is, where the model runs at any size."""
 
 
 @dataclass
@@ -38,7 +42,8 @@ class TracedGraph:
 
     Args:
         model: Owner of all modules that the graph calls.
-        graph: The nodes from the input to raw outputs, with ``meta['example']`` and ``meta['owner']``.
+        graph: The nodes from the input to raw outputs, with ``meta['example']``, their values or, after
+            :meth:`keep_shapes`, the shapes of these, and ``meta['owner']``.
         path: Path of the head of a two-stage detector that the graph computes; empty for the graph of the images.
         opaque: Paths of the modules that are one call of the graph, each with the reason.
         value_dependent: Paths of the opaque modules whose Python reads values of tensors, which no file can express.
@@ -63,8 +68,23 @@ class TracedGraph:
 
     @property
     def example(self) -> Tensor:
-        """The input that the graph was traced with."""
-        return next(n for n in self.graph.nodes if n.op == 'placeholder').meta['example']
+        """The input that the examples follow from."""
+        return self._input.meta['example']
+
+    @property
+    def _input(self) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.op == 'placeholder')
+
+    def keep_shapes(self, images: Tensor) -> None:
+        """Replaces values that follow from the input by their shapes for ``images``, as tensors on the device meta.
+
+        Constants keep their values, and numbers are those of ``images``.
+
+        Raises:
+            GraphError: The graph does not run on ``images``.
+        """
+        note_shapes(self.model, self.graph, images)
+        self._input.meta['example'] = images
 
     def attach(self, run: Callable[[Tensor], Any]) -> None:
         """Makes the model compute ``run`` instead of the modules from which the graph was traced."""
@@ -102,6 +122,22 @@ def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
 
 def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') -> TracedGraph:
     model.eval()
+    corner, traced = smaller(example), None
+    if corner is not example:
+        with suppress(Exception):
+            traced = _trace_with(model, entry, corner, path)
+    if traced is None or not traced.free_size:
+        traced = _trace_with(model, entry, example, path)
+    switch_off_in_place(model, traced.graph, traced.opaque)
+    make_layers(model, traced.graph)
+    fold_constants(model, traced.graph)
+    fold_batch_norms(model, traced.graph)
+    copy_read_parameters(model, traced.graph)
+    return traced
+
+
+def _trace_with(model: nn.Module, entry: nn.Module, example: Tensor, path: str) -> TracedGraph:
+    """Traces a model as it is; modules that cannot be traced are one call each."""
     with torch.no_grad():
         computing = bake_weights(model, lambda: entry(example))
     forced: dict[str, str] = {}
@@ -118,11 +154,6 @@ def _trace(model: nn.Module, entry: nn.Module, example: Tensor, path: str = '') 
             by_size |= {error.owner} if error.by_size else set()
     traced.path = path
     traced.value_dependent |= by_size & set(traced.opaque)
-    switch_off_in_place(model, traced.graph, traced.opaque)
-    make_layers(model, traced.graph)
-    fold_constants(model, traced.graph)
-    fold_batch_norms(model, traced.graph)
-    copy_read_parameters(model, traced.graph)
     return traced
 
 
@@ -137,7 +168,7 @@ def _trace_at_sizes(
         return tracer
 
     pair = torch.cat([example, example])[:2]
-    base, more = trace(pair), trace(torch.cat([pair, pair[:1]]))
+    base, more = trace(pair), keep_sizes(trace(torch.cat([pair, pair[:1]])))
     traced = TracedGraph(
         model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent, restore=base.restore
     )
@@ -146,7 +177,7 @@ def _trace_at_sizes(
     wider = None
     if isinstance(entry, ImageForward) and example.dim() == 4:
         with suppress(Exception):
-            wider = trace(other_size(pair))
+            wider = keep_sizes(trace(other_size(pair)))
     traced.frozen = resolve_sizes(base, more, wider, keep_free=traced.sizes_vary)
     for target, value in base.constants.items():
         _register(model, base.graph, target, value)
@@ -164,6 +195,17 @@ def other_size(images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     return F.pad(images, (0, min(2 * width, 128), 0, min(3 * height, 192)), mode='replicate')
+
+
+def smaller(images: Tensor, least: int = 192) -> Tensor:
+    """Returns the upper left corner of large images, of at least so many rows and columns.
+
+    Maps of every stride up to 128 are cut at the same position within their last row and column.
+    """
+    height, width = images.shape[-2:]
+    if images.dim() != 4 or height * width <= LARGE:
+        return images
+    return images[..., : min(height, least + (height - least) % 128), : min(width, least + (width - least) % 128)]
 
 
 def _register(model: nn.Module, graph: fx.Graph, target: str, value: Tensor) -> None:

@@ -78,6 +78,7 @@ class ConcreteTracer(fx.Tracer):
         value_dependent: Paths of the opaque modules whose Python reads values of tensors.
         constants: Tensors that the graph reads and the model does not have.
         restore: Makes of the outputs of the graph what the model itself returns.
+        sizes: Values of the nodes that follow from sizes alone, where all others are forgotten.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ConcreteTracer(fx.Tracer):
         self.value_dependent: set[str] = set()
         self.constants: dict[str, Tensor] = {}
         self.restore: Callable[[Any], Any] = lambda outputs: outputs
+        self.sizes: dict[fx.Node, Any] | None = None
         self._owners: list[str] = ['']
         self._attributes: dict[str, Any] = {}
         self.is_evaluating = False

@@ -119,6 +119,8 @@ class BRECQQuantizer:
         bits = self._assign_bits([traced, *heads])
         setattr(model, ACTIVATION_QUANTIZERS, nn.ModuleDict())
         graphs = [self._quantize(graph, bits) for graph in (traced, *heads)]
+        for graph in (traced, *heads):
+            graph.keep_shapes(graph.example if graph.path else torch.cat([example, example])[:2])
         # fake quantizers are made on the CPU
         model.requires_grad_(False).to(example.device)
         observers = {'weight': dict(self.weight.observer), 'activation': dict(self.activation.observer)}

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.fake_quants.masks import ALIGNMENT, STARTS
 from mmbrecq.fake_quants.weight import original_weight
+from mmbrecq.graph.shapes import stand_in, state_on
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.observers.histogram import CHUNK, DistributionObserver
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
@@ -66,7 +68,7 @@ class Footprint:
 def measure_footprint(
     module: nn.Module, inputs: Sequence[Tensor], weights: Iterable[Tensor], layers: Iterable[nn.Module] = ()
 ) -> Footprint:
-    """Measures a unit by running it once on its traced inputs, so that what opaque modules save is known, too.
+    """Measures a unit by running it once on the shapes of its inputs, so that what opaque modules save is known, too.
 
     Args:
         module: ``module(*inputs) -> tuple`` of outputs, its weights in float.
@@ -74,23 +76,38 @@ def measure_footprint(
         weights: Quantized weights.
         layers: Modules whose outputs are saved, too, as gradients are taken from them.
     """
+    own = next(module.parameters(), torch.empty(0)).device
+    for device in ('meta', own):
+        # some operations have no form that computes shapes
+        try:
+            return _measure(module, [stand_in(x, device) for x in inputs], list(weights), list(layers), device)
+        except Exception:
+            if device == own:
+                raise
+    raise AssertionError
+
+
+def _measure(
+    module: nn.Module, inputs: list[Tensor], weights: list[Tensor], layers: list[nn.Module], device: torch.device | str
+) -> Footprint:
+    state = state_on(module, device)
+    for tensor in state.values():
+        tensor.requires_grad_(tensor.is_floating_point())
     # inputs are counted by themselves; an example may be a view of all images
-    known = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs)}
-    # kept until all is counted: another tensor might get the place of one that is gone
+    known = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in (*state.values(), *inputs)}
+    # kept until all is counted: another storage might get the place of one that is gone
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> None:
         # the tensor itself, handed back, would keep the operation alive that made it
-        if _storage(tensor) not in known:
-            kept[_storage(tensor)] = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if id(storage) not in known:
+            kept[id(storage)] = storage
 
     with ExitStack() as stack, torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
         for layer in layers:
             stack.callback(layer.register_forward_hook(lambda _module, _inputs, output: note(output)).remove)
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and not parameter.requires_grad:
-                stack.callback(parameter.requires_grad_(True).requires_grad_, False)
-        outputs = module(*inputs)
+        outputs = functional_call(module, state, tuple(inputs))
     count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
     sizes = [tensor.nbytes for tensor in (*inputs, *outputs)]
     return Footprint(
@@ -210,7 +227,3 @@ def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:
 
 def _with_headroom(tensors: int) -> int:
     return BASE + int(HEADROOM * tensors)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -17,6 +17,9 @@ from mmbrecq.errors import BackendError, MMBrecqError, first_line
 
 WARM_UP, FEWEST_RUNS, BURST = 2, 3, 0.01
 
+NAMED = 3
+"""Most layers that a sentence names for one reason."""
+
 
 @dataclass(frozen=True)
 class KernelCount:
@@ -33,10 +36,15 @@ class KernelCount:
     float_layers: dict[str, str] = field(default_factory=dict)
 
     def describe(self, runtime: str) -> str:
-        """Returns the count in words, with the layers that run in float and why."""
-        floats = ', '.join(f'{name} ({why})' for name, why in self.float_layers.items())
+        """Returns the count in words, with the reasons of layers in float and the first of each."""
+        named: dict[str, list[str]] = {}
+        for name, why in self.float_layers.items():
+            named.setdefault(why, []).append(name)
         words = f'{runtime} runs {self.integer} of {self.quantized} quantized layers in integers'
-        return f'{words}; in float: {floats}' if floats else words
+        for why, names in named.items():
+            more = f' and {len(names) - NAMED} more' if len(names) > NAMED else ''
+            words += f'; in float, since {why}: {", ".join(names[:NAMED])}{more}'
+        return words
 
 
 class BaseBackend(metaclass=ABCMeta):
