@@ -124,10 +124,8 @@ def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> tuple[i
         return (axis if example.shape == wanted else None), is_same
     if name in _POOLING:
         return (axis if axis <= 1 and example.shape[:2] == wanted[:2] else None), False
-    if (
-        not (roles.moves_only(node) or name in _ROTATING)
-        or len([n for n in node.all_input_nodes if roles.is_tensor(n)]) != 1
-    ):
+    moves = roles.moves_only(node) or name in _ROTATING
+    if not moves or sum(map(roles.is_tensor, node.all_input_nodes)) != 1:
         return None, False
     shape = [-1 if a == axis else 1 for a in range(len(wanted))]
     # in the order in memory of the value, which decides whether it has a view
