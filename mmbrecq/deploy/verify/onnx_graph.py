@@ -18,6 +18,7 @@ Faults = Iterator[tuple[str, str]]
 
 CONV_OPS = frozenset({'Conv', 'ConvTranspose'})
 LAYER_OPS = CONV_OPS | {'Gemm', 'MatMul'}
+QUANTIZATION_OPS = ('QuantizeLinear', 'DequantizeLinear')
 # Whose operations every runtime has.
 STANDARD_DOMAINS = frozenset({'', 'ai.onnx'})
 # Their output holds only values of their inputs, or zeros: what lies on a grid stays on it.
@@ -217,7 +218,7 @@ class OnnxGraph:
         dq: Node | None = None
         while tensor not in self.constants:
             node = self.producer(tensor)
-            if node is None or node.op not in MOVE_OPS | {'QuantizeLinear', 'DequantizeLinear'}:
+            if node is None or node.op not in MOVE_OPS.union(QUANTIZATION_OPS):
                 return False, None
             if node.op == 'DequantizeLinear' and dq is None:
                 dq = node

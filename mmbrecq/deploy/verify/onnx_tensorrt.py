@@ -3,8 +3,8 @@
 Source: NVIDIA's TensorRT guide, "Explicit Quantization", the recommendations on Q/DQ placement.
 """
 
-from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Faults, Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, quantization_nodes, title
+from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, QUANTIZATION_OPS, Faults, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, title
 
 # TensorRT fuses these into the convolution before them.
 FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu'})
@@ -12,7 +12,7 @@ FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu
 
 def check_int8(graph: OnnxGraph) -> Faults:
     """T1: int8 only, zero-points 0, and no Clip of integers, which TensorRT does not have."""
-    for node in quantization_nodes(graph):
+    for node in graph.of_type(*QUANTIZATION_OPS):
         container = graph.zero_point_range(node)
         if container != (-128, 127):
             found = 'another type' if container is None else f'integers of {container[0]}..{container[1]}'
