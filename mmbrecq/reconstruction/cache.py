@@ -93,17 +93,11 @@ def plan_cache(
     memory_limit: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> CachePlan:
-    """Chooses where activations are cached.
+    """Chooses where activations are cached, in ``dtype``, for a model on ``device``.
 
-    Args:
-        place: As the config asks: one of :data:`PLACES`.
-        cached: Most bytes cached at once, and the unit at which that is.
-        working: Most bytes that the work on a unit takes beside that, and the unit.
-        device: Where the model runs.
-        directory: Where files may be written.
-        memory_limit: Bytes of host memory that both may take; None for half of what is available for the cache, and
-            all of it for both.
-        dtype: In which activations are cached.
+    The config asks for ``place``, one of :data:`PLACES`. ``cached`` are the most bytes cached at once, ``working`` the
+    most that the work on a unit takes beside that, each with the unit. ``memory_limit`` are bytes of host memory that
+    both may take; None for half of what is available for the cache, and all of it for both.
 
     Raises:
         ConfigError: ``place`` is unknown.

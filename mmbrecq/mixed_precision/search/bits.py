@@ -96,18 +96,11 @@ def parse_budgets(words: Sequence[str]) -> dict[str, str]:
 def build_problem(
     table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]
 ) -> BitProblem:
-    """Builds the problem of the searched layers.
+    """Builds the problem of the searched layers of a complete table.
 
     A layer whose input is not searched reads activations of the bits that it was prepared with. What is not searched
-    keeps its bits, and its cost is spent whatever is chosen.
-
-    Args:
-        table: Complete, see :meth:`SensitivityTable.check_complete`.
-        models: Cost models of different names.
-        budgets: See :func:`parse_budget`; a drop is no cost.
-
-    Raises:
-        ConfigError: A budget is no budget, or names a cost that no model has.
+    keeps its bits, and its cost is spent whatever is chosen. ConfigError is raised if a budget is none, see
+    :func:`parse_budget`, or names neither a cost of one of the models nor the drop, or if two models have one name.
     """
     names = [model.name for model in models]
     budgets = {name: amount for name, amount in budgets.items() if name != DROP}
