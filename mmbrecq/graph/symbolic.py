@@ -33,11 +33,10 @@ IN_PLACE_OPERATORS = {
 
 _READS_SIZES = (
     'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
-    'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
-    'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
-    '_shape_as_tensor',
+    'is_complex', 'is_contiguous', 'get_device', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like', 'ones_like',
+    'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor', '_shape_as_tensor',
 )  # fmt: skip
-"""Functions and methods whose result follows from the shape and the type of a tensor alone."""
+"""Functions and methods that read nothing of their first argument but its shape and its type."""
 
 _READS_VALUES = ('__bool__', '__int__', '__float__', '__index__', '__contains__', 'item', 'tolist', 'numpy', 'equal')
 
@@ -237,7 +236,8 @@ class WatchedValues(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(getattr(func, '__name__', ''))
-        if name not in _READS_SIZES and any(id(t) in self._following for t in tensors_in((args, kwargs))):
+        read = args[1:] if name in _READS_SIZES else args
+        if any(id(t) in self._following for t in tensors_in((read, kwargs))):
             self._following.update({id(t): t for t in tensors_in(result)})
             self.are_read |= name in _READS_VALUES
         return result
@@ -321,8 +321,11 @@ def dependence(node: fx.Node) -> set[str]:
     if node.op in ('output', 'call_module') or 'values' not in depends:
         return depends
     name = str(node.target if node.op == 'call_method' else getattr(node.target, '__name__', ''))
-    is_attribute = node.target is getattr and not isinstance(node.meta['example'], Tensor)
-    if is_attribute or name in _READS_SIZES:
+    is_tensor = isinstance(node.meta['example'], Tensor)
+    # what a new tensor is filled with, and what `type` converts, may follow from values
+    filling = [n for n in node.all_input_nodes if n not in node.args[:1] and 'values' in n.meta['depends']]
+    reads_size = name in _READS_SIZES and not (is_tensor and filling)
+    if reads_size or (not is_tensor and (node.target is getattr or name == 'type')):
         return (depends - {'values'}) | {'size'}
     if any(not isinstance(v, Tensor) for v in flat(node.meta['example'])):
         raise ValueDependentError(f'a result of {name}')
