@@ -16,11 +16,9 @@ from mmbrecq.schema import load_json
 
 
 class ChosenBits:
-    """Bits that a search has chosen.
+    """Bits that a search has chosen, from its ``search.json``.
 
-    Args:
-        path: The ``search.json`` of the search.
-        reuse: Whether the rounding that the analysis has learned is used; else every unit is reconstructed again.
+    With ``reuse`` the rounding that the analysis has learned is used; else every unit is reconstructed again.
     """
 
     def __init__(self, path: Path, reuse: bool) -> None:

@@ -30,11 +30,9 @@ class CachePlan:
 
     Args:
         place: ``device``, ``host`` or ``disk``.
-        peak_bytes: Most that is cached at any time.
-        peak_unit: Name of the unit at which that is.
+        peak_bytes: Most that is cached at any time, at ``peak_unit``.
         dtype: In which activations are cached; they are computed in float32.
         working_bytes: Most that the work on a unit takes beside that, of the memory of the device that computes.
-        working_unit: Name of that unit.
         observed: Images whose activations are observed at once.
     """
 

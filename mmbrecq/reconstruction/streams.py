@@ -20,11 +20,7 @@ class Streams:
     of the units before it.
 
     Args:
-        graph: A graph of the prepared model.
-        units: Its units in the order of execution.
         inputs: What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
-        cache: Where activations are kept.
-        batch_size: Images per forward pass.
         quantized_inputs: What it reads in the quantized stream, where that is not the same.
         first: Number of the first input among those of all processes; None where they have no common order.
     """

@@ -93,14 +93,7 @@ class FileValues:
     """Values in a file without a name: its blocks are freed with this object, even if the process is killed.
 
     They are read and written by explicit calls: pages of a mapping would count as the memory of this process. Where the
-    disk has no room for them, StorageError is raised.
-
-    Args:
-        directory: Where the file is made.
-        shape: ``(N, ...)``.
-        dtype: In which values are stored.
-        device: Device of the model.
-        layout: Order of images, in the file and in memory.
+    disk has no room for them, StorageError is raised. ``layout`` is the order of images, in the file and in memory.
     """
 
     def __init__(

@@ -93,15 +93,10 @@ def integer_range(dtype: np.dtype[Any]) -> tuple[int, int] | None:
 
 
 class OnnxGraph:
-    """Producers, consumers and constants of an ONNX model.
+    """Producers, consumers and constants of an ``onnx.ModelProto`` whose tensors are loaded.
 
-    Args:
-        model (onnx.ModelProto): The model, its tensors loaded.
-        source: Name of the file, for messages.
-        expected: What the torch model says; None checks the file on its own.
-
-    Raises:
-        ExportError: The model holds a subgraph or a local function, which the rules cannot see into.
+    ``source`` names the file in messages. ExportError is raised if the model holds a subgraph or a local function,
+    which the rules cannot see into.
     """
 
     def __init__(self, model: Any, source: str, expected: ExpectedQuantization | None = None) -> None:
