@@ -21,6 +21,7 @@ class Preset:
             symmetric grids are asked for) or ``int8``.
         fuses: Activation functions that the target computes within the convolution, so that nothing is quantized
             between the two; None for all of them.
+        computes: Activation functions that it computes with integers, apart from convolutions.
         fuses_beside: What it computes within a layer even where the value of the layer has other readers.
         add_operands: Which convolution outputs are quantized that feed a residual add alone.
         conv_outputs: Quantizes the output of every convolution, the network's own outputs excepted.
@@ -48,6 +49,7 @@ class Preset:
     weight_symmetric: bool
     activation: Literal['unsigned', 'int8']
     fuses: tuple[str, ...] | None = None
+    computes: tuple[str, ...] = ()
     fuses_beside: tuple[str, ...] = ()
     add_operands: Literal['none', 'shortcut', 'all'] = 'none'
     conv_outputs: bool = False
@@ -104,9 +106,9 @@ _ALL = (
         products=True, falls_back=False,
     ),
     Preset(
-        'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, add_operands='all',
-        conv_outputs=True, equal_concat=False, quantizes_concat=True, spare_weight_bit=True, bias_apart='linear',
-        bias_rounded=True, depthwise_per_channel=True, folds_channel_scales=True,
+        'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, computes=('leakyrelu', 'sigmoid'),
+        add_operands='all', conv_outputs=True, equal_concat=False, quantizes_concat=True, spare_weight_bit=True,
+        bias_apart='linear', bias_rounded=True, depthwise_per_channel=True, folds_channel_scales=True,
     ),
     Preset(
         'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True

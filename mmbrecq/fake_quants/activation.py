@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmbrecq.errors import ExportError
 from mmbrecq.fake_quants.masks import RandomMasks
-from mmbrecq.fake_quants.ops import Clip, fake_quantize
+from mmbrecq.fake_quants.ops import UNBOUNDED, Clip, fake_quantize
 from mmbrecq.functional import short_scale
 from mmbrecq.observers.base import BaseObserver
 from mmbrecq.qtype import QType
@@ -36,6 +36,8 @@ class FakeQuantize(nn.Module):
         self.masks: RandomMasks | None = None
         # whether the step size stays as observed even where this type learns it
         self.fixed = False
+        # of what is observed, and of the grid by that
+        self.bounds = UNBOUNDED
         # bounds of the activation function that a unit in training leaves to its quantizer
         self.rectifier: tuple[float, float] | None = None
         shape = () if qtype.ch_axis is None else (channels,)
@@ -53,7 +55,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer.observe(x.detach())
+            self.observer.observe(x.detach() if self.bounds == UNBOUNDED else x.detach().clamp(*self.bounds))
         if not self.enabled:
             return x
         clip = keep = None

@@ -7,16 +7,22 @@ as the others (Sun et al., Massive Activations in Large Language Models, COLM 20
 levels for the rest.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from mmbrecq.fake_quants.ops import UNBOUNDED
 from mmbrecq.graph.layers import PRODUCTS
 from mmbrecq.graph.layers import is_constant as follows_from_no_input
 from mmbrecq.graph.roles import Roles, joined
-from mmbrecq.graph.symbolic import operation, sources_of
+from mmbrecq.graph.symbolic import evaluate, operation, sources_of
 from mmbrecq.presets import Preset
+
+FLAT = 0.003
+"""How much an activation function may still change where it counts as constant."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class QuantizerPosition:
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
         per_channel: Whether every channel has a scale of its own.
         joins: Whether the values lie on several grids, from which 8 bits bring them to one with next to no loss.
+        bounds: Beyond these the functions that alone read the values tell none apart.
     """
 
     name: str
@@ -45,6 +52,7 @@ class QuantizerPosition:
     full_scale: bool = False
     per_channel: bool = False
     joins: bool = False
+    bounds: tuple[float, float] = UNBOUNDED
 
 
 def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
@@ -77,8 +85,33 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         is_folded = per_channel and preset.folds_channel_scales
         full_scale = not is_folded and any(_combines_grids(n, set(quantized), roles) for n in group)
         values = first.name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel
-        positions.append(QuantizerPosition(*values, joins=roles.is_concat(first)))
+        bounds = _bounds((user for node in group for user in node.users), roles)
+        positions.append(QuantizerPosition(*values, joins=roles.is_concat(first), bounds=bounds))
     return positions + (_operands(roles, quantized) if preset.products else [])
+
+
+def _bounds(readers: Iterable[fx.Node], roles: Roles) -> tuple[float, float]:
+    """Returns the bounds beyond which the functions that read a value are constant, as far as they reach."""
+    found = [_bounds_of(reader, roles) if roles.is_activation(reader) else UNBOUNDED for reader in readers]
+    return (min(low for low, _ in found), max(high for _, high in found)) if found else UNBOUNDED
+
+
+def _bounds_of(activation: fx.Node, roles: Roles) -> tuple[float, float]:
+    """Returns the bounds beyond which a function is constant, by its values."""
+    points = torch.cat([torch.tensor([-1e4]), torch.linspace(-16, 16, 513), torch.tensor([1e4])])
+    try:
+        values = evaluate(activation, lambda _: points, roles.model)
+    except (RuntimeError, TypeError):
+        # its channels have numbers of their own
+        return UNBOUNDED
+    if not values.isfinite().all() or bool(((values - values[0]).abs() <= FLAT).all()):
+        return UNBOUNDED
+    bounds = []
+    for outer, end in ((0, -math.inf), (-1, math.inf)):
+        is_near = (values - values[outer]).abs() <= FLAT
+        inner = int((~is_near).nonzero()[outer]) + (1 if outer else -1)
+        bounds.append(float(points[inner]) if abs(float(points[inner])) <= 16 else end)
+    return bounds[0], bounds[1]
 
 
 def _operands(roles: Roles, quantized: list[fx.Node]) -> list[QuantizerPosition]:
@@ -149,13 +182,15 @@ def _is_inverted(node: fx.Node, roles: Roles) -> bool:
 def _with_channel_scales(quantized: list[fx.Node], roles: Roles, preset: Preset) -> set[fx.Node]:
     """Returns the values whose channels have a scale each.
 
-    Where scales are folded, these include the outputs of convolutions from which the others are computed.
+    Where scales are folded, these include the outputs of convolutions from which the others are computed, or which
+    activation functions in float alone read.
     """
     if not preset.depthwise_per_channel:
         return set()
     read = {node for node in quantized if _is_read_by_channel(node, roles, preset)}
     if preset.folds_channel_scales:
-        read |= {node for node in quantized if roles.is_convolution(node) and _becomes(node, read, roles)}
+        convolutions = [node for node in quantized if roles.is_convolution(node)]
+        read |= {n for n in convolutions if _becomes(n, read, roles) or _is_activated_in_float(n, roles, preset)}
     return read
 
 
@@ -181,6 +216,12 @@ def _becomes(node: fx.Node, read: set[fx.Node], roles: Roles) -> bool:
     if any(roles.is_weighted(u) or roles.is_add(u) or roles.moves_only(u) or u.op == 'output' for u in node.users):
         return False
     return any(user in read or _becomes(user, read, roles) for user in node.users)
+
+
+def _is_activated_in_float(node: fx.Node, roles: Roles, preset: Preset) -> bool:
+    """Returns whether only activation functions read the value that the target has in float alone."""
+    own = (*(preset.fuses or ()), *preset.computes)
+    return all(roles.is_activation(user) and roles.operation(user) not in own for user in node.users)
 
 
 def _reads_float(user: fx.Node, node: fx.Node, roles: Roles, preset: Preset) -> bool:

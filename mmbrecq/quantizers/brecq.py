@@ -198,6 +198,7 @@ class BRECQQuantizer:
             FAKE_QUANTS, dict(given.fake_quant), qtype=qtype, channels=channels,
             integer_clip=self.preset.integer_clip or (position.per_channel and folds), full_scale=position.full_scale,
         )  # fmt: skip
+        quantizer.bounds = position.bounds
         # its gradient would need the first layer's backward pass down to the images, and 256 levels gain nothing by it
         quantizer.fixed = node is not None and node.op == 'placeholder' and bits == 8
         holder = model.get_submodule(ACTIVATION_QUANTIZERS)

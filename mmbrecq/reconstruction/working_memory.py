@@ -91,8 +91,8 @@ def _measure(
     module: nn.Module, inputs: list[Tensor], weights: list[Tensor], layers: list[nn.Module], device: torch.device | str
 ) -> Footprint:
     state = state_on(module, device)
-    for tensor in state.values():
-        tensor.requires_grad_(tensor.is_floating_point())
+    for path, _ in module.named_parameters():
+        state[path].requires_grad_(state[path].is_floating_point())
     # inputs are counted by themselves; an example may be a view of all images
     known = {id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in (*state.values(), *inputs)}
     # kept until all is counted: another storage might get the place of one that is gone

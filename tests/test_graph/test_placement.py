@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from small_models import classifier, conv, images, net, relative_error, residual, run
 from torch import Tensor, nn
 
+from mmbrecq.fake_quants.ops import UNBOUNDED
 from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import trace_image_graph
@@ -374,8 +376,8 @@ def test_depthwise_convolutions_read_a_scale_per_channel(function: Any, by_chann
     found = dict(zip(targets(places(model, preset)), places(model, preset), strict=True))
     assert found['silu'].per_channel == (preset in by_channel)
     assert not found['inputs'].per_channel
-    # ONNX Runtime has the convolution before it on a grid too
-    assert preset != 'onnxruntime' or found['stem'].per_channel == (preset in by_channel)
+    # ONNX Runtime has the convolution before it on a grid too, which a function in float alone reads
+    assert preset != 'onnxruntime' or found['stem'].per_channel
 
 
 @pytest.mark.parametrize('preset', ['onnxruntime', 'tensorrt'])
@@ -384,7 +386,7 @@ def test_depthwise_convolutions_read_a_scale_per_channel(function: Any, by_chann
     [
         (lambda self, x: self.stem(x), {'stem'}),
         (lambda self, x: F.relu6(self.stem(x)), set()),
-        (lambda self, x: F.relu(F.silu(self.stem(x))), set()),
+        (lambda self, x: F.relu(F.silu(self.stem(x))), {'stem'}),
         (lambda self, x: torch.tanh(F.gelu(self.stem(x)) * 2.0), {'stem', 'tanh'}),
         (lambda self, x: self.stem(x) * torch.sigmoid(self.stem(x)), {'stem', 'mul'}),
         # a sum is computed on grids
@@ -401,3 +403,22 @@ def test_scales_are_folded_into_convolutions_that_functions_in_float_read(
     found = places(model, preset)
     by_channel = targets([place for place in found if place.per_channel])
     assert set(by_channel) == expected & set(targets(found))
+
+
+@pytest.mark.parametrize(
+    ('function', 'bounds'),
+    [
+        (nn.SiLU(), (-8.0, math.inf)), (nn.Hardswish(), (-3.0, math.inf)), (nn.GELU(), (-3.2, math.inf)),
+        (nn.Sigmoid(), (-5.9, 5.9)), (nn.LeakyReLU(), UNBOUNDED), (nn.PReLU(4), UNBOUNDED),
+    ],
+)  # fmt: skip
+def test_the_grid_of_a_convolution_ends_where_the_function_behind_it_is_constant(
+    function: nn.Module, bounds: tuple[float, float]
+) -> None:
+    model = net(lambda self, x: self.last(self.act(self.conv(x))), conv=conv(), act=function, last=conv(4, 2))
+    found = {place.name: place.bounds for place in places(model, 'onnxruntime')}
+    assert found['backbone_conv'] == pytest.approx(bounds, abs=0.15)
+    # what is cut off is next to nothing
+    x = torch.linspace(-50, 50, 1001)
+    if not isinstance(function, nn.PReLU):
+        assert float((function(x.clamp(*found['backbone_conv'])) - function(x)).abs().max()) < 0.004

@@ -42,6 +42,13 @@ class Opaque(nn.Module):
         return (self.second(wide * wide.cos()),)
 
 
+class Tuple(nn.Module):
+    """Returns its input as the only output of a unit."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+
 def stage(rounding: bool = True, **options: object) -> Stage:
     return Stage('weights', StageOptions(**options), rounding, not rounding)  # type: ignore[arg-type]
 
@@ -77,6 +84,22 @@ def test_outputs_of_layers_that_gradients_are_taken_from() -> None:
     found = measure_footprint(module, [torch.randn(4, 10)], [], [module.second])
     assert found.saved == (3 * 30 + 5) * 4
     assert not module.second._forward_hooks
+
+
+def test_statistics_of_a_normalisation_have_no_gradient() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Tuple()).eval()
+    # what the normalisation reads, and its statistics
+    assert 4 * 25 * 4 <= measure_footprint(module, [torch.randn(2, 3, 5, 5)], []).saved < 4 * 25 * 4 + 50
+
+
+def test_what_has_no_form_on_shapes_alone_is_run() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * int(x.isfinite().all())
+
+    module = nn.Sequential(nn.Linear(10, 30), Counting(), nn.Linear(30, 5), Tuple()).requires_grad_(False)
+    found = measure_footprint(module, [torch.empty(4, 10, device='meta')], [])
+    assert found == measure_footprint(module, [torch.randn(4, 10)], []) and found.largest == 30 * 4
 
 
 def test_the_module_survives_an_error() -> None:

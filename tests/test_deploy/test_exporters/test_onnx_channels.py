@@ -52,7 +52,7 @@ def test_file_has_scales_per_tensor_and_computes_what_torch_simulates(tmp_path: 
     options: Any = {'first_last_8bit': False} if bits == 4 else {}
     model = packed(uneven(), preset, 8, bits, **options)
     by_channel = {n.rpartition('.')[2] for n, q in model.image_graph.quantizers.items() if q.scale.dim()}
-    of_the_runtime = {'backbone_stem', 'backbone_wide'} if preset == 'onnxruntime' else set()
+    of_the_runtime = {'backbone_stem', 'backbone_wide', 'backbone_bare'} if preset == 'onnxruntime' else set()
     assert by_channel == {'gelu', 'gelu_1'} | of_the_runtime
     path = ONNXExporter().export(model.image_graph, images(2), tmp_path)
     graph = onnx.load(path).graph
