@@ -1,7 +1,5 @@
 """Post-training quantization by block reconstruction (BRECQ), for any torch model and for OpenMMLab's."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -9,8 +9,6 @@ Example:
     (16, 8, 12, 12)
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,14 +32,13 @@ from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.rehearsal import rehearse
 from mmbrecq.runs.safe_load import read_checkpoint
 
-METHODS: dict[str, tuple[str, dict[str, int]]] = {
-    'brecq': ('BRECQReconstructor', {'weights': 1, 'activations': 4}),
-    'qdrop': ('QDropReconstructor', {'joint': 1}),
-    'nearest': ('NearestReconstructor', {}),
+METHODS: dict[str, tuple[str, str, dict[str, int]]] = {
+    'brecq': ('AdaRound', 'BRECQReconstructor', {'weights': 1, 'activations': 4}),
+    'qdrop': ('StraightThrough', 'QDropReconstructor', {'joint': 1}),
+    'nearest': ('NearestRounding', 'NearestReconstructor', {}),
 }
-"""The reconstructor of each method, and the divisors of the iterations of its passes."""
-ROUNDING = {'brecq': 'AdaRound', 'qdrop': 'StraightThrough', 'nearest': 'NearestRounding'}
-"""How each method rounds weights; with few iterations straight-through gradients get further."""
+"""How each method rounds weights (with few iterations straight-through gradients get further), its reconstructor, and
+the divisors of the iterations of its passes."""
 
 EXPORTERS: dict[str, type[BaseExporter]] = {'.onnx': ONNXExporter, '.xml': OpenVINOExporter}
 TARGETS = {'openvino': '.xml', 'onnxruntime': '.onnx', 'tensorrt': '.onnx'}
@@ -91,7 +88,7 @@ class Quantized:
         path = Path(path)
         if path.suffix not in EXPORTERS:
             raise ExportError(f'expected a file ending in {" or ".join(EXPORTERS)}, but got {path}')
-        exporter = EXPORTERS[path.suffix](path.name, opset)  # type: ignore[call-arg]
+        exporter = EXPORTERS[path.suffix](path.name, opset)
         paths = pipeline.export(self.model, exporter, self._example, path.parent)
         self.deviations = compare(self.model, paths, self._example if images is None else images)
         return paths
@@ -217,8 +214,7 @@ def _quantizer_config(
 ) -> dict[str, Any]:
     get_preset(preset)
     given = dict(more or {})
-    rounding = {'type': ROUNDING[method]}
-    weight = {'bits': weight_bits, 'rounding': rounding, **given.pop('weight', {})}
+    weight = {'bits': weight_bits, 'rounding': {'type': METHODS[method][0]}, **given.pop('weight', {})}
     activation = None
     if activation_bits is not None:
         activation = {'bits': activation_bits, **(given.pop('activation', None) or {})}
@@ -227,7 +223,7 @@ def _quantizer_config(
 
 def _reconstructor(method: str, iterations: int | None, more: Mapping[str, Any] | None) -> Any:
     given = dict(more or {})
-    kind, passes = METHODS[method]
+    _, kind, passes = METHODS[method]
     for name, divisor in passes.items():
         if iterations is not None:
             given[name] = {'iterations': max(1, iterations // divisor), **given.get(name, {})}

@@ -1,7 +1,5 @@
 """Builds registered types and dataclasses of options from configs; every error lists what is valid."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import os

@@ -1,7 +1,5 @@
 """Parses, formats and computes numbers of bytes."""
 
-from __future__ import annotations
-
 import re
 
 from mmbrecq.errors import ConfigError

@@ -5,8 +5,6 @@ The mm* packages are no hard requirement of the distribution, as in all of OpenM
 metadata of a distribution.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

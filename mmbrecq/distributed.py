@@ -3,8 +3,6 @@
 The functions are thin ones over mmengine's; in a single process each does nothing, or returns its argument.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import socket
@@ -51,7 +49,10 @@ def join_processes(launcher: str, options: Mapping[str, Any] | None = None) -> N
     rank, count, local = (os.environ[name] for name in variables)
     os.environ.update(RANK=rank, WORLD_SIZE=count, LOCAL_RANK=local)
     if 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = _first_host()
+        # the machine of the first process: the first in slurm's list, else this one
+        hosts = os.environ.get('SLURM_NODELIST')
+        first = hosts and subprocess.getoutput(f'scontrol show hostname {hosts} | head -n1')
+        os.environ['MASTER_ADDR'] = first or socket.gethostname()
     os.environ.setdefault('MASTER_PORT', '29500')
     timeout = options.get('timeout')
     torch_dist.init_process_group('gloo', timeout=None if timeout is None else timedelta(seconds=timeout))
@@ -157,9 +158,3 @@ def hash_of(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _first_host() -> str:
-    """Returns the machine of the first process: the first in slurm's list, else this one."""
-    hosts = os.environ.get('SLURM_NODELIST')
-    return socket.gethostname() if hosts is None else subprocess.getoutput(f'scontrol show hostname {hosts} | head -n1')

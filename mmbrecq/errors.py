@@ -1,7 +1,5 @@
 """Defines the errors that a user can mend; each message is one sentence that names the file, key or layer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from traceback import extract_tb
 

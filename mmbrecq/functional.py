@@ -4,8 +4,6 @@ The grid is ``x_hat = (clamp(round(x / scale) + zero_point, quant_min, quant_max
 (Jacob et al., CVPR 2018, eq. 1; rounding is half to even, as ONNX's QuantizeLinear has it).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

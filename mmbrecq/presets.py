@@ -3,8 +3,6 @@
 A preset is chosen before calibration, because positions and symmetry decide what the reconstruction has to learn.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

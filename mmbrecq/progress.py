@@ -1,7 +1,5 @@
 """Shows a bar with a message and the time left on a terminal, and nothing elsewhere."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterable, Iterator

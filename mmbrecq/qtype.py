@@ -1,7 +1,5 @@
 """Defines the grid of a quantized tensor: one frozen value that owns bits, range and granularity."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

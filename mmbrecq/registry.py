@@ -4,8 +4,6 @@ Kinds that OpenMMLab knows are children of mmengine's root registries, so a conf
 (``mmbrecq.PTQLoop`` beside ``mmpretrain.Accuracy``). Kinds that only quantization knows have no root.
 """
 
-from __future__ import annotations
-
 from mmengine import registry as root
 from mmengine.registry import Registry
 

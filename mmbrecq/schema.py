@@ -1,7 +1,5 @@
 """Converts typed dataclasses to plain JSON values and back, driven by the type hints."""
 
-from __future__ import annotations
-
 import json
 import math
 import types

@@ -1,7 +1,5 @@
 """Finds the grids of weights from their values, and the grids of activations by observing calibration images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 

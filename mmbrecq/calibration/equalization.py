@@ -6,8 +6,6 @@ multiplied by it. Their own grids, one per output channel, then hold input chann
 learns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Captures the features of regions on which the heads of a two-stage detector are calibrated."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,15 +44,9 @@ class RegionCapture:
         """Returns features of the same regions in the float and in the quantized stream.
 
         The regions are those that the quantized detector proposes; the float features are cut out of the float feature
-        maps at the same coordinates, so that both streams of a head describe the same objects.
-
-        Args:
-            head: The head that reads the features.
-            weights: Whether weights are quantized in the quantized stream.
-            activations: Whether activations are quantized in it.
-
-        Returns:
-            Float and quantized features, both ``(R, C, h, w)``, R at most :data:`REGIONS_PER_IMAGE` times N.
+        maps at the same coordinates, so that both streams of a head describe the same objects. Both are
+        ``(R, C, h, w)``, R at most :data:`REGIONS_PER_IMAGE` times N. ``weights`` and ``activations`` tell what is
+        quantized in the quantized stream.
 
         Raises:
             DataError: No region is proposed on any image.

@@ -1,7 +1,5 @@
 """Draws, reads and preprocesses calibration images."""
 
-from __future__ import annotations
-
 from mmbrecq.data.sampling import CalibrationSet, build_calibration_set
 
 __all__ = ['CalibrationSet', 'build_calibration_set']

@@ -1,7 +1,5 @@
 """Registers mmbrecq's own datasets where mmpretrain, whose dataset they extend, is installed."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from mmbrecq.dependencies import require

@@ -1,7 +1,5 @@
 """Provides scikit-learn's handwritten digits as an mmpretrain dataset: real images without a download."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Values of images of several sizes: groups of one size each, and batches that are of one group."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby

@@ -1,7 +1,5 @@
 """Reads the calibration images and preprocesses them as the model does."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence

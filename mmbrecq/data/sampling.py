@@ -147,14 +147,8 @@ class CalibrationSet(Dataset[Any]):
         """Yields every image once, the last batch smaller where the number does not divide.
 
         Where several processes have a share of the images each, batches end where they end in one process. They are of
-        ``size`` images, by default ``batch_size``.
-
-        Yields:
-            The argument of ``model.data_preprocessor(data, False)``: ``inputs``, a list of B images of (C, H, W), and
-            ``data_samples``.
-
-        Raises:
-            DataError: An image cannot be read.
+        ``size`` images, by default ``batch_size``, and are the argument of ``model.data_preprocessor(data, False)``:
+        ``inputs``, a list of B images of (C, H, W), and ``data_samples``. DataError names an image that cannot be read.
         """
         parts = aligned_batches(len(self), size or self.batch_size, self.first, self.ends)
         # without a generator of its own every pass would draw from the global one

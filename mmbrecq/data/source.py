@@ -1,7 +1,5 @@
 """Builds the dataset of calibration images: the training set's files, read through the test pipeline."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re

@@ -1,9 +1,8 @@
 """Comparison of an exported file with the simulation that it was written from."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,9 @@ BATCHES = (1, 3)
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a file lies from its simulation.
+    """How far a file lies from its simulation, for a ``batch`` of so many images, or regions.
 
-    Args:
-        file: Name of the file.
-        runtime: Name of the runtime that ran it.
-        batch: Number of images, or of regions.
-        error: Squared error of all outputs over the power of the simulated ones.
+    The ``error`` is the squared one of all outputs over the power of the simulated ones.
     """
 
     file: str
@@ -96,13 +91,10 @@ def _with_noise(graph: QuantizedGraph, x: Tensor) -> dict[str, Tensor]:
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output * (1 + NOISE * torch.randn(output.shape, generator=generator).to(output))
 
-    hooks = [graph.model.get_submodule(layer.name).register_forward_hook(disturb) for layer in graph.layers]
-    try:
-        with torch.no_grad():
-            return {name: value.cpu() for name, value in flatten_outputs(graph(x)).items()}
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in graph.layers:
+            hooks.enter_context(graph.model.get_submodule(layer.name).register_forward_hook(disturb))
+        return {name: value.cpu() for name, value in flatten_outputs(graph(x)).items()}
 
 
 def _relative_error(graph: QuantizedGraph, x: Tensor, outputs: dict[str, Tensor]) -> float:

@@ -1,7 +1,5 @@
 """Runs the analysis of sensitivities as a loop of mmengine's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs mixed precision for the tools: measures sensitivities, chooses bits, writes the config that has them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -85,7 +83,7 @@ def choose_bits(
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
     points = drop_budget(budgets)
-    table = table if points is None else bits.with_float(table)
+    table = table if points is None else table.with_float()
     problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
     search = partial(build(SEARCHERS, dict(options.searcher)).search, seed=seed)

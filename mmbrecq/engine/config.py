@@ -1,7 +1,5 @@
 """Reads a config file and builds a runner from it, with errors in one sentence."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import logging

@@ -1,7 +1,5 @@
 """Evaluates a model with the config's own data loader and evaluator, and computes the loss of its training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -23,10 +21,9 @@ _ANSWERS = ('predict', 'predict_by_feat')
 
 
 def task_loss_of(model: Any) -> TaskLoss:
-    """Returns ``loss(batch, images)``: the loss that ``model`` was trained with, a scalar, of a batch of data.
+    """Returns ``loss(batch, images)``: the loss that an OpenMMLab model was trained with, a scalar, of a batch of data.
 
-    Args:
-        model: An OpenMMLab model; the forward passes of its components at the time of the call compute the loss.
+    The forward passes of its components at the time of the call compute the loss.
     """
 
     def loss(batch: Any, images: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Measures what chosen bits lose on images of the calibration data that the calibration does not use."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

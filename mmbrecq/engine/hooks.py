@@ -6,9 +6,6 @@ name, what the methods of :class:`~mmbrecq.reconstruction.callbacks.Callback` ge
 runner, is called after the last pass, and where an error or Ctrl-C ends the reconstruction before that.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -102,8 +99,8 @@ class HookCaller(Callback):
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
         for event in EVENTS:
-            setattr(self, event, partial(self._call, event, signature(getattr(Callback, event)).parameters))
+            setattr(self, event, partial(self._call, event))
 
-    def _call(self, event: str, names: Iterable[str], *values: Any) -> None:
-        _, *own = names
-        self.runner.call_hook(event.replace('_', '_reconstruct_', 1), **dict(zip(own, values, strict=True)))
+    def _call(self, event: str, *values: Any) -> None:
+        _, *names = signature(getattr(Callback, event)).parameters
+        self.runner.call_hook(event.replace('_', '_reconstruct_', 1), **dict(zip(names, values, strict=True)))

@@ -1,7 +1,5 @@
 """Evaluates a quantized checkpoint or an exported file as a loop of mmengine's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

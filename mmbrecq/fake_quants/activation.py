@@ -1,7 +1,5 @@
 """Fake quantization of activations: modules that are called by nodes of the graph."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ The offset is added to the float bias while the layer is quantized, and is part 
 costs nothing there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

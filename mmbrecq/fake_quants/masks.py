@@ -1,7 +1,5 @@
 """Random masks for the dropping of quantization (QDrop, Wei et al., ICLR 2022)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

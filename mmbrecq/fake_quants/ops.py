@@ -4,8 +4,6 @@ A chain of elementary autograd operations would read and write every tensor five
 for the backward pass; a function here keeps what its gradient needs and no more.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -275,15 +273,10 @@ class OutputGradient(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, gain: Tensor | None, offset: Tensor | None, bias: Tensor | None, ch_axis: int
     ) -> Tensor:
-        """Returns ``output``, which holds ``gain`` and ``offset`` already.
+        """Returns ``output``, ``(N, C, ...)``, or ``(..., C)`` of a linear layer, whose axis of ``C`` is ``ch_axis``.
 
-        Args:
-            ctx: Context of autograd.
-            output (Tensor): ``(N, C, ...)``, or ``(..., C)`` of a linear layer.
-            gain (Tensor | None): The factor, with ``C`` elements or one.
-            offset (Tensor | None): ``(C,)``, the part of ``bias`` that is learned.
-            bias (Tensor | None): ``(C,)``, ``offset`` included.
-            ch_axis: Axis of ``C`` in ``output``.
+        It holds ``gain``, a factor with ``C`` elements or one, and ``bias``, ``(C,)``, already; ``offset``, ``(C,)``,
+        is the part of ``bias`` that is learned.
         """
         ctx.ch_axis = ch_axis
         ctx.save_for_backward(output, gain, bias)

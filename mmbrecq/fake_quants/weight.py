@@ -5,8 +5,6 @@ them to the grid; the quantization can be switched off, since the float stream n
 holds :class:`PackedWeight`: integers, scale and zero-point alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

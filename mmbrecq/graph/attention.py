@@ -1,7 +1,5 @@
 """Attention as the linear layers and products that it computes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -56,7 +54,8 @@ def write_out_attention(graph: fx.Graph) -> None:
         names = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal', 'scale', 'enable_gqa')
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         query, key, value, mask = given['query'], given['key'], given['value'], given.get('attn_mask')
-        if given.get('is_causal') or given.get('enable_gqa') or (mask is not None and not _adds(mask)):
+        adds = mask is None or mask.meta['example'].is_floating_point()
+        if given.get('is_causal') or given.get('enable_gqa') or not adds:
             continue
         scale = given.get('scale')
         factor = query.meta['example'].shape[-1] ** -0.5 if scale is None else scale
@@ -68,10 +67,6 @@ def write_out_attention(graph: fx.Graph) -> None:
             result = _call(node, torch.matmul, _call(node, torch.softmax, scores, -1), value)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
-
-
-def _adds(mask: fx.Node) -> bool:
-    return bool(mask.meta['example'].is_floating_point())
 
 
 def _call(attention: fx.Node, function: Any, *args: Any) -> fx.Node:

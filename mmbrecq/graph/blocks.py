@@ -4,8 +4,6 @@ A block is a module with branches that meet again: a residual block, an inverted
 Inception module. It is recognised by what its nodes compute, never by the name of its class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 

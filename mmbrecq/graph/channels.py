@@ -8,8 +8,6 @@ its own for each channel writes, too (Xiao et al., SmoothQuant, ICML 2023). Wher
 have biases, a constant may be taken from each channel as well (Li et al., RepQ-ViT, ICCV 2023).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +26,7 @@ _ROTATING = ('roll', 'flip')
 _POOLING = ('maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d')
 
 _ENDS = ('input', 'output')
+_UNPADDED = (0, (0,), (0, 0), (0, 0, 0))
 
 
 @dataclass
@@ -63,7 +62,8 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             # a layer may be called several times: all its inputs share their channels, and all its outputs
             ends = {node: 'output', **dict.fromkeys(sources if roles.is_weighted(node) else (), 'input')}
             pairs += [((layer, end), (value, axis)) for value, end in ends.items()]
-            if getattr(roles.module(node), 'bias', None) is None or set(_padding(roles.module(node))) != {0}:
+            padding = getattr(roles.module(node), 'padding', 0)
+            if getattr(roles.module(node), 'bias', None) is None or padding not in _UNPADDED:
                 unshifted.update((layer, end) for end in _ENDS)
             along = [(value, a) for value in (node, *sources) for a in _axes(value)]
             fixed.update((value, a) for value, a in along if value not in ends or a != axis)
@@ -76,11 +76,6 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             unshifted.update(value for value, (_, as_is) in carried if not as_is)
     groups = (_group(members, roles, unshifted) for members in joined(pairs) if fixed.isdisjoint(members))
     return [group for group in groups if group is not None]
-
-
-def _padding(module: Any) -> tuple[Any, ...]:
-    padding = getattr(module, 'padding', 0)
-    return padding if isinstance(padding, tuple) else (padding,)
 
 
 def _axes(node: fx.Node) -> range:
@@ -129,10 +124,8 @@ def _carried(node: fx.Node, source: fx.Node, axis: int, roles: Roles) -> tuple[i
         return (axis if example.shape == wanted else None), is_same
     if name in _POOLING:
         return (axis if axis <= 1 and example.shape[:2] == wanted[:2] else None), False
-    if (
-        not (roles.moves_only(node) or name in _ROTATING)
-        or len([n for n in node.all_input_nodes if roles.is_tensor(n)]) != 1
-    ):
+    moves = roles.moves_only(node) or name in _ROTATING
+    if not moves or sum(map(roles.is_tensor, node.all_input_nodes)) != 1:
         return None, False
     shape = [-1 if a == axis else 1 for a in range(len(wanted))]
     # in the order in memory of the value, which decides whether it has a view

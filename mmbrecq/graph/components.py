@@ -9,8 +9,6 @@ A detector with a transformer (DETR and what followed it) also reads the sizes o
 padded with. Its graph reads images alone, so it is that of images without padding; a batch with padding is refused.
 """
 
-from __future__ import annotations
-
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping

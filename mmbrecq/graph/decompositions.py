@@ -1,11 +1,9 @@
 """Functions of torch whose own form in a file is wrong, or that have none, by others."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +33,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     return input / (power * (alpha / size) + k) ** beta
 
 
-@contextmanager
-def computing_in_torch() -> Iterator[None]:
+def computing_in_torch() -> AbstractContextManager[object]:
     """Makes mmcv's deformable attention compute as on a CPU, by functions of torch; no file has its kernel of a GPU."""
-    module: Any = sys.modules.get('mmcv.ops.multi_scale_deform_attn')
-    before = getattr(module, 'IS_CUDA_AVAILABLE', False)
-    try:
-        if before:
-            module.IS_CUDA_AVAILABLE = False
-        yield
-    finally:
-        if before:
-            module.IS_CUDA_AVAILABLE = True
+    module, name = sys.modules.get('mmcv.ops.multi_scale_deform_attn'), 'IS_CUDA_AVAILABLE'
+    return patch.object(module, name, False) if hasattr(module, name) else nullcontext()

@@ -5,8 +5,6 @@ the new value; the tensors that it was a view of are assembled anew, and the oth
 read. The graph then has a value for each node, so it can be cut anywhere and values can be cached.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Container, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Turns whatever computes a convolution or a linear layer with a constant weight into a plain layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain, count
 from typing import Any
@@ -193,13 +191,11 @@ def _call_of(node: fx.Node) -> tuple[Any, dict[str, Any]]:
         weight = node.args[1].meta['example']
         if isinstance(weight, Tensor) and weight.dim() == 2:
             return F.linear, {'input': node.args[0], 'weight': node.args[1]}
-    if operation(node) == 'addmm' and len(node.args) == 3 and not node.kwargs and _is_vector(node.args[0]):
-        return F.linear, dict(zip(('bias', 'input', 'weight'), node.args, strict=True))
+    if operation(node) == 'addmm' and len(node.args) == 3 and not node.kwargs:
+        bias = node.args[0]
+        if isinstance(bias, fx.Node) and bias.meta['example'].dim() == 1:
+            return F.linear, dict(zip(('bias', 'input', 'weight'), node.args, strict=True))
     return None, {}
-
-
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.meta['example'].dim() == 1
 
 
 def is_constant(value: Any) -> bool:

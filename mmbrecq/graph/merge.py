@@ -3,8 +3,6 @@
 Branches that are quantized one by one would be as many layers at run time; merged first, they are one layer.
 """
 
-from __future__ import annotations
-
 import inspect
 from copy import deepcopy
 

@@ -1,7 +1,5 @@
 """Rewrites a traced graph so that it is safe to cut and to quantize, without a change of its result."""
 
-from __future__ import annotations
-
 import operator
 from collections import Counter
 from typing import Any

@@ -7,8 +7,6 @@ as the others (Sun et al., Massive Activations in Large Language Models, COLM 20
 levels for the rest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,15 +121,9 @@ def _operands(roles: Roles, quantized: list[fx.Node]) -> list[QuantizerPosition]
     for node in roles.graph.nodes:
         operands = [n for n in node.all_input_nodes if roles.is_tensor(n) and not follows_from_no_input(n)]
         if operation(node) in (*PRODUCTS, 'einsum') and len(operands) == 2:
-            found.update(
-                dict.fromkeys(n for n in operands if n not in known and known.isdisjoint(_moved_from(n, roles)))
-            )
+            origins = {n: roles.sources(n) if roles.moves_only(n) else [n] for n in operands}
+            found.update(dict.fromkeys(n for n in operands if n not in known and known.isdisjoint(origins[n])))
     return [QuantizerPosition(n.name, (n,), (), roles.non_negative(n)) for n in found]
-
-
-def _moved_from(node: fx.Node, roles: Roles) -> set[fx.Node]:
-    """Returns the values from which the value of ``node`` was moved, or itself."""
-    return set(roles.sources(node)) if roles.moves_only(node) else {node}
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:

@@ -3,8 +3,6 @@
 Operations that are not listed here have no bounds. Constants have those of their values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Classifies the nodes of a graph for quantization, by type and operator and never by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs modules on shapes alone, as tensors on the device ``meta``: that takes no memory and hardly any time."""
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import Any
 

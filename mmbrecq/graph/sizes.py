@@ -4,8 +4,6 @@ Python reads sizes as plain numbers, and a graph keeps those of the example. Two
 in just these numbers: each is replaced by an expression of the batch size, or refused.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

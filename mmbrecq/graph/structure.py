@@ -4,8 +4,6 @@ A detector's head returns tuples of lists, one tensor per pyramid level. A file 
 named by its indices: ``output_0_2`` is ``outputs[0][2]``; a single tensor is ``output``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -70,7 +68,7 @@ def _items(value: Any) -> dict[Any, Any] | None:
 
 
 def nest_outputs(named: Mapping[str, Tensor]) -> Any:
-    """Returns the nested tuple of lists whose :func:`flatten_outputs` is ``named``, in any order of names."""
+    """Returns the nested tuple of lists whose :func:`flatten_outputs` is ``named``, in any order; None fills gaps."""
     tensors = {tuple(map(int, name.split('_')[1:])): tensor for name, tensor in named.items()}
     nested = _nest(tensors, ())
     return tuple(nested) if isinstance(nested, list) else nested
@@ -80,5 +78,5 @@ def _nest(tensors: Mapping[tuple[int, ...], Tensor], prefix: tuple[int, ...]) ->
     if prefix in tensors:
         return tensors[prefix]
     depth = len(prefix)
-    count = 1 + max(indices[depth] for indices in tensors if indices[:depth] == prefix)
-    return [_nest(tensors, (*prefix, index)) for index in range(count)]
+    places = [indices[depth] for indices in tensors if indices[:depth] == prefix]
+    return [_nest(tensors, (*prefix, index)) for index in range(max(places) + 1)] if places else None

@@ -12,10 +12,11 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,11 +33,10 @@ IN_PLACE_OPERATORS = {
 
 _READS_SIZES = (
     'size', 'dim', 'numel', 'nelement', 'ndimension', 'stride', 'storage_offset', 'element_size', 'is_floating_point',
-    'is_complex', 'is_contiguous', 'get_device', 'type', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like',
-    'ones_like', 'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor',
-    '_shape_as_tensor',
+    'is_complex', 'is_contiguous', 'get_device', 'is_tensor', 'result_type', 'is_same_size', 'zeros_like', 'ones_like',
+    'full_like', 'empty_like', 'new_zeros', 'new_ones', 'new_full', 'new_empty', 'new_tensor', '_shape_as_tensor',
 )  # fmt: skip
-"""Functions and methods whose result follows from the shape and the type of a tensor alone."""
+"""Functions and methods that read nothing of their first argument but its shape and its type."""
 
 _READS_VALUES = ('__bool__', '__int__', '__float__', '__index__', '__contains__', 'item', 'tolist', 'numpy', 'equal')
 
@@ -121,8 +121,7 @@ class ConcreteProxy(fx.Proxy):
         return convert(self.example)
 
 
-@contextmanager
-def seen_as_tensors() -> Iterator[None]:
+def seen_as_tensors() -> AbstractContextManager[object]:
     """Makes proxies of tensors tensors for ``isinstance`` within the block.
 
     A ``__class__`` of their own would do the same, but compiled code believes it, and reads the memory of a tensor.
@@ -137,11 +136,7 @@ def seen_as_tensors() -> Iterator[None]:
             return False
         return issubclass(type(value), ConcreteProxy) and check(value.example, Tensor) and issubclass(Tensor, kinds)
 
-    builtins.isinstance = is_of
-    try:
-        yield
-    finally:
-        builtins.isinstance = check
+    return patch.object(builtins, 'isinstance', is_of)
 
 
 def _augmented(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,7 +236,8 @@ class WatchedValues(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(getattr(func, '__name__', ''))
-        if name not in _READS_SIZES and any(id(t) in self._following for t in tensors_in((args, kwargs))):
+        read = args[1:] if name in _READS_SIZES else args
+        if any(id(t) in self._following for t in tensors_in((read, kwargs))):
             self._following.update({id(t): t for t in tensors_in(result)})
             self.are_read |= name in _READS_VALUES
         return result
@@ -325,8 +321,11 @@ def dependence(node: fx.Node) -> set[str]:
     if node.op in ('output', 'call_module') or 'values' not in depends:
         return depends
     name = str(node.target if node.op == 'call_method' else getattr(node.target, '__name__', ''))
-    is_attribute = node.target is getattr and not isinstance(node.meta['example'], Tensor)
-    if is_attribute or name in _READS_SIZES:
+    is_tensor = isinstance(node.meta['example'], Tensor)
+    # what a new tensor is filled with, and what `type` converts, may follow from values
+    filling = [n for n in node.all_input_nodes if n not in node.args[:1] and 'values' in n.meta['depends']]
+    reads_size = name in _READS_SIZES and not (is_tensor and filling)
+    if reads_size or (not is_tensor and (node.target is getattr or name == 'type')):
         return (depends - {'values'}) | {'size'}
     if any(not isinstance(v, Tensor) for v in flat(node.meta['example'])):
         raise ValueDependentError(f'a result of {name}')

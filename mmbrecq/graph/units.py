@@ -4,8 +4,6 @@ A unit consists of consecutive nodes, so any cut is executable in order; it may 
 crosses from unit to unit is kept image by image, so a value without the images along its first axis crosses none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -70,20 +68,22 @@ def cut_units(
     ``block``, ``stage`` (blocks that share a parent) or ``net`` (everything).
     """
     check_granularity(granularity)
-    builders = [_UnitBuilder(model, run) for run in _merge_bound(_runs(graph, layers, blocks, granularity), layers)]
-    needed = {name for builder in builders for name in builder.inputs}
+    runs = _merge_bound(_runs(graph, layers, blocks, granularity), layers)
+    copied = [_copied(run) for run in runs]
+    needed = {name for _, inputs in copied for name in inputs}
     needed |= {n.name for n in next(n for n in graph.nodes if n.op == 'output').all_input_nodes}
     units = []
-    for index, builder in enumerate(builders):
-        targets = list(dict.fromkeys(str(n.target) for n in builder.run if n.op == 'call_module'))
+    for index, (run, (copies, inputs)) in enumerate(zip(runs, copied, strict=True)):
+        targets = list(dict.fromkeys(str(n.target) for n in run if n.op == 'call_module'))
         unit_layers = tuple(layer for t in targets for layer in sorted(layers) if is_below(layer, t))
         own = f'{path}.{granularity}{index}'.removeprefix('.')
         named = unit_layers[0] if unit_layers and granularity != 'net' else own
-        name = _group_of(builder.run[0], blocks, granularity) or named
-        outputs = tuple(n.name for n in builder.run if n.name in needed and isinstance(n.meta['example'], Tensor))
-        unit_quantizers = tuple(t for t in targets if t in quantizers)
-        inputs, module = tuple(builder.inputs), builder.build(outputs)
-        units.append(ReconstructionUnit(name, module, inputs, outputs, unit_layers, unit_quantizers))
+        name = _group_of(run[0], blocks, granularity) or named
+        outputs = [n for n in run if n.name in needed and isinstance(n.meta['example'], Tensor)]
+        unit_graph = copies[run[0]].graph
+        unit_graph.output(tuple(copies[n] for n in outputs))
+        names = tuple(inputs), tuple(n.name for n in outputs), unit_layers, tuple(t for t in targets if t in quantizers)
+        units.append(ReconstructionUnit(name, graph_module(model, unit_graph, 'Unit'), *names))
     return units
 
 
@@ -143,36 +143,28 @@ def _merge_bound(runs: list[list[fx.Node]], layers: set[str]) -> list[list[fx.No
     return merged
 
 
-class _UnitBuilder:
-    """Copies a run of nodes into a graph of its own.
+def _copied(run: list[fx.Node]) -> tuple[dict[fx.Node, fx.Node], list[str]]:
+    """Copies a run of nodes into a graph of its own; returns the copies, and the names of the values that it reads.
 
     Values that are no tensors (sizes, tuples of a split) are recomputed where they are read, and tensors that follow
     from sizes without the images along their first axis, so that only values of images cross from unit to unit.
     """
+    graph, body = fx.Graph(), set(run)
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[fx.Node] = []
 
-    def __init__(self, model: nn.Module, run: list[fx.Node]) -> None:
-        self.model, self.run = model, run
-        self.graph = fx.Graph()
-        self.inputs: list[str] = []
-        self._copies: dict[fx.Node, fx.Node] = {}
-        self._body = set(run)
-        self._last_input: fx.Node | None = None
-        for node in run:
-            self._copy(node)
-
-    def build(self, outputs: tuple[str, ...]) -> fx.GraphModule:
-        by_name = {node.name: copy for node, copy in self._copies.items()}
-        self.graph.output(tuple(by_name[name] for name in outputs))
-        return graph_module(self.model, self.graph, 'Unit')
-
-    def _copy(self, node: fx.Node) -> None:
-        if node in self._copies:
+    def copy(node: fx.Node) -> None:
+        if node in copies:
             return
-        if node in self._body or node.op == 'get_attr' or _is_recomputed(node):
+        if node in body or node.op == 'get_attr' or _is_recomputed(node):
             for source in node.all_input_nodes:
-                self._copy(source)
-            self._copies[node] = self.graph.node_copy(node, lambda n: self._copies[n])
+                copy(source)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
         else:
-            with self.graph.inserting_after(self._last_input):
-                self._copies[node] = self._last_input = self.graph.placeholder(node.name)
-            self.inputs.append(node.name)
+            with graph.inserting_after(copies[inputs[-1]] if inputs else None):
+                copies[node] = graph.placeholder(node.name)
+            inputs.append(node)
+
+    for node in run:
+        copy(node)
+    return copies, [node.name for node in inputs]

@@ -5,8 +5,6 @@ takes longer than the convolutions. Compiling takes a third of a second, when th
 compiler, on other devices and for other dtypes torch's operations do the same: :func:`kernel` decides which of the two.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

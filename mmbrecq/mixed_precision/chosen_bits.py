@@ -1,7 +1,5 @@
 """Bits that a search has chosen, in a run: the rounding that its analysis has learned, and their measured loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +16,9 @@ from mmbrecq.schema import load_json
 
 
 class ChosenBits:
-    """Bits that a search has chosen.
+    """Bits that a search has chosen, from its ``search.json``.
 
-    Args:
-        path: The ``search.json`` of the search.
-        reuse: Whether the rounding that the analysis has learned is used; else every unit is reconstructed again.
+    With ``reuse`` the rounding that the analysis has learned is used; else every unit is reconstructed again.
     """
 
     def __init__(self, path: Path, reuse: bool) -> None:
@@ -43,12 +39,7 @@ class ChosenBits:
             )
 
     def obstacle(self, stage: Stage, inputs: Mapping[str, str]) -> str | None:
-        """Says why the first pass of a run cannot use the rounding of the analysis; None where it can.
-
-        Args:
-            stage: The first pass of the run.
-            inputs: What states of this run depend on.
-        """
+        """Says why a first pass, whose states depend on ``inputs``, cannot use what was learned; None where it can."""
         if not self.reuse:
             return 'search.reuse is False'
         if stage.quantizes_activations:

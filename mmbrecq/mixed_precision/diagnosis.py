@@ -5,8 +5,6 @@ the magnitude of the others (Sun et al., Massive Activations in Large Language M
 levels for both. Their loss adds up, so that groups which lose next to nothing together need not be taken apart.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,34 +58,22 @@ class Diagnosis:
 
     def overrides(self) -> list[dict[str, Any]]:
         """Returns the options of a quantizer that leave the layers in float, or give them more bits."""
-        raised: list[dict[str, Any]] = [
-            {
-                'pattern': layer,
-                'activation_bits': MAX_BITS,
-                'reason': f'with fewer bits its input alone costs the outputs {loss:.2g} ({self.kind})',
-            }
-            for layer, loss in self.raised.items()
-        ]
-        return raised + [
-            {
-                'pattern': layer,
-                'weight_bits': FLOAT,
-                'activation_bits': FLOAT,
-                'reason': f'at 8 bits its input costs {loss:.2g} of {self.before:.2g} at the outputs ({self.kind})',
-            }
-            for layer, loss in self.layers.items()
-        ]
+        found: list[dict[str, Any]] = []
+        for layer, loss in self.raised.items():
+            reason = f'with fewer bits its input alone costs the outputs {loss:.2g} ({self.kind})'
+            found.append({'pattern': layer, 'activation_bits': MAX_BITS, 'reason': reason})
+        for layer, loss in self.layers.items():
+            reason = f'at 8 bits its input costs {loss:.2g} of {self.before:.2g} at the outputs ({self.kind})'
+            found.append({'pattern': layer, 'weight_bits': FLOAT, 'activation_bits': FLOAT, 'reason': reason})
+        return found
 
 
 @dataclass
 class GridLoss:
-    """Tells what one grid costs the outputs, all else in float.
+    """Tells what one grid, of a ``weight`` or an ``activation``, costs the outputs, all else in float.
 
     Args:
         name: Path of the layer for a weight, of the quantizer for an activation.
-        kind: ``weight`` or ``activation``.
-        bits: Its bits.
-        loss: The loss.
         layers: The layers that read an activation, or the one that writes it where none does; empty for a weight.
     """
 
@@ -105,14 +91,10 @@ class GridLoss:
 
 @dataclass
 class GridLosses:
-    """Holds the losses of the grids of a graph, the largest first.
+    """Holds the losses of the grids of a graph over some images, the largest first.
 
-    Args:
-        kind: Kind of the loss.
-        images: Number of images that it was measured with.
-        together: Loss with all grids at once.
-        grids: Those that were measured alone: all, or the worst.
-        count: Number of all grids.
+    ``together`` is the loss with all grids at once, ``grids`` are those that were measured alone, all or the worst, and
+    ``count`` is the number of all grids.
     """
 
     kind: str
@@ -131,14 +113,10 @@ class GridLosses:
 
 
 def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int, passes: int | None = None) -> GridLosses:
-    """Switches the grids of a calibrated graph on one by one and measures the loss of the outputs.
+    """Switches the grids of a calibrated graph on one by one and measures the loss of the outputs over some images.
 
-    Args:
-        graph: With calibrated grids of weights and activations.
-        loss: Of the graph.
-        images: Number of images of the loss.
-        passes: Most passes over these images; where there are more grids, the worst are looked for group by group.
-            None for one for every grid.
+    Where there are more grids than ``passes``, the worst are looked for group by group in so many passes over the
+    images; None for a pass for every grid.
     """
     owners = _owners(graph)
     found = {name: GridLoss(name, 'weight', fq.qtype.bits, 0.0) for name, _, fq in graph.weights()}
@@ -150,10 +128,7 @@ def measure_grids(graph: QuantizedGraph, loss: OutputLoss, images: int, passes: 
         return loss.of(weights, [name for name in names if found[name].kind != 'weight'])
 
     together = of(found)
-    if passes is None or len(found) <= passes:
-        alone = {name: of([name]) for name in found}
-    else:
-        alone = _alone(list(found), of, together, 0.0, passes)
+    alone = _alone(list(found), of, together, 0.0, math.inf if passes is None else passes)
     grids = [replace(found[name], loss=value) for name, value in alone.items()]
     return GridLosses(loss.kind, images, together, sorted(grids, key=lambda grid: -grid.loss), len(found))
 
@@ -163,11 +138,8 @@ def diagnose(
 ) -> Diagnosis:
     """Finds the layers to leave in float: as few as bring the loss below the bound, within the limit.
 
-    Args:
-        graph: With calibrated 8-bit grids.
-        loss: Returns the loss of the outputs with the given activation quantizers on, all else in float.
-        kind: Kind of the loss, in words.
-        options: The bound and the limit.
+    ``graph`` has calibrated 8-bit grids; ``loss``, of a ``kind`` in words, returns that of the outputs with the given
+    activation quantizers on and all else in float.
     """
     paths = list(graph.quantizers)
     before = loss(paths) if paths else 0.0
@@ -203,12 +175,8 @@ def find_raised(
 ) -> dict[str, float]:
     """Returns the layers whose input on a grid below 8 bits loses more than its bound alone, with that loss.
 
-    Where they are more than the limit allows the worst are taken.
-
-    Args:
-        graph: With calibrated grids of the bits of the config.
-        loss: See :func:`diagnose`.
-        options: The bound and the limit.
+    Where they are more than the limit allows the worst are taken. ``graph`` has calibrated grids of the bits of the
+    config; ``loss`` is that of :func:`diagnose`.
     """
     paths = [path for path, quantizer in graph.quantizers.items() if quantizer.qtype.bits < MAX_BITS]
     if options.low_bound is None or not paths:
@@ -216,10 +184,7 @@ def find_raised(
     owners = _owners(graph)
     if (together := loss(paths)) <= options.low_bound:
         return {}
-    if len(paths) <= RAISING_PASSES:
-        alone = {path: loss([path]) for path in paths}
-    else:
-        alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
+    alone = _alone(paths, loss, together, options.low_bound, RAISING_PASSES)
     worst = sorted(((path, own) for path, own in alone.items() if own > options.low_bound), key=lambda item: -item[1])
     raised = [(layer, own) for path, own in worst for layer in sorted(owners.get(path, ()))]
     return dict(raised[: math.ceil(options.low_limit * len(graph.layers))])
@@ -239,20 +204,26 @@ def _owners(graph: QuantizedGraph) -> dict[str, set[str]]:
 
 
 def _alone(
-    paths: Sequence[str], loss: Callable[[Sequence[str]], float], total: float, least: float, passes: float = math.inf
+    paths: Sequence[str],
+    loss: Callable[[Sequence[str]], float],
+    total: float,
+    least: float,
+    passes: float | None = None,
 ) -> dict[str, float]:
-    """Returns the loss of every single grid but for groups that lose no more than ``least`` together.
+    """Returns the loss of every grid alone, or, without so many ``passes``, but for groups that lose ``least`` or less.
 
-    The group that loses most is halved first, so that the worst are found where the passes do not suffice for all.
+    The group that loses most is halved first, so that the worst are found; None is for as many passes as that takes.
     """
+    if passes is not None and len(paths) <= passes:
+        return {path: loss([path]) for path in paths}
     found: dict[str, float] = {}
-    groups = [(-total, 0, paths)]
+    groups, left = [(-total, 0, paths)], math.inf if passes is None else passes
     while groups and -groups[0][0] > least:
         negative, start, group = heappop(groups)
         if len(group) == 1:
             found[group[0]] = -negative
-        elif passes >= 2:
-            middle, passes = len(group) // 2, passes - 2
+        elif left >= 2:
+            middle, left = len(group) // 2, left - 2
             for begin, part in ((start, group[:middle]), (start + middle, group[middle:])):
                 heappush(groups, (-loss(part), begin, part))
     return found

@@ -1,7 +1,5 @@
 """Observers: from values to the scale and zero-point of their grid."""
 
-from __future__ import annotations
-
 from mmbrecq.observers.base import BaseObserver, MinMaxObserver, MovingAverageObserver, build_observer
 from mmbrecq.observers.histogram import PercentileObserver, StreamingHistogram
 from mmbrecq.observers.kl import HistogramObserver

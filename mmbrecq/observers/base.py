@@ -1,7 +1,5 @@
 """Observers turn batches of values into one scale and zero-point per channel or tensor; the simplest take the ends."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, TypeVar
 
@@ -68,8 +66,7 @@ class BaseObserver:
     def compute(self) -> tuple[Tensor, Tensor]:
         """Returns ``(scale, zero_point)``, float tensors of shape ``()`` or ``(C,)``; ``scale > 0`` and finite.
 
-        Raises:
-            DataError: If nothing was observed.
+        DataError is raised if nothing was observed.
         """
         if self.low is None or self.high is None:
             raise DataError(f'expected {type(self).__name__} to have observed values, but it has seen none')

@@ -1,7 +1,5 @@
 """The search for the range whose quantized distribution diverges least, and the observer that uses it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

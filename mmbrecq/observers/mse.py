@@ -8,8 +8,6 @@ The candidates are those of BRECQ (Li et al., ICLR 2021; reference code, ``quant
 times ``1 - 0.01 * i``, ``i`` in ``0 .. 79``.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Prepares a float model for block reconstruction (BRECQ, Li et al., ICLR 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,14 +25,7 @@ from mmbrecq.graph.tracer import TRANSPOSED, WEIGHTED
 from mmbrecq.graph.units import ReconstructionUnit, check_granularity, cut_units, is_below
 from mmbrecq.presets import get_preset
 from mmbrecq.qtype import MAX_BITS
-from mmbrecq.quantizers.options import (
-    ActivationOptions,
-    FallbackOptions,
-    Override,
-    WeightOptions,
-    assign_bits,
-    check_bits,
-)  # fmt: skip
+from mmbrecq.quantizers import options
 from mmbrecq.quantizers.quantized_model import UNCALLED, LayerInfo, QuantizedGraph, QuantizedModel
 from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
@@ -96,13 +87,15 @@ class BRECQQuantizer:
             if not isinstance(products, bool):
                 raise ConfigError(f'expected quantizer.products to be a boolean or None, but got {products!r}')
             self.preset = replace(self.preset, products=products)
-        self.weight = parse_options(WeightOptions, weight, 'quantizer.weight')
+        self.weight = parse_options(options.WeightOptions, weight, 'quantizer.weight')
         self.activation = parse_options(
-            ActivationOptions, {'bits': None} if activation is None else activation, 'quantizer.activation'
+            options.ActivationOptions, {'bits': None} if activation is None else activation, 'quantizer.activation'
         )
-        self.weight_bits = check_bits(self.weight.bits, 'quantizer.weight.bits')
-        self.activation_bits = check_bits(self.activation.bits, 'quantizer.activation.bits')
-        self.overrides = [parse_options(Override, o, f'quantizer.overrides[{i}]') for i, o in enumerate(overrides)]
+        self.weight_bits = options.check_bits(self.weight.bits, 'quantizer.weight.bits')
+        self.activation_bits = options.check_bits(self.activation.bits, 'quantizer.activation.bits')
+        self.overrides = [
+            parse_options(options.Override, o, f'quantizer.overrides[{i}]') for i, o in enumerate(overrides)
+        ]
         check_granularity(granularity, 'quantizer.granularity')
         for name, value in (('equalization', equalization), ('smoothing', smoothing)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
@@ -111,7 +104,7 @@ class BRECQQuantizer:
             raise ConfigError(f'expected quantizer.merge_branches to be a boolean, but got {merge_branches!r}')
         self.first_last_8bit, self.granularity, self.blocks = first_last_8bit, granularity, blocks
         default = {} if self.preset.falls_back else {'limit': 0.0}
-        self.fallback = parse_options(FallbackOptions, fallback or {}, 'quantizer.fallback', **default)
+        self.fallback = parse_options(options.FallbackOptions, fallback or {}, 'quantizer.fallback', **default)
         self.equalization, self.smoothing, self.merge_branches = float(equalization), float(smoothing), merge_branches
 
     def prepare(self, model: nn.Module, example: Tensor) -> QuantizedModel:
@@ -144,7 +137,7 @@ class BRECQQuantizer:
             first, last = _first_and_last(Roles(model, graph.graph))
             # the heads run after the layers that compute their features
             first_last |= last if graph.path else first | last
-        return assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
+        return options.assign_bits(list(called), first_last, self.weight_bits, self.activation_bits, self.overrides)
 
     def _quantize(self, traced: TracedGraph, all_bits: Bits) -> QuantizedGraph:
         """Inserts the quantizers of one graph; ``all_bits`` names the layers of the others too."""
@@ -194,15 +187,15 @@ class BRECQQuantizer:
         return [path]
 
     def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
-        options, node = self.activation, position.nodes[0] if position.nodes else None
-        qtype = self.preset.activation_qtype(bits, position.non_negative, options.symmetric, options.per_channel)
+        given, node = self.activation, position.nodes[0] if position.nodes else None
+        qtype = self.preset.activation_qtype(bits, position.non_negative, given.symmetric, given.per_channel)
         folds = self.preset.folds_channel_scales
         # OpenVINO has signed integers below 8 bits cut as real values, by one pair of bounds
         if position.per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
             qtype = replace(qtype, ch_axis=1)
         channels = 1 if node is None or qtype.ch_axis is None else node.meta['example'].shape[qtype.ch_axis]
         quantizer = build(
-            FAKE_QUANTS, dict(options.fake_quant), qtype=qtype, channels=channels,
+            FAKE_QUANTS, dict(given.fake_quant), qtype=qtype, channels=channels,
             integer_clip=self.preset.integer_clip or (position.per_channel and folds), full_scale=position.full_scale,
         )  # fmt: skip
         quantizer.bounds = position.bounds

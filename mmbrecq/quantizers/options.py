@@ -1,7 +1,5 @@
 """Checks the options of a quantizer in a config."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,13 +82,8 @@ class FallbackOptions:
     images: int = 16
 
     def __post_init__(self) -> None:
-        ends = {
-            'bound': (0, math.inf),
-            'limit': (0, 1),
-            'low_bound': (0, math.inf),
-            'low_limit': (0, 1),
-            'images': (1, math.inf),
-        }
+        loss, share = (0, math.inf), (0, 1)
+        ends = {'bound': loss, 'limit': share, 'low_bound': loss, 'low_limit': share, 'images': (1, math.inf)}
         for name, (least, most) in ends.items():
             value = getattr(self, name)
             if name == 'low_bound' and value is None:

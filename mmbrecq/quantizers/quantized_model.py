@@ -1,8 +1,6 @@
 """Holds a prepared model: its graphs, their units and layers, and the switches of its quantization."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,12 +103,17 @@ class QuantizedGraph:
         return [self.quantizers[name] for name in unit.quantizers]
 
     @contextmanager
-    def quantization(self, weights: bool, activations: bool) -> Iterator[None]:
-        """Switches fake quantization of the graph's weights and activations within the block."""
-        switches: list[tuple[Any, bool]] = [(quantizer, activations) for quantizer in self.quantizers.values()]
-        for _, module, fake_quant in self.weights():
+    def quantization(self, weights: bool | Collection[str], activations: bool | Collection[str]) -> Iterator[None]:
+        """Switches fake quantization of all weights and activations within the block, or on for given paths alone."""
+        assert isinstance(activations, bool) or set(activations) <= self.quantizers.keys()
+
+        def is_on(state: bool | Collection[str], path: str) -> bool:
+            return state if isinstance(state, bool) else path in state
+
+        switches: list[tuple[Any, bool]] = [(fq, is_on(activations, path)) for path, fq in self.quantizers.items()]
+        for name, module, fake_quant in self.weights():
             owners = (fake_quant, bias.bias_correction(module))
-            switches += [(owner, weights) for owner in owners if owner is not None]
+            switches += [(owner, is_on(weights, name)) for owner in owners if owner is not None]
         before = [owner.enabled for owner, _ in switches]
         try:
             for owner, state in switches:

@@ -1,7 +1,5 @@
 """Adam over the variables of a unit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -19,12 +19,10 @@ from mmbrecq.distributed import mean_over
 from mmbrecq.errors import StorageError
 from mmbrecq.reconstruction.values import FileValues, MemoryValues, Values, laid_out, to_device
 
-if TYPE_CHECKING:
-    from mmbrecq.reconstruction.rest import OutputTerm
-
 T = TypeVar('T')
 V = TypeVar('V', bound=Values)
 UnitLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+OutputTerm = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,7 @@ class UnitData(Generic[V]):
 Batch: TypeAlias = UnitData[Tensor]
 
 
+@dataclass(eq=False)
 class Batches:
     """The batches of all iterations, one after the other; a context manager.
 
@@ -127,27 +126,22 @@ class Batches:
     are kept.
 
     Args:
-        data: What is read.
-        batch_size: Images of an iteration.
-        iterations: How many batches there will be.
+        left: How many batches are still to be drawn.
         generator: Source of the draws, on the CPU.
         device: Where the batches are used.
         floats: Whether the float inputs are read.
     """
 
-    def __init__(
-        self,
-        data: UnitData[Any],
-        batch_size: int,
-        iterations: int,
-        generator: torch.Generator,
-        device: torch.device,
-        floats: bool,
-    ) -> None:
-        self.data, self.batch_size, self.left = data, batch_size, iterations
-        self.generator, self.device, self.floats = generator, device, floats
+    data: UnitData[Any]
+    batch_size: int
+    left: int
+    generator: torch.Generator
+    device: torch.device
+    floats: bool
+
+    def __post_init__(self) -> None:
         self._reader: ThreadPoolExecutor | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
         self._next: tuple[Tensor, Future[Batch] | None] | None = None
         # what a CUDA graph reads, while it is captured
         self.fixed: Batch | Tensor | None = None
@@ -219,24 +213,14 @@ def is_slow(data: UnitData[Any]) -> bool:
 class MicroBatches:
     """How many images a unit computes at once: half as many whenever the GPU runs out of memory.
 
-    Args:
-        unit: Name of the unit.
-        images: Images of a whole batch.
-
-    Attributes:
-        images: Images that are computed at once now.
-        split: Whether that is less than a whole batch.
+    ``images`` starts as a whole batch; ``split`` tells whether it is less by now.
     """
 
     def __init__(self, unit: str, images: int) -> None:
         self.unit, self.images, self.split = unit, images, False
 
     def run(self, work: Callable[[int], T]) -> T:
-        """Calls ``work(images)``, again with fewer where it fails for want of memory.
-
-        Raises:
-            StorageError: A single image does not fit.
-        """
+        """Calls ``work(images)``, again with fewer where memory does not suffice; StorageError if one does not fit."""
         while True:
             try:
                 return work(self.images)

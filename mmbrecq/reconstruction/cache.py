@@ -1,7 +1,5 @@
 """Where cached activations live, decided from their sizes before the work starts."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile
@@ -32,11 +30,9 @@ class CachePlan:
 
     Args:
         place: ``device``, ``host`` or ``disk``.
-        peak_bytes: Most that is cached at any time.
-        peak_unit: Name of the unit at which that is.
+        peak_bytes: Most that is cached at any time, at ``peak_unit``.
         dtype: In which activations are cached; they are computed in float32.
         working_bytes: Most that the work on a unit takes beside that, of the memory of the device that computes.
-        working_unit: Name of that unit.
         observed: Images whose activations are observed at once.
     """
 
@@ -67,14 +63,10 @@ def peak_bytes(
     """Returns the most bytes cached at once over a run, and the unit at which that is.
 
     Two streams are carried, and while a unit runs its inputs and its outputs are there in both, the quantized outputs
-    as they were before learning and after it. The images are the same in both, and there from the start to the end.
-
-    Args:
-        units: In the order of execution.
-        sizes: Bytes of each value over all calibration images.
-        images: Name of the network's input.
-        standing: Bytes of what is there from the start to the end: Fisher weights, outputs of the network.
-        weights: Values of the size of a unit's outputs that its loss weighs by, and is to find them from.
+    as they were before learning and after it. The ``images``, the network's input, are the same in both, and there from
+    the start to the end, as are ``standing`` bytes: Fisher weights, outputs of the network. ``sizes`` are the bytes of
+    each value over all calibration images; the loss of a unit weighs by so many values, ``weights``, of the size of its
+    outputs, or finds them from so many.
     """
     last = last_readers(units)
     live: set[str] = {images}
@@ -99,17 +91,11 @@ def plan_cache(
     memory_limit: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> CachePlan:
-    """Chooses where activations are cached.
+    """Chooses where activations are cached, in ``dtype``, for a model on ``device``.
 
-    Args:
-        place: As the config asks: one of :data:`PLACES`.
-        cached: Most bytes cached at once, and the unit at which that is.
-        working: Most bytes that the work on a unit takes beside that, and the unit.
-        device: Where the model runs.
-        directory: Where files may be written.
-        memory_limit: Bytes of host memory that both may take; None for half of what is available for the cache, and
-            all of it for both.
-        dtype: In which activations are cached.
+    The config asks for ``place``, one of :data:`PLACES`. ``cached`` are the most bytes cached at once, ``working`` the
+    most that the work on a unit takes beside that, each with the unit. ``memory_limit`` are bytes of host memory that
+    both may take; None for half of what is available for the cache, and all of it for both.
 
     Raises:
         ConfigError: ``place`` is unknown.
@@ -147,17 +133,10 @@ def plan_cache(
 def allocate_images(
     shape: Sequence[int], like: Tensor, place: str, directory: Path, memory_limit: int | None
 ) -> Tensor:
-    """Allocates the calibration images, which are there from the start to the end, by the rules of the cache.
+    """Allocates the calibration images, ``(N, 3, H, W)``, by the rules of :func:`plan_cache`.
 
-    Args:
-        shape: ``(N, 3, H, W)``.
-        like: Of their dtype, on the device of the model, where they lie unless they are mapped from a file.
-        place: As the config asks: one of :data:`PLACES`.
-        directory: Where files may be written.
-        memory_limit: See :func:`plan_cache`.
-
-    Raises:
-        StorageError: There is no room for them.
+    They are of the dtype of ``like`` and on its device, that of the model, unless they are mapped from a file.
+    StorageError is raised where there is no room for them.
     """
     size, on_host = math.prod(shape) * like.element_size(), not like.is_cuda
     free = torch.cuda.mem_get_info(like.device)[0] if like.is_cuda else _room_on_host(memory_limit)
@@ -172,11 +151,7 @@ def allocate_images(
 
 
 def images_on_disk(images: Images, directory: Path) -> Images:
-    """Returns images in a mapped file: themselves where they are in one or on a GPU, else a copy.
-
-    Raises:
-        StorageError: The disk is full.
-    """
+    """Returns images in a mapped file: themselves where they are in one or on a GPU, else a copy, or StorageError."""
     if isinstance(images, Grouped):
         return Grouped([images_on_disk(part, directory) for part in images.parts], images.ends)
     return images if images.is_shared() else _mapped(images.shape, images.dtype, directory).copy_(images)
@@ -196,13 +171,7 @@ def _room_on_host(memory_limit: int | None) -> int:
 
 
 class ActivationCache:
-    """Allocates values where the plan says.
-
-    Args:
-        plan: Where, and in which dtype.
-        device: Device of the model.
-        directory: Where files are written.
-    """
+    """Allocates values where the plan says, for a model on ``device``; files are written in ``directory``."""
 
     def __init__(self, plan: CachePlan, device: torch.device, directory: Path) -> None:
         self.plan, self.device, self.directory = plan, device, directory
@@ -210,15 +179,10 @@ class ActivationCache:
     def allocate(
         self, shape: Sequence[int], layout: torch.memory_format = torch.contiguous_format, like: Values | None = None
     ) -> CachedValues:
-        """Returns uninitialised values; they are freed, on the disk too, when the last reference goes.
+        """Returns uninitialised values ``(N, ...)``; they are freed, on the disk too, when the last reference goes.
 
-        Args:
-            shape: ``(N, ...)``.
-            layout: Order in memory of images, ``(N, C, H, W)``.
-            like: Another value of the images, which says whether they are groups; each group has a shape of its own.
-
-        Raises:
-            StorageError: The disk is full.
+        ``layout`` is the order in memory of ``(N, C, H, W)``; ``like`` is another value of the images, which says
+        whether they are groups, each with a shape of its own. StorageError is raised if the disk is full.
         """
         if isinstance(like, Grouped):
             return Grouped((), like.ends, like.starts, partial(self.allocate, layout=layout))
@@ -228,12 +192,7 @@ class ActivationCache:
         return MemoryValues(empty(shape, layout, dtype=self.plan.dtype, device=place), self.device)
 
     def hold(self, images: Images, mirror: bool = False) -> Values:
-        """Returns the values that a network reads, without a copy.
-
-        Args:
-            images: ``(N, 3, H, W)``, or features of regions.
-            mirror: Whether the mirror image of each follows, in each group.
-        """
+        """Returns images, or features of regions, as values, without a copy; mirror images may follow, by group."""
         if isinstance(images, Grouped):
             return Grouped([self.hold(part, mirror) for part in images.parts], images.ends)
         values = MemoryValues(images, self.device)

@@ -1,7 +1,5 @@
 """Callbacks observe a reconstruction, and are told how far it has come and how long it will take."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,10 +75,7 @@ class Callbacks(Callback):
 class Forecast:
     """Estimates the time that is left from the work of every unit, in multiplications, and the time of those done.
 
-    Args:
-        model: The prepared model.
-        stages: The passes.
-        share: Fraction of the images that pass through the network behind a unit, too.
+    A ``share`` of the images passes through the network behind a unit, too.
     """
 
     def __init__(self, model: QuantizedModel, stages: Iterable[Stage], share: float = 0.0) -> None:

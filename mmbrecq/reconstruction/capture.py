@@ -1,7 +1,5 @@
 """Iterations captured as a CUDA graph: Python launches a graph in the time that it takes for one of its kernels."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable
@@ -31,13 +29,8 @@ class Replay:
 
     If an iteration cannot be captured, since it waits for the GPU, say, all are done operation by operation.
 
-    Args:
-        name: Name of the unit, for messages.
-        iterate: Does an iteration with an exponent and a weight of the regulariser and the learning rates, which are
-            scalars on the GPU, and returns the loss.
-        batches: Batches of the unit.
-        masks: Random masks of the iterations, None where nothing is dropped.
-        device: The GPU.
+    ``iterate`` does an iteration of the unit ``name`` with an exponent and a weight of the regulariser and the learning
+    rates, which are scalars on the GPU, and returns the loss; ``masks`` is None where nothing is dropped.
     """
 
     def __init__(

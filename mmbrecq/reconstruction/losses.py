@@ -5,8 +5,6 @@ loss. What stands in for it is the distance of the outputs of the network, its w
 the float network: of the float network alone that distance has no gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import WARNING
@@ -149,13 +147,9 @@ def visit_task_losses(
 ) -> None:
     """Calls ``visit(loss, index)`` with the float network's task loss, summed over the images ``index`` of a batch.
 
-    Args:
-        model: The prepared model.
-        batches: Calibration data with annotations, in the order of ``images``; those beyond the images are not read.
-        images: Preprocessed images, ``(N, 3, H, W)``.
-        task_loss: Computes the loss through ``model.model``, as a mean over its batch.
-        forward: Computes the graph of the images.
-        visit: Takes its gradients.
+    ``batches`` are calibration data with annotations, in the order of ``images``, ``(N, 3, H, W)``; those beyond the
+    images are not read. ``task_loss`` computes a mean over a batch through ``model.model``, whose graph of the images
+    ``forward`` computes.
     """
     start = 0
     model.image_graph.traced.attach(forward)
@@ -179,17 +173,8 @@ def output_fisher(
     """Returns squared gradients of the distance between quantized and float outputs, normalised to mean 1.
 
     The distance is the sum over the outputs of their squared differences, each output in units of its own mean square:
-    class scores and box deltas differ in scale.
-
-    Args:
-        graph: A graph of a prepared model.
-        inputs: Of the float network, ``(N, ...)``.
-        quantized_inputs: Of the quantized one; the images are the same in both.
-        cache: Where the weights are kept.
-        batch_size: Of the passes.
-
-    Raises:
-        NonFiniteError: A gradient is not finite, or all at all outputs are zero.
+    class scores and box deltas differ in scale. ``inputs`` and ``quantized_inputs``, ``(N, ...)``, are those of the
+    float and of the quantized network. NonFiniteError is raised as in :func:`task_fisher`.
     """
     squares = _Squares(graph, inputs, cache)
     for index in batches_of(inputs, batch_size):

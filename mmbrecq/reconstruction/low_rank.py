@@ -1,7 +1,5 @@
 """A loss weighted by the Fisher information of a unit's outputs, diagonal plus low rank, from responses to errors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -68,15 +66,9 @@ def low_rank_weights(
 ) -> list[CachedValues]:
     """Returns for each output of a unit the diagonal and the factors of its Fisher information, ``(N, 1 + k, C, ...)``.
 
-    Args:
-        data: Targets of the unit, what the rest reads beside, and the float outputs of the network.
-        rest: The network behind the unit.
-        runs: Outputs of the unit with ``k`` different errors, the first that before learning.
-        cache: Where the weights are kept.
-        fitting: How many images are computed at once.
-
-    Raises:
-        NonFiniteError: A response is not finite.
+    ``data`` has the targets of the unit, what the rest reads beside, and the float outputs of the network; ``runs`` are
+    the outputs of the unit with ``k`` different errors, the first that before learning. NonFiniteError is raised if a
+    response is not finite.
     """
     targets = data.targets
     shapes = [grouped(target).parts[0].sample_shape for target in targets]

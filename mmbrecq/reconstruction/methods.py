@@ -1,7 +1,5 @@
 """The methods of reconstruction that a config can name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Rounding to nearest, with biases that make up for the mean error."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial

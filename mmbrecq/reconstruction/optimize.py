@@ -1,7 +1,5 @@
 """The optimisation of one unit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -192,14 +190,10 @@ def _mixed_inputs(batch: Batch, masks: RandomMasks | None) -> Sequence[Tensor]:
 
 @contextmanager
 def autocast(layers: Iterable[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
-    """Makes the layers multiply in ``dtype`` and return their input's dtype, within the block.
+    """Makes the layers multiply in ``dtype``, where given, and return their input's dtype, within the block.
 
     Only the products are cast: fake quantization, sums of branches, losses and everything that is learned stay in
     float32. Depthwise convolutions stay as they are, for they have no fast kernels in ``dtype`` on a CPU.
-
-    Args:
-        layers: Convolutions and linear layers of the unit; none of them is changed for good.
-        dtype: None changes nothing.
     """
     with ExitStack() as stack:
         for layer in layers:

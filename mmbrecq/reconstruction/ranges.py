@@ -1,7 +1,5 @@
 """Ranges of activations by what they do to the outputs of a unit, where an observer sees the values of each alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +21,8 @@ def fit_ranges(module: nn.Module, quantizers: Sequence[FakeQuantize], data: Unit
     """Sets every step size, one after the other, to the multiple with which the unit computes its outputs best.
 
     Most of a softmax is so small that the squared error of the values is least where all of it is rounded to 0; the
-    products with it know better. Quantization of the unit is switched on by the caller.
-
-    Args:
-        module: ``module(*inputs) -> tuple`` of outputs.
-        quantizers: Those of its activations, with observed step sizes; fixed ones stay.
-        data: Inputs and targets, of which the first images are looked at.
-        loss: Distance of an output from its target.
+    products with it know better. The first images of ``data`` are looked at, and fixed step sizes stay. Quantization of
+    the unit is switched on by the caller.
     """
     batch = data.read(next(iter(batches_of(data.targets[0], IMAGES)), slice(0)), floats=False)
 

@@ -1,7 +1,5 @@
 """Reconstruction of all units, pass by pass."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
@@ -24,18 +22,11 @@ from mmbrecq.distributed import batch_number, gather, on_main, process_count, pr
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.reconstruction import losses
 from mmbrecq.reconstruction.batches import MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
-from mmbrecq.reconstruction.losses import (
-    FISHER_BATCH,
-    FisherWeights,
-    MSELoss,
-    RelativeMSELoss,
-    output_fisher,
-    task_fisher,
-    weighted_outputs,
-)
+from mmbrecq.reconstruction.losses import MSELoss, RelativeMSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.ranges import fit_ranges
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
@@ -123,7 +114,7 @@ class BaseReconstructor:
             count = len(task.images) * REGIONS_PER_IMAGE if part.is_region else -(-pixels // size)
             sizes = self._sizes(part, count)
             inputs = next(n.name for n in part.traced.graph.nodes if n.op == 'placeholder')
-            standing = sum(sizes[name] for name in weighted_outputs(part)) if self.criterion.needs_fisher else 0
+            standing = sum(sizes[name] for name in losses.weighted_outputs(part)) if self.criterion.needs_fisher else 0
             has_rest = self.rank > 0 or self.share_behind > 0
             standing += sum(sizes[name] for name in part.cut('net')[0].outputs) if has_rest else 0
             for stage in map(_for_regions, self.stages) if part.is_region else self.stages:
@@ -193,13 +184,7 @@ class BaseReconstructor:
     def passes(self, task: Task, plan: CachePlan, callback: Callback) -> Iterator[tuple[Stage, list[UnitResult]]]:
         """Reconstructs every unit, and yields after each pass; the model then has what it learned, its switches off.
 
-        Args:
-            task: The model with calibrated grids, and its images.
-            plan: What :meth:`plan` returned.
-            callback: Is told of every unit.
-
-        Raises:
-            NonFiniteError: A loss stops being finite; unit and iteration are named.
+        ``plan`` is what :meth:`plan` returned. If a loss stops being finite, NonFiniteError names unit and iteration.
         """
         device = next(task.model.model.parameters()).device
         forecast = Forecast(task.model, self.stages, self.share_behind)
@@ -233,19 +218,19 @@ class BaseReconstructor:
                 weights = None
                 if self.criterion.needs_fisher and stage.granularity is None:
                     # the task loss is about regions chosen by the annotations, not about these
-                    weights = output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
+                    weights = losses.output_fisher(head, inputs, quantized_inputs, cache, head_stage.options.batch_size)
                 # nor do regions
                 results += run.units(head, head_stage, inputs, quantized_inputs, weights, None)
             callback.after_stage(stage)
             yield stage, results
 
-    def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> FisherWeights | None:
+    def _fisher(self, task: Task, images: Values, cache: ActivationCache) -> losses.FisherWeights | None:
         """Returns Fisher weights of the graph of the images, None where the loss needs none."""
         if not self.criterion.needs_fisher:
             return None
         if task.task_loss is None:
-            return output_fisher(task.model.image_graph, images, images, cache, FISHER_BATCH)
-        return task_fisher(task.model, task.batches(), images, task.task_loss, cache)
+            return losses.output_fisher(task.model.image_graph, images, images, cache, losses.FISHER_BATCH)
+        return losses.task_fisher(task.model, task.batches(), images, task.task_loss, cache)
 
 
 @dataclass(frozen=True)
@@ -274,7 +259,7 @@ class _Run:
         stage: Stage,
         inputs: Values,
         quantized_inputs: Values | None,
-        fisher: FisherWeights | None,
+        fisher: losses.FisherWeights | None,
         first: int | None,
     ) -> list[UnitResult]:
         """Reconstructs all units of one graph, whose outputs may have Fisher weights; see :class:`Streams`."""
@@ -295,7 +280,7 @@ class _Run:
                     outputs = streams.run(unit, streams.quantized_inputs(unit), True, activations)
                 streams.advance(index, float_outputs, outputs)
                 continue
-            result, outputs = self._reconstruct(graph, stage, streams, unit, float_outputs, fisher, behind)
+            result, outputs = self._reconstruct(stage, streams, unit, float_outputs, fisher, behind)
             streams.advance(index, float_outputs, float_outputs if stage.independent else outputs)
             result = replace(result, seconds=time.perf_counter() - start)
             results.append(result)
@@ -304,16 +289,15 @@ class _Run:
 
     def _reconstruct(
         self,
-        graph: QuantizedGraph,
         stage: Stage,
         streams: Streams,
         unit: ReconstructionUnit,
         float_outputs: Sequence[CachedValues],
-        fisher: FisherWeights | None,
+        fisher: losses.FisherWeights | None,
         behind: Supervision,
     ) -> tuple[UnitResult, list[CachedValues]]:
         """Optimises one unit; returns its result, without the time, and its quantized outputs."""
-        size, activations = stage.options.batch_size, stage.quantizes_activations
+        graph, size, activations = streams.graph, stage.options.batch_size, stage.quantizes_activations
         weights, quantizers = graph.unit_weights(unit), graph.unit_quantizers(unit)
         known = (None, None) if fisher is None else fisher.of(unit.outputs)
         data = UnitData(streams.quantized_inputs(unit), streams.float_inputs(unit), float_outputs, *known)
@@ -325,7 +309,7 @@ class _Run:
         self.callback.before_unit(stage, unit)
         if activations and quantizers and stage.observes:
             # the quantized stream now differs from the float one on which these were first observed
-            self._observe(graph, unit, streams)
+            self._observe(unit, streams)
             if tokens if stage.options.fit_ranges is None else stage.options.fit_ranges:
                 with graph.quantization(weights=True, activations=True):
                     fit_ranges(unit.module, quantizers, data, plain if self.options.rank else loss)
@@ -355,9 +339,9 @@ class _Run:
         result = UnitResult(unit.name, stage.name, unit.layers, before, after, iterations, 0.0, kept, power, split)
         return result, outputs
 
-    def _observe(self, graph: QuantizedGraph, unit: ReconstructionUnit, streams: Streams) -> None:
+    def _observe(self, unit: ReconstructionUnit, streams: Streams) -> None:
         """Finds the grids of a unit's activations from its quantized inputs, at once where there is room."""
-        fitting = streams.micro_batches(unit)
+        graph, fitting = streams.graph, streams.micro_batches(unit)
         size = self.cache.plan.observed * (REGIONS_PER_IMAGE if graph.is_region else 1)
 
         def run(images: int) -> None:

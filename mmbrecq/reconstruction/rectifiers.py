@@ -4,8 +4,6 @@ Memory, not arithmetic, limits both: together they take one pass over a feature 
 backward.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +23,9 @@ _CALLS: dict[Any, tuple[float, float]] = {
 
 @contextmanager
 def rectified(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the unit without those of its rectifiers that quantizers compute within the block.
+    """Yields the unit without those of its rectifiers that quantizers compute within the block; itself if it has none.
 
-    Args:
-        module: The unit; it is yielded itself where it is no graph, or has no such rectifier. Hooks of a rectifier
-            are not called within the block.
+    Hooks of a rectifier are not called within the block.
     """
     found = _find(module) if isinstance(module, fx.GraphModule) else {}
     if not isinstance(module, fx.GraphModule) or not found:

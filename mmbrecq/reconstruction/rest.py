@@ -1,7 +1,5 @@
 """Computes what the error of a unit does behind it: the float rest of the network, and the distance of its outputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,22 +52,7 @@ class Rest:
         rows = zip(found, targets, self.powers, strict=True)
         return sum(((o - t).square().sum() / (len(t) * power) for o, t, power in rows), found[0].new_zeros(()))
 
-
-@dataclass(frozen=True)
-class OutputTerm:
-    """The distance of the network's outputs as a term of a unit's loss.
-
-    Args:
-        rest: The network behind the unit.
-        weight: Factor of the distance.
-        share: Fraction of the images of a batch, the first ones, on which it is computed, in (0, 1].
-    """
-
-    rest: Rest
-    weight: float
-    share: float = 1.0
-
-    def __call__(self, outputs: Sequence[Tensor], beside: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """Returns the term for outputs of the unit; the arguments are those of :meth:`Rest.distance`."""
-        count = math.ceil(self.share * len(outputs[0]))
-        return self.weight * self.rest.distance(*([x[:count] for x in xs] for xs in (outputs, beside, targets)))
+    def term(self, *values: Sequence[Tensor], weight: float, share: float = 1.0) -> Tensor:
+        """Returns ``weight`` times the distance, of the first images of a batch alone, a ``share`` of it in (0, 1]."""
+        count = math.ceil(share * len(values[0][0]))
+        return weight * self.distance(*([x[:count] for x in xs] for xs in values))

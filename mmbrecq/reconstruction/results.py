@@ -1,7 +1,5 @@
 """What a unit has learned, and what a reconstruction reports of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,11 +76,7 @@ def unit_state(model: nn.Module, unit: ReconstructionUnit) -> UnitState:
 
 
 def load_unit_state(model: nn.Module, unit: ReconstructionUnit, state: UnitState) -> None:
-    """Puts what :func:`unit_state` returned into the unit.
-
-    Raises:
-        CheckpointError: The state is of another unit; the first name that differs is given.
-    """
+    """Puts what :func:`unit_state` returned into the unit; CheckpointError names the first that is of another unit."""
     own = dict(_tensors(model, unit))
     for name in sorted({*own, *state}):
         if name not in own or name not in state or own[name].shape != state[name].shape:

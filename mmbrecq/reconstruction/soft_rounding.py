@@ -1,7 +1,5 @@
 """The rounding of a layer while it is learned: its variable, its soft-quantized weight, and the gradients of both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -75,13 +73,10 @@ class SoftRounding:
             self.weight.mul_(gain.detach())
 
     def collect(self, grad: Tensor | None, gain: nn.Parameter | None, beta: Any, round_weight: Any) -> None:
-        """Carries the gradient of the weight on to the variable and to the gain.
+        """Carries the gradient of the weight, None of a layer that took no part, on to the variable and to the gain.
 
-        Args:
-            grad (Tensor | None): Gradient of the weight; a layer that took no part has none.
-            gain: The factor; None where there is none.
-            beta: Exponent of the regulariser; None for no regulariser.
-            round_weight: Weight of the regulariser; both may be scalars on the device, as in a CUDA graph.
+        ``beta`` is the exponent of the regulariser, None for no regulariser, and ``round_weight`` its weight; both may
+        be scalars on the device, as in a CUDA graph.
         """
         grad = torch.zeros_like(self.weight) if grad is None else laid_out(grad, self._layout)
         exponent, weight = (2.0, 0.0) if beta is None else (beta, round_weight)

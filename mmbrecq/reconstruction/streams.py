@@ -1,7 +1,5 @@
 """The float and the quantized activations, carried forward from unit to unit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,11 +20,7 @@ class Streams:
     of the units before it.
 
     Args:
-        graph: A graph of the prepared model.
-        units: Its units in the order of execution.
         inputs: What the network reads: preprocessed images, ``(N, 3, H, W)``, or features of regions.
-        cache: Where activations are kept.
-        batch_size: Images per forward pass.
         quantized_inputs: What it reads in the quantized stream, where that is not the same.
         first: Number of the first input among those of all processes; None where they have no common order.
     """

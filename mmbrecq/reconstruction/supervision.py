@@ -1,10 +1,8 @@
 """Supervision of units by what their errors do to the outputs of the network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from mmbrecq.data.groups import batches_of
@@ -12,7 +10,7 @@ from mmbrecq.distributed import mean_over
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.reconstruction.batches import UnitData, UnitLoss
 from mmbrecq.reconstruction.low_rank import low_rank_weights
-from mmbrecq.reconstruction.rest import OutputTerm, Rest
+from mmbrecq.reconstruction.rest import Rest
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.values import CachedValues
 
@@ -84,13 +82,8 @@ class Supervision:
     ) -> tuple[UnitData[Any], UnitLoss]:
         """Returns the data with what the loss of a unit needs of the network behind it, and the loss.
 
-        Args:
-            data: What the unit is trained on.
-            unit: The unit.
-            loss: Its loss.
-            plain: The loss of a unit on which no output depends, if ``loss`` weighs by responses.
-            outputs: Its quantized outputs.
-            activations: Whether the pass quantizes activations.
+        ``plain`` is the loss of a unit on which no output depends, if ``loss`` weighs by responses; ``outputs`` are the
+        unit's quantized ones, and ``activations`` tells whether the pass quantizes activations.
         """
         rest = self.rest(unit) if self.rank or self.weight else None
         if rest is None or not rest.outputs:
@@ -104,10 +97,11 @@ class Supervision:
             for quantized in list(dict.fromkeys((activations, False)))[: self.rank - 1]:
                 runs.append(streams.run(unit, data.float_inputs, weights=True, activations=quantized))
             fisher = low_rank_weights(with_rest, rest, runs, streams.cache, streams.micro_batches(unit))
-        data, with_rest = replace(data, fisher=fisher), replace(with_rest, fisher=fisher, term=OutputTerm(rest, 1.0))
+        term = partial(rest.term, weight=1.0)
+        data, with_rest = replace(data, fisher=fisher), replace(with_rest, fisher=fisher, term=term)
         if not self.weight:
             return data, loss
         of_unit = data.mean_loss(outputs, loss, size)
         behind = with_rest.mean_loss(outputs, loss, size) - of_unit
         weight = self.weight * of_unit / behind if behind > 0 else 0.0
-        return replace(with_rest, term=OutputTerm(rest, weight, self.share)), loss
+        return replace(with_rest, term=partial(rest.term, weight=weight, share=self.share)), loss

@@ -1,7 +1,5 @@
 """What a reconstruction works on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

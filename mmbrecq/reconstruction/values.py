@@ -1,7 +1,5 @@
 """Values over all calibration images, in memory or in a file, and the order in which they lie there."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import weakref
@@ -66,12 +64,7 @@ class CachedValues(Values, Protocol):
 
 
 class MemoryValues:
-    """Values in a tensor, which is not copied; batches lie in memory in the same order.
-
-    Args:
-        tensor (Tensor): ``(N, ...)``, without gaps.
-        device: Device of the model.
-    """
+    """Values in a tensor ``(N, ...)`` without gaps, which is not copied; batches lie in memory in the same order."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self.tensor, self.device, self.sample_shape = tensor, device, tensor.shape[1:]
@@ -99,17 +92,8 @@ class MemoryValues:
 class FileValues:
     """Values in a file without a name: its blocks are freed with this object, even if the process is killed.
 
-    They are read and written by explicit calls: pages of a mapping would count as the memory of this process.
-
-    Args:
-        directory: Where the file is made.
-        shape: ``(N, ...)``.
-        dtype: In which values are stored.
-        device: Device of the model.
-        layout: Order of images, in the file and in memory.
-
-    Raises:
-        StorageError: The disk has no room for it.
+    They are read and written by explicit calls: pages of a mapping would count as the memory of this process. Where the
+    disk has no room for them, StorageError is raised. ``layout`` is the order of images, in the file and in memory.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Writes ``report.html``, ``sensitivity.html`` and ``grids.html``: self-contained pages, from the templates here."""
 
-from __future__ import annotations
-
 import base64
 import math
 import os

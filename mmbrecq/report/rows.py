@@ -1,7 +1,5 @@
 """Builds the rows of the result table and formats their numbers, for the terminal and for HTML."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each field may still be empty, so that an unfinished run can be saved, read and reported.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,13 +87,8 @@ class Summary:
     Attributes:
         config: Path of the config file.
         model: Short name of the model, for titles.
-        preset: Quantization preset: 'academic', 'onnxruntime', 'openvino' or 'tensorrt'.
-        versions: Package name to version.
-        units: Reconstructed units, in order.
-        bits: Layer name to bits.
         float_layers: ``'<layer>: reason'`` for each convolution or linear layer that stays in float.
         loss: The reconstruction loss and its weights.
-        warnings: One sentence for each warning.
         verify: Exported file to ``'passed'`` or to the rule it breaks.
         integer_kernels: Runtime name to kernel count.
         grids: What single grids cost the outputs after the calibration, the worst first; None before it.

@@ -1,7 +1,5 @@
 """Prints the results of a run, and the bits that a search has chosen, in the terminal."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from rich import box

@@ -1,7 +1,5 @@
 """Weights from a checkpoint file into a model: all of them fit, or one sentence says what does not."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,16 +19,12 @@ _BATCH_COUNT = 'num_batches_tracked'
 def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads trained weights into ``model``, on the model's device and in its dtypes.
 
-    The weights are the file's ``state_dict``, else its ``model``, else the file itself. Where mmengine's or mmcv's
-    ``EMAHook`` ran, these are the averaged weights: the hook swaps the raw ones into ``ema_state_dict`` or, in mmcv 1,
-    into the same dict under ``ema_backbone_conv1_weight`` and the like; those are left out.
+    The weights are the ``state_dict`` of a file or URL, else its ``model``, else the file itself. Where mmengine's or
+    mmcv's ``EMAHook`` ran, these are the averaged weights: the hook swaps the raw ones into ``ema_state_dict`` or, in
+    mmcv 1, into the same dict under ``ema_backbone_conv1_weight`` and the like; those are left out.
 
     Every key must be there and fit, but for two kinds that cannot change an output: ``num_batches_tracked`` of a
     batch norm in evaluation, and all of ``data_preprocessor``, whose mean and std come from the config.
-
-    Args:
-        model: The float model.
-        path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
 
     Raises:
         CheckpointError: The file cannot be read or belongs to another model; the model's weights are then undefined.
@@ -57,9 +51,7 @@ def load_float_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Non
 def load_quantized_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads the ``state_dict`` of a quantized checkpoint: same keys, same shapes, same dtypes, no exception.
 
-    Args:
-        model: The prepared model; it is left as it was where the file does not fit.
-        path: File or URL, see :func:`mmbrecq.runs.safe_load.read_checkpoint`.
+    The prepared model is left as it was where the file does not fit.
 
     Raises:
         CheckpointError: The file cannot be read, or belongs to another model or to other bit-widths.

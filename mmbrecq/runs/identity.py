@@ -1,7 +1,5 @@
 """What the result of a run depends on, so that neither it nor its states are continued by another run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -59,13 +57,8 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
 def describe_inputs(cfg: Mapping[str, Any], model: nn.Module, images: Images, seed: int) -> dict[str, str]:
     """Returns what states of units depend on: settings in the config's words, weights and images by their hash.
 
-    The bits of layers are no part of it.
-
-    Args:
-        cfg: The config.
-        model: With its float weights, not prepared yet.
-        images: Preprocessed calibration images of this process.
-        seed: Of the run.
+    The bits of layers are no part of it. ``model`` has its float weights and is not prepared yet; ``images`` are the
+    preprocessed ones of this process.
     """
     settings = {key: value for key, value in cfg['quantizer'].items() if key != 'overrides'}
     settings['weight'] = {key: value for key, value in settings['weight'].items() if key != 'bits'}

@@ -1,7 +1,5 @@
 """The files that a run of quantization leaves in its work dir, and what they say about it: sizes, memory, versions."""
 
-from __future__ import annotations
-
 import platform
 import resource
 import sys

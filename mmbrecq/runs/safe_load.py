@@ -5,8 +5,6 @@ mmengine's training loop puts beside the weights (a message hub of history buffe
 and none of it is built: a stand-in that keeps nothing takes its place.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Files that are either written whole or left as they were: write beside, flush to the disk, rename."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
@@ -17,11 +15,7 @@ _TORCH_WRITE_FAILURES = ('PytorchStreamWriter', 'unexpected pos')
 
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
-    """Writes ``obj`` with ``torch.save``; a previous file at ``path`` survives any failure.
-
-    Args:
-        obj: What ``torch.save`` takes, usually a checkpoint dict.
-        path: File to create or replace; missing folders are made.
+    """Writes ``obj`` with ``torch.save`` and makes missing folders; a previous file at ``path`` survives any failure.
 
     Raises:
         StorageError: The file cannot be written: no space left, no permission, a file in the place of a folder.
@@ -40,10 +34,8 @@ def write_text_atomic(text: str, path: str | os.PathLike[str]) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a path beside ``path`` to write to, and replaces ``path`` by that file when the block ends well.
 
-    When the block raises, Ctrl-C included, the partial file is removed and ``path`` stays as it was.
-
-    Raises:
-        StorageError: The system refused to write; every other exception of the block is raised unchanged.
+    When the block raises, Ctrl-C included, the partial file is removed and ``path`` stays as it was. The exception is
+    raised unchanged, but as a StorageError where the system refused to write.
     """
     target = Path(path)
     partial = target.with_name(f'.{target.name}.{os.getpid()}.partial')

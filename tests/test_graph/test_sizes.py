@@ -99,6 +99,19 @@ def test_sizes_become_constants() -> None:
     assert operations == ['call_function', 'call_method', 'call_module', 'get_attr', 'output', 'placeholder']
 
 
+def test_converted_values_without_images_are_no_constant() -> None:
+    """They are alike for a pair of images and for the pair with the first once more, as two traces have them."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return (y + y.amax(0).type(torch.float32)).mean((2, 3))
+
+    model = net(forward, conv=conv())
+    wanted = run(model, images(5, seed=1, size=8))
+    traced = trace_image_graph(model, images(2, size=8))
+    torch.testing.assert_close(run(traced.compile(), images(5, seed=1, size=8)), wanted, rtol=0, atol=0)
+
+
 class _Loops(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -45,6 +45,12 @@ def test_a_tuple_of_tensors_and_deeper_ones() -> None:
     assert values(nest_outputs(flatten_outputs((a,)))) == [0.0]
 
 
+def test_outputs_that_are_none_leave_gaps() -> None:
+    a, b, c = tensors(3)
+    first, gap, levels = nest_outputs(flatten_outputs((a, None, [b, None, c])))
+    assert first is a and gap is None and levels == [b, None, c]
+
+
 def test_a_dict_of_tensors() -> None:
     a, b, c = tensors(3)
     flat = flatten_outputs({'maps': [a, b], 'scores': c})

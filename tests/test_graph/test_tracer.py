@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,6 +111,35 @@ def test_module_that_cannot_be_traced_is_one_opaque_call() -> None:
     assert calls == [('call_module', f'backbone.{name}') for name in ('first', 'odd', 'last')]
     x = images(5, seed=1)
     torch.testing.assert_close(run(traced, x), run(model, x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings('ignore:To copy construct')
+@pytest.mark.parametrize(
+    'converted',
+    [
+        lambda y: (y > 0).type(torch.int64),
+        lambda y: torch.full_like(y, y.amax()),
+        lambda y: y.new_full((2,), y[0, 0, 0, 0]),
+        lambda y: y.new_tensor(y.mean()),
+    ],
+)
+def test_a_tensor_filled_or_converted_from_values_follows_from_them(converted: Callable[[Tensor], Tensor]) -> None:
+    class Counts(_Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y * int(converted(y).sum())
+
+    model = net(lambda self, x: self.odd(self.first(x)), first=conv(), odd=Counts())
+    tracer = trace(model)[1]
+    assert list(tracer.opaque) == ['backbone.odd'] and tracer.value_dependent == {'backbone.odd'}
+
+
+def test_a_type_and_what_is_like_a_tensor_follow_from_no_values() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.zeros_like(y).add(y) if y.type() == 'torch.FloatTensor' else y.new_full((1,), 2.0)
+
+    assert not trace(net(forward, conv=conv()))[1].opaque
 
 
 def test_tensors_of_an_opaque_module_are_nodes_of_their_own() -> None:

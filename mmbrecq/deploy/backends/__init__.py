@@ -6,12 +6,6 @@ from mmbrecq.deploy.backends.onnxruntime import ONNXRuntimeBackend
 from mmbrecq.deploy.backends.openvino import OpenVINOBackend
 
 __all__ = [
-    'BaseBackend',
-    'DeployedModel',
-    'KernelCount',
-    'ONNXRuntimeBackend',
-    'OpenVINOBackend',
-    'as_forward',
-    'build_exporters',
-    'open_backend',
-]
+    'BaseBackend', 'DeployedModel', 'KernelCount', 'ONNXRuntimeBackend', 'OpenVINOBackend', 'as_forward',
+    'build_exporters', 'open_backend',
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """What every runtime offers: tensors in, tensors out, and a count of the layers that run in integers."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from abc import ABCMeta, abstractmethod

@@ -1,7 +1,5 @@
 """The runtime that reads a file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -51,15 +49,7 @@ def as_forward(backend: BaseBackend) -> Callable[[Tensor], Any]:
 
 
 class DeployedModel:
-    """The exported files of a model: one that reads images and, of a two-stage detector, one for each head beside it.
-
-    Args:
-        model: The OpenMMLab model that they were made of.
-        path: The file that reads images.
-
-    Raises:
-        BackendError: As :func:`open_backend` has it.
-    """
+    """The exported files of an OpenMMLab model, opened: ``path`` reads images, and heads of regions lie beside it."""
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         self.model = model

@@ -1,7 +1,5 @@
 """ONNX Runtime on the CPU."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends.base import BaseBackend, KernelCount
-from mmbrecq.deploy.verify.onnx_graph import Layer, OnnxGraph
+from mmbrecq.deploy.verify.onnx_graph import QUANTIZATION_OPS, Layer, OnnxGraph
 from mmbrecq.registry import BACKENDS
 
 # What the optimizer makes of convolutions and linear layers when they shall run in integers
@@ -137,7 +135,7 @@ def unshare_weights(model: Any) -> bool:
     read: set[str] = set()
     count = len(model.graph.initializer)
     for index, node in enumerate(model.graph.node):
-        inputs = node.input if node.op_type in ('QuantizeLinear', 'DequantizeLinear') else []
+        inputs = node.input if node.op_type in QUANTIZATION_OPS else []
         for place, name in enumerate(list(inputs)):
             if name in read:
                 copy = model.graph.initializer.add()

@@ -1,7 +1,5 @@
 """OpenVINO on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -89,10 +87,8 @@ class OpenVINOBackend(BaseBackend):
             if info['layerType'].astype(str) not in WEIGHTED_LAYERS:
                 continue
             # A dequantization moved behind the layer takes its name, with this word appended
-            names = {
-                name.removesuffix('/DequantizationMultiply')
-                for name in info['originalLayersNames'].astype(str).split(',')
-            }
+            originals = info['originalLayersNames'].astype(str).split(',')
+            names = {name.removesuffix('/DequantizationMultiply') for name in originals}
             if (precision := info['runtimePrecision'].astype(str)) in INTEGER_PRECISIONS:
                 integer |= names
             else:

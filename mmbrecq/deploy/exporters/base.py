@@ -1,7 +1,5 @@
 """The contract of all exporters."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from abc import ABCMeta, abstractmethod
@@ -25,6 +23,7 @@ class BaseExporter(metaclass=ABCMeta):
 
     Args:
         filename: Name of the file in the folder of the export.
+        opset: Version of the ONNX operator set, 13 to 20; per-channel scales came with 13.
     """
 
     suffix: str
@@ -32,19 +31,18 @@ class BaseExporter(metaclass=ABCMeta):
     packages: ClassVar[tuple[str, ...]] = ('onnx',)
     """Packages that writing and verifying take; they are looked for before there is anything to write."""
 
-    def __init__(self, filename: str | None = None) -> None:
+    def __init__(self, filename: str | None = None, opset: int = 17) -> None:
         for package in self.packages:
             require(package)
         self.filename = filename or f'model{self.suffix}'
         if not self.filename.endswith(self.suffix):
             raise ExportError(f"expected the exported file to end with '{self.suffix}', but got '{self.filename}'")
+        if not 13 <= opset <= 20:
+            raise ExportError(f'expected opset in 13..20, but got {opset!r}')
+        self.opset = opset
 
     def export_all(self, model: QuantizedModel, example: Tensor, folder: Path) -> list[Path]:
-        """Writes ``model`` and, in a file each, its heads; see :meth:`export`.
-
-        Returns:
-            The path of the graph that reads images, then those of the heads, named as :func:`head_file` has it.
-        """
+        """Writes ``model`` and its heads, see :meth:`export`, to files named by :func:`head_file`; returns them."""
         examples = [example, *(head.traced.example for head in model.region_graphs)]
         return [self.export(graph, of, folder) for graph, of in zip(model.graphs, examples, strict=True)]
 

@@ -1,7 +1,5 @@
 """Export to ONNX with QuantizeLinear and DequantizeLinear."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys
@@ -26,20 +24,9 @@ INPUT_NAME = 'images'
 
 @EXPORTERS.register_module()
 class ONNXExporter(BaseExporter):
-    """Writes one ONNX file: integer weights with their scales, Q/DQ on activations, float biases.
-
-    Args:
-        filename: Name of the file.
-        opset: Version of the operator set, 13 to 20; per-channel scales came with 13.
-    """
+    """Writes one ONNX file: integer weights with their scales, Q/DQ on activations, float biases."""
 
     suffix = '.onnx'
-
-    def __init__(self, filename: str | None = None, opset: int = 17) -> None:
-        super().__init__(filename)
-        if not 13 <= opset <= 20:
-            raise ExportError(f'expected opset in 13..20, but got {opset!r}')
-        self.opset = opset
 
     def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
         path.write_bytes(onnx_model(graph, example, self.opset).SerializeToString())
@@ -48,10 +35,8 @@ class ONNXExporter(BaseExporter):
 def onnx_model(graph: QuantizedGraph, example: Tensor, opset: int) -> Any:
     """The packed model as an ``onnx.ModelProto``.
 
-    The batch axis is free, height and width where outputs and graph follow them.
-
-    Raises:
-        ExportError: An operator has no ONNX form.
+    The batch axis is free, height and width where outputs and graph follow them. ExportError is raised if an operator
+    has no ONNX form.
     """
     import onnx
 

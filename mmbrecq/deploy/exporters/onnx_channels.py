@@ -4,8 +4,6 @@
 into the scales of its weight and its bias, depthwise convolutions behind take the product into those of their weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Changes an exported ONNX graph in place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -38,13 +36,14 @@ class OnnxEditor(OnnxGraph):
         self.proto.node.insert(index, self.makers[output])
         return output
 
-    def drop_unread(self) -> None:
-        """Removes the initializers that no node reads, and before them the Constant and DequantizeLinear nodes."""
+    def drop_unread(self, *ops: str) -> None:
+        """Removes what no node reads: Constant and DequantizeLinear nodes, those of ``ops``, and initializers."""
         graph = self.proto
         read = {name for node in graph.node for name in node.input} | {*self.outputs}
-        droppable = [n for n in graph.node if n.op_type in ('Constant', 'DequantizeLinear')]
-        for node in [n for n in droppable if n.output[0] not in read]:
-            graph.node.remove(node)
-        read = {name for node in graph.node for name in node.input}
+        droppable = [node for node in graph.node if node.op_type in ('Constant', 'DequantizeLinear', *ops)]
+        if unread := [node for node in droppable if node.output[0] not in read]:
+            for node in unread:
+                graph.node.remove(node)
+            self.drop_unread(*ops)
         for tensor in [t for t in graph.initializer if t.name not in read]:
             graph.initializer.remove(tensor)

@@ -5,10 +5,6 @@ other as channels. A convolution over them is one of twice the kernel with strid
 slices (seen with 2026.4) take as long as a good part of such a network.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 
 from mmbrecq.deploy.exporters.onnx_editor import OnnxEditor
@@ -17,8 +13,7 @@ from mmbrecq.deploy.verify.onnx_graph import Array, Layer
 Phases = list[tuple[int, int]]
 """First row and first column of every phase."""
 
-_PLAIN = {'strides': [1, 1], 'dilations': [1, 1], 'group': 1, 'auto_pad': b'NOTSET'}
-_DEAD = ('Concat', 'Slice', 'Unsqueeze')
+_PLAIN = {'strides': [1, 1], 'dilations': [1, 1], 'group': 1, 'auto_pad': 'NOTSET'}
 
 
 def join_phases(edit: OnnxEditor) -> None:
@@ -29,16 +24,12 @@ def join_phases(edit: OnnxEditor) -> None:
         if codes is None or codes.ndim != 4 or sorted(phases) != [(0, 0), (0, 1), (1, 0), (1, 1)]:
             continue
         conv, dq = edit.makers[node.outputs[0]], edit.makers[layer.weight]
-        conv.input[0], dq.input[0] = source, edit.store(f'{dq.input[0]}/phases', _interleaved(codes, phases))
-        pads = [2 * pad for pad in node.attributes.get('pads', [0] * 4)]
-        _set_attributes(conv, kernel_shape=[2 * n for n in codes.shape[2:]], strides=[2, 2], pads=pads)
-        graph, dead = edit.proto, [edit.makers[layer.data]]
-        while dead:
-            for proto in dead:
-                graph.node.remove(proto)
-            read = {name for proto in graph.node for name in proto.input} | {*edit.outputs}
-            dead = [proto for proto in graph.node if proto.op_type in _DEAD and proto.output[0] not in read]
-        edit.drop_unread()
+        dq.input[0] = edit.store(f'{dq.input[0]}/phases', _interleaved(codes, phases))
+        twice = {'kernel_shape': list(codes.shape[2:]), 'strides': [1, 1], 'pads': node.attributes.get('pads', [0] * 4)}
+        attributes = {**node.attributes, **{name: [2 * n for n in values] for name, values in twice.items()}}
+        edit.insert(edit.index(conv), 'Conv', [source, *conv.input[1:]], conv.output[0], conv.name, **attributes)
+        edit.proto.node.remove(conv)
+        edit.drop_unread('Concat', 'Slice', 'Unsqueeze')
 
 
 def _phases(edit: OnnxEditor, layer: Layer) -> tuple[str, Phases]:
@@ -81,11 +72,3 @@ def _interleaved(codes: Array, phases: Phases) -> Array:
     for index, (row, column) in enumerate(phases):
         joined[:, :, row::2, column::2] = parts[:, index]
     return joined
-
-
-def _set_attributes(node: Any, **attributes: list[int]) -> None:
-    from onnx import helper
-
-    kept = [attribute for attribute in node.attribute if attribute.name not in attributes]
-    del node.attribute[:]
-    node.attribute.extend([*kept, *(helper.make_attribute(key, value) for key, value in attributes.items())])

@@ -1,7 +1,5 @@
 """Rewrites of an exported ONNX graph into the forms that a runtime computes in integers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

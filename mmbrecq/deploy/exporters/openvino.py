@@ -1,7 +1,5 @@
 """Export to OpenVINO's intermediate representation."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -27,17 +25,9 @@ class OpenVINOExporter(BaseExporter):
     """Writes an IR, ``.xml`` and ``.bin``, converted from the ONNX graph; weights stay 8-bit integers.
 
     Its runtime information names the preset, at `IR_PRESET`.
-
-    Args:
-        filename: Name of the ``.xml``.
-        opset: ONNX operator set of the graph that is converted.
     """
 
     suffix, packages = '.xml', ('onnx', 'openvino')
-
-    def __init__(self, filename: str | None = None, opset: int = 17) -> None:
-        super().__init__(filename)
-        self.opset = opset
 
     def write(self, graph: QuantizedGraph, example: Tensor, path: Path) -> None:
         import openvino

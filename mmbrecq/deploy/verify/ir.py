@@ -3,8 +3,6 @@
 Source: OpenVINO's specification of FakeQuantize and its pages on low-precision transformations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

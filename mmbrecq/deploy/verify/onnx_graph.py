@@ -1,7 +1,5 @@
 """A read-only view of an ONNX file with Q/DQ nodes, and what the quantized torch model says of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ Faults = Iterator[tuple[str, str]]
 
 CONV_OPS = frozenset({'Conv', 'ConvTranspose'})
 LAYER_OPS = CONV_OPS | {'Gemm', 'MatMul'}
+QUANTIZATION_OPS = ('QuantizeLinear', 'DequantizeLinear')
 # Whose operations every runtime has.
 STANDARD_DOMAINS = frozenset({'', 'ai.onnx'})
 # Their output holds only values of their inputs, or zeros: what lies on a grid stays on it.
@@ -94,15 +93,10 @@ def integer_range(dtype: np.dtype[Any]) -> tuple[int, int] | None:
 
 
 class OnnxGraph:
-    """Producers, consumers and constants of an ONNX model.
+    """Producers, consumers and constants of an ``onnx.ModelProto`` whose tensors are loaded.
 
-    Args:
-        model (onnx.ModelProto): The model, its tensors loaded.
-        source: Name of the file, for messages.
-        expected: What the torch model says; None checks the file on its own.
-
-    Raises:
-        ExportError: The model holds a subgraph or a local function, which the rules cannot see into.
+    ``source`` names the file in messages. ExportError is raised if the model holds a subgraph or a local function,
+    which the rules cannot see into.
     """
 
     def __init__(self, model: Any, source: str, expected: ExpectedQuantization | None = None) -> None:
@@ -219,7 +213,7 @@ class OnnxGraph:
         dq: Node | None = None
         while tensor not in self.constants:
             node = self.producer(tensor)
-            if node is None or node.op not in MOVE_OPS | {'QuantizeLinear', 'DequantizeLinear'}:
+            if node is None or node.op not in MOVE_OPS.union(QUANTIZATION_OPS):
                 return False, None
             if node.op == 'DequantizeLinear' and dq is None:
                 dq = node
@@ -289,12 +283,7 @@ def _read_node(proto: Any, source: str) -> Node:
 
 
 def read_onnx(path: Path, expected: ExpectedQuantization | None = None) -> OnnxGraph:
-    """Reads an ONNX file.
-
-    Raises:
-        DependencyError: The onnx package is missing.
-        ExportError: The file cannot be read, or holds what the rules cannot see into.
-    """
+    """Reads an ONNX file, if onnx is installed; ExportError if it cannot be read, or holds what no rule sees into."""
     onnx = require('onnx')
     try:
         model = onnx.load(path)

@@ -3,8 +3,6 @@
 Source: OpenVINO's specification of FakeQuantize and its pages on low-precision transformations.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mmbrecq.deploy.verify.onnx_graph import LAYER_OPS, MOVE_OPS, Faults, Node, OnnxGraph

@@ -4,8 +4,6 @@ Source: ONNX Runtime's Q/DQ selectors and its ReLU fusion (``core/optimizer/qdq_
 optimized graphs that it writes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mmbrecq.deploy.verify.onnx_graph import MOVE_OPS, Faults, Node, OnnxGraph

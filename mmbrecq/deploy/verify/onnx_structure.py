@@ -3,23 +3,14 @@
 Source: the ONNX operator specification of QuantizeLinear and DequantizeLinear, and their version history.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import numpy as np
 
-from mmbrecq.deploy.verify.onnx_graph import STANDARD_DOMAINS, Array, Faults, Layer, Node, OnnxGraph
-
-
-def quantization_nodes(graph: OnnxGraph) -> Iterator[Node]:
-    """QuantizeLinear and DequantizeLinear nodes in file order."""
-    return graph.of_type('QuantizeLinear', 'DequantizeLinear')
+from mmbrecq.deploy.verify.onnx_graph import QUANTIZATION_OPS, STANDARD_DOMAINS, Array, Faults, Layer, Node, OnnxGraph
 
 
 def check_scales(graph: OnnxGraph) -> Faults:
     """C1: scales are constant, finite and positive."""
-    for node in quantization_nodes(graph):
+    for node in graph.of_type(*QUANTIZATION_OPS):
         scale = graph.scale(node)
         if scale is None:
             yield node.name, f'expected a constant scale, but {node.input(1)!r} is computed'
@@ -30,7 +21,7 @@ def check_scales(graph: OnnxGraph) -> Faults:
 
 def check_zero_points(graph: OnnxGraph) -> Faults:
     """C2: a constant zero-point of the scale's shape is given."""
-    for node in quantization_nodes(graph):
+    for node in graph.of_type(*QUANTIZATION_OPS):
         scale, zero_point = graph.constant(node.input(1)), graph.constant(node.input(2))
         if not node.input(2):
             yield node.name, 'expected a zero-point, but it is left out'
@@ -43,7 +34,7 @@ def check_zero_points(graph: OnnxGraph) -> Faults:
 
 def check_axes(graph: OnnxGraph) -> Faults:
     """C3: per-channel axis explicit, its length the scale's, the axis of a weight its output channels."""
-    for node in quantization_nodes(graph):
+    for node in graph.of_type(*QUANTIZATION_OPS):
         scale = graph.constant(node.input(1))
         if scale is not None and (message := _axis_fault(node, scale, graph.constant(node.input(0)))):
             yield node.name, message
@@ -111,7 +102,7 @@ def check_opset(graph: OnnxGraph) -> Faults:
     from onnx import defs
 
     clips = [graph.integer_clip(node) for node in graph.activation_quantizers()]
-    quantization = [node for node in graph.nodes if node.op in ('QuantizeLinear', 'DequantizeLinear')]
+    quantization = [node for node in graph.nodes if node.op in QUANTIZATION_OPS]
     for node in [*quantization, *(clip for clip in clips if clip is not None)]:
         if node.domain not in STANDARD_DOMAINS or not defs.has(node.op, graph.opset):
             yield node.name, f'expected an ONNX operator of opset {graph.opset}, but got {node.op} of {node.domain!r}'

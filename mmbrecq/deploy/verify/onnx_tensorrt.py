@@ -3,10 +3,8 @@
 Source: NVIDIA's TensorRT guide, "Explicit Quantization", the recommendations on Q/DQ placement.
 """
 
-from __future__ import annotations
-
-from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Faults, Node, OnnxGraph
-from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, quantization_nodes, title
+from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, QUANTIZATION_OPS, Faults, Node, OnnxGraph
+from mmbrecq.deploy.verify.onnx_structure import check_concat_grids, title
 
 # TensorRT fuses these into the convolution before them.
 FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu'})
@@ -14,7 +12,7 @@ FUSED_OPS = frozenset({'BatchNormalization', 'Clip', 'LeakyRelu', 'PRelu', 'Relu
 
 def check_int8(graph: OnnxGraph) -> Faults:
     """T1: int8 only, zero-points 0, and no Clip of integers, which TensorRT does not have."""
-    for node in quantization_nodes(graph):
+    for node in graph.of_type(*QUANTIZATION_OPS):
         container = graph.zero_point_range(node)
         if container != (-128, 127):
             found = 'another type' if container is None else f'integers of {container[0]}..{container[1]}'
@@ -91,10 +89,8 @@ def check_residuals(graph: OnnxGraph) -> Faults:
                 yield add.name, f'expected Q/DQ on the shortcut, but it comes from {title(found)}'
         elif any(through) and all(graph.quantized_sources(tensor) is not None for tensor in computed):
             conv = title(next(node for node in through if node is not None))
-            yield (
-                add.name,
-                f'expected no Q/DQ between {conv} and the add, but no input comes straight from a convolution',
-            )
+            message = 'but no input comes straight from a convolution'
+            yield add.name, f'expected no Q/DQ between {conv} and the add, {message}'
 
 
 def _is_quantized(graph: OnnxGraph, node: Node) -> bool:

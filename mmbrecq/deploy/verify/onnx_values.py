@@ -3,8 +3,6 @@
 Source: the ONNX operator specification of QuantizeLinear, DequantizeLinear and Clip.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mmbrecq.deploy.verify.onnx_graph import Array, Faults, Node, OnnxGraph, integer_range

@@ -1,7 +1,5 @@
 """Checks an exported file, without running it, against the rules of its preset: the table says where each is from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +133,9 @@ def check_file(
     expected: ExpectedQuantization | None = None,
     shown_as: str | Path | None = None,
 ) -> None:
-    """Like :func:`verify_file`, and raises where it finds anything.
+    """Raises ExportError where :func:`verify_file` finds anything.
 
-    Messages name the file as ``shown_as``, where given.
-
-    Raises:
-        ExportError: The file breaks a rule; the message names the first rules and nodes, and counts the others.
+    The message names the file, as ``shown_as`` where given, and the first rules and nodes, and counts the others.
     """
     violations = verify_file(path, preset, expected)
     if violations:

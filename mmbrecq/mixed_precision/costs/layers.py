@@ -1,7 +1,5 @@
 """The shapes of layers and of their calls, on which costs depend."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -39,13 +37,11 @@ class LayerShape:
     """One convolution or linear layer.
 
     Args:
-        name: Its path.
         kind: Its class name.
         weight: Shape of its weight.
         calls: Of one image; a head that pyramid levels share has one for each.
         bits: As the model was prepared.
-        scales: Number of scales of its weight.
-        symmetric: Whether its weight has no zero-points.
+        scales: Number of scales of its weight; it has no zero-points where it is ``symmetric``.
         options: Stride, padding, dilation and groups of a convolution.
     """
 
@@ -114,8 +110,7 @@ def _calls(model: QuantizedModel, graph: QuantizedGraph) -> dict[str, list[Call]
 
     with ExitStack() as stack:
         for name in calls:
-            hook = graph.model.get_submodule(name).register_forward_hook(partial(record, name))
-            stack.callback(hook.remove)
+            stack.enter_context(graph.model.get_submodule(name).register_forward_hook(partial(record, name)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(model.quantization(weights=False, activations=False))
         graph(graph.traced.example)

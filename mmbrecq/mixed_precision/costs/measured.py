@@ -1,7 +1,5 @@
 """Latencies of layers as a runtime on this machine has them."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -153,11 +151,8 @@ def copies_of(layer: LayerShape, call: Call) -> int:
 def layer_graph(layer: LayerShape, call: Call, integer: bool) -> Any:
     """Returns an ``onnx.ModelProto`` of copies of a layer, each with its own weights, that read the float ``input``.
 
-    Args:
-        layer: A convolution, transposed convolution or linear layer.
-        call: Its input ``(...)`` without the batch axis; the batch is ``call.times``.
-        integer: Input, weights and outputs of 8 bits by QuantizeLinear and DequantizeLinear, with outputs that stay
-            integers, as they do between two layers of a network; else all is float.
+    The batch is ``call.times``. With ``integer``, input, weights and outputs have 8 bits by QuantizeLinear and
+    DequantizeLinear, and outputs stay integers, as they do between two layers of a network; else all is float.
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 

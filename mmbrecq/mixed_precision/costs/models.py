@@ -1,7 +1,5 @@
 """Cost models: bytes, bit operations, latencies from a table, and latencies of an analytic accelerator."""
 
-from __future__ import annotations
-
 import json
 import math
 from abc import ABCMeta, abstractmethod

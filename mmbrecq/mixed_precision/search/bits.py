@@ -1,7 +1,5 @@
 """Options of a search, the problem made of measured sensitivities and costs, and the chosen bits as files keep them."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -14,7 +12,6 @@ import numpy as np
 
 from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.drop import DROP, Trial, drop_budget
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
@@ -99,18 +96,11 @@ def parse_budgets(words: Sequence[str]) -> dict[str, str]:
 def build_problem(
     table: SensitivityTable, models: Sequence[BaseCostModel], budgets: Mapping[str, str | float]
 ) -> BitProblem:
-    """Builds the problem of the searched layers.
+    """Builds the problem of the searched layers of a complete table.
 
     A layer whose input is not searched reads activations of the bits that it was prepared with. What is not searched
-    keeps its bits, and its cost is spent whatever is chosen.
-
-    Args:
-        table: Complete, see :meth:`SensitivityTable.check_complete`.
-        models: Cost models of different names.
-        budgets: See :func:`parse_budget`; a drop is no cost.
-
-    Raises:
-        ConfigError: A budget is no budget, or names a cost that no model has.
+    keeps its bits, and its cost is spent whatever is chosen. ConfigError is raised if a budget is none, see
+    :func:`parse_budget`, or names neither a cost of one of the models nor the drop, or if two models have one name.
     """
     names = [model.name for model in models]
     budgets = {name: amount for name, amount in budgets.items() if name != DROP}
@@ -223,14 +213,6 @@ class SearchResult:
         ]
 
 
-def with_float(table: SensitivityTable) -> SensitivityTable:
-    """Returns the table with float among the candidates of weights, which needs no measurement."""
-    if FLOAT_BITS in table.candidates:
-        return table
-    loss = {name: {**table.loss[name], FLOAT_BITS: 0.0} for name in table.searched}
-    return replace(table, candidates=[*table.candidates, FLOAT_BITS], loss=loss)
-
-
 def describe_choice(
     table: SensitivityTable, models: Sequence[BaseCostModel], problem: BitProblem, choice: Choices
 ) -> SearchResult:
@@ -260,13 +242,8 @@ def write_bit_config(
 ) -> None:
     """Writes a config that inherits ``base``, has the chosen bits, and runs in ``tools/ptq.py`` as it is.
 
-    Args:
-        path: The file; ``search.json`` with the result is saved beside it.
-        base: The config whose layers the bits are of; named relative to ``path``.
-        float_checkpoint: Path from the working directory, or a URL.
-        result: What was chosen.
-        overrides: Those of ``base``, which stay.
-        comment: First line of the file.
+    The result is saved beside it. ``float_checkpoint`` is a path from the working directory, or a URL, ``overrides``
+    are those of ``base``, which stay, and ``comment`` is the first line.
     """
 
     # a path within a config is looked for beside it, and the new one stands elsewhere

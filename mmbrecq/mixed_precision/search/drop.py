@@ -1,7 +1,5 @@
 """The cheapest choice of bits whose measured drop of accuracy stays within a budget."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,14 +15,7 @@ PRECISION = 0.005
 
 @dataclass
 class Trial:
-    """One choice of bits that was evaluated.
-
-    Args:
-        spent: Its cost.
-        predicted: Its loss by the tables.
-        drop: Measured drop of the metric, in points.
-        chosen: Whether it is the one that was chosen.
-    """
+    """One choice of bits that was evaluated: its cost, its loss by the tables, and the measured drop in points."""
 
     spent: float
     predicted: float
@@ -67,18 +58,9 @@ def find_cheapest(
     Of all choices that cost no more than some amount, the tables predict which one loses least, and an evaluation says
     whether that one keeps the budget. The least amount at which it does is found by bisection.
 
-    Args:
-        problem: With the budgets of costs that are to be kept.
-        cost: Name of the cost that is made least.
-        search: Returns the choice within the budgets of a problem that is predicted to lose least.
-        measure: Returns the measured drop of a choice, in points.
-        points: The budget.
-
-    Returns:
-        The choice, ``(layers,)``, and all that were evaluated, in this order.
-
-    Raises:
-        BudgetError: The most accurate choice, by the tables, drops by more; its drop is named.
+    ``search`` returns the choice within the budgets of a problem that is predicted to lose least, ``measure`` the drop
+    of a choice in points. Returned are the choice, ``(layers,)``, and all that were evaluated, in this order. If the
+    most accurate choice, by the tables, drops by more than ``points``, BudgetError names its drop.
     """
     trials: dict[bytes, Trial] = {}
     own = problem.costs[cost]

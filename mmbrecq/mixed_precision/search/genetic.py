@@ -1,7 +1,5 @@
 """The genetic search of the paper (Li et al., ICLR 2021, algorithm 2), and the local search that refines choices."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,11 +46,7 @@ class GeneticSearcher:
         check_mutation(self.mutation)
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
-        """Returns the best choice found, ``(layers,)``; the same for the same seed.
-
-        Raises:
-            BudgetError: No choice keeps the budgets.
-        """
+        """Returns the best choice found, ``(layers,)``, the same for the same seed; BudgetError if there is none."""
         problem.check_budgets()
         draw = _Draws(problem, np.random.default_rng(seed))
         members = self._feasible(problem, self.population, draw.anew)
@@ -124,8 +118,7 @@ def _best(problem: BitProblem, choices: Choices, count: int) -> Choices:
 def make_feasible(problem: BitProblem, choice: Choices) -> Choices:
     """Changes a layer at a time until every budget is kept, each time the one that loses least for its saving.
 
-    Raises:
-        BudgetError: Each budget can be kept, but this search finds no choice that keeps all of them.
+    BudgetError is raised where this finds no choice that keeps all budgets.
     """
     choice = choice.copy()
     for _ in range(len(problem.layers) * len(problem.candidates)):

@@ -1,7 +1,5 @@
 """The exact solution by integer programming."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -39,8 +37,7 @@ class IntegerProgram:
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
         """Returns the best choice, ``(layers,)``; ``seed`` plays no part.
 
-        Raises:
-            BudgetError: No choice keeps the budgets, or none was proven to be the best in time.
+        BudgetError is raised if no choice keeps the budgets, or none was proven to be the best in time.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array

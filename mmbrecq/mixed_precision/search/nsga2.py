@@ -1,7 +1,5 @@
 """The front of loss against cost by NSGA-II."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,8 +44,7 @@ class NSGA2Searcher:
     def front(self, problem: BitProblem, seed: int = 0) -> Choices:
         """Returns choices of which none is better in loss and all costs than another, ``(choices, layers)``, by loss.
 
-        Raises:
-            BudgetError: No choice keeps the budgets.
+        BudgetError is raised if no choice keeps the budgets.
         """
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core.mutation import Mutation
@@ -96,10 +93,7 @@ def find_front(problem: BitProblem, name: str, seed: int = 0) -> list[list[float
     """Returns cost ``name`` and loss of choices of which none is better in both than another, the cheapest first.
 
     Budgets play no part. The choices of NSGA-II are changed, point by point, in one layer or two as long as that gains
-    within their cost.
-
-    Raises:
-        DependencyError: pymoo is not installed.
+    within their cost. DependencyError is raised without pymoo.
     """
     free = replace(problem, costs={name: replace(problem.costs[name], budget=np.inf)})
     front = _best_for_their_cost(free, name, NSGA2Searcher(iterations=100).front(free, seed))

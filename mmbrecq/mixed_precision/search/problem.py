@@ -6,8 +6,6 @@
 layer alone, and the loss of two layers of one block together beyond that. Costs are sums over layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,9 +96,7 @@ class BitProblem:
     def follow(self, choices: Choices, leaders: Mapping[int, Choices]) -> Choices:
         """Returns choices in which the layers of every tie have the second number of one of them, ``(..., layers)``.
 
-        Args:
-            choices: Of all layers.
-            leaders: For ties, by index, the index within the tie of the layer that the others follow, ``(...)``.
+        ``leaders`` has, by the index of a tie, the index within it of the layer that the others follow, ``(...)``.
         """
         choices = choices.copy()
         for index, members in leaders.items():

@@ -4,8 +4,6 @@ Li et al., ICLR 2021, section 3.4: the loss of a choice of bits is that of each 
 two layers together at the fewest bits; more bits hardly interact.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from torch import nn
 
 from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, layer_shapes, other_bytes
+from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
 from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, measure_activations, output_loss
 from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable, value_groups
 from mmbrecq.progress import track
@@ -109,8 +107,7 @@ class Analyzer:
         self.table = SensitivityTable(kind, bits, shapes, searched, units, other_bytes(model), self.inputs)
         self.table.images = self.options.images
         if FLOAT in self.options.candidates:
-            self.table.candidates = [*bits, FLOAT_BITS]
-            self.table.loss = {name: {FLOAT_BITS: 0.0} for name in searched}
+            self.table = self.table.with_float()
         if self.options.activation_candidates:
             self.table.activation_candidates = sorted(self.options.activation_candidates)
             groups = [group for part in model.graphs for group in value_groups(part, searched)]
@@ -200,11 +197,7 @@ def state_path(folder: Path, unit: str, bits: int) -> Path:
 
 
 def load_layers(model: nn.Module, layers: tuple[str, ...], path: Path) -> None:
-    """Loads integers, scales and bias corrections of a unit's layers into layers prepared with the same bits.
-
-    Raises:
-        CheckpointError: The file cannot be read, or is of other layers.
-    """
+    """Loads what was learned of layers into those prepared with the same bits; CheckpointError if it does not fit."""
     try:
         states = torch.load(path, map_location='cpu', weights_only=True)
         for name in layers:

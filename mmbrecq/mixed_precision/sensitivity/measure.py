@@ -1,9 +1,6 @@
 """The loss of quantized layers and activations: the distance of the network's outputs from the float ones."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +10,6 @@ from torch.nn import functional as F
 from mmbrecq.calibration.calibrator import calibrate_activations, calibrate_regions
 from mmbrecq.data.groups import Images, batches_of, joined
 from mmbrecq.distributed import gather, mean_over
-from mmbrecq.fake_quants.bias import bias_correction
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.progress import track
@@ -25,18 +21,6 @@ BATCH = 64
 """Images per pass."""
 FISHER = 'Fisher-weighted error'
 """The kind of loss that the annotations of the images weigh."""
-
-
-@contextmanager
-def quantizing(graph: QuantizedGraph, layers: Collection[str]) -> Iterator[None]:
-    """Quantizes the weights of ``layers`` alone; all else is float, and as it was afterwards."""
-    with graph.quantization(weights=False, activations=False):
-        for name, module, fake_quant in graph.weights():
-            if name in layers:
-                fake_quant.enabled = True
-                if (correction := bias_correction(module)) is not None:
-                    correction.enabled = True
-        yield
 
 
 class OutputLoss:
@@ -72,12 +56,8 @@ class OutputLoss:
 
     def of(self, layers: Collection[str], quantizers: Collection[str] = ()) -> float:
         """The loss with the weights of ``layers`` and activations of ``quantizers`` quantized, all else in float."""
-        total = 0.0
-        with quantizing(self._graph, layers):
-            for path in quantizers:
-                self._graph.quantizers[path].enabled = True
-            for index, outputs in enumerate(self._outputs()):
-                total += self._batch_loss(outputs, index)
+        with self._graph.quantization(layers, quantizers):
+            total = sum(self._batch_loss(outputs, index) for index, outputs in enumerate(self._outputs()))
         return sum(gather(total)) if self.kind == 'distance' else mean_over(total, len(self._inputs))
 
     def _batch_loss(self, outputs: Sequence[Tensor], index: int) -> float:
@@ -112,12 +92,9 @@ def output_loss(task: Task, graph: QuantizedGraph, images: int | None, kind: str
 def squared_gradients(
     model: QuantizedModel, batches: Iterable[Any], images: Images, task_loss: TaskLoss
 ) -> list[Images]:
-    """Returns the squared gradients of the float network's task loss at each of its outputs, image by image.
+    """Returns the squared gradients of the float network's task loss at each of its outputs, of the output's shape.
 
     The arguments are those of :func:`~mmbrecq.reconstruction.losses.visit_task_losses`.
-
-    Returns:
-        ``[(N, ...)]``, of the shapes of the outputs.
     """
     outputs: list[Tensor] = []
 

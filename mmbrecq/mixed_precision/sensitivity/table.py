@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from mmbrecq.building import check_integer
 from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.graph.roles import joined
 from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
@@ -70,12 +71,7 @@ def _are_bits(values: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class ValueGroup:
-    """Activations that have one number of bits.
-
-    Args:
-        quantizers: Their paths.
-        layers: Layers that read them, in the order of the network.
-    """
+    """Activations that have one number of bits, and the layers that read them, in the order of the network."""
 
     quantizers: tuple[str, ...]
     layers: tuple[str, ...]
@@ -87,20 +83,13 @@ def value_groups(graph: QuantizedGraph, searched: Collection[str]) -> list[Value
     A value that several layers read has one quantizer, and a layer that pyramid levels share reads several values: all
     values connected in this way are one group. A group that a layer outside ``searched`` reads, too, keeps its bits.
     """
-    groups: list[tuple[set[str], set[str]]] = []
-    for layer, quantizers in graph.read_quantizers().items():
-        joined = ({layer}, set(quantizers))
-        for group in [g for g in groups if g[1] & quantizers]:
-            groups.remove(group)
-            joined = (joined[0] | group[0], joined[1] | group[1])
-        if quantizers:
-            groups.append(joined)
     order = {layer.name: index for index, layer in enumerate(graph.layers)}
-    found = [
-        ValueGroup(tuple(sorted(quantizers)), tuple(sorted(layers, key=order.__getitem__)))
-        for layers, quantizers in groups
-        if layers <= set(searched)
-    ]
+    pairs = [(layer, path) for layer, paths in graph.read_quantizers().items() for path in paths]
+    found = []
+    for group in joined(pairs):
+        layers = sorted(set(group) & order.keys(), key=order.__getitem__)
+        if set(layers) <= set(searched):
+            found.append(ValueGroup(tuple(sorted(set(group) - order.keys())), tuple(layers)))
     return sorted(found, key=lambda group: order[group.layers[0]])
 
 
@@ -140,11 +129,7 @@ class SensitivityTable:
 
     @classmethod
     def load(cls, path: Path) -> SensitivityTable:
-        """Reads the file.
-
-        Raises:
-            TableError: It is missing, or is no such file, or holds what no loss can be.
-        """
+        """Reads the file; TableError if it is missing, or is no such file, or holds what no loss can be."""
         table = load_json(cls, path, 'tools/analyze.py')
         pairs = {' '.join(pair): row for pair, row in table.pairs.items()}
         inputs = {f'the input of {name}': row for name, row in table.activation_loss.items()}
@@ -162,6 +147,12 @@ class SensitivityTable:
         for what, losses, name, bits in [*weights, *inputs]:
             if bits not in losses.get(name, {}):
                 raise TableError(f"{path}: expected the loss of {what} '{name}' at {bits} bits, but it has none")
+
+    def with_float(self) -> SensitivityTable:
+        """Returns the table with float among the candidates of weights, which needs no measurement."""
+        numbers = [bits for bits in self.candidates if bits != FLOAT_BITS]
+        loss = {name: {**self.loss.get(name, {}), FLOAT_BITS: 0.0} for name in self.searched}
+        return replace(self, candidates=[*numbers, FLOAT_BITS], loss=loss)
 
     @property
     def choices(self) -> list[tuple[int | None, int | None]]:

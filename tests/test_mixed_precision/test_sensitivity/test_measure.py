@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmbrecq.calibration.calibrator import calibrate_weights
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, quantizing, squared_gradients
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, OutputLoss, squared_gradients
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 
 
@@ -30,7 +30,7 @@ def test_classes_are_compared_by_their_divergence() -> None:
     assert loss.kind == 'divergence'
     wanted = log_softmax(model(batch).numpy().astype(np.float64))
     for layers in ({'backbone.layer1.0.conv1'}, {'backbone.layer1.0.conv1', 'backbone.layer4.1.conv2'}):
-        with quantizing(model.image_graph, layers):
+        with model.image_graph.quantization(layers, activations=False):
             found = log_softmax(model(batch).numpy().astype(np.float64))
         expected = (np.exp(wanted) * (wanted - found)).sum(1).mean()
         np.testing.assert_allclose(loss.of(layers), expected, rtol=1e-4)
@@ -48,7 +48,7 @@ def test_maps_are_compared_by_their_errors_over_their_power() -> None:
     loss = OutputLoss(model.image_graph, batch)
     assert loss.kind == 'distance'
     wanted = [output.numpy().astype(np.float64) for output in model(batch)]
-    with quantizing(model.image_graph, {'backbone.first'}):
+    with model.image_graph.quantization({'backbone.first'}, activations=False):
         found = [output.numpy().astype(np.float64) for output in model(batch)]
     expected = sum(((f - w) ** 2).sum() / (w**2).sum() for f, w in zip(found, wanted, strict=True))
     np.testing.assert_allclose(loss.of({'backbone.first'}), expected, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_annotations_weigh_the_errors(count: int) -> None:
     assert not any(parameter.grad is not None for parameter in model.model.parameters())
 
     loss = OutputLoss(model.image_graph, batch, squares)
-    with quantizing(model.image_graph, {'backbone.layer1.0.conv1'}):
+    with model.image_graph.quantization({'backbone.layer1.0.conv1'}, activations=False):
         error = model(batch).numpy().astype(np.float64) - scores
     expected = 0.5 * (gradient**2 * error**2).sum(1).mean()
     np.testing.assert_allclose(loss.of({'backbone.layer1.0.conv1'}), expected, rtol=1e-3)
@@ -95,7 +95,7 @@ def test_a_process_without_images_adds_nothing(fisher: bool, monkeypatch: pytest
 
 def test_only_the_named_layers_are_quantized_and_only_within_the_block() -> None:
     model = calibrated(prepare(classifier('resnet'), 'academic'))
-    with quantizing(model.image_graph, {'head.fc'}):
+    with model.image_graph.quantization({'head.fc'}, activations=False):
         enabled = {name for name, _, fake_quant in model.weights() if fake_quant.enabled}
         assert not any(quantizer.enabled for quantizer in model.image_graph.quantizers.values())
     assert enabled == {'head.fc'}
