@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.config import DELETE_KEY
 from mmengine.device import get_device
@@ -26,6 +27,7 @@ from mmbrecq.data.source import explain_data_error
 from mmbrecq.distributed import leave_processes
 from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 from mmbrecq.progress import without_chatter
+from mmbrecq.threads import limit_threads
 
 KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'search', 'seed')
 """Top-level keys of a config that are mmbrecq's own."""
@@ -54,8 +56,21 @@ class _Options(DictAction):  # type: ignore[misc]
                 raise ConfigError(f"expected --cfg-options as KEY=VALUE or KEY=[A,B], but got '{value}'") from error
 
 
+class _Threads(argparse.Action):
+    """Sets torch's number of threads as soon as it is read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values < 1:
+            raise ConfigError(f'expected --threads of at least 1, but got {values}')
+        torch.set_num_threads(values)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that all tools share."""
+    parser.add_argument(
+        '--threads', type=int, action=_Threads, metavar='N',
+        help='threads that compute (default: the processors that the process may use, or OMP_NUM_THREADS)',
+    )  # fmt: skip
     parser.add_argument('--work-dir', help='folder for results and logs; never emptied (default: work_dirs/CONFIG)')
     add_cfg_options(parser)
     add_debug(parser)
@@ -196,6 +211,7 @@ def run_tool(main: Callable[[], int | None], advice: str = '') -> int:
     An error that a user can mend is printed as one sentence, after its traceback with ``--debug``, and returns 2.
     Ctrl-C returns 130 and SIGTERM 143, after ``advice`` is printed; finished work is saved then.
     """
+    limit_threads()
     signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     # else a log file that cannot be written, on a full disk, fills the terminal with tracebacks
     logging.raiseExceptions = False

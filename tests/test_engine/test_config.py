@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mmbrecq.engine import config as engine_config
@@ -250,3 +251,16 @@ def test_a_log_that_cannot_be_written_is_not_the_terminals_business(
     assert run_tool(lambda: logger.info('x')) == 0
     assert capsys.readouterr().err == ''
     assert logging.raiseExceptions
+
+
+def test_threads_are_set_as_they_are_read() -> None:
+    before = torch.get_num_threads()
+    parser = argparse.ArgumentParser()
+    add_common_arguments(parser)
+    try:
+        parser.parse_args(['--threads', str(before + 1)])
+        assert torch.get_num_threads() == before + 1
+        with pytest.raises(ConfigError, match='expected --threads of at least 1, but got 0'):
+            parser.parse_args(['--threads', '0'])
+    finally:
+        torch.set_num_threads(before)
