@@ -5,4 +5,4 @@ _base_ = [
 float_checkpoint = '{{$MMBRECQ_DATA:../../../shared/data}}/../zoo/vit_tiny_in1k.pth'
 quantizer = dict(weight=dict(bits=4), activation=dict(bits=4))
 calibration = dict(num_samples=512, pipeline={{_base_.calibration_pipeline}})
-reconstructor = dict(joint=dict(iterations=100), network=dict(iterations=200, batch_size=16))
+reconstructor = dict(joint=dict(iterations=100))

@@ -5,4 +5,3 @@ _base_ = [
 float_checkpoint = '{{$MMBRECQ_DATA:../../../shared/data}}/../zoo/mobilenetv2_in1k.pth'
 quantizer = dict(weight=dict(bits=4), activation=dict(bits=8))
 calibration = dict(num_samples=512, pipeline={{_base_.calibration_pipeline}})
-reconstructor = dict(joint=dict(iterations=200))
