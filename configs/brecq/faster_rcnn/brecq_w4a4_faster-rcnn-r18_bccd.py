@@ -10,6 +10,6 @@ reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
     joint=dict(iterations=400, batch_size=8, lr=3e-3, activation_lr=4e-4, drop_prob=0.5),
-    network=dict(iterations=100, batch_size=8),
+    network=dict(iterations=100, batch_size=8, activation_lr=4e-4),
     loss=dict(type='MSELoss'),
 )

@@ -9,6 +9,6 @@ reconstructor = dict(
     _delete_=True,
     type='QDropReconstructor',
     joint=dict(iterations=1000, lr=3e-3, activation_lr=4e-4, drop_prob=0.5, round_weight=0.1),
-    network=dict(iterations=250),
+    network=dict(iterations=250, activation_lr=4e-4),
     loss=dict(type='MSELoss'),
 )
