@@ -34,7 +34,7 @@ from mmbrecq.errors import CheckpointError, GraphError, PatternError, first_line
 from mmbrecq.graph.components import RegionForward, region_heads, region_shape
 from mmbrecq.graph.equality import check_equality, full_float32, take_reference
 from mmbrecq.graph.symbolic import tensors_in
-from mmbrecq.graph.traced_graph import smaller
+from mmbrecq.graph.traced_graph import TracedGraph, smaller
 from mmbrecq.mixed_precision.diagnosis import Diagnosis, GridLosses, diagnose, find_raised, measure_grids
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss, output_loss
 from mmbrecq.progress import track
@@ -53,8 +53,8 @@ from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkp
 from mmbrecq.runs.safe_load import read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
-LOOKED_AT = 2**21
-"""Pixels of all images that a diagnosis looks at: 16 of 362 x 362."""
+LOOKED_AT = 2**21, 2**29
+"""Pixels of all images that a diagnosis looks at, 16 of 362 x 362, and values that the model computes of them."""
 
 CORNER = 320
 """Rows and columns, at least, of the corners of large images that stand for these."""
@@ -193,21 +193,23 @@ def grid_losses(task: Task, passes: int | None = None) -> GridLosses:
     return measure_grids(graph, output_loss(task, graph, None, ''), len(task.images), passes)
 
 
-def few_of(images: Images, count: int, free_size: bool) -> Tensor:
+def few_of(images: Images, count: int, traced: TracedGraph) -> Tensor:
     """Returns the first images of the first group, or corners of large ones if the model runs at any size.
 
-    They are fewer where they are large, see :data:`LOOKED_AT`.
+    They are fewer where they are large, or the model computes much of them, see :data:`LOOKED_AT`.
     """
     group: Tensor = grouped(images).parts[0][:count]
-    if free_size:
+    if traced.free_size:
         group = smaller(group, CORNER)
-    return group[: max(2, LOOKED_AT // group[0, :1].numel())].contiguous()
+    pixels, values = LOOKED_AT
+    values_of_one = traced.volume * group[0].numel() / traced.example[0].numel()
+    return group[: max(2, min(pixels // group[0, :1].numel(), int(values / values_of_one)))].contiguous()
 
 
 def _calibrated_copy(model: nn.Module, images: Images, config: Mapping[str, Any], count: int) -> Task:
     """Returns a prepared copy of a model, the activations of its images calibrated, with the images looked at."""
     rough = prepare(copy_model(model), images, build(QUANTIZERS, dict(config)))
-    few = few_of(images, count, rough.image_graph.traced.free_size)
+    few = few_of(images, count, rough.image_graph.traced)
 
     def run() -> None:
         rough.image_graph(few)

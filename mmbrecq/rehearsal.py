@@ -77,7 +77,7 @@ def rehearse(
     """
     count, images = len(images) if count is None else count, images[:4]
     quantized = prepare(copy_model(model), images, quantizer)
-    few = few_of(images, len(images), quantized.image_graph.traced.free_size)
+    few = few_of(images, len(images), quantized.image_graph.traced)
     observers: dict[str, dict[str, object]] = {kind: {'type': 'MinMaxObserver'} for kind in quantized.observers}
     rough = replace(quantized, observers=observers, equalization=0.0)
     calibrate_weights(rough)

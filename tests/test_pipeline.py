@@ -147,3 +147,16 @@ def test_a_mean_error_is_that_of_a_layer_by_hand(tmp_path: Path) -> None:
     reconstructor = NearestReconstructor()
     list(reconstructor.passes(task, reconstructor.plan(task), Callback()))
     torch.testing.assert_close(layer.parametrizations.bias[0].offset.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_diagnosis_looks_at_fewer_images_where_they_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(20, 3, 8, 8)
+    traced = pipeline.prepare(
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU()), images, BRECQQuantizer({'bits': 8})
+    ).image_graph.traced
+    # the input, what the convolution and what the ReLU makes of it
+    assert traced.volume == (3 + 16 + 16) * 64
+    assert len(pipeline.few_of(images, 16, traced)) == 16
+    for limits, count in (((10 * 64, 2**29), 10), ((2**21, 5 * 35 * 64), 5), ((1, 1), 2)):
+        monkeypatch.setattr(pipeline, 'LOOKED_AT', limits)
+        assert torch.equal(pipeline.few_of(images, 16, traced), images[:count])

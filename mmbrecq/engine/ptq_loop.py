@@ -270,8 +270,8 @@ class PTQLoop(TestLoop):
     def _measure_grids(self, task: Task) -> None:
         """Measures what single grids cost the outputs, with about as much work as a pass over the images."""
         device = next(self.runner.model.parameters()).device
-        free_size = task.model.image_graph.traced.free_size
-        few = on_main(lambda: pipeline.few_of(task.images, GRID_IMAGES, free_size).cpu()).to(device)
+        traced = task.model.image_graph.traced
+        few = on_main(lambda: pipeline.few_of(task.images, GRID_IMAGES, traced).cpu()).to(device)
         passes = max(sum(gather(len(task.images))) // len(few), GRID_PASSES)
         self.summary.grids = pipeline.grid_losses(replace(task, images=few), passes)
         if (text := self.summary.grids.describe_worst(self.quantizer.fallback.bound)) is not None:

@@ -29,7 +29,7 @@ from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squ
 from mmbrecq.graph.shapes import note_shapes
 from mmbrecq.graph.sizes import keep_sizes, resolve_sizes
 from mmbrecq.graph.structure import flatten_outputs
-from mmbrecq.graph.symbolic import obstacle
+from mmbrecq.graph.symbolic import obstacle, tensors_in
 from mmbrecq.graph.tracer import ConcreteTracer, UntraceableError
 
 LARGE = 2**18
@@ -74,6 +74,12 @@ class TracedGraph:
     @property
     def _input(self) -> fx.Node:
         return next(n for n in self.graph.nodes if n.op == 'placeholder')
+
+    @property
+    def volume(self) -> int:
+        """Number of values that the graph computes of one image."""
+        examples = [value for node in self.graph.nodes for value in tensors_in(node.meta.get('example'))]
+        return sum(value.numel() for value in examples) // len(self.example)
 
     def keep_shapes(self, images: Tensor) -> None:
         """Replaces values that follow from the input by their shapes for ``images``, as tensors on the device meta.
