@@ -12,8 +12,22 @@ from mmbrecq.graph.symbolic import tensors_in
 
 
 def state_on(module: nn.Module, device: torch.device | str) -> dict[str, Tensor]:
-    """Returns parameters and buffers by path, without gradients; on their own device they share its memory."""
-    return {path: t.detach().to(device) for path, t in chain(module.named_parameters(), module.named_buffers())}
+    """Returns parameters and buffers by path, without gradients; on their own device they share its memory.
+
+    Each attribute of a module is there once: one that is named twice, since its module has two paths, would be
+    exchanged twice by torch, and not be given back.
+    """
+    state: dict[str, Tensor] = {}
+    moved: dict[int, Tensor] = {}
+    for path, owner in module.named_modules():
+        for name, tensor in chain(owner.named_parameters(recurse=False), owner.named_buffers(recurse=False)):
+            state[f'{path}.{name}'.removeprefix('.')] = moved.setdefault(id(tensor), tensor.detach().to(device))
+    return state
+
+
+def call_with(module: nn.Module, state: dict[str, Tensor], *inputs: Tensor) -> Any:
+    """Returns what a module computes with another state, see :func:`state_on`."""
+    return functional_call(module, state, inputs, tie_weights=False)
 
 
 def shapes_of(value: Any) -> Any:
@@ -45,7 +59,7 @@ def note_shapes(model: nn.Module, graph: fx.Graph, images: Tensor) -> None:
         # some operations have no form that computes shapes
         try:
             with torch.no_grad():
-                functional_call(module, state_on(module, device), images.to(device))
+                call_with(module, state_on(module, device), images.to(device))
             return
         except Exception as error:
             reason = first_line(error)

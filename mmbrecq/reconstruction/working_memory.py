@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.fake_quants.masks import ALIGNMENT, STARTS
 from mmbrecq.fake_quants.weight import original_weight
-from mmbrecq.graph.shapes import stand_in, state_on
+from mmbrecq.graph.shapes import call_with, stand_in, state_on
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.observers.histogram import CHUNK, DistributionObserver
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
@@ -107,7 +106,7 @@ def _measure(
     with ExitStack() as stack, torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
         for layer in layers:
             stack.callback(layer.register_forward_hook(lambda _module, _inputs, output: note(output)).remove)
-        outputs = functional_call(module, state, tuple(inputs))
+        outputs = call_with(module, state, *inputs)
     count, saved = len(inputs[0]), [storage.nbytes() for storage in kept.values()]
     sizes = [tensor.nbytes for tensor in (*inputs, *outputs)]
     return Footprint(

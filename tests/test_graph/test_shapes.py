@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from mmbrecq.errors import GraphError
 from mmbrecq.graph import traced_graph
 from mmbrecq.graph.equality import check_equality, take_reference
-from mmbrecq.graph.shapes import note_shapes, shapes_of, stand_in
+from mmbrecq.graph.shapes import call_with, note_shapes, shapes_of, stand_in, state_on
 from mmbrecq.graph.traced_graph import smaller, trace_image_graph
 from mmbrecq.quantizers import BRECQQuantizer
 
@@ -59,6 +59,27 @@ def test_an_operation_without_shapes_alone_is_run() -> None:
     assert node.meta['example'].device.type == 'meta' and node.meta['example'].shape == (2, 4, 5, 8)
     with pytest.raises(GraphError, match='the graph of Sequential does not run on images of 2 x 4 x 8 x 8: '):
         note_shapes(model, graph, torch.zeros(2, 4, 8, 8))
+
+
+def test_shared_modules_and_weights_are_given_back() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            # one module at two paths, and one weight of two modules
+            self.second, self.third = self.first, nn.Linear(4, 4)
+            self.third.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x)))
+
+    model = Shared()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert call_with(model, state_on(model, 'meta'), torch.empty(2, 4, device='meta')).device.type == 'meta'
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.first is model.second and model.third.weight is model.first.weight
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(call_with(model, state_on(model, 'cpu'), x), model(x))
 
 
 def test_what_stands_in_for_values() -> None:
