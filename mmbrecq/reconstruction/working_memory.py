@@ -75,21 +75,22 @@ def measure_footprint(
         weights: Quantized weights.
         layers: Modules whose outputs are saved, too, as gradients are taken from them.
     """
-    own = next(module.parameters(), torch.empty(0)).device
-    for device in ('meta', own):
+    own, given = next(module.parameters(), torch.empty(0)).device, (inputs, list(weights), list(layers))
+    try:
+        return _measure(module, *given, 'meta')
+    except Exception:
         # some operations have no form that computes shapes
-        try:
-            return _measure(module, [stand_in(x, device) for x in inputs], list(weights), list(layers), device)
-        except Exception:
-            if device == own:
-                raise
-    raise AssertionError
+        return _measure(module, *given, own)
 
 
 def _measure(
-    module: nn.Module, inputs: list[Tensor], weights: list[Tensor], layers: list[nn.Module], device: torch.device | str
+    module: nn.Module,
+    examples: Sequence[Tensor],
+    weights: list[Tensor],
+    layers: list[nn.Module],
+    device: torch.device | str,
 ) -> Footprint:
-    state = state_on(module, device)
+    inputs, state = [stand_in(example, device) for example in examples], state_on(module, device)
     for path, _ in module.named_parameters():
         state[path].requires_grad_(state[path].is_floating_point())
     # inputs are counted by themselves; an example may be a view of all images

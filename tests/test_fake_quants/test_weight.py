@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from small_grids import GRIDS, SHAPE
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -14,14 +15,6 @@ from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
 
 ZETA, GAMMA = 1.1, -0.1
-SHAPE = (6, 4, 3, 3)
-
-GRIDS = [
-    pytest.param(QType(2, symmetric=False, signed=False, ch_axis=0), id='asymmetric-2'),
-    pytest.param(QType(4, symmetric=True, signed=True, ch_axis=0), id='symmetric-4'),
-    pytest.param(QType(3, symmetric=True, signed=True), id='per-tensor-3'),
-    pytest.param(QType(4, symmetric=False, signed=False, ch_axis=1), id='second-axis-4'),
-]
 
 
 def problem(qtype: QType, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,8 @@ from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 
-sys.path.insert(0, str(Path(__file__).parent))
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / 'test_fake_quants'):
+    sys.path.insert(0, str(folder))
 
 WIDTH, CLASSES, IMAGES = 6, 5, 24
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LATEST = 0.01
-"""Of the time that a whole run takes, some 80 ms: a unit or two."""
+"""A kill follows a line of the log by at most this part of a whole run: some 80 ms, a unit or two."""
 
 
 def start(processes: int, arguments: list[str]) -> tuple[list[int], int]:

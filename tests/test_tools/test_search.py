@@ -23,7 +23,7 @@ SHORT = (
 
 @pytest.fixture(scope='module')
 def first_analysis(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test that asks for an analysis leaves it for the others."""
+    """The first test that asks for an analysis leaves it here for the others."""
     return tmp_path_factory.mktemp('first') / 'analysis'
 
 
