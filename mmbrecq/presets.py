@@ -39,6 +39,8 @@ class Preset:
         depthwise_per_channel: Gives the channels of a value that depthwise convolutions alone read a scale each.
         folds_channel_scales: Such scales become part of the layers around, since the target computes with one scale per
             tensor; the channels then share their zero-point.
+        folds_zero_points: Zero-points that the target does not have become part of the layers around, where these pad
+            nothing with zeros.
         products: Quantizes both operands of every product of activations, as in attention; targets compute a fused
             attention in float faster.
         falls_back: Leaves the layers in float whose inputs 8 bits hurt most, see
@@ -61,6 +63,7 @@ class Preset:
     bias_rounded: bool = False
     depthwise_per_channel: bool = False
     folds_channel_scales: bool = False
+    folds_zero_points: bool = False
     products: bool = False
     falls_back: bool = True
 
@@ -116,7 +119,7 @@ _ALL = (
     Preset(
         'tensorrt', weight_symmetric=True, activation='int8', fuses=_RELU, fuses_beside=_BESIDE,
         add_operands='shortcut', integer_clip=False, bias_rounded=True, depthwise_per_channel=True,
-        folds_channel_scales=True,
+        folds_channel_scales=True, folds_zero_points=True,
     ),
 )  # fmt: skip
 

@@ -26,7 +26,6 @@ _ROTATING = ('roll', 'flip')
 _POOLING = ('maxpool2d', 'avgpool2d', 'adaptiveavgpool2d', 'adaptivemaxpool2d')
 
 _ENDS = ('input', 'output')
-_UNPADDED = (0, (0,), (0, 0), (0, 0, 0))
 
 
 @dataclass
@@ -62,8 +61,7 @@ def find_channel_groups(roles: Roles) -> list[ChannelGroup]:
             # a layer may be called several times: all its inputs share their channels, and all its outputs
             ends = {node: 'output', **dict.fromkeys(sources if roles.is_weighted(node) else (), 'input')}
             pairs += [((layer, end), (value, axis)) for value, end in ends.items()]
-            padding = getattr(roles.module(node), 'padding', 0)
-            if getattr(roles.module(node), 'bias', None) is None or padding not in _UNPADDED:
+            if getattr(roles.module(node), 'bias', None) is None or roles.pads(node):
                 unshifted.update((layer, end) for end in _ENDS)
             along = [(value, a) for value in (node, *sources) for a in _axes(value)]
             fixed.update((value, a) for value, a in along if value not in ends or a != axis)

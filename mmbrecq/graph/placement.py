@@ -8,7 +8,7 @@ levels for the rest.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from mmbrecq.graph.layers import PRODUCTS
 from mmbrecq.graph.layers import is_constant as follows_from_no_input
 from mmbrecq.graph.roles import Roles, joined
 from mmbrecq.graph.symbolic import evaluate, operation, sources_of
+from mmbrecq.graph.tracer import TRANSPOSED
 from mmbrecq.presets import Preset
 
 FLAT = 0.003
@@ -41,6 +42,8 @@ class QuantizerPosition:
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
         per_channel: Whether every channel has a scale of its own.
         joins: Whether the values lie on several grids, from which 8 bits bring them to one with next to no loss.
+        shifts: Whether a zero-point may be taken from the values: no layer computes them, and the biases of those that
+            read them make up for it.
         bounds: Beyond these the functions that alone read the values tell none apart.
     """
 
@@ -52,6 +55,7 @@ class QuantizerPosition:
     full_scale: bool = False
     per_channel: bool = False
     joins: bool = False
+    shifts: bool = False
     bounds: tuple[float, float] = UNBOUNDED
 
 
@@ -86,7 +90,8 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         full_scale = not is_folded and any(_combines_grids(n, set(quantized), roles) for n in group)
         values = first.name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel
         bounds = _bounds((user for node in group for user in node.users), roles)
-        positions.append(QuantizerPosition(*values, joins=roles.is_concat(first), bounds=bounds))
+        shifts = preset.folds_zero_points and not per_channel and _can_shift(set(group), readers, roles, preset)
+        positions.append(QuantizerPosition(*values, roles.is_concat(first), shifts, bounds))
     return positions + (_operands(roles, quantized) if preset.products else [])
 
 
@@ -112,6 +117,36 @@ def _bounds_of(activation: fx.Node, roles: Roles) -> tuple[float, float]:
         inner = int((~is_near).nonzero()[outer]) + (1 if outer else -1)
         bounds.append(float(points[inner]) if abs(float(points[inner])) <= 16 else end)
     return bounds[0], bounds[1]
+
+
+def _can_shift(group: set[fx.Node], float_readers: Collection[fx.Node], roles: Roles, preset: Preset) -> bool:
+    """Returns whether values can be moved by a constant before their Q at no cost, and layers take it back.
+
+    The constant would part a layer from its activation function or sum, and a pooling, which targets have in integers,
+    from its Q. What moves the values is read by layers alone.
+    """
+    fused = [n for n in group if _is_in_layer(n, roles) or roles.operation(n) in (*(preset.fuses or ()), 'mean')]
+    users = [user for node in group for user in node.users if user not in float_readers]
+    moving = [user for user in users if roles.is_weighted(user) or roles.moves_only(user)]
+    if fused or not moving or any(n.op == 'placeholder' or 'pool' in roles.operation(n) for n in group):
+        return False
+    apart = not any(_is_in_layer(user, roles) for user in users if user not in moving)
+    return apart and all(_takes_shift(user, group, roles) for user in moving)
+
+
+def _is_in_layer(node: fx.Node, roles: Roles) -> bool:
+    """Returns whether ``node`` is a layer, or a sum that is computed within one."""
+    inputs = node.all_input_nodes if roles.is_add(node) else [node]
+    return any(map(roles.is_weighted, inputs))
+
+
+def _takes_shift(user: fx.Node, group: set[fx.Node], roles: Roles) -> bool:
+    """Returns whether the biases of all layers to which ``user`` moves values can make up for a constant in them."""
+    if roles.is_weighted(user):
+        return not roles.pads(user) and not isinstance(roles.module(user), TRANSPOSED)
+    sources = {n for n in roles.sources(user) if roles.is_tensor(n) or n.op == 'get_attr'}
+    only = roles.moves_only(user) and not roles.pads(user) and sources <= group and bool(user.users)
+    return only and all(_takes_shift(reader, group, roles) for reader in user.users)
 
 
 def _operands(roles: Roles, quantized: list[fx.Node]) -> list[QuantizerPosition]:

@@ -32,6 +32,7 @@ _NORM_CALLS = (
     # what a normalisation that is written out computes of its input first
     'var', 'std', 'varmean', 'stdmean', 'square', 'pow', 'norm', 'linalgvectornorm',
 )  # fmt: skip
+_UNPADDED = (0, (0,), (0, 0), (0, 0, 0), 'valid')
 _AFFINE = ('add', 'sub', 'mul', 'div', 'neg')
 
 
@@ -83,6 +84,11 @@ class Roles:
         """Returns whether ``node`` is a convolution of which every output channel reads one input channel."""
         module: Any = self.module(node)
         return self.is_convolution(node) and bool(module.groups == module.in_channels > 1)
+
+    def pads(self, node: fx.Node) -> bool:
+        """Returns whether ``node`` computes with zeros around its input, or moves the values between zeros."""
+        is_padded = self.is_weighted(node) and getattr(self.module(node), 'padding', 0) not in _UNPADDED
+        return is_padded or 'pad' in self.operation(node)
 
     def moves_pixels(self, node: fx.Node) -> bool:
         """Returns whether ``node`` moves values within their channels alone."""

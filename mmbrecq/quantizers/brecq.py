@@ -190,6 +190,8 @@ class BRECQQuantizer:
         given, node = self.activation, position.nodes[0] if position.nodes else None
         qtype = self.preset.activation_qtype(bits, position.non_negative, given.symmetric, given.per_channel)
         folds = self.preset.folds_channel_scales
+        if position.shifts and given.symmetric is None and qtype.signed:
+            qtype = replace(qtype, symmetric=False)
         # OpenVINO has signed integers below 8 bits cut as real values, by one pair of bounds
         if position.per_channel and (folds or not (qtype.signed and bits < MAX_BITS)):
             qtype = replace(qtype, ch_axis=1)

@@ -422,3 +422,31 @@ def test_the_grid_of_a_convolution_ends_where_the_function_behind_it_is_constant
     x = torch.linspace(-50, 50, 1001)
     if not isinstance(function, nn.PReLU):
         assert float((function(x.clamp(*found['backbone_conv'])) - function(x)).abs().max()) < 0.004
+
+
+@pytest.mark.parametrize(
+    ('function', 'is_shifted'),
+    [
+        (lambda self, x: self.point(F.silu(self.stem(x))), True),
+        (lambda self, x: self.point(F.max_pool2d(F.silu(self.stem(x)), 3, 1, 1)), True),
+        (lambda self, x: self.point(F.silu(self.stem(x))) + F.silu(self.stem(x)), True),
+        # computed within the layer
+        (lambda self, x: self.point(F.relu(self.stem(x))), False),
+        (lambda self, x: self.point(self.stem(x) + x), False),
+        (lambda self, x: self.point(F.avg_pool2d(x, 2)), False),
+        (lambda self, x: self.point(F.silu(x).mean(1, keepdim=True).expand_as(x)), False),
+        # zeros are zeros
+        (lambda self, x: self.stem(F.silu(x)), False),
+        (lambda self, x: self.point(F.pad(F.silu(x), (1, 1, 1, 1))), False),
+        (lambda self, x: self.up(F.silu(x)), False),
+        (lambda self, x: self.point(torch.cat([F.silu(x)[:, :2], x[:, 2:]], 1)), False),
+        # the addition is computed within the layer and has a shortcut on a grid
+        (lambda self, x: (lambda y: y + self.point(y))(F.silu(x)), False),
+        # others read what is moved
+        (lambda self, x: (lambda y: self.point(y) * y.softmax(2))(F.silu(x).flatten(2).view_as(x)), False),
+    ],
+)
+def test_values_from_which_a_zero_point_may_be_taken(function: Any, is_shifted: bool) -> None:
+    model = net(function, stem=conv(3, 3), point=conv(3, 3, 1), up=nn.ConvTranspose2d(3, 3, 2, 2))
+    assert [p.shifts for p in places(model, 'tensorrt') if p.layers][-1] is is_shifted
+    assert not any(p.shifts for preset in ('academic', 'onnxruntime', 'openvino') for p in places(model, preset))

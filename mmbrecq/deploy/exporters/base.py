@@ -102,6 +102,8 @@ def expected_quantization(graph: QuantizedGraph) -> ExpectedQuantization:
         zero_points = tuple(quantizer.zero_point.reshape(-1).tolist())
         if quantizer.scale.dim() and graph.preset.folds_channel_scales:
             scales, zero_points = (1.0,), zero_points[:1]
+        if graph.preset.folds_zero_points:
+            zero_points = (0,) * len(zero_points)
         grids.append(Grid(scales, zero_points, quantizer.qtype.quant_min, quantizer.qtype.quant_max))
     return ExpectedQuantization(count_quantized_calls(graph), weights, frozenset(grids))
 

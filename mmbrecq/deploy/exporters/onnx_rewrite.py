@@ -7,6 +7,7 @@ import numpy as np
 from mmbrecq.deploy.exporters.onnx_channels import fold_channel_scales
 from mmbrecq.deploy.exporters.onnx_editor import OnnxEditor
 from mmbrecq.deploy.exporters.onnx_phases import join_phases
+from mmbrecq.deploy.exporters.onnx_zero_points import fold_zero_points
 from mmbrecq.deploy.verify.onnx_graph import CONV_OPS, Node
 from mmbrecq.errors import ExportError
 from mmbrecq.presets import Preset
@@ -29,6 +30,8 @@ def rewrite_for(proto: Any, preset: Preset) -> None:
     if not preset.integer_clip:
         clip_signed_values(proto)
     _store_transposed(OnnxEditor(proto))
+    if preset.folds_zero_points:
+        fold_zero_points(OnnxEditor(proto))
     _own_zero_points(OnnxEditor(proto))
     if preset.name == 'openvino':
         join_phases(OnnxEditor(proto))
