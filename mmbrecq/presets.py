@@ -41,8 +41,9 @@ class Preset:
             tensor; the channels then share their zero-point.
         folds_zero_points: Zero-points that the target does not have become part of the layers around, where these pad
             nothing with zeros.
-        products: Quantizes both operands of every product of activations, as in attention; targets compute a fused
-            attention in float faster.
+        products: Products of activations of which both operands are quantized: ``all``, or ``scores``, those that a
+            softmax reads: OpenVINO computes an attention faster whose queries and keys are int8 with zero-point 0, and
+            slower one with more grids. The other targets compute a fused attention in float.
         falls_back: Leaves the layers in float whose inputs 8 bits hurt most, see
             :mod:`mmbrecq.mixed_precision.diagnosis`; papers quantize them all.
     """
@@ -64,7 +65,7 @@ class Preset:
     depthwise_per_channel: bool = False
     folds_channel_scales: bool = False
     folds_zero_points: bool = False
-    products: bool = False
+    products: Literal['none', 'scores', 'all'] = 'none'
     falls_back: bool = True
 
     def weight_qtype(self, bits: int, per_channel: bool, ch_axis: int, symmetric: bool | None) -> QType:
@@ -106,7 +107,7 @@ _BESIDE = (*_RELU, *_NORMS, 'leakyrelu', 'prelu', 'hardtanh', 'clamp')
 _ALL = (
     Preset(
         'academic', weight_symmetric=False, activation='unsigned', equal_concat=False, bias_apart='all',
-        products=True, falls_back=False,
+        products='all', falls_back=False,
     ),
     Preset(
         'onnxruntime', weight_symmetric=True, activation='unsigned', fuses=_RELU, computes=('leakyrelu', 'sigmoid'),
@@ -114,7 +115,8 @@ _ALL = (
         bias_apart='linear', bias_rounded=True, depthwise_per_channel=True, folds_channel_scales=True,
     ),
     Preset(
-        'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True
+        'openvino', weight_symmetric=True, activation='unsigned', spare_weight_bit=True, depthwise_per_channel=True,
+        products='scores',
     ),
     Preset(
         'tensorrt', weight_symmetric=True, activation='int8', fuses=_RELU, fuses_beside=_BESIDE,

@@ -1,5 +1,6 @@
 """Attention as the linear layers and products that it computes."""
 
+import math
 from typing import Any
 
 import torch
@@ -46,8 +47,11 @@ def attend(
     return out if module.batch_first else out.transpose(0, 1), weights
 
 
-def write_out_attention(graph: fx.Graph) -> None:
-    """Replaces every fused attention by its two products and the softmax between them, where it needs no more."""
+def write_out_attention(graph: fx.Graph, most: float = math.inf) -> None:
+    """Replaces every fused attention by its two products and the softmax between them, where it needs no more.
+
+    One of more than ``most`` scores for an image stays as it is.
+    """
     for node in list(graph.nodes):
         if node.target is not F.scaled_dot_product_attention:
             continue
@@ -55,10 +59,11 @@ def write_out_attention(graph: fx.Graph) -> None:
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         query, key, value, mask = given['query'], given['key'], given['value'], given.get('attn_mask')
         adds = mask is None or mask.meta['example'].is_floating_point()
-        if given.get('is_causal') or given.get('enable_gqa') or not adds:
+        shape, keys = query.meta['example'].shape, key.meta['example'].shape[-2]
+        if given.get('is_causal') or given.get('enable_gqa') or not adds or math.prod(shape[1:-1]) * keys > most:
             continue
         scale = given.get('scale')
-        factor = query.meta['example'].shape[-1] ** -0.5 if scale is None else scale
+        factor = shape[-1] ** -0.5 if scale is None else scale
         with graph.inserting_before(node):
             scaled = _call(node, torch.mul, query, factor)
             scores = _call(node, torch.matmul, scaled, _call(node, torch.transpose, key, -2, -1))

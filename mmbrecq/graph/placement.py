@@ -41,7 +41,9 @@ class QuantizerPosition:
         full_scale: Whether the scale keeps all its bits. A sum or an average of values on grids with short scales lies,
             every two hundredth time or so, exactly midway between two integers, and there runtimes round as they will.
         per_channel: Whether every channel has a scale of its own.
-        joins: Whether the values lie on several grids, from which 8 bits bring them to one with next to no loss.
+        eight_bits: Whether the values have 8 bits whatever is asked for: those of several grids, which come to one with
+            next to no loss, and what kernels read that have no fewer bits.
+        symmetric: Whether a kernel needs signed integers with zero-point 0.
         shifts: Whether a zero-point may be taken from the values: no layer computes them, and the biases of those that
             read them make up for it.
         bounds: Beyond these the functions that alone read the values tell none apart.
@@ -54,7 +56,8 @@ class QuantizerPosition:
     float_readers: frozenset[fx.Node] = frozenset()
     full_scale: bool = False
     per_channel: bool = False
-    joins: bool = False
+    eight_bits: bool = False
+    symmetric: bool = False
     shifts: bool = False
     bounds: tuple[float, float] = UNBOUNDED
 
@@ -91,8 +94,8 @@ def find_positions(roles: Roles, preset: Preset) -> list[QuantizerPosition]:
         values = first.name, tuple(group), tuple(layers), non_negative, readers, full_scale, per_channel
         bounds = _bounds((user for node in group for user in node.users), roles)
         shifts = preset.folds_zero_points and not per_channel and _can_shift(set(group), readers, roles, preset)
-        positions.append(QuantizerPosition(*values, roles.is_concat(first), shifts, bounds))
-    return positions + (_operands(roles, quantized) if preset.products else [])
+        positions.append(QuantizerPosition(*values, roles.is_concat(first), shifts=shifts, bounds=bounds))
+    return positions + _operands(roles, quantized, preset)
 
 
 def _bounds(readers: Iterable[fx.Node], roles: Roles) -> tuple[float, float]:
@@ -149,16 +152,29 @@ def _takes_shift(user: fx.Node, group: set[fx.Node], roles: Roles) -> bool:
     return only and all(_takes_shift(reader, group, roles) for reader in user.users)
 
 
-def _operands(roles: Roles, quantized: list[fx.Node]) -> list[QuantizerPosition]:
+def _operands(roles: Roles, quantized: list[fx.Node], preset: Preset) -> list[QuantizerPosition]:
     """Returns the positions of what products of activations read, but for what lies on a grid already."""
-    known = set(quantized)
+    known, scores = set(quantized), preset.products == 'scores'
     found: dict[fx.Node, None] = {}
-    for node in roles.graph.nodes:
+    for node in roles.graph.nodes if preset.products != 'none' else ():
         operands = [n for n in node.all_input_nodes if roles.is_tensor(n) and not follows_from_no_input(n)]
-        if operation(node) in (*PRODUCTS, 'einsum') and len(operands) == 2:
-            origins = {n: roles.sources(n) if roles.moves_only(n) else [n] for n in operands}
-            found.update(dict.fromkeys(n for n in operands if n not in known and known.isdisjoint(origins[n])))
-    return [QuantizerPosition(n.name, (n,), (), roles.non_negative(n)) for n in found]
+        if operation(node) not in (*PRODUCTS, 'einsum') or len(operands) != 2:
+            continue
+        origins = {n: roles.sources(n) if roles.moves_only(n) else [n] for n in operands}
+        new = [n for n in operands if n not in known and known.isdisjoint(origins[n])]
+        if not scores or (len(new) == 2 and _is_score(node, roles)):
+            found.update(dict.fromkeys(new))
+    return [
+        QuantizerPosition(n.name, (n,), (), not scores and roles.non_negative(n), eight_bits=scores, symmetric=scores)
+        for n in found
+    ]
+
+
+def _is_score(product: fx.Node, roles: Roles) -> bool:
+    """Returns whether a softmax reads the product, scaled or masked or not."""
+    way = ('add', 'sub', 'mul', 'div', 'where', 'maskedfill')
+    found = roles.consumers(product, lambda user: roles.moves_only(user) or roles.operation(user) in way)
+    return operation(product) in PRODUCTS and any(roles.operation(reader) == 'softmax' for reader in found)
 
 
 def _is_quantized(node: fx.Node, roles: Roles, preset: Preset) -> bool:

@@ -1,5 +1,6 @@
 """Prepares a float model for block reconstruction (BRECQ, Li et al., ICLR 2021)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,9 @@ from mmbrecq.registry import FAKE_QUANTS, QUANTIZERS
 
 ACTIVATION_QUANTIZERS = 'activation_quantizers'
 """Attribute of the model that holds its activation quantizers."""
+
+LARGEST_SCORES = 2**22
+"""Scores of an image above which an attention stays fused if a kernel is all that is to gain: fused it keeps none."""
 
 Bits = dict[str, tuple[int | None, int | None]]
 
@@ -86,7 +90,7 @@ class BRECQQuantizer:
         if products is not None:
             if not isinstance(products, bool):
                 raise ConfigError(f'expected quantizer.products to be a boolean or None, but got {products!r}')
-            self.preset = replace(self.preset, products=products)
+            self.preset = replace(self.preset, products='all' if products else 'none')
         self.weight = parse_options(options.WeightOptions, weight, 'quantizer.weight')
         self.activation = parse_options(
             options.ActivationOptions, {'bits': None} if activation is None else activation, 'quantizer.activation'
@@ -143,8 +147,8 @@ class BRECQQuantizer:
         """Inserts the quantizers of one graph; ``all_bits`` names the layers of the others too."""
         bits = {layer: all_bits[layer] for layer in _called_layers(traced)}
         blocks = find_blocks(traced.model, traced.graph, self.blocks)
-        if self.preset.products:
-            write_out_attention(traced.graph)
+        if self.preset.products != 'none':
+            write_out_attention(traced.graph, LARGEST_SCORES if self.preset.products == 'scores' else math.inf)
         names = []
         for position in find_positions(Roles(traced.model, traced.graph), self.preset):
             names += self._insert(traced, position, bits)
@@ -176,7 +180,7 @@ class BRECQQuantizer:
         if position_bits is None:
             return []
         name = f'{traced.path}_{position.name}'.replace('.', '_') if traced.path else position.name
-        path = self._add_quantizer(traced.model, name, position, MAX_BITS if position.joins else position_bits)
+        path = self._add_quantizer(traced.model, name, position, MAX_BITS if position.eight_bits else position_bits)
         for node in position.nodes:
             with traced.graph.inserting_after(node):
                 new = traced.graph.call_module(path, (node,))
@@ -188,7 +192,8 @@ class BRECQQuantizer:
 
     def _add_quantizer(self, model: nn.Module, name: str, position: QuantizerPosition, bits: int) -> str:
         given, node = self.activation, position.nodes[0] if position.nodes else None
-        qtype = self.preset.activation_qtype(bits, position.non_negative, given.symmetric, given.per_channel)
+        symmetric = True if position.symmetric else given.symmetric
+        qtype = self.preset.activation_qtype(bits, position.non_negative, symmetric, given.per_channel)
         folds = self.preset.folds_channel_scales
         if position.shifts and given.symmetric is None and qtype.signed:
             qtype = replace(qtype, symmetric=False)

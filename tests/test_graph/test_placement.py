@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmbrecq.graph.placement import QuantizerPosition, find_positions
 from mmbrecq.graph.roles import Roles
 from mmbrecq.graph.traced_graph import trace_image_graph
 from mmbrecq.presets import PRESETS
+from mmbrecq.qtype import QType
 from mmbrecq.quantizers import BRECQQuantizer
 
 
@@ -138,7 +140,7 @@ def test_a_concatenation_is_quantized_where_a_layer_reads_several_values() -> No
     model = net(forward, conv1=conv(), conv2=conv(), last=conv(12, 2), side=conv(8, 2))
     found = places(model, 'onnxruntime')
     assert targets(found)[:4] == ['inputs', 'relu', 'relu_1', 'cat_2']
-    assert [place.joins for place in found[:4]] == [False, False, False, True]
+    assert [place.eight_bits for place in found[:4]] == [False, False, False, True]
 
 
 def test_chained_concatenations_share_one_grid() -> None:
@@ -329,7 +331,7 @@ class Attention(nn.Module):
 def test_operands_of_products_are_quantized_where_the_preset_or_the_config_says_so(fused: bool) -> None:
     torch.manual_seed(0)
     found = {}
-    for preset, products in (('academic', None), ('academic', False), ('openvino', None), ('openvino', True)):
+    for preset, products in (*product(('academic', 'openvino'), (None, False)), ('openvino', True)):
         model = net(lambda self, x: self.attention(self.stem(x)), stem=conv(stride=4), attention=Attention(fused))
         wanted = run(model, images(2))
         quantizer = BRECQQuantizer({'bits': 8}, {'bits': 8}, preset, products=products, smoothing=0.0)
@@ -339,15 +341,40 @@ def test_operands_of_products_are_quantized_where_the_preset_or_the_config_says_
     counts = {key: len(graph.quantizers) for key, graph in found.items()}
     # images, the map, what the last layer reads; queries, keys, softmax, values
     assert counts == {
-        ('academic', None): 7, ('academic', False): 3, ('openvino', None): 3, ('openvino', True): 7,
+        ('academic', None): 7, ('academic', False): 3, ('openvino', None): 5, ('openvino', False): 3,
+        ('openvino', True): 7,
     }  # fmt: skip
     graph = found['academic', None]
     products = [n for n in graph.traced.graph.nodes if getattr(n.target, '__name__', n.target) == 'matmul']
     assert len(products) == 2
-    operands = [n for product in products for n in product.all_input_nodes]
+    operands = [n for found in products for n in found.all_input_nodes]
     assert all(n.target in graph.quantizers for n in operands)
     # a softmax is never negative
     assert [graph.quantizers[str(n.target)].qtype.symmetric for n in operands] == [False, False, True, False]
+
+
+def test_queries_and_keys_have_the_grids_of_their_kernel() -> None:
+    """OpenVINO has one of int8 with zero-point 0, and none of fewer bits."""
+    torch.manual_seed(0)
+    model = net(lambda self, x: self.attention(self.stem(x)), stem=conv(stride=4), attention=Attention(True))
+    graph = (
+        BRECQQuantizer({'bits': 4}, {'bits': 4}, 'openvino', first_last_8bit=False)
+        .prepare(model, images(2))
+        .image_graph
+    )
+    scores = next(n for n in graph.traced.graph.nodes if n.target is torch.matmul)
+    read = [graph.quantizers[str(n.target)].qtype for n in scores.all_input_nodes]
+    assert read == [QType(8), QType(8)]
+    assert sum(q.qtype.bits == 8 for q in graph.quantizers.values()) == 2
+
+
+def test_an_attention_of_many_scores_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmbrecq.quantizers.brecq.LARGEST_SCORES', 2 * 64 * 64 - 1)
+    for preset, is_fused in (('openvino', True), ('academic', False)):
+        model = net(lambda self, x: self.attention(self.stem(x)), stem=conv(stride=4), attention=Attention(True))
+        graph = BRECQQuantizer({'bits': 8}, {'bits': 8}, preset).prepare(model, images(2)).image_graph
+        nodes = [n.target for n in graph.traced.graph.nodes]
+        assert (F.scaled_dot_product_attention in nodes) is is_fused
 
 
 @pytest.mark.parametrize('preset', PRESETS)
