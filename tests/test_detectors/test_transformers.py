@@ -23,10 +23,11 @@ from mmbrecq.reconstruction.callbacks import Callback
 OBSERVER = {'type': 'MinMaxObserver'}
 
 
-def prepare(name: str, preset: str = 'openvino', bits: int = 8) -> QuantizedModel:
+def prepare(name: str, preset: str = 'openvino', bits: int = 8, rounding: str = 'AdaRound') -> QuantizedModel:
     model = build(name)
     options = {'bits': bits, 'observer': OBSERVER}
-    prepared = prepare_checked(model, preprocess(model, data(2)), BRECQQuantizer(options, options, preset))
+    quantizer = BRECQQuantizer({**options, 'rounding': {'type': rounding}}, options, preset)
+    prepared = prepare_checked(model, preprocess(model, data(2)), quantizer)
     calibrate_weights(prepared)
     calibrate_activations(prepared, [preprocess(model, data())])
     return prepared
@@ -76,12 +77,12 @@ def test_the_loss_is_that_of_the_last_layer() -> None:
 
 @pytest.mark.parametrize('name', ['detr', 'deformable'])
 def test_layers_of_encoder_and_decoder_are_units_and_learn(name: str, tmp_path: Path) -> None:
-    prepared = prepare(name, bits=4)
+    prepared = prepare(name, bits=4, rounding='StraightThrough')
     units = {unit.name: unit for unit in prepared.image_graph.units}
     assert len(units['encoder.layers.0'].layers) == 6 and len(units['decoder.layers.0'].layers) == 10
     images = preprocess(prepared.model, data())
     task = Task(prepared, images, list, None, 0, tmp_path)
-    reconstructor = QDropReconstructor({'iterations': 20, 'batch_size': 4, 'lr': 1e-2, 'drop_prob': 0.0})
+    reconstructor = QDropReconstructor({'iterations': 60, 'batch_size': 4, 'lr': 1e-2, 'drop_prob': 0.0})
     results = reconstructor.run(task, reconstructor.plan(task), Callback())
     better = {result.name for result in results if result.loss_after < result.loss_before}
     assert {'encoder.layers.0', 'decoder.layers.0'} <= better
