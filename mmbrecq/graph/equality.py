@@ -117,6 +117,11 @@ def _expect_repetition(reference: Reference, forward: Callable[[Tensor], Any], l
     changed = _changed(buffers, model.named_buffers())
     difference, where = _difference(forward, batch, found, wanted), _first_difference(own, reads)
     if changed and not difference:
+        # what follows from the size of the images, as tables of rotary positions, is kept as long as that stays
+        buffers = _versions(model.named_buffers())
+        _run(model, forward, batch, layers)
+        changed = _changed(buffers, model.named_buffers())
+    if changed and not difference:
         kept = {path: buffer.clone() for path, buffer in changed.items()}
         for buffer in changed.values():
             # a counter may be compared with a bound that it reaches after long

@@ -123,6 +123,18 @@ def test_a_count_may_not_change_the_outputs(bound: float, by_hand: str) -> None:
         take_reference(model, images(2))
 
 
+def test_a_table_that_follows_the_size_of_the_images_is_no_state() -> None:
+    def scale_columns(self: Any, x: Tensor) -> Tensor:
+        if len(self.columns) != x.shape[-1]:
+            self.columns = torch.linspace(1, 2, x.shape[-1])
+        return self.conv(x * self.columns)
+
+    model = net(scale_columns, conv=conv())
+    model.backbone.register_buffer('columns', torch.ones(0))
+    reference = take_reference(model, images(2))
+    assert len(reference.outputs) == 3 and model.backbone.columns.shape == (32,)
+
+
 def test_outputs_that_are_drawn_are_refused() -> None:
     model = net(lambda self, x: self.last(self.conv(x) * torch.rand(1)), conv=conv(), last=conv(4, 2))
     with pytest.raises(GraphError, match='another pass .* in what backbone.last reads: it draws random numbers or'):
