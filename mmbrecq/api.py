@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq import pipeline
-from mmbrecq.building import build
+from mmbrecq.building import build, expect
 from mmbrecq.deploy.comparison import Deviation, compare
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.exporters.base import BaseExporter
-from mmbrecq.errors import ConfigError, DataError, ExportError, GraphError, NonFiniteError
+from mmbrecq.errors import DataError, ExportError, GraphError, NonFiniteError
 from mmbrecq.presets import get_preset
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Callbacks
@@ -145,8 +145,7 @@ def quantize(
         >>> quantized.layers[0].weight_bits
         4
     """
-    if method not in METHODS:
-        raise ConfigError(f'expected method to be one of {list(METHODS)}, but got {method!r}')
+    expect(method in METHODS, f'method to be one of {list(METHODS)}', method)
     options = _quantizer_config(preset, weight_bits, activation_bits, method, quantizer)
     build(QUANTIZERS, options)
     reconstruction = _reconstructor(method, iterations, reconstructor)

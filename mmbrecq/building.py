@@ -128,10 +128,23 @@ def _in_words(hint: Any) -> str:
     return f'{_WORDS[origin]}{f", each item {_WORDS[inner]}" if inner in _WORDS else ""}'
 
 
+def expect(valid: bool, what: str, value: Any) -> None:
+    """Raises ConfigError, which says that ``what`` was expected and which ``value`` was given, unless it is valid."""
+    if not valid:
+        raise ConfigError(f'expected {what}, but got {value!r}')
+
+
 def check_integer(value: Any, least: int, where: str) -> None:
     """Raises ConfigError unless ``value``, the option ``where``, is an integer of at least ``least``."""
-    if type(value) is not int or value < least:
-        raise ConfigError(f'expected {where} to be an integer >= {least}, but got {value!r}')
+    expect(type(value) is int and value >= least, f'{where} to be an integer >= {least}', value)
+
+
+def check_number(value: Any, interval: str, where: str) -> None:
+    """Raises ConfigError unless ``value``, the option ``where``, is a number in an interval such as ``'[0, 1)'``."""
+    low, high = map(float, interval[1:-1].split(','))
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    excluded = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in '()']
+    expect(valid and value not in excluded, f'{where} to be a number in {interval}', value)
 
 
 def explain_build_error(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS, TRANSFORMS, DefaultScope, Registry
 
-from mmbrecq.building import build, explain_build_error, parse_options
+from mmbrecq.building import build, check_number, explain_build_error, parse_options
 from mmbrecq.errors import ConfigError
 
 TOOLS = Registry('tool', scope='mmbrecq_test')
@@ -85,6 +86,22 @@ class Handle:
 @dataclass(frozen=True)
 class Head:
     weight: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ('interval', 'inside', 'outside'),
+    [
+        ('[0, 1)', [0, 0.5], [-1e-9, 1, float('nan'), '0.5', None, True]),
+        ('(0, inf]', [1e-9, 3, float('inf')], [0, -1]),
+        ('(0, inf)', [7.5], [0, float('inf')]),
+    ],
+)
+def test_numbers_of_an_interval(interval: str, inside: list[Any], outside: list[Any]) -> None:
+    for value in inside:
+        check_number(value, interval, 'share')
+    for value in outside:
+        with pytest.raises(ConfigError, match=rf'^expected share to be a number in {re.escape(interval)}, but got '):
+            check_number(value, interval, 'share')
 
 
 def test_options_of_a_dataclass() -> None:

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import numpy as np
 from mmpretrain.datasets import BaseDataset
 
+from mmbrecq.building import expect
 from mmbrecq.dependencies import require
-from mmbrecq.errors import ConfigError
 from mmbrecq.registry import DATASETS
 
 NUM_VAL = 500
@@ -35,8 +35,7 @@ class DigitsDataset(BaseDataset):
     METAINFO: ClassVar[dict[str, Any]] = {'classes': tuple('0123456789')}
 
     def __init__(self, split: str = 'train', **kwargs: Any) -> None:
-        if split not in ('train', 'val'):
-            raise ConfigError(f"expected split of DigitsDataset to be one of 'train', 'val', but got {split!r}")
+        expect(split in ('train', 'val'), "split of DigitsDataset to be one of 'train', 'val'", split)
         self.split = split
         super().__init__(**{'ann_file': '', **kwargs})
 

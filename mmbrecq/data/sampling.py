@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from mmbrecq.building import check_integer, parse_options
+from mmbrecq.building import check_integer, expect, parse_options
 from mmbrecq.data.source import build_source_datasets, last_line
 from mmbrecq.distributed import aligned_batches, process_count, share_of
 from mmbrecq.errors import ConfigError, DataError
@@ -51,8 +51,7 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
             check_integer(getattr(self, name), least, f'calibration.{name}')
-        if self.selection not in ('random', 'first'):
-            raise ConfigError(f"expected calibration.selection 'random' or 'first', but got {self.selection!r}")
+        expect(self.selection in ('random', 'first'), "calibration.selection 'random' or 'first'", self.selection)
 
 
 def build_calibration_set(cfg: Config, calibration: dict[str, Any], held_out: int = 0) -> CalibrationSet:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmbrecq import pipeline
-from mmbrecq.building import build
+from mmbrecq.building import build, expect
 from mmbrecq.data import CalibrationSet, build_calibration_set
 from mmbrecq.data.groups import Images, grouped
 from mmbrecq.data.images import collect_images, example_of
@@ -28,7 +28,6 @@ from mmbrecq.distributed import batch_number, check_same_bits, gather, on_main, 
 from mmbrecq.engine import hooks
 from mmbrecq.engine.drawing import REPORTED, VISUALIZER_TYPES, SideBySide, build_visualizer
 from mmbrecq.engine.evaluation import check_classes, evaluate, task_loss_of
-from mmbrecq.errors import ConfigError
 from mmbrecq.graph.components import has_transformer
 from mmbrecq.mixed_precision.chosen_bits import ChosenBits
 from mmbrecq.quantizers.brecq import BRECQQuantizer
@@ -95,9 +94,8 @@ class PTQLoop(TestLoop):
         dry_run: bool = False,
     ) -> None:
         super().__init__(runner, dataloader, evaluator)
-        unknown = sorted(set(evaluations) - set(EVALUATIONS))
-        if unknown:
-            raise ConfigError(f'expected evaluations to be among {list(EVALUATIONS)}, but got {unknown[0]!r}')
+        for name in evaluations:
+            expect(name in EVALUATIONS, f'evaluations to be among {list(EVALUATIONS)}', name)
         self.float_checkpoint, self.evaluations = float_checkpoint, tuple(evaluations)
         self.quantizer_config = dict(quantizer)
         self.quantizer: BRECQQuantizer = build(QUANTIZERS, dict(quantizer))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from mmbrecq.errors import ConfigError
+from mmbrecq.building import expect
 from mmbrecq.graph.components import graph_module
 
 GRANULARITIES = ('layer', 'block', 'stage', 'net')
@@ -47,8 +47,7 @@ def is_below(path: str, ancestor: str) -> bool:
 
 def check_granularity(granularity: str, where: str = 'granularity') -> None:
     """Raises ConfigError, which names ``where``, unless units are cut so."""
-    if granularity not in GRANULARITIES:
-        raise ConfigError(f'expected {where} to be one of {list(GRANULARITIES)}, but got {granularity!r}')
+    expect(granularity in GRANULARITIES, f'{where} to be one of {list(GRANULARITIES)}', granularity)
 
 
 def cut_units(

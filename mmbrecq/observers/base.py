@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmbrecq.building import build
+from mmbrecq.building import build, check_number
 from mmbrecq.errors import ConfigError, DataError, NonFiniteError
 from mmbrecq.functional import affine_from_range, shared_affine_from_range
 from mmbrecq.qtype import QType
@@ -141,8 +141,7 @@ class MovingAverageObserver(BaseObserver):
     """
 
     def __init__(self, qtype: QType, momentum: float = 0.9) -> None:
-        if not 0 <= momentum < 1:
-            raise ConfigError(f'expected momentum of MovingAverageObserver in [0, 1), but got {momentum!r}')
+        check_number(momentum, '[0, 1)', 'momentum of MovingAverageObserver')
         super().__init__(qtype)
         self.momentum = momentum
         self._ends: list[tuple[Tensor, Tensor]] = []

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mmbrecq.building import check_integer, check_number
 from mmbrecq.errors import ConfigError
 from mmbrecq.functional import affine_from_range
 from mmbrecq.observers.base import BaseObserver
@@ -41,8 +42,7 @@ class StreamingHistogram:
     """
 
     def __init__(self, bins: int = 8192) -> None:
-        if not isinstance(bins, int) or bins < MIN_BINS:
-            raise ConfigError(f'expected bins to be an integer of at least {MIN_BINS}, but got {bins!r}')
+        check_integer(bins, MIN_BINS, 'bins')
         self.bins = bins
         self.low, self.high = math.inf, -math.inf
         self.exponent, self.start = MIN_EXPONENT, 0
@@ -179,8 +179,7 @@ class PercentileObserver(DistributionObserver):
     """
 
     def __init__(self, qtype: QType, percentile: float = 99.99, bins: int = 8192) -> None:
-        if not 50 < percentile <= 100:
-            raise ConfigError(f'expected percentile of PercentileObserver in (50, 100], but got {percentile!r}')
+        check_number(percentile, '(50, 100]', 'percentile of PercentileObserver')
         super().__init__(qtype, bins)
         self.percentile = percentile
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmbrecq.building import check_integer
-from mmbrecq.errors import ConfigError
+from mmbrecq.building import check_integer, expect
 from mmbrecq.functional import affine_from_range, quantize
 from mmbrecq.observers.histogram import DistributionObserver
 from mmbrecq.qtype import QType
@@ -102,8 +101,7 @@ class HistogramObserver(DistributionObserver):
     MAX_KEPT = 0
 
     def __init__(self, qtype: QType, bins: int = 4096, steps: int = 128) -> None:
-        if qtype.ch_axis is not None:
-            raise ConfigError(f'expected one scale per tensor for HistogramObserver, but got ch_axis {qtype.ch_axis}')
+        expect(qtype.ch_axis is None, 'one scale per tensor, ch_axis None, for HistogramObserver', qtype.ch_axis)
         check_integer(steps, 1, 'steps of HistogramObserver')
         super().__init__(qtype, bins)
         self.steps = steps

@@ -11,8 +11,7 @@ times ``1 - 0.01 * i``, ``i`` in ``0 .. 79``.
 import torch
 from torch import Tensor
 
-from mmbrecq.building import check_integer
-from mmbrecq.errors import ConfigError
+from mmbrecq.building import check_integer, check_number
 from mmbrecq.functional import affine_from_range
 from mmbrecq.observers.histogram import DistributionObserver
 from mmbrecq.qtype import QType
@@ -182,8 +181,7 @@ class MSEObserver(DistributionObserver):
     """
 
     def __init__(self, qtype: QType, p: float = 2.4, steps: int = 80, bins: int = 8192) -> None:
-        if not p > 0:
-            raise ConfigError(f'expected p of MSEObserver to be above 0, but got {p!r}')
+        check_number(p, '(0, inf)', 'p of MSEObserver')
         check_integer(steps, 1, 'steps of MSEObserver')
         super().__init__(qtype, bins)
         self.p, self.steps = p, steps

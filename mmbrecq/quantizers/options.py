@@ -1,12 +1,12 @@
 """Checks the options of a quantizer in a config."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mmbrecq.errors import ConfigError, PatternError
+from mmbrecq.building import check_integer, check_number, expect
+from mmbrecq.errors import PatternError
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 
 FLOAT = 'float'
@@ -82,23 +82,20 @@ class FallbackOptions:
     images: int = 16
 
     def __post_init__(self) -> None:
-        loss, share = (0, math.inf), (0, 1)
-        ends = {'bound': loss, 'limit': share, 'low_bound': loss, 'low_limit': share, 'images': (1, math.inf)}
-        for name, (least, most) in ends.items():
-            value = getattr(self, name)
-            if name == 'low_bound' and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-                raise ConfigError(f'expected quantizer.fallback.{name} in [{least}, {most}], but got {value!r}')
+        intervals = {'bound': '[0, inf]', 'limit': '[0, 1]', 'low_bound': '[0, inf]', 'low_limit': '[0, 1]'}
+        for name, interval in intervals.items():
+            if name != 'low_bound' or self.low_bound is not None:
+                check_number(getattr(self, name), interval, f'quantizer.fallback.{name}')
+        check_integer(self.images, 1, 'quantizer.fallback.images')
 
 
 def check_bits(bits: Any, where: str) -> int | None:
     """Returns a bit-width, or None for ``'float'`` and None; ConfigError names ``where``."""
     if bits is None or bits == FLOAT:
         return None
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"expected {where} to be in {MIN_BITS}..{MAX_BITS} or '{FLOAT}', but got {bits!r}")
-    return bits
+    valid = type(bits) is int and MIN_BITS <= bits <= MAX_BITS
+    expect(valid, f"{where} to be in {MIN_BITS}..{MAX_BITS} or '{FLOAT}'", bits)
+    return int(bits)
 
 
 def with_bits(config: Mapping[str, Any], bits: int) -> dict[str, Any]:

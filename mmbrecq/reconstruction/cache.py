@@ -12,11 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
+from mmbrecq.building import expect
 from mmbrecq.byte_size import show_bytes
 from mmbrecq.calibration.calibrator import OBSERVED
 from mmbrecq.data.groups import Grouped, Images
 from mmbrecq.distributed import processes_here
-from mmbrecq.errors import ConfigError, StorageError
+from mmbrecq.errors import StorageError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.reconstruction.values import CachedValues, FileValues, MemoryValues, MirroredValues, Values, empty, reserve
 
@@ -101,8 +102,7 @@ def plan_cache(
         ConfigError: ``place`` is unknown.
         StorageError: They fit nowhere, or not where the config asks; said before any work is done.
     """
-    if place not in PLACES:
-        raise ConfigError(f'expected reconstructor.cache to be one of {list(PLACES)}, but got {place!r}')
+    expect(place in PLACES, f'reconstructor.cache to be one of {list(PLACES)}', place)
     available = psutil.virtual_memory().available // processes_here()
     memory = available if memory_limit is None else memory_limit
     # on a GPU, a batch that does not fit is split

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmbrecq.building import check_number, expect
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
-from mmbrecq.errors import ConfigError, NonFiniteError
+from mmbrecq.errors import NonFiniteError
 from mmbrecq.reconstruction.batches import MicroBatches, UnitData
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.rest import Rest
@@ -46,10 +47,9 @@ class FisherLowRankLoss:
     needs_fisher = False
 
     def __init__(self, rank: int = 3, diagonal: float = 0.5) -> None:
-        if isinstance(rank, bool) or rank not in range(1, MOST_ERRORS + 1):
-            raise ConfigError(f'expected rank of FisherLowRankLoss in 1..{MOST_ERRORS}, but got {rank!r}')
-        if isinstance(diagonal, bool) or not isinstance(diagonal, (int, float)) or not 0 <= diagonal <= 1:
-            raise ConfigError(f'expected diagonal of FisherLowRankLoss in [0, 1], but got {diagonal!r}')
+        valid = type(rank) is int and 1 <= rank <= MOST_ERRORS
+        expect(valid, f'rank of FisherLowRankLoss in 1..{MOST_ERRORS}', rank)
+        check_number(diagonal, '[0, 1]', 'diagonal of FisherLowRankLoss')
         self.rank, self.diagonal = rank, diagonal
 
     def __call__(self, output: Tensor, target: Tensor, fisher: Tensor | None = None) -> Tensor:

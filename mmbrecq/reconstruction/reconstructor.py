@@ -1,7 +1,6 @@
 """Reconstruction of all units, pass by pass."""
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mmbrecq.building import build, parse_options
+from mmbrecq.building import build, check_number, expect, parse_options
 from mmbrecq.byte_size import parse_bytes
 from mmbrecq.calibration.calibrator import OBSERVED, observing
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
@@ -76,11 +75,8 @@ class BaseReconstructor:
             self.stages += (Stage('network', options, False, True, granularity='net', observes=False),)
         self.criterion = build(LOSSES, dict(self.loss or {'type': 'MSELoss'}))
         self.token_criterion = RelativeMSELoss() if self.loss is None else self.criterion
-        ends = {'global_weight': (0 <= self.global_weight < math.inf, 'finite and >= 0')}
-        ends['global_share'] = (0 < self.global_share <= 1, 'in (0, 1]')
-        for name, (valid, what) in ends.items():
-            if not valid:
-                raise ConfigError(f'expected reconstructor.{name} to be {what}, but got {getattr(self, name)!r}')
+        check_number(self.global_weight, '[0, inf)', 'reconstructor.global_weight')
+        check_number(self.global_share, '(0, 1]', 'reconstructor.global_share')
         self.share_behind = self.global_share if self.global_weight > 0 else 0.0
         # most losses weigh by nothing that only the rest of the network tells
         self.rank = getattr(self.criterion, 'rank', 0)
@@ -89,10 +85,8 @@ class BaseReconstructor:
                 'expected a loss without weights of its own for each image with reconstructor.mirror, such as MSELoss, '
                 f'but got {type(self.criterion).__name__}'
             )
-        if self.cache_dtype not in DTYPES:
-            raise ConfigError(
-                f'expected reconstructor.cache_dtype to be one of {list(DTYPES)}, but got {self.cache_dtype!r}'
-            )
+        known = self.cache_dtype in DTYPES
+        expect(known, f'reconstructor.cache_dtype to be one of {list(DTYPES)}', self.cache_dtype)
         self.dtype, limit = DTYPES[self.cache_dtype], self.memory_limit
         self.limit = None if limit is None else parse_bytes(limit, 'reconstructor.memory_limit')
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mmbrecq.errors import ConfigError
+from mmbrecq.building import check_integer, check_number, expect
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 
@@ -63,32 +62,25 @@ class StageOptions:
 
     def __post_init__(self) -> None:
         for name in ('iterations', 'batch_size'):
+            check_integer(getattr(self, name), 1, f'{name} of a reconstruction')
+        rates = ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight')
+        intervals = {**dict.fromkeys(rates, '[0, inf)'), **dict.fromkeys(('warmup', 'drop_prob', 'plateau'), '[0, 1)')}
+        for name, interval in intervals.items():
             value = getattr(self, name)
-            self._expect(type(value) is int and value >= 1, name, 'an integer >= 1')
-        for name in ('lr', 'bias_lr', 'weight_scale_lr', 'activation_lr', 'round_weight'):
-            value = getattr(self, name)
-            if name not in ('lr', 'activation_lr') or value is not None:
-                self._expect(_is_number(value) and 0 <= value < math.inf, name, 'a finite number >= 0')
-        for name in ('warmup', 'drop_prob', 'plateau'):
-            value = getattr(self, name)
-            self._expect(_is_number(value) and 0 <= value < 1, name, 'a number in [0, 1)')
-        pair = isinstance(self.beta, Sequence) and len(self.beta) == 2 and all(map(_is_number, self.beta))
-        self._expect(pair and min(self.beta) > 1, 'beta', 'two numbers above 1')
-        self._expect(self.fit_ranges is None or isinstance(self.fit_ranges, bool), 'fit_ranges', 'None or a boolean')
-        self._expect(self.autocast in (None, *AUTOCAST), 'autocast', f'None or one of {list(AUTOCAST)}')
+            if value is not None or name not in ('lr', 'activation_lr'):
+                check_number(value, interval, f'{name} of a reconstruction')
+        pair = isinstance(self.beta, (list, tuple)) and len(self.beta) == 2
+        valid = pair and all(isinstance(value, (int, float)) and value > 1 for value in self.beta)
+        expect(valid, 'beta of a reconstruction to be two numbers above 1', self.beta)
+        fits = self.fit_ranges is None or isinstance(self.fit_ranges, bool)
+        expect(fits, 'fit_ranges of a reconstruction to be None or a boolean', self.fit_ranges)
+        known = self.autocast in (None, *AUTOCAST)
+        expect(known, f'autocast of a reconstruction to be None or one of {list(AUTOCAST)}', self.autocast)
 
     @property
     def rounding_lr(self) -> float:
         """Returns the learning rate of the rounding variables."""
         return 1e-3 * math.sqrt(20000 / self.iterations) if self.lr is None else self.lr
-
-    def _expect(self, valid: bool, name: str, what: str) -> None:
-        if not valid:
-            raise ConfigError(f'expected {name} of a reconstruction to be {what}, but got {getattr(self, name)!r}')
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,9 @@ def test_a_config_that_does_not_name_what_is_float_fits_the_file(tmp_path: Path)
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'bound': -1}, r'^expected quantizer\.fallback\.bound in \[0, inf\], but got -1$'),
-        ({'limit': 2}, r'^expected quantizer\.fallback\.limit in \[0, 1\], but got 2$'),
-        ({'images': True}, r'^expected quantizer\.fallback\.images in \[1, inf\], but got True$'),
+        ({'bound': -1}, r'^expected quantizer\.fallback\.bound to be a number in \[0, inf\], but got -1$'),
+        ({'limit': 2}, r'^expected quantizer\.fallback\.limit to be a number in \[0, 1\], but got 2$'),
+        ({'images': True}, r'^expected quantizer\.fallback\.images to be an integer >= 1, but got True$'),
         (
             {'layers': 3},
             "^unknown option 'layers' of quantizer.fallback: expected bound or limit or low_bound or low_limit or ",

@@ -71,7 +71,7 @@ def test_merge_with_an_empty_one_changes_nothing() -> None:
 
 @pytest.mark.parametrize('bins', [100, 2047, 4096.0, 'many'])
 def test_bins_are_checked(bins: object) -> None:
-    with pytest.raises(ConfigError, match='expected bins to be an integer of at least 2048'):
+    with pytest.raises(ConfigError, match='expected bins to be an integer >= 2048'):
         StreamingHistogram(bins)  # type: ignore[arg-type]
 
 

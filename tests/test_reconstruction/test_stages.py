@@ -32,7 +32,7 @@ def test_fractions_are_below_one(name: str, value: float) -> None:
 def test_rates_and_weights_are_finite_and_not_negative(name: str, value: float) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf'^expected {name} of a reconstruction to be a finite number >= 0, but got {re.escape(repr(value))}$',
+        match=rf'^expected {name} of a reconstruction to be a number in \[0, inf\), but got {re.escape(repr(value))}$',
     ):
         StageOptions(**{name: value})
 

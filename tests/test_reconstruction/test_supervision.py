@@ -187,12 +187,12 @@ def test_at_a_weight_of_one_both_parts_count_alike(
 @pytest.mark.parametrize(
     ('options', 'text'),
     [
-        ({'global_weight': -1}, 'expected reconstructor.global_weight to be finite and >= 0, but got -1'),
-        ({'global_share': 0}, r'expected reconstructor.global_share to be in \(0, 1\], but got 0'),
+        ({'global_weight': -1}, r'expected reconstructor.global_weight to be a number in \[0, inf\), but got -1'),
+        ({'global_share': 0}, r'expected reconstructor.global_share to be a number in \(0, 1\], but got 0'),
         ({'loss': {'type': 'FisherLowRankLoss', 'rank': 4}}, r'expected rank of FisherLowRankLoss in 1..3, but got 4'),
         (
             {'loss': {'type': 'FisherLowRankLoss', 'diagonal': 2}},
-            r'expected diagonal of FisherLowRankLoss in \[0, 1\], but got 2',
+            r'expected diagonal of FisherLowRankLoss to be a number in \[0, 1\], but got 2',
         ),
     ],
 )

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmbrecq.building import check_integer
+from mmbrecq.building import check_integer, expect
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
-from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, check_latencies
 from mmbrecq.progress import track
@@ -56,10 +55,7 @@ class MeasuredLatency(BaseCostModel):
     def __init__(
         self, runtime: str = 'openvino', path: str | None = None, num_threads: int = 1, rounds: int = 10
     ) -> None:
-        if runtime not in RUNTIMES:
-            raise ConfigError(
-                f'expected runtime of MeasuredLatency to be one of {sorted(RUNTIMES)}, but got {runtime!r}'
-            )
+        expect(runtime in RUNTIMES, f'runtime of MeasuredLatency to be one of {sorted(RUNTIMES)}', runtime)
         check_integer(num_threads, 1, 'num_threads of MeasuredLatency')
         check_integer(rounds, 1, 'rounds of MeasuredLatency')
         self.backend, self.num_threads, self.rounds = RUNTIMES[runtime], num_threads, rounds

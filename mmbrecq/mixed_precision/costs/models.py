@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mmbrecq.building import check_integer
+from mmbrecq.building import check_integer, check_number
 from mmbrecq.byte_size import weight_bytes
-from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.errors import TableError
 from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, Bits, LayerShape
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.schema import decode
@@ -140,11 +140,9 @@ class BitSerialAccelerator(BaseCostModel):
 
     def __post_init__(self) -> None:
         for name in ('bit_operations_per_cycle', 'frequency', 'off_chip_bandwidth', 'on_chip_bandwidth'):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ConfigError(f'expected {name} of an accelerator to be a finite number > 0, but got {value!r}')
+            check_number(getattr(self, name), '(0, inf)', f'{name} of an accelerator')
         for name in ('on_chip_bytes', 'overhead'):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ConfigError(f'expected {name} of an accelerator to be a finite number >= 0, but got {value!r}')
+            check_number(getattr(self, name), '[0, inf)', f'{name} of an accelerator')
         check_integer(self.bit_granularity, 1, 'bit_granularity')
 
     def layer_cost(self, layer: LayerShape, bits: Bits) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.building import check_integer
+from mmbrecq.building import check_integer, expect
 from mmbrecq.errors import ConfigError
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.drop import DROP, Trial, drop_budget
@@ -50,8 +50,7 @@ class SearchOptions(AnalysisOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.costs:
-            raise ConfigError(f'expected search.costs to be a list of cost models, but got {self.costs!r}')
+        expect(bool(self.costs), 'search.costs to be a list of cost models', self.costs)
         check_integer(self.held_out, 1, 'search.held_out')
         drop_budget(self.budgets)
 
@@ -74,11 +73,8 @@ def parse_budget(text: str | float, float_cost: float, where: str) -> float:
     found = _BUDGET.fullmatch(str(text).strip())
     factor = {**_FACTORS, 'x': float_cost}.get(found[3].lower()) if found else None
     value = 0.0 if found is None or factor is None else float(found[1] + (found[2] or '')) * factor
-    if not 0 < value < math.inf:
-        raise ConfigError(
-            f'expected the budget of {where} to be a number above 0, such as 1.2MB, 3ms or 0.1x of the float '
-            f'model, but got {text!r}'
-        )
+    example = 'such as 1.2MB, 3ms or 0.1x of the float model'
+    expect(0 < value < math.inf, f'the budget of {where} to be a number above 0, {example}', text)
     return value
 
 
@@ -87,8 +83,8 @@ def parse_budgets(words: Sequence[str]) -> dict[str, str]:
     budgets: dict[str, str] = {}
     for word in words:
         name, equals, amount = word.partition('=')
-        if not (name and equals and amount) or name in budgets:
-            raise ConfigError(f'expected --budget as NAME=AMOUNT, each name once, such as size=0.1x, but got {word!r}')
+        valid = bool(name and equals and amount) and name not in budgets
+        expect(valid, '--budget as NAME=AMOUNT, each name once, such as size=0.1x', word)
         budgets[name] = amount
     return budgets
 

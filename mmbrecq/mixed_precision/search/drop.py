@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from mmbrecq.errors import BudgetError, ConfigError
+from mmbrecq.building import expect
+from mmbrecq.errors import BudgetError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 
 DROP = 'drop'
@@ -36,8 +37,7 @@ def drop_budget(budgets: Mapping[str, str | float]) -> float | None:
         points = float(str(budgets[DROP]))
     except ValueError:
         points = -1.0
-    if not 0 <= points < math.inf:
-        raise ConfigError(f'expected the budget of drop to be points of the metric, >= 0, but got {budgets[DROP]!r}')
+    expect(0 <= points < math.inf, 'the budget of drop to be points of the metric, >= 0', budgets[DROP])
     return points
 
 

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from mmbrecq.building import check_integer
-from mmbrecq.errors import BudgetError, ConfigError
+from mmbrecq.building import check_integer, check_number
+from mmbrecq.errors import BudgetError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
@@ -43,7 +43,7 @@ class GeneticSearcher:
     def __post_init__(self) -> None:
         for name, least in (('population', 1), ('iterations', 1), ('parents', 1), ('resampling', 0)):
             check_integer(getattr(self, name), least, f'{name} of a search')
-        check_mutation(self.mutation)
+        check_number(self.mutation, '(0, 1]', 'mutation of a search')
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:
         """Returns the best choice found, ``(layers,)``, the same for the same seed; BudgetError if there is none."""
@@ -185,9 +185,3 @@ def _moves(problem: BitProblem, choice: Choices) -> tuple[NDArray[np.int64], NDA
     moves = [(i, o) for i, options in enumerate(problem.options) for o in options if o != choice[i]]
     layers, options = np.array(moves, np.int64).reshape(-1, 2).T
     return layers, options
-
-
-def check_mutation(mutation: float) -> None:
-    """Raises ConfigError where a probability of mutation is none, or 0."""
-    if not 0 < mutation <= 1:
-        raise ConfigError(f'expected mutation of a search to be in (0, 1], but got {mutation!r}')

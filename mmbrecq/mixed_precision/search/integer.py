@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from mmbrecq.building import check_number
 from mmbrecq.dependencies import require
-from mmbrecq.errors import BudgetError, ConfigError
+from mmbrecq.errors import BudgetError
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
@@ -29,8 +30,7 @@ class IntegerProgram:
     """
 
     def __init__(self, time_limit: float = 60.0) -> None:
-        if not time_limit > 0:
-            raise ConfigError(f'expected time_limit of a search to be > 0 seconds, but got {time_limit!r}')
+        check_number(time_limit, '(0, inf]', 'time_limit of a search')
         require('scipy')
         self.time_limit = time_limit
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.building import check_integer
+from mmbrecq.building import check_integer, check_number
 from mmbrecq.dependencies import require
 from mmbrecq.errors import BudgetError
-from mmbrecq.mixed_precision.search.genetic import check_mutation, descend
+from mmbrecq.mixed_precision.search.genetic import descend
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.registry import SEARCHERS
 
@@ -34,7 +34,7 @@ class NSGA2Searcher:
     def __post_init__(self) -> None:
         check_integer(self.population, 2, 'population of a search')
         check_integer(self.iterations, 2, 'iterations of a search')
-        check_mutation(self.mutation)
+        check_number(self.mutation, '(0, 1]', 'mutation of a search')
         require('pymoo')
 
     def search(self, problem: BitProblem, seed: int = 0) -> Choices:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mmbrecq.building import check_integer
-from mmbrecq.errors import ConfigError, TableError
+from mmbrecq.building import check_integer, expect
+from mmbrecq.errors import TableError
 from mmbrecq.graph.roles import joined
 from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
@@ -43,20 +43,15 @@ class AnalysisOptions:
 
     def __post_init__(self) -> None:
         numbers = [b for b in self.candidates if b != FLOAT]
-        if not numbers or len(self.candidates) < 2 or not _are_bits(numbers) or self.candidates.count(FLOAT) > 1:
-            raise ConfigError(
-                f'expected search.candidates to be two or more different integers in {MIN_BITS}..{MAX_BITS}, one of '
-                f"which may be '{FLOAT}', but got {self.candidates!r}"
-            )
-        if not _are_bits(self.activation_candidates):
-            raise ConfigError(
-                f'expected search.activation_candidates to be different integers in {MIN_BITS}..{MAX_BITS}, but got '
-                f'{self.activation_candidates!r}'
-            )
+        valid = bool(numbers) and len(self.candidates) > 1 and _are_bits(numbers) and self.candidates.count(FLOAT) < 2
+        integers = f'different integers in {MIN_BITS}..{MAX_BITS}'
+        what = f"search.candidates to be two or more {integers}, one of which may be '{FLOAT}'"
+        expect(valid, what, self.candidates)
+        inputs = self.activation_candidates
+        expect(_are_bits(inputs), f'search.activation_candidates to be {integers}', inputs)
         if self.images is not None:
             check_integer(self.images, 1, 'search.images')
-        if self.loss not in LOSSES:
-            raise ConfigError(f'expected search.loss to be one of {list(LOSSES)}, but got {self.loss!r}')
+        expect(self.loss in LOSSES, f'search.loss to be one of {list(LOSSES)}', self.loss)
 
     @property
     def bits(self) -> list[int]:

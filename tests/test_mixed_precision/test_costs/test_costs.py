@@ -89,8 +89,8 @@ def test_the_accelerator_rounds_bits_up() -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'frequency': 0}, 'frequency of an accelerator to be a finite number > 0, but got 0'),
-        ({'on_chip_bytes': -1}, 'on_chip_bytes of an accelerator to be a finite number >= 0, but got -1'),
+        ({'frequency': 0}, 'frequency of an accelerator to be a number in (0, inf), but got 0'),
+        ({'on_chip_bytes': -1}, 'on_chip_bytes of an accelerator to be a number in [0, inf), but got -1'),
         ({'bit_granularity': 0}, 'bit_granularity to be an integer >= 1, but got 0'),
         ({'clock': 1}, "unknown option 'clock' of BitSerialAccelerator"),
     ],

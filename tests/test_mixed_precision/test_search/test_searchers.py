@@ -202,12 +202,15 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ('options', 'message'),
     [
         ({'type': 'GeneticSearcher', 'population': 0}, 'population of a search to be an integer >= 1, but got 0'),
-        ({'type': 'GeneticSearcher', 'mutation': 1.5}, r'mutation of a search to be in \(0, 1\], but got 1.5'),
+        ({'type': 'GeneticSearcher', 'mutation': 1.5}, r'mutation of a search to be a number in \(0, 1\], but got 1.5'),
         ({'type': 'GeneticSearcher', 'resampling': -1}, 'resampling of a search to be an integer >= 0, but got -1'),
         ({'type': 'GeneticSearcher', 'generations': 5}, "unknown option 'generations' of GeneticSearcher"),
         ({'type': 'NSGA2Searcher', 'iterations': 1}, 'iterations of a search to be an integer >= 2, but got 1'),
-        ({'type': 'NSGA2Searcher', 'mutation': 0}, r'mutation of a search to be in \(0, 1\], but got 0'),
-        ({'type': 'IntegerProgram', 'time_limit': 0}, 'time_limit of a search to be > 0 seconds, but got 0'),
+        ({'type': 'NSGA2Searcher', 'mutation': 0}, r'mutation of a search to be a number in \(0, 1\], but got 0'),
+        (
+            {'type': 'IntegerProgram', 'time_limit': 0},
+            r'time_limit of a search to be a number in \(0, inf\], but got 0',
+        ),
         ({'type': 'Greedy'}, "unknown searcher type 'Greedy': expected one of GeneticSearcher, IntegerProgram"),
     ],
 )
