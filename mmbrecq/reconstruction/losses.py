@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from mmbrecq.building import check_number
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
@@ -88,6 +89,7 @@ class FisherLoss:
     needs_fisher = True
 
     def __init__(self, floor: float = 0.0) -> None:
+        check_number(floor, '[0, 1]', 'floor of FisherLoss')
         self.floor = floor
 
     def __call__(self, output: Tensor, target: Tensor, fisher: Tensor | None = None) -> Tensor:

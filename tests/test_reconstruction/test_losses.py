@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmbrecq.errors import NonFiniteError
+from mmbrecq.errors import ConfigError, NonFiniteError
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, FisherLoss, MSELoss, Task
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
@@ -67,6 +67,12 @@ def test_fisher_weighs_every_element(shape: tuple[int, ...], floor: float) -> No
     expected = (weight * (output - target) ** 2).sum() / (np.prod(shape) / shape[1])
     got = FisherLoss(floor=floor)(*(torch.from_numpy(a) for a in (output, target, fisher)))
     assert float(got) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('floor', [-0.1, 1.5, '0.5'])
+def test_the_floor_is_a_share(floor: Any) -> None:
+    with pytest.raises(ConfigError, match=r'expected floor of FisherLoss to be a number in \[0, 1\], but got'):
+        FisherLoss(floor)
 
 
 def test_weights_of_one_are_plain_mse() -> None:
