@@ -1,4 +1,4 @@
-"""The rounding of a layer while it is learned: its variable, its soft-quantized weight, and the gradients of both."""
+"""The rounding of a layer while it is learned: its variable, the weight that it makes, and the gradients of both."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmbrecq.fake_quants.ops import add_regulariser_gradient_, regulariser_factor, soft_weight_, through_sigmoid_
-from mmbrecq.fake_quants.weight import AdaRound
+from mmbrecq.fake_quants.weight import AdaRound, WeightFakeQuantize
 from mmbrecq.functional import expand
 from mmbrecq.kernels.native import Curve, as_array, kernel
 from mmbrecq.reconstruction.values import laid_out
@@ -100,3 +100,49 @@ class SoftRounding:
             scratch = (self._centred, self._power)
             add_regulariser_gradient_(self._grad, self._sigma, self._curve, exponent, weight, scratch)
         through_sigmoid_(self._grad, self._sigma, self._curve)
+
+
+class StraightThroughRounding:
+    """The rounding of a layer learned by straight-through gradients, with the arguments and calls of the soft one.
+
+    A weight is learned relative to its scale, so that one learning rate serves all channels. What lies beyond the end
+    of the grid by more than half a step has no gradient, and there is no regulariser.
+
+    Attributes:
+        steps (Parameter): The variable, with the shape of the weight: ``weight / scale + zero_point`` at first.
+        weight (Tensor): The quantized weight times its gain.
+    """
+
+    def __init__(self, rounding: WeightFakeQuantize, weight: Tensor, layout: torch.memory_format) -> None:
+        self._rounding, self._layout = rounding, layout
+        axis = rounding.qtype.ch_axis
+        self._scale = expand(rounding.scale, weight.dim(), axis)
+        self._offset = expand(rounding.zero_point.to(weight.dtype), weight.dim(), axis)
+        self.steps = nn.Parameter(laid_out(weight / self._scale + self._offset, layout))
+        self.weight = torch.empty_like(self.steps.detach())
+
+    def _codes(self) -> Tensor:
+        qtype = self._rounding.qtype
+        return self.steps.detach().round().clamp_(qtype.quant_min, qtype.quant_max)
+
+    def finish(self) -> None:
+        """Keeps the integers of the last iteration."""
+        self._rounding.codes.copy_(self._codes())
+
+    def update(self, gain: Tensor | None) -> None:
+        """Computes the weight anew, times a factor of one element or one for each scale."""
+        torch.mul(self._codes().sub_(self._offset), self._scale, out=self.weight)
+        if gain is not None:
+            self.weight.mul_(gain.detach())
+
+    def collect(self, grad: Tensor | None, gain: nn.Parameter | None, beta: Any, round_weight: Any) -> None:
+        """Carries the gradient of the weight on to the variable and to the gain; there is no regulariser."""
+        grad = torch.zeros_like(self.weight) if grad is None else laid_out(grad, self._layout)
+        size = self._scale
+        if gain is not None:
+            gain.grad = (grad * self.weight).sum_to_size(gain.shape).div_(gain.detach())
+            size = size * gain.detach()
+        qtype = self._rounding.qtype
+        self.steps.grad = torch.ops.aten.hardtanh_backward(
+            grad * size, self.steps.detach(), qtype.quant_min - 0.5, qtype.quant_max + 0.5
+        )

@@ -17,9 +17,8 @@ from mmbrecq.fake_quants.ops import OutputGradient
 from mmbrecq.fake_quants.weight import AdaRound, StraightThrough, WeightFakeQuantize, original, original_weight
 from mmbrecq.functional import expand, short_scale
 from mmbrecq.reconstruction.adam import Group
-from mmbrecq.reconstruction.soft_rounding import SoftRounding
+from mmbrecq.reconstruction.soft_rounding import SoftRounding, StraightThroughRounding
 from mmbrecq.reconstruction.stages import SCALE_LR, Stage
-from mmbrecq.reconstruction.straight_through import StraightThroughRounding
 from mmbrecq.reconstruction.values import called_modules, laid_out
 
 SMALLEST = 0.01

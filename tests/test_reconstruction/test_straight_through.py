@@ -15,7 +15,7 @@ from mmbrecq.qtype import QType
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction import QDropReconstructor, Task
 from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.straight_through import StraightThroughRounding
+from mmbrecq.reconstruction.soft_rounding import StraightThroughRounding
 
 
 def started(qtype: QType) -> tuple[StraightThrough, StraightThroughRounding, Tensor]:
