@@ -17,7 +17,7 @@ from mmbrecq.errors import ExportError, GraphError, MMBrecqError
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import BRECQReconstructor, Task
 from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.nearest import NearestReconstructor
+from mmbrecq.reconstruction.methods import NearestReconstructor
 from mmbrecq.rehearsal import rehearse
 
 
