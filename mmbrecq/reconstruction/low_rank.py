@@ -11,9 +11,8 @@ from mmbrecq.building import check_number, expect
 from mmbrecq.data.groups import batches_of, grouped
 from mmbrecq.distributed import mean_over
 from mmbrecq.errors import NonFiniteError
-from mmbrecq.reconstruction.batches import MicroBatches, UnitData
+from mmbrecq.reconstruction.batches import MicroBatches, OutputTerm, UnitData
 from mmbrecq.reconstruction.cache import ActivationCache
-from mmbrecq.reconstruction.rest import Rest
 from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.registry import LOSSES
 
@@ -62,13 +61,17 @@ class FisherLowRankLoss:
 
 
 def low_rank_weights(
-    data: UnitData[Any], rest: Rest, runs: Sequence[Sequence[Values]], cache: ActivationCache, fitting: MicroBatches
+    data: UnitData[Any],
+    distance: OutputTerm,
+    runs: Sequence[Sequence[Values]],
+    cache: ActivationCache,
+    fitting: MicroBatches,
 ) -> list[CachedValues]:
     """Returns for each output of a unit the diagonal and the factors of its Fisher information, ``(N, 1 + k, C, ...)``.
 
-    ``data`` has the targets of the unit, what the rest reads beside, and the float outputs of the network; ``runs`` are
-    the outputs of the unit with ``k`` different errors, the first that before learning. NonFiniteError is raised if a
-    response is not finite.
+    ``distance`` is that of the outputs of the network from the float ones, which ``data`` has with all that it reads
+    beside the outputs of the unit; ``runs`` are these with ``k`` different errors, the first that before learning.
+    NonFiniteError is raised if a response is not finite.
     """
     targets = data.targets
     shapes = [grouped(target).parts[0].sample_shape for target in targets]
@@ -79,7 +82,7 @@ def low_rank_weights(
         found = torch.zeros_like(forms)
         for start in range(batch.start, batch.stop, images):
             part = slice(start, min(start + images, batch.stop))
-            errors, responses = _responses(data.read(part), rest, [[x[part] for x in run] for run in runs])
+            errors, responses = _responses(data.read(part), distance, [[x[part] for x in run] for run in runs])
             for weight, es, gs in zip(weights, errors, responses, strict=True):
                 diagonal, factors = diagonal_and_factors(es.flatten(2), gs.flatten(2))
                 weight.write(
@@ -131,7 +134,7 @@ def diagonal_and_factors(errors: Tensor, responses: Tensor) -> tuple[Tensor, Ten
 
 
 def _responses(
-    batch: UnitData[Tensor], rest: Rest, runs: Sequence[Sequence[Tensor]]
+    batch: UnitData[Tensor], distance: OutputTerm, runs: Sequence[Sequence[Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns for each output of a unit its errors and their responses, image by image, ``(n, k, C, ...)``."""
     responses = []
@@ -139,7 +142,7 @@ def _responses(
         with torch.enable_grad():
             outputs = [output.detach().requires_grad_(True) for output in run]
             # a response is that of each image
-            loss = len(batch) * rest.distance(outputs, batch.beside, batch.network_outputs)
+            loss = len(batch) * distance(outputs, batch.beside, batch.network_outputs)
         responses.append(torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True))
     errors = [[o - t for o, t in zip(run, batch.targets, strict=True)] for run in runs]
     stacked = [[torch.stack(x, 1) for x in zip(*of_runs, strict=True)] for of_runs in (errors, responses)]

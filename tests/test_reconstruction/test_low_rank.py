@@ -18,7 +18,7 @@ from mmbrecq.reconstruction.batches import MicroBatches, UnitData
 from mmbrecq.reconstruction.cache import ActivationCache
 from mmbrecq.reconstruction.low_rank import diagonal_and_factors, low_rank_weights
 from mmbrecq.reconstruction.streams import Streams
-from mmbrecq.reconstruction.supervision import Supervision
+from mmbrecq.reconstruction.supervision import Rest, Supervision
 from mmbrecq.reconstruction.values import MemoryValues
 from mmbrecq.registry import LOSSES
 
@@ -104,7 +104,7 @@ def test_responses_are_products_with_the_fisher_information(
     errors = [2e-3 * target * random(*target.shape, seed=seed) for seed in range(rank)]
     with_rest = replace(data, network_outputs=[supervision._outputs[name] for name in rest.outputs])
     runs = [[MemoryValues(target + error, target.device)] for error in errors]
-    fisher = low_rank_weights(with_rest, rest, runs, host, MicroBatches(unit.name, 7))[0][:]
+    fisher = low_rank_weights(with_rest, rest.distance, runs, host, MicroBatches(unit.name, 7))[0][:]
     exact, found = [], []
     for i in range(len(images)):
         x = target[i : i + 1].clone().requires_grad_(True)
@@ -136,7 +136,7 @@ def test_the_error_before_learning_counts_as_the_plain_one(
 def test_gradients_that_are_not_finite(
     prepared: Callable[..., QuantizedModel], host: ActivationCache, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('mmbrecq.reconstruction.rest.Rest.distance', lambda self, x, *_: x[0].sum() * float('nan'))
+    monkeypatch.setattr(Rest, 'distance', lambda self, x, *_: x[0].sum() * float('nan'))
     with pytest.raises(NonFiniteError, match=r"expected finite gradients of the outputs at unit 'backbone.first'"):
         streams, unit, data = at_first_block(prepared(), host, images)
         Supervision(streams, 2, 0.0, 1.0).add_to(data, unit, FisherLowRankLoss(2), MSELoss(), data.targets, True)
