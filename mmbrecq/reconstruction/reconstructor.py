@@ -26,8 +26,7 @@ from mmbrecq.reconstruction.batches import MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.cache import DTYPES, ActivationCache, CachePlan, allocate_images, peak_bytes, plan_cache
 from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import MSELoss, RelativeMSELoss
-from mmbrecq.reconstruction.optimize import optimize_unit
-from mmbrecq.reconstruction.ranges import fit_ranges
+from mmbrecq.reconstruction.optimize import fit_ranges, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
 from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
 from mmbrecq.reconstruction.streams import Streams

@@ -13,7 +13,7 @@ from mmbrecq.reconstruction import UnitResult
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.losses import MSELoss
-from mmbrecq.reconstruction.ranges import FACTORS, fit_ranges
+from mmbrecq.reconstruction.optimize import RANGE_FACTORS, fit_ranges
 from mmbrecq.reconstruction.values import MemoryValues
 
 CPU = torch.device('cpu')
@@ -54,14 +54,14 @@ def test_the_multiple_with_the_least_error_behind_it_is_taken(scale: float) -> N
     module = Attention(scale)
     fit_ranges(module, [module.quantizer], data, MSELoss())
     # scales keep 8 significant bits
-    best = min(FACTORS, key=lambda factor: error_with(factor * scale, scores, values))
+    best = min(RANGE_FACTORS, key=lambda factor: error_with(factor * scale, scores, values))
     assert float(module.quantizer.scale) == pytest.approx(best * scale, rel=2**-8)
     assert best < 1
 
 
 def test_what_cannot_be_bettered_or_is_fixed_stays() -> None:
     scores, values, data = problem()
-    best = min((0.064 * factor for factor in FACTORS), key=lambda scale: error_with(scale, scores, values))
+    best = min((0.064 * factor for factor in RANGE_FACTORS), key=lambda scale: error_with(scale, scores, values))
     module, fixed = Attention(best), Attention(0.5)
     module.quantizer.fixed = fixed.quantizer.fixed = True
     fit_ranges(fixed, [fixed.quantizer], data, MSELoss())
