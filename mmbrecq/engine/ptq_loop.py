@@ -41,8 +41,7 @@ from mmbrecq.report.summary import Summary
 from mmbrecq.report.table import print_table
 from mmbrecq.runs.checkpoint import load_float_checkpoint
 from mmbrecq.runs.identity import describe_config, describe_inputs
-from mmbrecq.runs.journal import Journal
-from mmbrecq.runs.run_files import RunFiles, model_size, peak_memory, rehearsal_text, versions
+from mmbrecq.runs.run_files import Journal, RunFiles, model_size, peak_memory, rehearsal_text, versions
 
 EVALUATIONS = ('float', 'nearest', 'weights', 'quantized', 'deployed')
 """Names of the evaluations that a run may make, in this order."""

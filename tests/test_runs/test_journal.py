@@ -13,8 +13,8 @@ from mmbrecq.errors import CheckpointError
 from mmbrecq.reconstruction.callbacks import Progress
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, StageOptions
-from mmbrecq.runs import journal as module
-from mmbrecq.runs.journal import Journal
+from mmbrecq.runs import run_files as module
+from mmbrecq.runs.run_files import Journal
 
 IDENTITY = {'quantizer.weight.bits': '2', 'seed': '3', 'float weights': 'abc'}
 
