@@ -1,34 +1,193 @@
 """Runs mixed precision for the tools: measures sensitivities, chooses bits, writes the config that has them."""
 
+import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
+from torch.utils.data import DataLoader
 
+from mmbrecq import pipeline
 from mmbrecq.building import build, parse_options
+from mmbrecq.data import build_calibration_set
+from mmbrecq.data.images import collect_images
+from mmbrecq.data.source import has_annotations
 from mmbrecq.deploy.backends import build_exporters
 from mmbrecq.distributed import process_count
-from mmbrecq.engine.analysis_loop import AnalysisLoop
 from mmbrecq.engine.config import build_runner, resolve_checkpoint
+from mmbrecq.engine.evaluation import HeldOut, check_classes, task_loss_of
+from mmbrecq.engine.hooks import HookCaller, ReconstructionLoggerHook, ReconstructionProgressHook
 from mmbrecq.errors import ConfigError, DependencyError
+from mmbrecq.mixed_precision.chosen_bits import load_rounding
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
-from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
-from mmbrecq.mixed_precision.search.drop import cost_to_lower, drop_budget, find_cheapest
+from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, check_budgets
+from mmbrecq.mixed_precision.search.drop import DROP, cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
+from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
-from mmbrecq.registry import COST_MODELS, SEARCHERS
+from mmbrecq.reconstruction.reconstructor import BaseReconstructor
+from mmbrecq.reconstruction.stages import Stage, StageOptions
+from mmbrecq.reconstruction.task import Task
+from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.report.html import write_grids, write_sensitivities
 from mmbrecq.report.rows import format_cost
 from mmbrecq.report.table import choice_text, grid_text
+from mmbrecq.runs.checkpoint import load_float_checkpoint
+from mmbrecq.runs.identity import describe_inputs, first_difference
+from mmbrecq.schema import save_json
 
 TABLE = 'sensitivity.json'
 LOOKED_AT = 16
 """Images that a quick analysis looks at."""
+
+
+@LOOPS.register_module()
+class AnalysisLoop(BaseLoop):
+    """Measures what every layer loses at every number of bits; ``sensitivity.json`` has it.
+
+    Args:
+        runner: mmengine's runner.
+        dataloader: The test data, whose classes are compared with the model's; no image of it is read.
+        evaluator: The test evaluator, which mmengine passes to every loop; it is not used.
+        float_checkpoint: Path or URL of the float weights.
+        quantizer: Config of the quantizer.
+        reconstructor: Config of the reconstructor, whose first pass has the options of the reconstruction.
+        calibration: Options of the calibration images.
+        search: Options of :class:`SearchOptions`, whose budgets are checked.
+        quick: Whether to measure only what every grid costs alone, from a few images; ``grids.json`` has it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: DataLoader[Any] | dict[str, Any],
+        evaluator: Any,
+        float_checkpoint: str,
+        quantizer: Mapping[str, Any],
+        reconstructor: Mapping[str, Any],
+        calibration: Mapping[str, Any],
+        search: Mapping[str, Any],
+        quick: bool = False,
+    ) -> None:
+        super().__init__(runner, dataloader)
+        self.quick = quick
+        self.float_checkpoint, self.calibration = float_checkpoint, dict(calibration)
+        build(QUANTIZERS, dict(quantizer))  # bad options are refused before any work
+        self.quantizer = dict(quantizer)
+        self.options = parse_options(SearchOptions, search, 'search')
+        build(SEARCHERS, dict(self.options.searcher))
+        first: Mapping[str, Any] = reconstructor.get('weights', reconstructor.get('joint', {}))
+        options = parse_options(StageOptions, {**first, 'drop_prob': 0.0}, 'the first pass of the reconstructor')
+        shared = ('loss', 'mirror', 'cache', 'cache_dtype', 'memory_limit')
+        common = {key: reconstructor[key] for key in shared if key in reconstructor}
+        self.reconstructor = BaseReconstructor(**common)
+        self.reconstructor.stages = (Stage(STAGE, options, True, False, independent=True),)
+        for hook in (ReconstructionLoggerHook, ReconstructionProgressHook):
+            runner.register_hook(hook())
+
+    def run(self) -> SensitivityTable | GridLosses:
+        """Returns the measured sensitivities, which ``sensitivity.json`` holds too."""
+        if self.quick:
+            return self._measure_grids()
+        self.load()
+        analyzer = Analyzer(
+            self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), self._inputs(),
+            HookCaller(self.runner), self._check_budgets,
+        )  # fmt: skip
+        table = analyzer.run()
+        self.runner.logger.info(f'sensitivities: {analyzer.path}')
+        return table
+
+    def _inputs(self) -> dict[str, str]:
+        """Returns what the figures of an analysis depend on, once everything is loaded."""
+        count = len(self.images)
+        return {
+            **describe_inputs(self.runner.cfg, self.runner.model, self.images, self.runner.seed or 0),
+            'overrides': str(self.quantizer.get('overrides', ())),
+            'candidates': str(sorted(self.options.candidates, key=str)),
+            'activation candidates': str(sorted(self.options.activation_candidates)),
+            'loss': self.options.loss,
+            'images': f'{self.options.images or count} of {count}',
+        }
+
+    def _measure_grids(self) -> GridLosses:
+        self._load_images()
+        found = pipeline.find_grid_losses(self.runner.model, self.images, self.quantizer)
+        save_json(found, Path(self.runner.work_dir) / 'grids.json')
+        return found
+
+    def _load_images(self) -> None:
+        model = self.runner.model
+        check_classes(model, self.dataloader.dataset)
+        load_float_checkpoint(model, self.float_checkpoint)
+        self._set = build_calibration_set(self.runner.cfg, self.calibration)
+        room = self.reconstructor.image_room(Path(self.runner.work_dir))
+        self.images, self._set = collect_images(model, self._set, room)
+
+    def load(self) -> None:
+        """Loads the float weights, the calibration images, and those on which a drop is to be measured."""
+        if DROP in self.options.budgets:
+            # what is missing is told before the work
+            self.held_out = HeldOut(self.runner, self.calibration, self.options.held_out)
+        self._load_images()
+        model = self.runner.model
+        found = pipeline.find_fallback(model, self.images, self.quantizer)
+        if found is not None:
+            self.quantizer['overrides'] = [*self.quantizer.get('overrides', ()), *found.overrides()]
+        asked = self.reconstructor.criterion.needs_fisher or self.options.loss == 'fisher'
+        self._annotated = asked and has_annotations(self._set.batches())
+
+    def begin_drops(self, inputs: Mapping[str, str]) -> None:
+        """Loads everything and measures the float model; ConfigError where ``inputs`` of an analysis are others."""
+        self.load()
+        if (difference := first_difference(inputs, self._inputs())) is not None:
+            raise ConfigError(
+                f'expected the config and images of the analysis to measure a drop with, but {difference}'
+            )
+        self.held_out.measure_float(self.runner.model)
+
+    def drop(self, chosen: SearchResult, states: Path) -> float:
+        """Returns the measured drop of chosen bits, in points, with the rounding that the analysis has learned."""
+        bits = self.quantizer['weight']['bits']
+        model = self.prepare(bits, None, chosen.overrides(), activations=True).model
+        load_rounding(model, states, chosen.bits)
+        with model.quantization(weights=True, activations=True):
+            return self.held_out.drop(model.model)
+
+    def prepare(
+        self,
+        bits: int,
+        activation_bits: int | None,
+        overrides: Sequence[Mapping[str, Any]] = (),
+        activations: bool = False,
+    ) -> Task:
+        """Returns a copy of the model that :meth:`load` read, prepared, with calibrated weights.
+
+        ``activation_bits`` None stands for the config's; ``overrides`` are appended to the config's, and
+        ``activations`` are calibrated, too, where that is asked for.
+        """
+        model = copy.deepcopy(self.runner.model)
+        config = {**self.quantizer, 'weight': {**self.quantizer['weight'], 'bits': bits}}
+        config['overrides'] = [*self.quantizer.get('overrides', ()), *overrides]
+        if activation_bits is not None:
+            config['activation'] = {**(self.quantizer.get('activation') or {}), 'bits': activation_bits}
+        prepared = pipeline.prepare(model, self.images, build(QUANTIZERS, config))
+        loss = task_loss_of(model) if self._annotated else None
+        task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
+        pipeline.calibrate(task, activations=activations)
+        return task
+
+    def _check_budgets(self, table: SensitivityTable) -> None:
+        """Refuses a budget that cannot be kept before the work, not after it."""
+        costs = [build(COST_MODELS, dict(model)) for model in self.options.costs]
+        check_budgets(table, costs, self.options.budgets)
 
 
 def search_options(cfg: Config) -> SearchOptions:

@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmbrecq.data import build_calibration_set
-from mmbrecq.engine.held_out import HeldOut
+from mmbrecq.engine.evaluation import HeldOut
 from mmbrecq.errors import ConfigError
 
 pytest.importorskip('mmpretrain')
