@@ -30,7 +30,7 @@ from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.rehearsal import rehearse
-from mmbrecq.runs.safe_load import read_checkpoint
+from mmbrecq.runs.checkpoint import read_checkpoint
 
 METHODS: dict[str, tuple[str, str, dict[str, int]]] = {
     'brecq': ('AdaRound', 'BRECQReconstructor', {'weights': 1, 'activations': 4}),

@@ -49,8 +49,7 @@ from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task
 from mmbrecq.registry import QUANTIZERS
-from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint
-from mmbrecq.runs.safe_load import read_checkpoint
+from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic
 
 LOOKED_AT = 2**21, 2**29

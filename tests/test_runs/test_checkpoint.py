@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmbrecq.errors import CheckpointError, NonFiniteError
-from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint
-from mmbrecq.runs.safe_load import read_checkpoint
+from mmbrecq.runs.checkpoint import load_float_checkpoint, load_quantized_checkpoint, read_checkpoint
 
 ZOO = Path(os.environ.get('MMBRECQ_DATA', Path(__file__).parents[3] / 'shared' / 'data')).parent / 'zoo'
 

@@ -18,7 +18,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from mmbrecq.errors import CheckpointError, DependencyError
-from mmbrecq.runs.safe_load import Dropped, read_checkpoint
+from mmbrecq.runs.checkpoint import Dropped, read_checkpoint
 
 ZOO = Path(os.environ.get('MMBRECQ_DATA', Path(__file__).parents[3] / 'shared' / 'data')).parent / 'zoo'
 
