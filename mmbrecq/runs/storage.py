@@ -1,6 +1,7 @@
 """Files that are either written whole or left as they were: write beside, flush to the disk, rename."""
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,6 @@ import torch
 
 from mmbrecq.errors import StorageError
 
-# What torch.save says when its file object refused bytes and the OSError behind it did not reach Python
-_TORCH_WRITE_FAILURES = ('PytorchStreamWriter', 'unexpected pos')
-
 
 def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     """Writes ``obj`` with ``torch.save`` and makes missing folders; a previous file at ``path`` survives any failure.
@@ -20,8 +18,11 @@ def save_atomic(obj: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         StorageError: The file cannot be written: no space left, no permission, a file in the place of a folder.
     """
-    with replacing(path) as partial, partial.open('wb') as file:
-        torch.save(obj, file)
+    # of a file that refuses bytes torch does not tell why
+    content = io.BytesIO()
+    torch.save(obj, content)
+    with replacing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def write_text_atomic(text: str, path: str | os.PathLike[str]) -> None:
@@ -49,19 +50,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = _write_failure(error)
-        if reason is None:
+        if not isinstance(error, OSError):
             raise
-        raise StorageError(f'cannot write {target}: {reason}') from error
-
-
-def _write_failure(error: BaseException) -> str | None:
-    """Says in a few words why the system refused to write; None where ``error`` is of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if not isinstance(error, RuntimeError) or not any(mark in str(error) for mark in _TORCH_WRITE_FAILURES):
-        return None
-    # torch.save closes its archive while the OSError of the write passes, and fails there with one of its own
-    if isinstance(error.__context__, OSError):
-        return _write_failure(error.__context__)
-    return 'the disk took only a part of the data'
+        raise StorageError(f'cannot write {target}: {error.strerror or error}') from error
