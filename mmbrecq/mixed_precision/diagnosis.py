@@ -31,7 +31,6 @@ class Diagnosis:
         kind: Kind of the loss.
         before: Loss with all activations at 8 bits.
         after: The same without those of the layers that stay in float.
-        worst: Loss with the grid of one activation alone, by its path, the worst first; what loses little is missing.
         layers: Layers that stay in float, each with the loss of the grid of its input.
         raised: Layers that read 8 bits where the config has fewer, each with the loss of the grid of its input.
     """
@@ -39,7 +38,6 @@ class Diagnosis:
     kind: str
     before: float = 0.0
     after: float = 0.0
-    worst: dict[str, float] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
 
@@ -152,7 +150,6 @@ def diagnose(
         # what single grids cost shows when those that cost more are gone
         start, least = found.after, max(options.bound / 4, found.after / 20)
         worst = _alone(paths, loss, start, least)
-        found.worst = {**worst, **found.worst}
         # what helps most for each layer that loses its integer kernel comes first
         for path in sorted(worst, key=lambda path: -worst[path] / max(len(owners.get(path, ())), 1)):
             layers = owners.get(path, set()) - set(found.layers)
@@ -166,7 +163,6 @@ def diagnose(
                 paths, found.layers, found.after = rest, more, after
         if found.after <= options.bound or found.after == start:
             break
-    found.worst = dict(sorted(found.worst.items(), key=lambda item: -item[1]))
     return found
 
 
