@@ -29,20 +29,17 @@ from mmbrecq.errors import ConfigError, MMBrecqError, StorageError
 from mmbrecq.progress import without_chatter
 from mmbrecq.threads import limit_threads
 
-KEYS = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration', 'exporters', 'evaluations', 'search', 'seed')
-"""Top-level keys of a config that are mmbrecq's own."""
-
-NEEDED = ('float_checkpoint', 'quantizer', 'reconstructor', 'calibration')
-
-_KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(
-        ('model', 'test_dataloader', 'quantizer', 'reconstructor', 'calibration', 'search'), (Mapping, 'a dict')
-    ),
-    **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
+NEEDED = {
     'float_checkpoint': (str, 'a path or URL'),
-    'seed': (int, 'an integer'),
-    **dict.fromkeys(('randomness', 'env_cfg'), (Mapping, 'a dict')),
+    **dict.fromkeys(('quantizer', 'reconstructor', 'calibration'), (Mapping, 'a dict')),
 }
+KEYS: dict[str, tuple[type, str]] = {
+    **NEEDED, **dict.fromkeys(('exporters', 'evaluations'), (Sequence, 'a list')),
+    'search': (Mapping, 'a dict'), 'seed': (int, 'an integer'),
+}  # fmt: skip
+"""Top-level keys of a config that are mmbrecq's own, and what each has to be."""
+
+OTHERS = dict.fromkeys(('model', 'test_dataloader', 'randomness', 'env_cfg'), (Mapping, 'a dict'))
 
 
 class _Options(DictAction):  # type: ignore[misc]
@@ -132,7 +129,7 @@ def _check_keys(cfg: Config, path: str) -> None:
     for key in ('model', 'test_dataloader', 'test_evaluator', *NEEDED):
         if cfg.get(key) is None:
             raise ConfigError(f"{path}: expected the key '{key}', but the config has none")
-    for key, (kind, meant) in _KINDS.items():
+    for key, (kind, meant) in {**KEYS, **OTHERS}.items():
         value = cfg.get(key)
         if key in cfg and (not isinstance(value, kind) or (kind is Sequence and isinstance(value, str))):
             raise ConfigError(f"{path}: expected '{key}' to be {meant}, but got {value!r}")
