@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmbrecq.building import build, check_number
+from mmbrecq.building import build, check_number, expect
 from mmbrecq.errors import ConfigError, DataError, NonFiniteError
 from mmbrecq.functional import affine_from_range, shared_affine_from_range
 from mmbrecq.qtype import QType
@@ -152,20 +152,17 @@ class MovingAverageObserver(BaseObserver):
 
     def _merge(self: Average, other: Average) -> None:
         assert self.low is not None
-        ends = [(low.to(self.low.device), high.to(self.low.device)) for low, high in other._ends]
-        shift = len(self._ends)
+        count, shift = len(self._ends), len(self._ends)
         if self.first is not None and other.first is not None:
             shift = other.first - self.first
-            if not 0 <= shift <= len(self._ends):
-                raise ConfigError(
-                    f'expected batches from {self.first} to {self.first + len(self._ends)} on to merge, '
-                    f'but got those from {other.first} on'
-                )
-        shared = min(len(self._ends) - shift, len(ends))
-        for index in range(shared):
-            (low, high), (other_low, other_high) = self._ends[shift + index], ends[index]
-            self._ends[shift + index] = torch.minimum(low, other_low), torch.maximum(high, other_high)
-        self._ends += ends[shared:]
+            expect(0 <= shift <= count, f'batches from {self.first} to {self.first + count} on to merge', other.first)
+        for index, ends in enumerate(other._ends, shift):
+            low, high = (end.to(self.low.device) for end in ends)
+            if index < count:
+                own = self._ends[index]
+                self._ends[index] = torch.minimum(own[0], low), torch.maximum(own[1], high)
+            else:
+                self._ends.append((low, high))
         super()._merge(other)
 
     def _solve(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,7 @@ def test_two_parts_of_a_single_batch_give_its_scale(name: str) -> None:
 def test_moving_averages_of_batches_that_lie_apart_are_refused() -> None:
     cfg = {'type': 'MovingAverageObserver'}
     data = batches(2)
-    with pytest.raises(ConfigError, match='expected batches from 0 to 1 on to merge, but got those from 2 on'):
+    with pytest.raises(ConfigError, match='expected batches from 0 to 1 on to merge, but got 2'):
         part_of(cfg, 0, data[0]).merge(part_of(cfg, 2, data[1]))
 
 
