@@ -30,7 +30,7 @@ from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, che
 from mmbrecq.mixed_precision.search.drop import DROP, cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
-from mmbrecq.mixed_precision.sensitivity.analyzer import STAGE, Analyzer
+from mmbrecq.mixed_precision.sensitivity.measure import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.stages import Stage, StageOptions

@@ -7,8 +7,7 @@ from pathlib import Path
 from mmbrecq.errors import ConfigError
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.mixed_precision.sensitivity.analyzer import load_layers, state_path
-from mmbrecq.mixed_precision.sensitivity.measure import FISHER, output_loss
+from mmbrecq.mixed_precision.sensitivity.measure import FISHER, load_layers, output_loss, state_path
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.stages import Stage
 from mmbrecq.reconstruction.task import Task

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmbrecq.calibration.regions import REGIONS_PER_IMAGE
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.mixed_precision.costs.layers import LayerShape, layer_shapes
+from mmbrecq.mixed_precision.costs.models import LayerShape, layer_shapes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.results import UnitResult
 from mmbrecq.reconstruction.stages import Stage, stage_units

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS
+from mmbrecq.mixed_precision.costs.models import FLOAT_BITS
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable

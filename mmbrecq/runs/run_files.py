@@ -23,7 +23,7 @@ from mmbrecq.distributed import on_main
 from mmbrecq.errors import CheckpointError, first_line
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.kernels.native import kernel_state
-from mmbrecq.mixed_precision.costs.layers import other_bytes
+from mmbrecq.mixed_precision.costs.models import other_bytes
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Progress
 from mmbrecq.reconstruction.results import FinishedUnit, UnitResult, unit_state

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import Call, LayerShape
 from mmbrecq.reconstruction import callbacks as module
 from mmbrecq.reconstruction.callbacks import OVERHEAD, Forecast
 from mmbrecq.reconstruction.results import UnitResult

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import Call, LayerShape
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.schema import save_json
 

@@ -18,8 +18,7 @@ from mmbrecq.building import check_integer, expect
 from mmbrecq.dependencies import require
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
-from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
-from mmbrecq.mixed_precision.costs.models import BaseCostModel, check_latencies
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, Bits, Call, LayerShape, check_latencies
 from mmbrecq.progress import track
 from mmbrecq.registry import COST_MODELS
 from mmbrecq.schema import load_json, save_json

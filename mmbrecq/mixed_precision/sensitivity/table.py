@@ -13,7 +13,7 @@ import numpy as np
 from mmbrecq.building import check_integer, expect
 from mmbrecq.errors import TableError
 from mmbrecq.graph.roles import joined
-from mmbrecq.mixed_precision.costs.layers import FLOAT_BITS, LayerShape
+from mmbrecq.mixed_precision.costs.models import FLOAT_BITS, LayerShape
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph

@@ -13,12 +13,14 @@ import pytest
 
 from mmbrecq.building import build
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
 from mmbrecq.mixed_precision.costs.models import (
     BaseCostModel,
     BitOperations,
+    Bits,
     BitSerialAccelerator,
+    Call,
     LatencyTable,
+    LayerShape,
     ModelSize,
 )
 from mmbrecq.registry import COST_MODELS

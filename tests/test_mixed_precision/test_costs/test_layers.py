@@ -6,8 +6,7 @@ import pytest
 from small_models import classifier, images, prepare
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmbrecq.mixed_precision.costs.layers import layer_shapes, other_bytes
-from mmbrecq.mixed_precision.costs.models import ModelSize
+from mmbrecq.mixed_precision.costs.models import ModelSize, layer_shapes, other_bytes
 from mmbrecq.runs.run_files import model_size
 
 

@@ -21,7 +21,6 @@ from mmbrecq.building import build
 from mmbrecq.deploy.backends import BaseBackend, ONNXRuntimeBackend, OpenVINOBackend
 from mmbrecq.deploy.exporters.openvino import convert
 from mmbrecq.errors import ConfigError, TableError
-from mmbrecq.mixed_precision.costs.layers import Bits, Call, LayerShape
 from mmbrecq.mixed_precision.costs.measured import (
     COPIES,
     MeasuredLatency,
@@ -30,7 +29,7 @@ from mmbrecq.mixed_precision.costs.measured import (
     layer_graph,
     shape_key,
 )
-from mmbrecq.mixed_precision.costs.models import BaseCostModel
+from mmbrecq.mixed_precision.costs.models import BaseCostModel, Bits, Call, LayerShape
 from mmbrecq.registry import COST_MODELS
 
 CONV = LayerShape(

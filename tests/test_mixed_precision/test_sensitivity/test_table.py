@@ -15,7 +15,7 @@ from small_models import calibrate, classifier, conv, images, net, prepare
 from torch import Tensor
 
 from mmbrecq.errors import TableError
-from mmbrecq.mixed_precision.costs.layers import Call, LayerShape
+from mmbrecq.mixed_precision.costs.models import Call, LayerShape
 from mmbrecq.mixed_precision.sensitivity.measure import OutputLoss
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable, value_groups
 from mmbrecq.schema import save_json
