@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mmbrecq.errors import GraphError
 from mmbrecq.graph import symbolic
-from mmbrecq.graph.attention import attend
+from mmbrecq.graph.attention import attend, computing_in_torch, local_response_norm, spaced, unfold
 from mmbrecq.graph.components import components_of, pre_hooks
-from mmbrecq.graph.decompositions import computing_in_torch, local_response_norm, spaced, unfold
 from mmbrecq.graph.units import is_below
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
