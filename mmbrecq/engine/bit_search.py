@@ -26,8 +26,7 @@ from mmbrecq.errors import ConfigError, DependencyError
 from mmbrecq.mixed_precision.chosen_bits import load_rounding
 from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
-from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult, check_budgets
-from mmbrecq.mixed_precision.search.drop import DROP, cost_to_lower, drop_budget, find_cheapest
+from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
 from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.mixed_precision.sensitivity.measure import STAGE, Analyzer
@@ -133,7 +132,7 @@ class AnalysisLoop(BaseLoop):
 
     def load(self) -> None:
         """Loads the float weights, the calibration images, and those on which a drop is to be measured."""
-        if DROP in self.options.budgets:
+        if bits.DROP in self.options.budgets:
             # what is missing is told before the work
             self.held_out = HeldOut(self.runner, self.calibration, self.options.held_out)
         self._load_images()
@@ -187,7 +186,7 @@ class AnalysisLoop(BaseLoop):
     def _check_budgets(self, table: SensitivityTable) -> None:
         """Refuses a budget that cannot be kept before the work, not after it."""
         costs = [build(COST_MODELS, dict(model)) for model in self.options.costs]
-        check_budgets(table, costs, self.options.budgets)
+        bits.check_budgets(table, costs, self.options.budgets)
 
 
 def search_options(cfg: Config) -> SearchOptions:
@@ -241,7 +240,7 @@ def choose_bits(
     table = SensitivityTable.load(table_path)
     table.check_complete(table_path)
     models = [build(COST_MODELS, dict(model)) for model in options.costs]
-    points = drop_budget(budgets)
+    points = bits.drop_budget(budgets)
     table = table if points is None else table.with_float()
     problem = bits.build_problem(table, models, budgets)
     seed = cfg.randomness['seed']
@@ -250,7 +249,7 @@ def choose_bits(
     if points is None:
         result, cost = describe(search(problem)), next(iter(budgets))
     else:
-        cost = cost_to_lower(problem.costs, budgets)
+        cost = bits.cost_to_lower(problem.costs, budgets)
         own = cfg.copy()
         own.search = {**(cfg.get('search') or {}), 'budgets': budgets}
         loop = build_runner(own, path, _loop(own, path)).test_loop
@@ -291,7 +290,7 @@ def _within_drop(
         print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
         return drop
 
-    choice, trials = find_cheapest(problem, cost, search, measure, points)
+    choice, trials = bits.find_cheapest(problem, cost, search, measure, points)
     found = describe(choice)
     found.metric, found.held_out, found.trials = loop.held_out.metric, len(loop.held_out), trials
     return found

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mmbrecq.mixed_precision.search.bits import SearchResult
-from mmbrecq.mixed_precision.search.drop import Trial
+from mmbrecq.mixed_precision.search.bits import SearchResult, Trial
 from mmbrecq.report.html import environment, render_html
 from mmbrecq.report.summary import Summary
 from mmbrecq.schema import decode, encode

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from mmbrecq.errors import BudgetError, ConfigError
-from mmbrecq.mixed_precision.search.bits import SearchOptions
-from mmbrecq.mixed_precision.search.drop import PRECISION, cost_to_lower, drop_budget, find_cheapest
+from mmbrecq.mixed_precision.search.bits import PRECISION, SearchOptions, cost_to_lower, drop_budget, find_cheapest
 from mmbrecq.mixed_precision.search.genetic import GeneticSearcher
 from mmbrecq.mixed_precision.search.integer import IntegerProgram
 from mmbrecq.mixed_precision.search.problem import BitProblem, Cost
