@@ -22,7 +22,7 @@ import mmpretrain
 from mmpretrain.registry import MODELS
 
 from mmbrecq.building import build, parse_options
-from mmbrecq.data.sampling import CalibrationOptions
+from mmbrecq.data.images import CalibrationOptions
 from mmbrecq.presets import PRESETS
 from mmbrecq.registry import EXPORTERS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.runs.checkpoint import load_float_checkpoint

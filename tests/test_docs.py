@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmbrecq.building import build
-from mmbrecq.data.sampling import CalibrationOptions
+from mmbrecq.data.images import CalibrationOptions
 from mmbrecq.deploy.exporters import ONNXExporter, OpenVINOExporter
 from mmbrecq.deploy.verify import RULES
 from mmbrecq.engine.config import KEYS, NEEDED

@@ -1,5 +1,5 @@
 """Draws, reads and preprocesses calibration images."""
 
-from mmbrecq.data.sampling import CalibrationSet, build_calibration_set
+from mmbrecq.data.images import CalibrationSet, build_calibration_set
 
 __all__ = ['CalibrationSet', 'build_calibration_set']

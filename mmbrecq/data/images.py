@@ -1,20 +1,228 @@
-"""Reads the calibration images and preprocesses them as the model does."""
+"""Draws, reads and preprocesses calibration images.
+
+The draw is seeded and without replacement, from the training set, without augmentation; each image is then preprocessed
+as the model does.
+"""
+
+from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import chain, groupby
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from mmbrecq.building import check_integer, expect, parse_options
 from mmbrecq.data.groups import Grouped, Images, grouped
-from mmbrecq.data.sampling import CalibrationSet
-from mmbrecq.distributed import gather
-from mmbrecq.errors import DataError, NonFiniteError, first_line
+from mmbrecq.data.source import build_source_datasets, last_line
+from mmbrecq.distributed import aligned_batches, gather, process_count, share_of
+from mmbrecq.errors import ConfigError, DataError, NonFiniteError, first_line
 from mmbrecq.graph.traced_graph import trace_image_graph
-from mmbrecq.progress import track
+from mmbrecq.progress import track, without_chatter
+from mmbrecq.runs.storage import write_text_atomic
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Holds the ``calibration`` dict of a config.
+
+    Args:
+        num_samples: Number of images, at least 1.
+        seed: Seed of the draw, at least 0; without effect on ``selection='first'``.
+        batch_size: Images per batch, at least 1.
+        num_workers: Number of processes that read images; 0 for this process alone.
+        selection: ``'random'``, or ``'first'`` for the images whose file names come first, with numbers in the names
+            compared as numbers.
+        dataset: Dataset config that replaces ``train_dataloader.dataset``.
+        pipeline: Transforms that replace the test pipeline.
+    """
+
+    num_samples: int = 1024
+    seed: int = 0
+    batch_size: int = 32
+    num_workers: int = 0
+    selection: str = 'random'
+    dataset: dict[str, Any] | None = None
+    pipeline: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (('num_samples', 1), ('seed', 0), ('batch_size', 1), ('num_workers', 0)):
+            check_integer(getattr(self, name), least, f'calibration.{name}')
+        expect(self.selection in ('random', 'first'), "calibration.selection 'random' or 'first'", self.selection)
+
+
+def build_calibration_set(cfg: Config, calibration: dict[str, Any], held_out: int = 0) -> CalibrationSet:
+    """Draws the calibration images that a config asks for, or those that follow them in the same draw.
+
+    They are images of the training set read through the test pipeline, never of the test or validation set. With
+    ``held_out`` they are so many others, with annotations as an evaluator wants them. ConfigError names an invalid
+    option of :class:`CalibrationOptions`, DataError a folder that is missing, has too few images, or is the test set's.
+    """
+    options = parse_options(CalibrationOptions, calibration, 'calibration')
+    with without_chatter():
+        sources = build_source_datasets(cfg, options.dataset, options.pipeline, for_loss=not held_out)
+        images = _Images(sources)
+    if len(images) < options.num_samples + held_out:
+        more = f' and {held_out} others, see search.held_out, to measure a drop' if held_out else ''
+        raise DataError(
+            f'expected at least {options.num_samples} images for calibration{more}, but got {len(images)} in '
+            f'{images.where}'
+        )
+    if options.selection == 'first':
+        order = sorted(range(len(images)), key=lambda index: _name_order(images.id_of(index)))
+    else:
+        generator = torch.Generator().manual_seed(options.seed)
+        order = torch.randperm(len(images), generator=generator).tolist()
+    chosen = order[options.num_samples :][:held_out] if held_out else order[: options.num_samples]
+    return CalibrationSet(images, chosen, options.batch_size, options.num_workers)
+
+
+class CalibrationSet(Dataset[Any]):
+    """A fixed list of calibration images, read in the same order every time.
+
+    Attributes:
+        ids: One name per image, in order: its path relative to the dataset's root, else the dataset's own id.
+        first: Number of the first image among those of all processes.
+        ends: Numbers, among those, at which groups of images end; no batch is of two groups.
+    """
+
+    def __init__(
+        self, images: _Images, indices: Sequence[int], batch_size: int, num_workers: int, first: int = 0
+    ) -> None:
+        self.ids = [images.id_of(index) for index in indices]
+        self._images, self._indices, self.first = images, list(indices), first
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.ends: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, position: int) -> Any:
+        """Returns one image, or its error in its place: raised in a worker it would arrive as a traceback."""
+        name = self.ids[position]
+        try:
+            data = self._images.load(self._indices[position])
+        except Exception as error:  # a transform may raise anything; the image has to be named with it
+            return DataError(_explain(error, name))
+        if data is None:
+            return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
+        return data
+
+    @property
+    def dataset(self) -> Any:
+        """The dataset of the first image."""
+        return self._images.locate(self._indices[0])[1]
+
+    def write_annotations(self, path: Path) -> None:
+        """Writes the annotations of these images alone as a file in COCO's format; ConfigError where that fails."""
+        dataset: Any
+        try:
+            (dataset,) = self._images.datasets
+            content = json.loads(Path(dataset.ann_file).read_text(encoding='utf-8'))
+            ids = {dataset.get_data_info(index)['img_id'] for index in self._indices}
+            content['images'] = [image for image in content['images'] if image['id'] in ids]
+            content['annotations'] = [entry for entry in content['annotations'] if entry['image_id'] in ids]
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"expected held-out images of one dataset with annotations in COCO's format, as the evaluator has "
+                f'them, but got {self._images.where}: {type(error).__name__}: {error}'
+            ) from error
+        write_text_atomic(json.dumps(content), path)
+
+    def share(self, groups: Sequence[Sequence[int]] = ()) -> CalibrationSet:
+        """Returns this process's images, ordered by ``groups`` of their numbers; DataError where a process has none."""
+        if len(self) < process_count():
+            raise DataError(f'expected an image for each of {process_count()} processes, but got {len(self)}')
+        share = share_of(len(self))
+        indices = ([self._indices[i] for group in groups for i in group] or self._indices)[share.start : share.stop]
+        found = CalibrationSet(self._images, indices, self.batch_size, self.num_workers, share.start)
+        found.ends = [*accumulate(map(len, groups))]
+        return found
+
+    def batches(self, size: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields every image once, the last batch smaller where the number does not divide.
+
+        Where several processes have a share of the images each, batches end where they end in one process. They are of
+        ``size`` images, by default ``batch_size``, and are the argument of ``model.data_preprocessor(data, False)``:
+        ``inputs``, a list of B images of (C, H, W), and ``data_samples``. DataError names an image that cannot be read.
+        """
+        parts = aligned_batches(len(self), size or self.batch_size, self.first, self.ends)
+        # without a generator of its own every pass would draw from the global one
+        loader = DataLoader(
+            self, batch_sampler=[[*range(part.start, part.stop)] for part in parts], num_workers=self.num_workers,
+            collate_fn=_collate, generator=torch.Generator(),
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Images(ConcatDataset[Any]):
+    """One or several mmengine datasets as one list of images."""
+
+    @property
+    def where(self) -> str:
+        """The roots of the datasets, or their types, for a message."""
+        return ', '.join(
+            str(getattr(part, 'img_prefix', None) or getattr(part, 'data_root', None) or type(part).__name__)
+            for part in self.datasets
+        )
+
+    def locate(self, index: int) -> tuple[int, Any, int]:
+        """Returns the number of a dataset, the dataset, and the index in it."""
+        part = bisect_right(self.cumulative_sizes, index)
+        return part, self.datasets[part], index - (self.cumulative_sizes[part - 1] if part else 0)
+
+    def id_of(self, index: int) -> str:
+        """Returns the name of an image; with several datasets, the dataset's number stands before it."""
+        part, dataset, inner = self.locate(index)
+        info = dataset.get_data_info(inner) if hasattr(dataset, 'get_data_info') else {}
+        name = str(info.get('img_id', info.get('sample_idx', inner)))
+        if info.get('img_path'):
+            name = path = str(info['img_path'])
+            if root := getattr(dataset, 'data_root', None):
+                relative = os.path.relpath(path, root)
+                name = path if relative.startswith(os.pardir) else relative
+        return name if len(self.datasets) == 1 else f'{part}:{name}'
+
+    def load(self, index: int) -> Any:
+        """Returns one image through the pipeline, None where the pipeline gave it up."""
+        _, dataset, inner = self.locate(index)
+        # not by __getitem__, which replaces an image that cannot be read by a random other one
+        return dataset.prepare_data(inner) if hasattr(dataset, 'prepare_data') else dataset[inner]
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, DataError)), None) or pseudo_collate(samples)
+
+
+def _explain(error: Exception, name: str) -> str:
+    message = last_line(error)
+    if isinstance(error, OSError) or 'failed to load image' in message or 'imdecode' in message:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else 'it is no image, or damaged'
+        return f'image {name} cannot be read: {reason}'
+    return f'the pipeline fails on image {name}: {type(error).__name__}: {message}'
+
+
+def _name_order(name: str) -> tuple[list[str | int], str]:
+    """Returns the key that sorts by file name, numbers as numbers; text and numbers alternate, so like meets like."""
+    parts = re.split(r'(\d+)', os.path.basename(name))
+    return [int(part) if part.isdigit() else part for part in parts], name
+
 
 Allocate = Callable[[Sequence[int], Tensor], Tensor]
 """Makes an uninitialised tensor of a shape, of the dtype and on the device of another one."""

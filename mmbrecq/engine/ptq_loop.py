@@ -65,7 +65,7 @@ class PTQLoop(TestLoop):
         float_checkpoint: Path or URL of the float weights.
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor.
-        calibration: Options of :class:`~mmbrecq.data.sampling.CalibrationOptions`.
+        calibration: Options of :class:`~mmbrecq.data.images.CalibrationOptions`.
         exporters: Configs of the exporters.
         evaluations: The evaluations to make, among :data:`EVALUATIONS`.
         config_name: Path of the config in the report.
