@@ -18,8 +18,6 @@ T = TypeVar('T')
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _UNKNOWN_TYPE = re.compile(r'(\S+) is not in the (?:(\w+)::)?([\w -]+?) registry')
-_UNKNOWN_OPTION = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
-_MOST_LISTED = 30
 
 
 def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
@@ -150,33 +148,25 @@ def check_number(value: Any, interval: str, where: str) -> None:
 def explain_build_error(error: BaseException) -> str:
     """Describes in one line an error of one of mmengine's registries, or of the constructor that it called.
 
-    The line names the valid types for an unknown one, the closest if they are more than 30, and the valid options for
-    an unknown one; otherwise it is the error's own text.
+    The line names the valid types for an unknown one, the closest if they are more than 30; otherwise it is the
+    error's own text.
     """
     # a KeyError shows the repr of its text
     text = ' '.join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    if match := _UNKNOWN_TYPE.search(text):
-        name, scope, kind = match.groups()
-        # types that a config may name without a scope when `scope` is the current one
-        found = [r for r in _registries() if r.name == kind and r.scope in (scope, 'mmengine')]
-        return f"unknown {kind} type '{name}'{_listed(name, {n for r in found for n in r.module_dict})}"
-    if match := _UNKNOWN_OPTION.search(text):
-        owner, option = match.groups()
-        return f"unknown option '{option}' of {owner}{_listed(option, _options(error, owner))}"
+    match = _UNKNOWN_TYPE.search(text)
+    name, scope, kind = match.groups() if match else ('', '', '')
+    # types that a config may name without a scope when `scope` is the current one
+    found = [r for r in _registries() if r.name == kind and r.scope in (scope, 'mmengine')]
+    names = sorted({n for r in found for n in r.module_dict})
+    if names:
+        closest = difflib.get_close_matches(name, names, n=5, cutoff=0)
+        valid = names if len(names) <= 30 else [f'{len(names)}', f'the closest are {closest[0]}', *closest[1:]]
+        return f"unknown {kind} type '{name}': expected one of {', '.join(valid)}"
     if text:
         return text
     # a bare `assert` of a model says nothing of itself
     frames = traceback.extract_tb(error.__traceback__)
     return f'{type(error).__name__} at {frames[-1].line!r} in {frames[-1].name}' if frames else type(error).__name__
-
-
-def _listed(name: str, valid: set[str]) -> str:
-    if not valid:
-        return ''
-    if len(valid) <= _MOST_LISTED:
-        return f': expected one of {", ".join(sorted(valid))}'
-    closest = difflib.get_close_matches(name, sorted(valid), n=5, cutoff=0)
-    return f': expected one of {len(valid)}, the closest are {", ".join(closest)}'
 
 
 def _registries() -> Iterator[Registry]:
@@ -186,14 +176,3 @@ def _registries() -> Iterator[Registry]:
         registry = stack.pop()
         stack += registry.children.values()
         yield registry
-
-
-def _options(error: BaseException, owner: str) -> set[str]:
-    """Options of the class ``owner`` that was being built when ``error`` came, or of its base of that name."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        # so mmengine's build_from_cfg calls it; many packages may have registered a class of this name
-        built = frame.f_locals.get('obj_cls')
-        for cls in built.__mro__ if inspect.isclass(built) else ():
-            if cls.__name__ == owner:
-                return {p.name for p in inspect.signature(cls).parameters.values() if p.kind in _NAMED}
-    return set()

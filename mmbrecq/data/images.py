@@ -116,7 +116,8 @@ class CalibrationSet(Dataset[Any]):
         try:
             data = self._images.load(self._indices[position])
         except Exception as error:  # a transform may raise anything; the image has to be named with it
-            return DataError(_explain(error, name))
+            told = isinstance(error, OSError) and error.strerror
+            return DataError(f'image {name} cannot be read: {told or f"{type(error).__name__}: {last_line(error)}"}')
         if data is None:
             return DataError(f'image {name} cannot be read: the pipeline returned nothing for it')
         return data
@@ -208,14 +209,6 @@ class _Images(ConcatDataset[Any]):
 
 def _collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, DataError)), None) or pseudo_collate(samples)
-
-
-def _explain(error: Exception, name: str) -> str:
-    message = last_line(error)
-    if isinstance(error, OSError) or 'failed to load image' in message or 'imdecode' in message:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else 'it is no image, or damaged'
-        return f'image {name} cannot be read: {reason}'
-    return f'the pipeline fails on image {name}: {type(error).__name__}: {message}'
 
 
 def _name_order(name: str) -> tuple[list[str | int], str]:

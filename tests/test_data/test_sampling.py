@@ -235,7 +235,7 @@ def test_missing_and_empty_folders(cfg: Config, tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
     for prefix in ('empty', 'half'):
         train_set(cfg)['data_prefix'] = prefix
-        with pytest.raises(DataError, match=rf'^no images found in the folders of {tmp_path}/{prefix}$'):
+        with pytest.raises(DataError, match=rf'^CustomDataset cannot read {tmp_path}/{prefix}: .*Found 0 files in'):
             build_calibration_set(cfg, {'num_samples': 1})
     train_set(cfg)['ann_file'] = 'list.txt'
     with pytest.raises(DataError, match=rf'^{tmp_path}/list\.txt does not exist, but the images of'):
@@ -254,8 +254,8 @@ def test_an_image_that_cannot_be_read(cfg: Config, tmp_path: Path, content: byte
         broken.unlink()
     else:
         broken.write_bytes(content)
-    reason = 'No such file or directory' if content is None else 'it is no image, or damaged'
-    with pytest.raises(DataError, match=rf'^image train/b/8_x\.png cannot be read: {reason}$'):
+    reason = {None: 'No such file or directory$', b'': 'error: '}.get(content, 'AssertionError: failed to load image')
+    with pytest.raises(DataError, match=rf'^image train/b/8_x\.png cannot be read: {reason}'):
         list(images.batches())
 
 
@@ -263,7 +263,7 @@ def test_an_image_that_cannot_be_read(cfg: Config, tmp_path: Path, content: byte
     ('how', 'message'),
     [
         ('nothing', r'^image train/\S+ cannot be read: the pipeline returned nothing for it$'),
-        ('raise', r"^the pipeline fails on image train/\S+: KeyError: 'gt_bboxes'$"),
+        ('raise', r"^image train/\S+ cannot be read: KeyError: 'gt_bboxes'$"),
     ],
 )
 def test_a_pipeline_that_spoils_its_images(cfg: Config, how: str, message: str) -> None:
@@ -287,7 +287,7 @@ def test_configs_that_cannot_be_built(cfg: Config) -> None:
     train_set(cfg)['colour'] = 'red'
     with pytest.raises(
         ConfigError,
-        match=r"^the dataset of calibration images cannot be built: unknown option 'colour' of \w+: expected one",
+        match=r"^the dataset of calibration images cannot be built: .* got an unexpected keyword argument 'colour'",
     ):
         build_calibration_set(cfg, options)
     train_set(cfg)['type'] = 'NoDataset'

@@ -128,7 +128,7 @@ def test_an_unknown_option(refuse: Callable[..., str], demo: Path, option: str, 
 
 def test_an_unknown_option_of_the_model(refuse: Callable[..., str], demo: Path) -> None:
     error = refuse(demo, 'model.backbone.depht=18')
-    assert error.startswith(f"{demo}: unknown option 'depht' of ResNet: expected one of ") and ', depth, ' in error
+    assert error == f"{demo}: ResNet.__init__() got an unexpected keyword argument 'depht'"
 
 
 def test_a_checkpoint_of_another_model(refuse: Callable[..., str], demo: Path, config: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_missing_data_folder(refuse: Callable[..., str], folder_config: tuple[
     config, root = folder_config
     (root / split).rename(root / 'elsewhere')
     error = refuse(config)
-    assert str(root / split) in error and ('does not exist' in error or 'no images found' in error)
+    assert str(root / split) in error and ('does not exist' in error or 'cannot be read: No such file' in error)
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -187,7 +187,7 @@ def test_an_empty_data_folder(refuse: Callable[..., str], folder_config: tuple[P
     for file in (root / split).glob('*/*.png'):
         file.unlink()
     error = refuse(config)
-    assert error.startswith('no images found in') and str(root / split) in error
+    assert 'Found 0 files in' in error and str(root / split) in error
 
 
 def test_fewer_calibration_images_than_asked_for(refuse: Callable[..., str], folder_config: tuple[Path, Path]) -> None:
