@@ -48,7 +48,7 @@ def build(registry: Registry, cfg: Any, **defaults: Any) -> Any:
         valid = ', '.join(sorted(registry.module_dict)) or 'none are registered'
         raise ConfigError(f'unknown {registry.name} type {kind!r}: expected one of {valid}')
     given = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
-    _check_options(cls, cls.__name__, given, tuple(defaults))
+    check_options(cls, cls.__name__, given, tuple(defaults))
     # not registry.build: it would look for the type in the scope of the config's model first, and warn
     return cls(**{**defaults, **given})
 
@@ -71,11 +71,11 @@ def parse_options(cls: type[T], values: Any, where: str, **defaults: Any) -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f'expected {where} to be a dict, but got {values!r}')
-    _check_options(cls, where, values, ())
+    check_options(cls, where, values)
     return cls(**{**defaults, **values})
 
 
-def _check_options(cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...]) -> None:
+def check_options(cls: Any, owner: str, given: Mapping[str, Any], supplied: tuple[str, ...] = ()) -> None:
     """Refuses options that ``cls`` does not have or that are of another type, and the lack of what it needs."""
     parameters = inspect.signature(cls).parameters.values()
     named = {parameter.name: parameter for parameter in parameters if parameter.kind in _NAMED}

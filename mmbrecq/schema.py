@@ -4,11 +4,12 @@ import json
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from mmbrecq.building import check_options
 from mmbrecq.errors import ConfigError, TableError
 from mmbrecq.runs.storage import write_text_atomic
 
@@ -88,13 +89,7 @@ def _key(hint: Any, key: str, where: str) -> Any:
 def _decode_record(record: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f'{where}: expected dict, but got {value!r}')
-    known = {f.name: f for f in fields(record)}
-    for key in value:
-        if key not in known:
-            raise ConfigError(f'{where}: expected keys among {sorted(known)}, but got {key!r}')
-    for name, f in known.items():
-        if name not in value and f.default is MISSING and f.default_factory is MISSING:
-            raise ConfigError(f'{where}: expected key {name!r}, but got {sorted(value)}')
+    check_options(record, where, value)
     hints = get_type_hints(record)
     return record(**{key: decode(hints[key], item, f'{where}.{key}') for key, item in value.items()})
 
