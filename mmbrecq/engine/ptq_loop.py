@@ -56,12 +56,9 @@ DEFAULT_HOOKS = (
 
 @LOOPS.register_module()
 class PTQLoop(TestLoop):
-    """Quantizes the runner's model.
+    """Quantizes the runner's model; the first three arguments are those of mmengine's ``TestLoop``.
 
     Args:
-        runner: mmengine's runner.
-        dataloader: The test data.
-        evaluator: The test evaluator.
         float_checkpoint: Path or URL of the float weights.
         quantizer: Config of the quantizer.
         reconstructor: Config of the reconstructor.

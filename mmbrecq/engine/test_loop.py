@@ -20,12 +20,11 @@ from mmbrecq.runs.checkpoint import load_float_checkpoint
 
 @LOOPS.register_module()
 class QuantizedTestLoop(TestLoop):
-    """Measures the results of a run; no calibration data is read.
+    """Measures the results of a run; the first three arguments are those of mmengine's ``TestLoop``.
+
+    No calibration data is read.
 
     Args:
-        runner: mmengine's runner.
-        dataloader: The test data.
-        evaluator: The test evaluator.
         checkpoint: ``quantized.pth``, or an exported ``.onnx`` or ``.xml``.
         quantizer: Config of the quantizer that prepared it.
         own_bits: Whether layers have the bits that the checkpoint names, since a search chose them.

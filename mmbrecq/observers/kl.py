@@ -1,7 +1,5 @@
 """The search for the range whose quantized distribution diverges least, and the observer that uses it."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -68,7 +66,6 @@ def kl_search(
     ``centers`` are the middles of the bins of this ``width``, rising, and ``counts`` their counts in a float dtype;
     both are ``(K,)``.
     """
-    qtype = replace(qtype, ch_axis=None)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if qtype.symmetric and qtype.signed:
         high = torch.maximum(-low, high)
