@@ -98,10 +98,7 @@ class RegionCapture:
             calls.extend(latest)
 
         # what the extractor computes, not what other hooks make of it
-        with (
-            extractor.register_forward_hook(note_features, prepend=True),
-            head.register_forward_pre_hook(note_call),
-        ):
+        with extractor.register_forward_hook(note_features, prepend=True), head.register_forward_pre_hook(note_call):
             yield calls
 
 

@@ -133,12 +133,7 @@ class _Layer:
     """What is learned of one layer; its ``weight`` and ``bias`` are leaves of autograd."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        fake_quant: WeightFakeQuantize,
-        stage: Stage,
-        layout: torch.memory_format,
-        called: bool,
+        self, module: nn.Module, fake_quant: WeightFakeQuantize, stage: Stage, layout: torch.memory_format, called: bool
     ) -> None:
         self.module, self.fake_quant, scale = module, fake_quant, stage.options.weight_scale_lr > 0
         self.soft: SoftRounding | StraightThroughRounding | None = None
