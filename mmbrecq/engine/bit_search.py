@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from mmbrecq.mixed_precision.diagnosis import GridLosses
 from mmbrecq.mixed_precision.search import bits
 from mmbrecq.mixed_precision.search.bits import SearchOptions, SearchResult
 from mmbrecq.mixed_precision.search.nsga2 import find_front
-from mmbrecq.mixed_precision.search.problem import BitProblem, Choices
 from mmbrecq.mixed_precision.sensitivity.measure import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
@@ -152,13 +151,16 @@ class AnalysisLoop(BaseLoop):
             )
         self.held_out.measure_float(self.runner.model)
 
-    def drop(self, chosen: SearchResult, states: Path) -> float:
-        """Returns the measured drop of chosen bits, in points, with the rounding that the analysis has learned."""
+    def drop(self, chosen: SearchResult, states: Path, cost: str) -> float:
+        """Returns the drop of chosen bits in points, with the rounding of the analysis; prints it beside their cost."""
         bits = self.quantizer['weight']['bits']
         model = self.prepare(bits, None, chosen.overrides(), activations=True).model
         load_rounding(model, states, chosen.bits)
         with model.quantization(weights=True, activations=True):
-            return self.held_out.drop(model.model)
+            drop = self.held_out.drop(model.model)
+        spent = format_cost(chosen.spent[cost], chosen.units[cost])
+        print(f'{cost} {spent}, predicted loss {chosen.predicted:.4g}: drops by {drop:.4g} points', flush=True)
+        return drop
 
     def prepare(
         self,
@@ -243,7 +245,7 @@ def choose_bits(
     points = bits.drop_budget(budgets)
     table = table if points is None else table.with_float()
     problem = bits.build_problem(table, models, budgets)
-    seed = cfg.randomness['seed']
+    seed, states = cfg.randomness['seed'], table_path.parent / 'states'
     search = partial(build(SEARCHERS, dict(options.searcher)).search, seed=seed)
     describe = partial(bits.describe_choice, table, models, problem)
     if points is None:
@@ -254,46 +256,22 @@ def choose_bits(
         own.search = {**(cfg.get('search') or {}), 'budgets': budgets}
         loop = build_runner(own, path, _loop(own, path)).test_loop
         loop.begin_drops(table.inputs)
-        result = _within_drop(loop, problem, cost, search, describe, table_path.parent / 'states', points)
+        choice, trials = bits.find_cheapest(
+            problem, cost, search, lambda choice: loop.drop(describe(choice), states, cost), points
+        )
+        result = describe(choice)
+        result.metric, result.held_out, result.trials = loop.held_out.metric, len(loop.held_out), trials
     result.asked = {name: str(amount) for name, amount in budgets.items()}
-    result.images, result.inputs = table.images, table.inputs
-    result.states = os.path.relpath(table_path.parent / 'states', out.parent)
-    result.front_cost = cost
+    result.images, result.inputs, result.front_cost = table.images, table.inputs, cost
+    result.states = os.path.relpath(states, out.parent)
     try:
-        result.front = find_front(problem, result.front_cost, seed)
+        result.front = find_front(problem, cost, seed)
     except DependencyError as error:
         print(f'no front in the report: {error}')
-    asked = ', '.join(f'{name} {amount}' for name, amount in budgets.items())
     checkpoint = resolve_checkpoint(cfg.float_checkpoint, path)
-    bits.write_bit_config(
-        out, Path(path), checkpoint, result, cfg.quantizer.get('overrides', ()), f'Bits chosen for {asked}'
-    )
+    bits.write_bit_config(out, Path(path), checkpoint, result, cfg.quantizer.get('overrides', ()))
     print(f'{choice_text(result, table)}config: {out}')
     return result
-
-
-def _within_drop(
-    loop: AnalysisLoop,
-    problem: BitProblem,
-    cost: str,
-    search: Callable[[BitProblem], Choices],
-    describe: Callable[[Choices], SearchResult],
-    states: Path,
-    points: float,
-) -> SearchResult:
-    """Finds the cheapest choice whose drop, as the loop measures it, is within ``points``; prints what it evaluates."""
-
-    def measure(choice: Choices) -> float:
-        tried = describe(choice)
-        drop = loop.drop(tried, states)
-        spent = format_cost(tried.spent[cost], tried.units[cost])
-        print(f'{cost} {spent}, predicted loss {tried.predicted:.4g}: drops by {drop:.4g} points', flush=True)
-        return drop
-
-    choice, trials = bits.find_cheapest(problem, cost, search, measure, points)
-    found = describe(choice)
-    found.metric, found.held_out, found.trials = loop.held_out.metric, len(loop.held_out), trials
-    return found
 
 
 def chosen_bits(cfg: Config, path: str) -> Path | None:

@@ -320,17 +320,12 @@ def describe_choice(
 
 
 def write_bit_config(
-    path: Path,
-    base: Path,
-    float_checkpoint: str,
-    result: SearchResult,
-    overrides: Sequence[Mapping[str, Any]],
-    comment: str,
+    path: Path, base: Path, float_checkpoint: str, result: SearchResult, overrides: Sequence[Mapping[str, Any]]
 ) -> None:
     """Writes a config that inherits ``base``, has the chosen bits, and runs in ``tools/ptq.py`` as it is.
 
-    The result is saved beside it. ``float_checkpoint`` is a path from the working directory, or a URL, ``overrides``
-    are those of ``base``, which stay, and ``comment`` is the first line.
+    The result is saved beside it. ``float_checkpoint`` is a path from the working directory, or a URL, and
+    ``overrides`` are those of ``base``, which stay.
     """
 
     # a path within a config is looked for beside it, and the new one stands elsewhere
@@ -340,7 +335,8 @@ def write_bit_config(
     checkpoint = float_checkpoint if '://' in float_checkpoint else relative(Path(float_checkpoint))
     lines = [', '.join(f'{key}={value!r}' for key, value in o.items()) for o in [*overrides, *result.overrides()]]
     body = ''.join(f'        dict({line}),\n' for line in lines)
-    head = f'# {comment}\n_base_ = [{relative(base)!r}]\nfloat_checkpoint = {checkpoint!r}\n'
+    asked = ', '.join(f'{name} {amount}' for name, amount in result.asked.items())
+    head = f'# Bits chosen for {asked}\n_base_ = [{relative(base)!r}]\nfloat_checkpoint = {checkpoint!r}\n'
     search = f'search = dict(result={RESULT!r})\n'
     save_json(result, path.with_name(RESULT))
     write_text_atomic(f'{head}quantizer = dict(\n    overrides=[\n{body}    ]\n)\n{search}', path)
