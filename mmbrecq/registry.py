@@ -15,7 +15,7 @@ def _modules(package: str, *names: str) -> list[str]:
 # Datasets that the demo needs
 DATASETS = Registry('dataset', scope='mmbrecq', parent=root.DATASETS, locations=['mmbrecq.data.datasets'])
 # Loops that quantize or test instead of training
-_LOOPS = _modules('engine', 'bit_search', 'ptq_loop', 'test_loop')
+_LOOPS = _modules('engine', 'bit_search', 'evaluation', 'ptq_loop')
 LOOPS = Registry('loop', scope='mmbrecq', parent=root.LOOPS, locations=_LOOPS)
 # Hooks around every reconstructed unit
 HOOKS = Registry('hook', scope='mmbrecq', parent=root.HOOKS, locations=['mmbrecq.engine.hooks'])
