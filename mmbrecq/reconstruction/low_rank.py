@@ -61,16 +61,12 @@ class FisherLowRankLoss:
 
 
 def low_rank_weights(
-    data: UnitData[Any],
-    distance: OutputTerm,
-    runs: Sequence[Sequence[Values]],
-    cache: ActivationCache,
-    fitting: MicroBatches,
+    data: UnitData[Any], loss: OutputTerm, runs: Sequence[Sequence[Values]], cache: ActivationCache, micro: MicroBatches
 ) -> list[CachedValues]:
     """Returns for each output of a unit the diagonal and the factors of its Fisher information, ``(N, 1 + k, C, ...)``.
 
-    ``distance`` is that of the outputs of the network from the float ones, which ``data`` has with all that it reads
-    beside the outputs of the unit; ``runs`` are these with ``k`` different errors, the first that before learning.
+    ``loss`` is the distance of the outputs of the network from the float ones, which ``data`` has with all else that it
+    reads; ``runs`` are the outputs of the unit with ``k`` different errors, the first that before learning.
     NonFiniteError is raised if a response is not finite.
     """
     targets = data.targets
@@ -82,7 +78,7 @@ def low_rank_weights(
         found = torch.zeros_like(forms)
         for start in range(batch.start, batch.stop, images):
             part = slice(start, min(start + images, batch.stop))
-            errors, responses = _responses(data.read(part), distance, [[x[part] for x in run] for run in runs])
+            errors, responses = _responses(data.read(part), loss, [[x[part] for x in run] for run in runs])
             for weight, es, gs in zip(weights, errors, responses, strict=True):
                 diagonal, factors = diagonal_and_factors(es.flatten(2), gs.flatten(2))
                 weight.write(
@@ -96,12 +92,12 @@ def low_rank_weights(
                 ]).cpu()  # fmt: skip
         forms.add_(found)
 
-    batches = batches_of(targets[0], fitting.images)
+    batches = batches_of(targets[0], micro.images)
     for batch in batches:
-        fitting.run(partial(write, batch))
+        micro.run(partial(write, batch))
     plain, of_diagonal, of_factors = (mean_over(float(form), len(data)) for form in forms)
     if not all(0 <= form < float('inf') for form in (plain, of_diagonal, of_factors)):
-        raise NonFiniteError(f"expected finite gradients of the outputs at unit '{fitting.unit}', but they are not")
+        raise NonFiniteError(f"expected finite gradients of the outputs at unit '{micro.unit}', but they are not")
     scales = [plain / max(of_diagonal, 1e-30), *[(plain / max(of_factors, 1e-30)) ** 0.5] * len(runs)]
     for weight, shape in zip(weights, shapes, strict=True):
         for batch in batches:
