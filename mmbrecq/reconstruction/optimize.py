@@ -6,7 +6,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from mmbrecq.data.groups import batches_of
 from mmbrecq.distributed import average, mean_over
@@ -14,10 +15,11 @@ from mmbrecq.errors import NonFiniteError
 from mmbrecq.fake_quants.activation import FakeQuantize
 from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
+from mmbrecq.graph.components import graph_module
+from mmbrecq.graph.symbolic import called_module
 from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.capture import Replay, can_capture
-from mmbrecq.reconstruction.rectifiers import rectified
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
 from mmbrecq.reconstruction.variables import Variables
@@ -245,3 +247,58 @@ def _casting(forward: Callable[[Tensor], Tensor], dtype: torch.dtype, channels: 
             return forward(x).to(x.dtype)
 
     return cast
+
+
+_RECTIFIERS: dict[Any, tuple[float, float]] = {
+    F.relu: (0.0, math.inf), torch.relu: (0.0, math.inf), 'relu': (0.0, math.inf), F.relu6: (0.0, 6.0),
+}  # fmt: skip
+
+
+@contextmanager
+def rectified(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the unit without those of its rectifiers that quantizers compute within the block; itself if it has none.
+
+    Memory, not arithmetic, limits both: together they take one pass over a feature map where they took two, forward and
+    backward. Hooks of a rectifier are not called within the block.
+    """
+    found = _rectifiers_of(module) if isinstance(module, fx.GraphModule) else {}
+    if not isinstance(module, fx.GraphModule) or not found:
+        yield module
+        return
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = copies[node.args[0]] if node in found else graph.node_copy(node, copies.__getitem__)
+    try:
+        for quantizer, bounds in found.values():
+            quantizer.rectifier = bounds
+        yield graph_module(module, graph, type(module).__name__)
+    finally:
+        for quantizer, _ in found.values():
+            quantizer.rectifier = None
+
+
+def _rectifiers_of(module: fx.GraphModule) -> dict[fx.Node, tuple[FakeQuantize, tuple[float, float]]]:
+    """Returns rectifiers that one enabled quantizer alone reads, which is called nowhere else, with their bounds."""
+    calls: dict[FakeQuantize, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        called = called_module(module, node)
+        if isinstance(called, FakeQuantize) and called.enabled:
+            calls.setdefault(called, []).append(node)
+    found = {}
+    for quantizer, nodes in calls.items():
+        rectifier: Any = nodes[0].args[0]
+        bounds = _bounds_of(rectifier, module)
+        if len(nodes) == 1 and bounds is not None and len(rectifier.users) == 1:
+            found[rectifier] = quantizer, bounds
+    return found
+
+
+def _bounds_of(node: fx.Node, module: nn.Module) -> tuple[float, float] | None:
+    """Returns the bounds of the values of a rectifier; None for any other node."""
+    if node.op in ('call_function', 'call_method'):
+        return _RECTIFIERS.get(node.target)
+    called = called_module(module, node)
+    if type(called) is nn.ReLU:
+        return _RECTIFIERS[F.relu]
+    return (called.min_val, called.max_val) if type(called) in (nn.ReLU6, nn.Hardtanh) else None

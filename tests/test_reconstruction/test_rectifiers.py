@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmbrecq.fake_quants import LSQ
 from mmbrecq.qtype import QType
-from mmbrecq.reconstruction.rectifiers import rectified
+from mmbrecq.reconstruction.optimize import rectified
 
 
 class Functional(nn.Module):
