@@ -181,9 +181,10 @@ def explained_data_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if explained := explain_data_error(error):
-            raise explained from error
-        raise
+        explained = explain_data_error(error)
+        if explained is None or explained is error:
+            raise
+        raise explained from error
 
 
 def explain_data_error(exc: BaseException) -> DataError | None:

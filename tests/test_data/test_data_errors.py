@@ -8,7 +8,7 @@ from mmengine.dataset import BaseDataset, pseudo_collate
 from mmengine.registry import init_default_scope
 from torch.utils.data import DataLoader
 
-from mmbrecq.data.source import explain_data_error
+from mmbrecq.data.source import explain_data_error, explained_data_errors
 from mmbrecq.errors import DataError
 
 pytest.importorskip('mmpretrain')
@@ -78,3 +78,14 @@ def test_other_errors_are_not_explained() -> None:
     assert str(explain_data_error(from_worker)) == 'image a'
     no_entry = PermissionError(13, 'Permission denied', 'a.png')
     assert str(explain_data_error(no_entry)) == 'a.png cannot be read: Permission denied'
+
+
+def test_an_explained_error_passes_as_it_is() -> None:
+    ours = DataError('image a.png cannot be read')
+    with pytest.raises(DataError) as caught, explained_data_errors():
+        raise ours
+    # a cause of its own, which the tools follow to the end, would have none
+    assert caught.value is ours and ours.__cause__ is None
+    with pytest.raises(DataError) as caught, explained_data_errors():
+        raise AssertionError('failed to load image: a.png')
+    assert isinstance(caught.value.__cause__, AssertionError)
