@@ -1,8 +1,7 @@
 """Observers: from values to the scale and zero-point of their grid."""
 
 from mmbrecq.observers.base import BaseObserver, MinMaxObserver, MovingAverageObserver, build_observer
-from mmbrecq.observers.histogram import PercentileObserver, StreamingHistogram
-from mmbrecq.observers.kl import HistogramObserver
+from mmbrecq.observers.histogram import HistogramObserver, PercentileObserver, StreamingHistogram
 from mmbrecq.observers.mse import MSEObserver, mse_search
 
 __all__ = [

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmbrecq.observers.histogram import StreamingHistogram
-from mmbrecq.observers.kl import EMPTY, fill_zero_bin, kl_divergence, kl_search
+from mmbrecq.observers.histogram import EMPTY, StreamingHistogram, fill_zero_bin, kl_divergence, kl_search
 from mmbrecq.qtype import QType
 
 
