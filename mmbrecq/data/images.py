@@ -164,7 +164,7 @@ class CalibrationSet(Dataset[Any]):
         # without a generator of its own every pass would draw from the global one
         loader = DataLoader(
             self, batch_sampler=[[*range(part.start, part.stop)] for part in parts], num_workers=self.num_workers,
-            collate_fn=_collate, generator=torch.Generator(),
+            collate_fn=collate, generator=torch.Generator(),
         )  # fmt: skip
         for batch in loader:
             if isinstance(batch, DataError):
@@ -207,7 +207,7 @@ class _Images(ConcatDataset[Any]):
         return dataset.prepare_data(inner) if hasattr(dataset, 'prepare_data') else dataset[inner]
 
 
-def _collate(samples: list[Any]) -> Any:
+def collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, DataError)), None) or pseudo_collate(samples)
 
 

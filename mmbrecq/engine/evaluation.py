@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner, TestLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmbrecq.data import build_calibration_set
+from mmbrecq.data.images import collate
 from mmbrecq.data.source import explained_data_errors, has_annotations
 from mmbrecq.deploy.backends import DeployedModel
 from mmbrecq.distributed import on_main
@@ -87,6 +87,8 @@ def evaluate(model: nn.Module, dataloader: DataLoader[Any], evaluator: Evaluator
     with evaluation_mode(model):
         with explained_data_errors():
             for batch in track(dataloader, title):
+                if isinstance(batch, DataError):
+                    raise batch
                 outputs = model.test_step(batch)  # type: ignore[operator]
                 evaluator.process(data_samples=outputs, data_batch=batch)
         with without_chatter():
@@ -143,7 +145,7 @@ class HeldOut:
         self._evaluator.dataset_meta = getattr(images.dataset, 'metainfo', None)
         # without a generator of its own every pass would draw from the global one
         self._loader: DataLoader[Any] = DataLoader(
-            images, cfg.test_dataloader.get('batch_size', 1), num_workers=images.num_workers, collate_fn=_collate,
+            images, cfg.test_dataloader.get('batch_size', 1), num_workers=images.num_workers, collate_fn=collate,
             generator=torch.Generator(),
         )  # fmt: skip
         self.metric, self._float, self._points = '', 0.0, 1.0
@@ -167,13 +169,6 @@ class HeldOut:
         """Returns how far a model falls behind the float one, in points."""
         found = evaluate(model, self._loader, self._evaluator, 'evaluation: held-out images')
         return self._points * (self._float - found[self.metric])
-
-
-def _collate(samples: list[Any]) -> Any:
-    for sample in samples:
-        if isinstance(sample, DataError):
-            raise sample
-    return pseudo_collate(samples)
 
 
 @LOOPS.register_module()
