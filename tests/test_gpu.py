@@ -28,7 +28,6 @@ from mmbrecq.observers.base import SharedZeroPointObserver
 from mmbrecq.qtype import QType
 from mmbrecq.quantizers import BRECQQuantizer, QuantizedModel
 from mmbrecq.reconstruction import Stage, StageOptions, Task, capture, optimize
-from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import UnitData
 from mmbrecq.reconstruction.cache import ActivationCache, CachePlan
 from mmbrecq.reconstruction.losses import FisherLoss, MSELoss, output_fisher
@@ -37,6 +36,7 @@ from mmbrecq.reconstruction.results import unit_state
 from mmbrecq.reconstruction.soft_rounding import SoftRounding
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.values import CachedValues, MemoryValues, MirroredValues, laid_out
+from mmbrecq.reconstruction.variables import Adam
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,12 +17,11 @@ from mmbrecq.fake_quants.masks import RandomMasks, mix_
 from mmbrecq.fake_quants.weight import WeightFakeQuantize
 from mmbrecq.graph.components import graph_module
 from mmbrecq.graph.symbolic import called_module
-from mmbrecq.reconstruction.adam import Adam
 from mmbrecq.reconstruction.batches import Batch, Batches, MicroBatches, UnitData, UnitLoss
 from mmbrecq.reconstruction.capture import Replay, can_capture
 from mmbrecq.reconstruction.stages import AUTOCAST, Stage
 from mmbrecq.reconstruction.values import memory_format
-from mmbrecq.reconstruction.variables import Variables
+from mmbrecq.reconstruction.variables import Adam, Variables
 
 CHECK_INTERVAL = 100
 """Iterations between looks at the losses: each look waits for the device."""

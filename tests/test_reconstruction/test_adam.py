@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmbrecq.kernels import native
-from mmbrecq.reconstruction.adam import Adam
+from mmbrecq.reconstruction.variables import Adam
 
 
 def halved(progress: float) -> float:
