@@ -27,7 +27,7 @@ from mmbrecq.presets import get_preset
 from mmbrecq.quantizers.quantized_model import LayerInfo, QuantizedModel
 from mmbrecq.reconstruction.callbacks import Callback, Callbacks
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Task
 from mmbrecq.registry import QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.rehearsal import rehearse
 from mmbrecq.runs.checkpoint import read_checkpoint

@@ -46,8 +46,7 @@ from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Stage, Task
 from mmbrecq.registry import QUANTIZERS
 from mmbrecq.runs.checkpoint import check_grids, grids_of, load_quantized_checkpoint, read_checkpoint
 from mmbrecq.runs.storage import save_atomic

@@ -27,8 +27,7 @@ from mmbrecq.reconstruction.losses import MSELoss
 from mmbrecq.reconstruction.optimize import optimize_unit
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor, unit_generator
 from mmbrecq.reconstruction.results import load_unit_state, unit_state
-from mmbrecq.reconstruction.stages import stage_units
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Task, stage_units
 
 
 @dataclass(frozen=True)

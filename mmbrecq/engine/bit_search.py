@@ -31,8 +31,7 @@ from mmbrecq.mixed_precision.search.nsga2 import find_front
 from mmbrecq.mixed_precision.sensitivity.measure import STAGE, Analyzer
 from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
-from mmbrecq.reconstruction.stages import Stage, StageOptions
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Stage, StageOptions, Task
 from mmbrecq.registry import COST_MODELS, LOOPS, QUANTIZERS, SEARCHERS
 from mmbrecq.report.html import write_grids, write_sensitivities
 from mmbrecq.report.rows import format_cost

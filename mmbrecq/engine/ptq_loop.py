@@ -34,7 +34,7 @@ from mmbrecq.quantizers.brecq import BRECQQuantizer
 from mmbrecq.quantizers.quantized_model import QuantizedModel
 from mmbrecq.reconstruction.cache import CachePlan, images_on_disk
 from mmbrecq.reconstruction.callbacks import Callbacks
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Task
 from mmbrecq.registry import LOOPS, QUANTIZERS, RECONSTRUCTORS
 from mmbrecq.rehearsal import rehearse
 from mmbrecq.report.summary import Summary

@@ -9,8 +9,7 @@ from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.search.bits import SearchResult
 from mmbrecq.mixed_precision.sensitivity.measure import FISHER, load_layers, output_loss, state_path
 from mmbrecq.quantizers.quantized_model import QuantizedModel
-from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Stage, Task
 from mmbrecq.schema import load_json
 
 

@@ -19,8 +19,7 @@ from mmbrecq.reconstruction.cache import CachePlan
 from mmbrecq.reconstruction.callbacks import Callback
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult
-from mmbrecq.reconstruction.stages import Stage, StageOptions
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Stage, StageOptions, Task
 from mmbrecq.registry import RECONSTRUCTORS
 
 Errors = dict[str, tuple[Tensor, int]]

@@ -28,10 +28,9 @@ from mmbrecq.reconstruction.callbacks import Callback, Forecast
 from mmbrecq.reconstruction.losses import MSELoss, RelativeMSELoss
 from mmbrecq.reconstruction.optimize import fit_ranges, optimize_unit
 from mmbrecq.reconstruction.results import UnitResult, load_unit_state, unit_state
-from mmbrecq.reconstruction.stages import Stage, StageOptions, stage_units
+from mmbrecq.reconstruction.stages import Stage, StageOptions, Task, stage_units
 from mmbrecq.reconstruction.streams import Streams
 from mmbrecq.reconstruction.supervision import Supervision
-from mmbrecq.reconstruction.task import Task
 from mmbrecq.reconstruction.values import CachedValues, Values
 from mmbrecq.reconstruction.working_memory import ObservedUnit, fitting_images, observed_units, working_memory
 from mmbrecq.registry import LOSSES

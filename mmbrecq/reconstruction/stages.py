@@ -1,19 +1,25 @@
-"""What one pass over all units learns, and how."""
+"""What a reconstruction works on, and what each of its passes over all units learns, and how."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmbrecq.building import check_integer, check_number, expect
+from mmbrecq.calibration.regions import RegionCapture
+from mmbrecq.data.groups import Images
 from mmbrecq.graph.units import ReconstructionUnit
-from mmbrecq.quantizers.quantized_model import QuantizedGraph
+from mmbrecq.quantizers.quantized_model import QuantizedGraph, QuantizedModel
+from mmbrecq.reconstruction.losses import TaskLoss
+from mmbrecq.reconstruction.results import FinishedUnit
 
 AUTOCAST = {'bfloat16': torch.bfloat16}
 """Dtypes that layers may multiply in, by their names in a config."""
-
 
 SCALE_LR = 5e-3
 """Learning rate of a step size by default, as a fraction of it: in one network they differ by a factor of a hundred."""
@@ -109,3 +115,39 @@ class Stage:
 def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]:
     """Returns the units that a graph is cut into for a pass."""
     return graph.units if stage.granularity is None else graph.cut(stage.granularity)
+
+
+@dataclass
+class Task:
+    """What a reconstruction works on.
+
+    Args:
+        model: Prepared, with calibrated grids.
+        images: Preprocessed calibration images, ``(N, 3, H, W)``, or groups of them.
+        batches: Gives the calibration data with annotations again, in the order of ``images``.
+        task_loss: The task loss through the model; only a Fisher-weighted loss needs it, which without it weighs by the
+            distance of the outputs.
+        seed: Seed of all random draws.
+        directory: Where a cache on disk is written.
+        done: Pass and name of the units that are reconstructed already, their state in the model: they are skipped.
+        first: Number of the first image among those of all processes.
+        resumed: By pass and name, the units that an interrupted run has done. Each gets its state when its turn comes,
+            so that all that is computed in between meets the model as it was then.
+        observed: Images that the interrupted run observed at once; None for as many as have room.
+    """
+
+    model: QuantizedModel
+    images: Images
+    batches: Callable[[], Iterable[Any]]
+    task_loss: TaskLoss | None
+    seed: int
+    directory: Path
+    done: frozenset[tuple[str, str]] = frozenset()
+    first: int = 0
+    resumed: Mapping[tuple[str, str], FinishedUnit] = field(default_factory=dict)
+    observed: int | None = None
+
+    @property
+    def regions(self) -> RegionCapture:
+        """Captures the inputs of the heads of a two-stage detector."""
+        return RegionCapture(self.model, self.images, self.batches, self.seed, self.first)

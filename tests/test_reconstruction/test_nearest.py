@@ -14,7 +14,7 @@ from mmbrecq.pipeline import calibrate, prepare
 from mmbrecq.quantizers import BRECQQuantizer
 from mmbrecq.reconstruction import NearestReconstructor
 from mmbrecq.reconstruction.callbacks import Callback
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Task
 
 
 class _Tokens(nn.Module):

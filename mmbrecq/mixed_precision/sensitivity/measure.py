@@ -32,8 +32,7 @@ from mmbrecq.reconstruction.callbacks import Callback, Callbacks, Progress
 from mmbrecq.reconstruction.losses import TaskLoss, visit_task_losses
 from mmbrecq.reconstruction.reconstructor import BaseReconstructor
 from mmbrecq.reconstruction.results import UnitResult, layer_owners
-from mmbrecq.reconstruction.stages import Stage
-from mmbrecq.reconstruction.task import Task
+from mmbrecq.reconstruction.stages import Stage, Task
 from mmbrecq.runs.identity import first_difference
 from mmbrecq.runs.storage import save_atomic
 from mmbrecq.schema import save_json
