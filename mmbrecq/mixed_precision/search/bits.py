@@ -14,7 +14,9 @@ from mmbrecq.building import check_integer, expect
 from mmbrecq.errors import BudgetError, ConfigError
 from mmbrecq.mixed_precision.costs.models import BaseCostModel, ModelSize
 from mmbrecq.mixed_precision.search.problem import BitProblem, Choices, Cost
-from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable
+from mmbrecq.qtype import MAX_BITS, MIN_BITS
+from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.runs.storage import write_text_atomic
 from mmbrecq.schema import save_json
 
@@ -110,6 +112,7 @@ def find_cheapest(
     return best, list(trials.values())
 
 
+LOSSES = ('outputs', 'fisher')
 RESULT = 'search.json'
 """File beside a written config that has what was chosen, and why."""
 _BUDGET = re.compile(r'([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*([A-Za-z]*)', re.IGNORECASE)
@@ -119,10 +122,16 @@ _FACTORS = {
 
 
 @dataclass(frozen=True)
-class SearchOptions(AnalysisOptions):
+class SearchOptions:
     """Options of an analysis and of the search that follows it, as a config gives them.
 
     Args:
+        candidates: Numbers of bits of weights, 2 to 8, and ``'float'``.
+        activation_candidates: Numbers of bits of activations, 2 to 8; empty leaves them as the config has them.
+        pairs: Whether two layers of a unit are measured together, at the fewest bits.
+        images: How many of the calibration images the losses are measured on; None for all.
+        loss: ``outputs``, how far the outputs are from the float ones, or ``fisher``, by how much the task loss of the
+            annotated images rises, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`.
         costs: Configs of the cost models; one for every name that has a budget.
         searcher: Config of the searcher.
         budgets: ``{name of a cost: budget}``, see :func:`parse_budget`, and the points of accuracy that may be lost as
@@ -132,6 +141,11 @@ class SearchOptions(AnalysisOptions):
         reuse: Whether ``tools/ptq.py`` takes the rounding that the analysis has learned for the chosen bits.
     """
 
+    candidates: Sequence[int | str] = (2, 4, 8)
+    activation_candidates: Sequence[int] = ()
+    pairs: bool = True
+    images: int | None = None
+    loss: str = 'outputs'
     costs: Sequence[Mapping[str, Any]] = ({'type': 'ModelSize'}, {'type': 'BitOperations'})
     searcher: Mapping[str, Any] = field(default_factory=lambda: {'type': 'GeneticSearcher'})
     budgets: Mapping[str, str | float] = field(default_factory=dict)
@@ -140,10 +154,29 @@ class SearchOptions(AnalysisOptions):
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        numbers = [b for b in self.candidates if b != FLOAT]
+        valid = bool(numbers) and len(self.candidates) > 1 and _are_bits(numbers) and self.candidates.count(FLOAT) < 2
+        integers = f'different integers in {MIN_BITS}..{MAX_BITS}'
+        what = f"search.candidates to be two or more {integers}, one of which may be '{FLOAT}'"
+        expect(valid, what, self.candidates)
+        inputs = self.activation_candidates
+        expect(_are_bits(inputs), f'search.activation_candidates to be {integers}', inputs)
+        if self.images is not None:
+            check_integer(self.images, 1, 'search.images')
+        expect(self.loss in LOSSES, f'search.loss to be one of {list(LOSSES)}', self.loss)
         expect(bool(self.costs), 'search.costs to be a list of cost models', self.costs)
         check_integer(self.held_out, 1, 'search.held_out')
         drop_budget(self.budgets)
+
+    @property
+    def bits(self) -> list[int]:
+        """The candidates that are numbers, the fewest bits first."""
+        return sorted(b for b in self.candidates if isinstance(b, int))
+
+
+def _are_bits(values: Sequence[Any]) -> bool:
+    """Whether all values are numbers of bits, each of them once."""
+    return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values) and len({*values}) == len(values)
 
 
 def parse_budget(text: str | float, float_cost: float, where: str) -> float:

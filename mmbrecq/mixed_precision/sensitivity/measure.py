@@ -23,7 +23,8 @@ from mmbrecq.errors import CheckpointError, ConfigError
 from mmbrecq.graph.structure import flatten_outputs
 from mmbrecq.graph.units import ReconstructionUnit
 from mmbrecq.mixed_precision.costs.models import layer_shapes, other_bytes
-from mmbrecq.mixed_precision.sensitivity.table import AnalysisOptions, SensitivityTable, value_groups
+from mmbrecq.mixed_precision.search.bits import SearchOptions
+from mmbrecq.mixed_precision.sensitivity.table import SensitivityTable, value_groups
 from mmbrecq.progress import track
 from mmbrecq.qtype import MAX_BITS, MIN_BITS
 from mmbrecq.quantizers.options import FLOAT
@@ -165,7 +166,7 @@ class Analyzer:
         prepare: Returns a task with the model prepared at a number of bits of weights, and one of activations or None
             for the config's; its weights are calibrated.
         reconstructor: Learns the rounding of every unit; its first pass must be independent.
-        options: See :class:`AnalysisOptions`.
+        options: See :class:`SearchOptions`.
         folder: Gets the table and the states.
         inputs: What the figures depend on.
         callback: Is called after every unit that is reconstructed.
@@ -174,7 +175,7 @@ class Analyzer:
 
     prepare: Callable[[int, int | None], Task]
     reconstructor: BaseReconstructor
-    options: AnalysisOptions
+    options: SearchOptions
     folder: Path
     inputs: dict[str, Any]
     callback: Callback

@@ -1,67 +1,20 @@
-"""Options of an analysis, the groups of activations that it measures, and the table that it writes."""
+"""The groups of activations that an analysis measures, and the table that it writes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmbrecq.building import check_integer, expect
 from mmbrecq.errors import TableError
 from mmbrecq.graph.roles import joined
 from mmbrecq.mixed_precision.costs.models import FLOAT_BITS, LayerShape
-from mmbrecq.qtype import MAX_BITS, MIN_BITS
-from mmbrecq.quantizers.options import FLOAT
 from mmbrecq.quantizers.quantized_model import QuantizedGraph
 from mmbrecq.schema import load_json
-
-LOSSES = ('outputs', 'fisher')
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """Options of an analysis, as a config gives them.
-
-    Args:
-        candidates: Numbers of bits of weights, 2 to 8, and ``'float'``.
-        activation_candidates: Numbers of bits of activations, 2 to 8; empty leaves them as the config has them.
-        pairs: Whether two layers of a unit are measured together, at the fewest bits.
-        images: How many of the calibration images the losses are measured on; None for all.
-        loss: ``outputs``, how far the outputs are from the float ones, or ``fisher``, by how much the task loss of the
-            annotated images rises, see :class:`~mmbrecq.mixed_precision.sensitivity.measure.OutputLoss`.
-    """
-
-    candidates: Sequence[int | str] = (2, 4, 8)
-    activation_candidates: Sequence[int] = ()
-    pairs: bool = True
-    images: int | None = None
-    loss: str = 'outputs'
-
-    def __post_init__(self) -> None:
-        numbers = [b for b in self.candidates if b != FLOAT]
-        valid = bool(numbers) and len(self.candidates) > 1 and _are_bits(numbers) and self.candidates.count(FLOAT) < 2
-        integers = f'different integers in {MIN_BITS}..{MAX_BITS}'
-        what = f"search.candidates to be two or more {integers}, one of which may be '{FLOAT}'"
-        expect(valid, what, self.candidates)
-        inputs = self.activation_candidates
-        expect(_are_bits(inputs), f'search.activation_candidates to be {integers}', inputs)
-        if self.images is not None:
-            check_integer(self.images, 1, 'search.images')
-        expect(self.loss in LOSSES, f'search.loss to be one of {list(LOSSES)}', self.loss)
-
-    @property
-    def bits(self) -> list[int]:
-        """The candidates that are numbers, the fewest bits first."""
-        return sorted(b for b in self.candidates if isinstance(b, int))
-
-
-def _are_bits(values: Sequence[Any]) -> bool:
-    """Whether all values are numbers of bits, each of them once."""
-    return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values) and len({*values}) == len(values)
 
 
 @dataclass(frozen=True)
