@@ -9,21 +9,17 @@ import torch
 CGROUPS = Path('/sys/fs/cgroup')
 
 
-def limit_threads(root: Path = CGROUPS, membership: Path = Path('/proc/self/cgroup')) -> None:
-    """Makes torch compute with no more threads than the process has processors, unless OMP_NUM_THREADS says how many.
-
-    Args:
-        root: Where the control groups are mounted.
-        membership: File that names the group of this process.
-    """
+def limit_threads() -> None:
+    """Limits torch's threads to the processors that the process may use, unless OMP_NUM_THREADS says how many."""
     if not os.environ.get('OMP_NUM_THREADS'):
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), processors(root, membership))))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), processors())))
 
 
 def processors(root: Path = CGROUPS, membership: Path = Path('/proc/self/cgroup')) -> int:
     """Returns how many processors this process may use, by its affinity and by the quota of its control groups.
 
-    A quota of one and a half counts as two. The arguments are those of :func:`limit_threads`.
+    A quota of one and a half counts as two. The groups are mounted at ``root``; the file ``membership`` names that of
+    this process.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min([allowed, *(math.ceil(share) for share in _quotas(root, membership))])

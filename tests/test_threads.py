@@ -61,7 +61,8 @@ def test_the_limit_is_torchs_unless_the_environment_has_one(
         monkeypatch.setenv('OMP_NUM_THREADS', given)
     try:
         torch.set_num_threads(2)
-        limit_threads(tmp_path, tmp_path / 'self')
+        monkeypatch.setattr(threads, 'processors', lambda: processors(tmp_path, tmp_path / 'self'))
+        limit_threads()
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
