@@ -78,8 +78,6 @@ class StageOptions:
         pair = isinstance(self.beta, (list, tuple)) and len(self.beta) == 2
         valid = pair and all(isinstance(value, (int, float)) and value > 1 for value in self.beta)
         expect(valid, 'beta of a reconstruction to be two numbers above 1', self.beta)
-        fits = self.fit_ranges is None or isinstance(self.fit_ranges, bool)
-        expect(fits, 'fit_ranges of a reconstruction to be None or a boolean', self.fit_ranges)
         known = self.autocast in (None, *AUTOCAST)
         expect(known, f'autocast of a reconstruction to be None or one of {list(AUTOCAST)}', self.autocast)
 

@@ -44,8 +44,8 @@ def test_fewer_iterations_round_in_larger_steps(iterations: int, expected: float
 
 
 def test_ranges_are_fitted_or_not() -> None:
-    with pytest.raises(ConfigError, match="fit_ranges of a reconstruction to be None or a boolean, but got 'y'"):
-        StageOptions(fit_ranges='y')  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'fit_ranges' of reconstructor.weights to be True or False or None, but"):
+        BRECQReconstructor(weights={'fit_ranges': 'y'})
 
 
 @pytest.mark.parametrize('beta', [(20.0,), (20.0, 10.0, 2.0), (20.0, 1.0), (0.5, 2.0), 5, '20'])
