@@ -149,15 +149,14 @@ class ToolRunner(Runner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Builds mmengine's logger; it prints warnings alone until :meth:`log_environment`."""
         logger = super().build_logger(*args, **kwargs)
-        self._consoles = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
-        self._console_levels = [handler.level for handler in self._consoles]
-        for handler in self._consoles:
-            handler.setLevel(max(handler.level, logging.WARNING))
+        self._consoles = {h: h.level for h in logger.handlers if type(h) is logging.StreamHandler}
+        for handler, level in self._consoles.items():
+            handler.setLevel(max(level, logging.WARNING))
         return logger
 
     def log_environment(self) -> None:
         """Lets the logger print what the config's ``log_level`` asks for."""
-        for handler, level in zip(self._consoles, self._console_levels, strict=True):
+        for handler, level in self._consoles.items():
             handler.setLevel(level)
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
