@@ -21,15 +21,11 @@ _SAME_FILES = frozenset({
     'indices', 'serialize_data', 'lazy_init', 'max_refetch', 'backend_args', 'file_client_args', 'extensions',
     'with_label', 'return_classes',
 })
-# fmt: on
 _SIGNS = (
-    'failed to load image',
-    'imdecode',
-    'cannot identify image file',
-    'Found 0 files in',
-    'No such file or directory',
+    'failed to load image', 'imdecode', 'cannot identify image file', 'Found 0 files in', 'No such file or directory',
     'pipline should not get `None`',
-)  # fmt: skip
+)
+# fmt: on
 """What libraries say of images that are missing or damaged; with the last, in its spelling, mmengine gives one up."""
 
 
