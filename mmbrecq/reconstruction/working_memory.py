@@ -194,8 +194,11 @@ class ObservedUnit:
     inputs: int = 1
 
     def bytes_of(self, images: int) -> int:
-        """Returns the most bytes that a pass of ``images`` images takes."""
-        return _with_headroom(observing_bytes(self.footprint, self.quantizers, images * self.inputs))
+        """Returns the most bytes that a pass of ``images`` images takes, whose activations the quantizers observe."""
+        unit, count = self.footprint, images * self.inputs
+        largest = count * unit.largest
+        passing = count * (unit.inputs + unit.outputs) + OF_OBSERVING * largest
+        return _with_headroom(passing + self.quantizers * min(KEPT, largest) + min(OF_HISTOGRAM, 3 * largest))
 
 
 def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], inputs: int = 1) -> list[ObservedUnit]:
@@ -208,13 +211,6 @@ def observed_units(graph: QuantizedGraph, units: Iterable[ReconstructionUnit], i
             footprint = measure_footprint(unit.module, [examples[name] for name in unit.inputs], [])
             found.append(ObservedUnit(unit.name, footprint, len(quantizers), inputs))
     return found
-
-
-def observing_bytes(unit: Footprint, quantizers: int, images: int) -> int:
-    """Returns the most bytes that tensors take in a pass whose activations so many quantizers observe."""
-    largest = images * unit.largest
-    passing = images * (unit.inputs + unit.outputs) + OF_OBSERVING * largest
-    return passing + quantizers * min(KEPT, largest) + min(OF_HISTOGRAM, 3 * largest)
 
 
 def fitting_images(observed: Sequence[ObservedUnit], room: int) -> int:

@@ -21,7 +21,6 @@ from mmbrecq.reconstruction.working_memory import (
     iteration_bytes,
     measure_footprint,
     observed_units,
-    observing_bytes,
     working_memory,
 )
 
@@ -127,12 +126,12 @@ def test_what_makes_a_step_larger() -> None:
 
 def test_what_observing_takes() -> None:
     # inputs and outputs, and the largest of what comes between: float32 values, their bins and a copy of these
-    assert observing_bytes(UNIT, 3, 1) >= 200 + 300 + 400 + 3 * 400
-    one, two = (observing_bytes(UNIT, 3, images) for images in (1, 2))
-    assert two == 2 * one
+    none, one, two = (ObservedUnit('unit', UNIT, 3).bytes_of(images) for images in (0, 1, 2))
+    assert one - none >= 200 + 300 + 400 + 3 * 400
+    assert two - none == pytest.approx(2 * (one - none), abs=2)
     # an observer keeps no batch of more than 2^20 values, and counts no more at once
-    many, more = (observing_bytes(UNIT, quantizers, 10**6) for quantizers in (1, 2))
-    assert more - many == 4 * 2**20
+    many, more = (ObservedUnit('unit', UNIT, quantizers).bytes_of(10**6) for quantizers in (1, 2))
+    assert more - many == HEADROOM * 4 * 2**20
     regions = ObservedUnit('head', UNIT, 3, inputs=512)
     assert regions.bytes_of(2) == ObservedUnit('unit', UNIT, 3).bytes_of(1024)
 
