@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mmbrecq.building import build
-from mmbrecq.calibration.calibrator import (
-    OBSERVED,
-    calibrate_activations,
-    calibrate_regions,
-    calibrate_weights,
-)  # fmt: skip
+from mmbrecq.calibration.calibrator import OBSERVED, calibrate_activations, calibrate_regions, calibrate_weights
 from mmbrecq.calibration.equalization import equalize, equalize_parts
 from mmbrecq.data.groups import Images, batches_of, grouped
 from mmbrecq.data.images import example_of

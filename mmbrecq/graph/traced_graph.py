@@ -13,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mmbrecq.errors import GraphError, first_line
-from mmbrecq.graph.components import (
-    ImageForward,
-    RegionForward,
-    RegionHead,
-    attach,
-    graph_module,
-    has_transformer,
-    region_shape,
-    set_forward,
-)  # fmt: skip
+from mmbrecq.graph import components
+from mmbrecq.graph.components import ImageForward, RegionForward, RegionHead, graph_module
 from mmbrecq.graph.functionalize import functionalize, switch_off_in_place
 from mmbrecq.graph.layers import bake_weights, copy_read_parameters, fold_constants, free_name, make_layers
 from mmbrecq.graph.normalize import drop_identities, fold_batch_norms, index_squeezes, read_past_concatenations
@@ -95,9 +87,9 @@ class TracedGraph:
     def attach(self, run: Callable[[Tensor], Any]) -> None:
         """Makes the model compute ``run`` instead of the modules from which the graph was traced."""
         if self.path:
-            set_forward(self.model.get_submodule(self.path), run)
+            components.set_forward(self.model.get_submodule(self.path), run)
         else:
-            attach(self.model, run)
+            components.attach(self.model, run)
 
     def example_outputs(self) -> dict[str, Tensor]:
         """Returns the outputs for the traced images by name, see :mod:`mmbrecq.graph.structure`."""
@@ -122,7 +114,7 @@ def trace_image_graph(model: nn.Module, example: Tensor) -> TracedGraph:
 
 def trace_region_head(model: nn.Module, head: RegionHead) -> TracedGraph:
     """Traces one head of a two-stage detector, see :func:`trace_image_graph`."""
-    example = torch.zeros((2, *region_shape(model, head)), device=next(model.parameters()).device)
+    example = torch.zeros((2, *components.region_shape(model, head)), device=next(model.parameters()).device)
     return _trace(model, RegionForward(model, head.path), example, head.path)
 
 
@@ -179,7 +171,7 @@ def _trace_at_sizes(
         model, base.graph, opaque=base.opaque, value_dependent=base.value_dependent, restore=base.restore
     )
     has_maps = any(output.dim() == 4 for output in traced.example_outputs().values())
-    traced.sizes_vary = has_maps or has_transformer(model)
+    traced.sizes_vary = has_maps or components.has_transformer(model)
     wider = None
     if isinstance(entry, ImageForward) and example.dim() == 4:
         with suppress(Exception):
