@@ -94,9 +94,11 @@ class AnalysisLoop(BaseLoop):
         if self.quick:
             return self._measure_grids()
         self.load()
+        # a budget that cannot be kept is refused before the work, not after it
+        costs = [build(COST_MODELS, dict(model)) for model in self.options.costs]
         analyzer = Analyzer(
             self.prepare, self.reconstructor, self.options, Path(self.runner.work_dir), self._inputs(),
-            HookCaller(self.runner), self._check_budgets,
+            HookCaller(self.runner), lambda table: bits.check_budgets(table, costs, self.options.budgets),
         )  # fmt: skip
         table = analyzer.run()
         self.runner.logger.info(f'sensitivities: {analyzer.path}')
@@ -183,11 +185,6 @@ class AnalysisLoop(BaseLoop):
         task = Task(prepared, self.images, self._set.batches, loss, self.runner.seed or 0, Path(self.runner.work_dir))
         pipeline.calibrate(task, activations=activations)
         return task
-
-    def _check_budgets(self, table: SensitivityTable) -> None:
-        """Refuses a budget that cannot be kept before the work, not after it."""
-        costs = [build(COST_MODELS, dict(model)) for model in self.options.costs]
-        bits.check_budgets(table, costs, self.options.budgets)
 
 
 def search_options(cfg: Config) -> SearchOptions:
