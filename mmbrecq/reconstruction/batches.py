@@ -233,8 +233,5 @@ class MicroBatches:
             # out of the except clause, whose traceback holds the tensors of the failed attempt
             self.images, self.split = (self.images + 1) // 2, True
             torch.cuda.empty_cache()
-            print_log(
-                f"the GPU has no room for a batch of unit '{self.unit}': it takes {self.images} images at once now",
-                'current',
-                logging.WARNING,
-            )
+            text = f"the GPU has no room for a batch of unit '{self.unit}': it takes {self.images} images at once now"
+            print_log(text, 'current', logging.WARNING)

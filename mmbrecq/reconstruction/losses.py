@@ -240,10 +240,8 @@ class _Squares(fx.Interpreter):
                 f'expected gradients of the loss at the outputs of the units, but all of them are zero: {unseen}'
             )
         if unseen:
-            print_log(
-                f'no calibration image has a loss that depends on {unseen}: errors there count unweighted',
-                logger='current', level=WARNING,
-            )  # fmt: skip
+            text = f'no calibration image has a loss that depends on {unseen}: errors there count unweighted'
+            print_log(text, logger='current', level=WARNING)
         for name, weight in self._weights.items():
             for index in batches_of(weight, batch_size):
                 part = weight[index]

@@ -201,9 +201,7 @@ class BaseReconstructor:
             first = None if self.mirror else task.first
             results = run.units(task.model.image_graph, stage, images, None, known, first)
             for head in task.model.region_graphs:
-                features = task.regions.pairs(
-                    head, weights=not stage.independent, activations=stage.quantizes_activations
-                )
+                features = task.regions.pairs(head, not stage.independent, stage.quantizes_activations)
                 inputs, quantized_inputs = (cache.hold(x) for x in features)
                 del features
                 head_stage = _for_regions(stage)
