@@ -1,9 +1,11 @@
 """Classifies the nodes of a graph for quantization, by type and operator and never by name."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -87,8 +89,10 @@ class Roles:
 
     def pads(self, node: fx.Node) -> bool:
         """Returns whether ``node`` computes with zeros around its input, or moves the values between zeros."""
-        is_padded = self.is_weighted(node) and getattr(self.module(node), 'padding', 0) not in _UNPADDED
-        return is_padded or 'pad' in self.operation(node)
+        module = self.module(node)
+        if isinstance(module, WEIGHTED):
+            return getattr(module, 'padding', 0) not in _UNPADDED or not _computes_as_torchs(module)
+        return 'pad' in self.operation(node)
 
     def moves_pixels(self, node: fx.Node) -> bool:
         """Returns whether ``node`` moves values within their channels alone."""
@@ -138,6 +142,26 @@ class Roles:
         if bound is None:
             return False
         return bound.arguments.get('mode', 'constant') != 'constant' or bound.arguments.get('value') in (None, 0)
+
+
+def _computes_as_torchs(module: Any) -> bool:
+    """Returns whether a layer computes what torch's class does; another may pad its input by its size."""
+    kind: Any = next(kind for kind in WEIGHTED if isinstance(module, kind))
+    if type(module).forward is kind.forward:
+        return True
+    kernel = getattr(module, 'kernel_size', ())
+    reach = max((k * d for k, d in zip(kernel, getattr(module, 'dilation', ()), strict=True)), default=0)
+    for size in (reach + 4, reach + 5):
+        shape = (1, module.in_channels, *[size for _ in kernel]) if kernel else (1, module.in_features)
+        x = torch.linspace(-1, 1, math.prod(shape)).reshape(shape).to(module.weight)
+        try:
+            with torch.no_grad():
+                own, plain = type(module).forward(module, x), kind.forward(module, x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        if own.shape != plain.shape or not torch.allclose(own, plain):
+            return False
+    return True
 
 
 def _across(node: fx.Node, direction: str, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -353,6 +353,19 @@ def test_operands_of_products_are_quantized_where_the_preset_or_the_config_says_
     assert [graph.quantizers[str(n.target)].qtype.symmetric for n in operands] == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ('kernel', 'stride', 'is_shifted'), [(1, 1, True), (1, 2, True), (3, 1, False), (3, 2, False), (2, 2, False)]
+)
+def test_a_layer_that_pads_in_a_forward_of_its_own(kernel: int, stride: int, is_shifted: bool) -> None:
+    """That of EfficientNet does, by the size of its input, and has no padding by its attributes."""
+    from mmcv.cnn.bricks import Conv2dAdaptivePadding
+
+    model = net(lambda self, x: self.same(F.silu(x)), same=Conv2dAdaptivePadding(3, 3, kernel, stride))
+    assert model.backbone.same.padding == (0, 0)
+    found = places(model, 'tensorrt')
+    assert [place.shifts for place in found if place.layers] == [is_shifted]
+
+
 def test_queries_and_keys_have_the_grids_of_their_kernel() -> None:
     """OpenVINO has one of int8 with zero-point 0, and none of fewer bits."""
     torch.manual_seed(0)
