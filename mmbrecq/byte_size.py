@@ -17,7 +17,7 @@ def parse_bytes(value: int | str, where: str) -> int:
     size = value if type(value) is int else 0
     if isinstance(value, str):
         match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([A-Za-z]+)', value.strip())
-        size = int(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
+        size = round(float(match[1]) * UNITS.get(match[2], 0)) if match else 0
     if size < 1:
         raise ConfigError(
             f"expected {where} to be a number of bytes, or one with a unit of {list(UNITS)} such as '2GiB', "

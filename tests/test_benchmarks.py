@@ -18,6 +18,9 @@ import pytest
 import torch
 from torch import nn
 
+from mmbrecq.reconstruction.cache import CachePlan
+from mmbrecq.report.rows import format_seconds
+
 pytest.importorskip('mmpretrain', reason='the benchmarks run models of mmpretrain')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +82,16 @@ def test_spread_has_digits_for_percentages_and_for_fractions() -> None:
     assert accuracy.spread([81.0, 82.0, 83.0]) == '82.00 ± 1.00'
     assert accuracy.spread([0.55, 0.57]) == '0.560 ± 0.014'
     assert accuracy.spread([0.5]) == '0.500' and accuracy.spread([]) == ''
+
+
+def test_scale_reads_what_a_run_says() -> None:
+    scale = load('scale')
+    plan = CachePlan('host', 4_620_000_000, 'a', working_bytes=2_050_000_000, working_unit='b')
+    text = f'{plan}\njoint 1/26 a: 12 iterations, 0.5 s, about {format_seconds(9780)} left\n'
+    assert scale.Told.read(text, r'about (.+) left') == scale.Told('host', 4_620_000_000, 2_050_000_000, 9780)
+    assert scale.Told.read(str(plan), r'about (.+) left').seconds is None
+    with pytest.raises(SystemExit, match='expected the plan of memory, but got: nothing'):
+        scale.Told.read('nothing', '')
 
 
 def test_coverage_counts_the_layers_of_a_model() -> None:

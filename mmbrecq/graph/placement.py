@@ -131,7 +131,7 @@ def _can_shift(group: set[fx.Node], float_readers: Collection[fx.Node], roles: R
     fused = [n for n in group if _is_in_layer(n, roles) or roles.operation(n) in (*(preset.fuses or ()), 'mean')]
     users = [user for node in group for user in node.users if user not in float_readers]
     moving = [user for user in users if roles.is_weighted(user) or roles.moves_only(user)]
-    if fused or not moving or any(n.op == 'placeholder' or 'pool' in roles.operation(n) for n in group):
+    if fused or not moving or any(n.op in ('placeholder', 'get_attr') or 'pool' in roles.operation(n) for n in group):
         return False
     apart = not any(_is_in_layer(user, roles) for user in users if user not in moving)
     return apart and all(_takes_shift(user, group, roles) for user in moving)

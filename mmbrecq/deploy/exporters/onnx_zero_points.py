@@ -19,7 +19,8 @@ def fold_zero_points(edit: OnnxEditor) -> None:
     shifts: dict[Node, Array] = {}
     for found in edit.activation_quantizers():
         scale, zero_point = edit.scale(found), edit.zero_point(found)
-        if scale is None or scale.size != 1 or not zero_point.any():
+        is_int8 = edit.zero_point_range(found) == (-128, 127)
+        if scale is None or scale.size != 1 or not zero_point.any() or not is_int8:
             continue
         quantizer, dq = (edit.makers[node.outputs[0]] for node in (found, *edit.dequantizers(found)))
         offset = (scale * zero_point).astype(np.float32)
@@ -66,7 +67,8 @@ def _layers_behind(node: Node, edit: OnnxEditor, layers: Collection[Node]) -> li
     if node.op not in MOVE_OPS and not (node.op == 'Resize' and node.attributes.get('mode', 'nearest') == 'nearest'):
         return None
     found = [_layers_behind(reader, edit, layers) for tensor in node.outputs for reader in edit.consumers(tensor)]
-    return None if None in found else [layer for behind in found for layer in behind or ()]
+    leaves = not found or any(tensor in edit.outputs for tensor in node.outputs)
+    return None if leaves or None in found else [layer for behind in found for layer in behind or ()]
 
 
 def _shift_bias(edit: OnnxEditor, layer: Layer, shift: Array) -> None:

@@ -213,6 +213,18 @@ def test_onnx_runtime_finds_a_quantizer_right_before_a_layer(tmp_path: Path, pre
     assert count == (KernelCount(1, 1) if pairs == 2 else KernelCount(1, 0, {'conv': reason}))
 
 
+def test_values_that_are_moved_out_of_the_graph_keep_their_middle() -> None:
+    """A zero-point is taken from an int8 grid, and from what leaves the graph behind a node that moves it."""
+    tensors = {'b_s': np.float32(0.1), 'b_z': np.int8(28), 'shape': np.array([-1, 4])}
+    move = helper.make_node('Reshape', ['b', 'shape'], ['y'], name='move')
+    model = model_of([*qdq('b', 'x'), move], tensors, ['N', 4])
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    before = run_as_written(model, x)
+    rewrite_for(model, PRESETS['tensorrt'])
+    assert ops(model) == ['Add', 'QuantizeLinear', 'DequantizeLinear', 'Sub', 'Reshape']
+    np.testing.assert_allclose(run_as_written(model, x), before, atol=1e-6)
+
+
 @pytest.mark.parametrize('bias', [None, 'zeros'])
 def test_openvino_is_right_where_several_nodes_read_a_convolution_without_bias(
     tmp_path: Path, bias: str | None
