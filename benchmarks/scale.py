@@ -51,7 +51,7 @@ IMPORTS = 0.75e9
 
 @dataclass
 class Told:
-    """What the lines of a run say of memory and time."""
+    """Holds what the lines of a run say of memory and time."""
 
     place: str
     cached: int

@@ -26,7 +26,7 @@ _SIGNS = (
     'pipline should not get `None`',
 )
 # fmt: on
-"""What libraries say of images that are missing or damaged; with the last, in its spelling, mmengine gives one up."""
+"""Libraries say these of images that are missing or damaged; with the last, in its spelling, mmengine gives one up."""
 
 
 def build_source_datasets(

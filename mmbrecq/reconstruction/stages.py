@@ -1,4 +1,4 @@
-"""What a reconstruction works on, and what each of its passes over all units learns, and how."""
+"""Defines what a reconstruction works on, what each of its passes over all units learns, and how."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def stage_units(graph: QuantizedGraph, stage: Stage) -> list[ReconstructionUnit]
 
 @dataclass
 class Task:
-    """What a reconstruction works on.
+    """Holds what a reconstruction works on.
 
     Args:
         model: Prepared, with calibrated grids.

@@ -1,4 +1,4 @@
-"""What is optimised in a unit (rounding, scales, biases and step sizes of its activations), and Adam, which does it."""
+"""Optimises a unit by Adam: its rounding, scales, biases and the step sizes of its activations are the variables."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def read_checkpoint(path_or_url: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is in safetensors' format: the length of its header in 8 bytes, then a header in JSON."""
+    """Returns whether a file is in safetensors' format: the length of its header in 8 bytes, then a header in JSON."""
     with path.open('rb') as file:
         return path.suffix == '.safetensors' or file.read(9)[8:] == b'{'
 

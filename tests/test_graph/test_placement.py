@@ -357,7 +357,7 @@ def test_operands_of_products_are_quantized_where_the_preset_or_the_config_says_
     ('kernel', 'stride', 'is_shifted'), [(1, 1, True), (1, 2, True), (3, 1, False), (3, 2, False), (2, 2, False)]
 )
 def test_a_layer_that_pads_in_a_forward_of_its_own(kernel: int, stride: int, is_shifted: bool) -> None:
-    """That of EfficientNet does, by the size of its input, and has no padding by its attributes."""
+    """The one of EfficientNet does, by the size of its input, and has no padding by its attributes."""
     from mmcv.cnn.bricks import Conv2dAdaptivePadding
 
     model = net(lambda self, x: self.same(F.silu(x)), same=Conv2dAdaptivePadding(3, 3, kernel, stride))

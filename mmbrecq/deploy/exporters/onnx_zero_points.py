@@ -76,12 +76,13 @@ def _shift_bias(edit: OnnxEditor, layer: Layer, shift: Array) -> None:
     node, sums = edit.makers[layer.node.outputs[0]], shift * _sums(edit, layer)
     name, place = f'{node.name}/shifted', 2
     if layer.node.op == 'MatMul':
-        readers = edit.consumers(node.output[0])
-        constants = [i for i, tensor in enumerate(readers[0].inputs) if tensor in edit.constants]
-        if len(readers) == 1 and readers[0].op == 'Add' and constants:
+        output, readers = node.output[0], edit.consumers(node.output[0])
+        alone = len(readers) == 1 and readers[0].op == 'Add' and output not in edit.outputs
+        constants = [i for i, tensor in enumerate(readers[0].inputs) if tensor in edit.constants] if alone else []
+        if constants:
             node, place = edit.makers[readers[0].outputs[0]], constants[0]
         else:
-            output, node.output[0] = node.output[0], f'{node.name}/unshifted'
+            node.output[0] = f'{node.name}/unshifted'
             inputs = [node.output[0], edit.store(name, (-sums).astype(np.float32))]
             edit.insert(edit.index(node) + 1, 'Add', inputs, output, f'{node.name}/Add')
             return

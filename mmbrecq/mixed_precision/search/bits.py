@@ -175,7 +175,7 @@ class SearchOptions:
 
 
 def _are_bits(values: Sequence[Any]) -> bool:
-    """Whether all values are numbers of bits, each of them once."""
+    """Returns whether all values are numbers of bits, each of them once."""
     return all(type(b) is int and MIN_BITS <= b <= MAX_BITS for b in values) and len({*values}) == len(values)
 
 

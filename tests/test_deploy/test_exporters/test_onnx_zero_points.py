@@ -92,6 +92,17 @@ def test_a_layer_that_levels_share_has_a_bias_for_each(tmp_path: Path) -> None:
     assert relative_error(ONNXRuntimeBackend(path, num_threads=1)(x)[0], run(model, x)) < 1e-4
 
 
+def test_a_linear_layer_without_bias_whose_outputs_leave_the_network(tmp_path: Path) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(F.gelu(self.stem(x).flatten(2).transpose(1, 2)))
+
+    model = packed(net(forward, stem=nn.Conv2d(3, 8, 4, 4), last=nn.Linear(8, 3, bias=False)), 'tensorrt')
+    assert not model.image_graph.quantizers['activation_quantizers.gelu'].qtype.symmetric
+    x = images(4, seed=1)
+    found = ONNXRuntimeBackend(exported(model, tmp_path), num_threads=1)(x)[0]
+    assert relative_error(found, run(model, x)) < 1e-4
+
+
 def test_a_zero_point_makes_steps_of_silu_smaller() -> None:
     symmetric, shifted = (packed(branches(), 'tensorrt', symmetric=given).image_graph for given in (True, None))
     assert all(q.qtype.symmetric for q in symmetric.quantizers.values())
