@@ -22,15 +22,21 @@ GRIDS = [
 ]
 
 
-def calibrated(kind: type[Rounding], qtype: QType) -> tuple[Rounding, Tensor]:
-    """A weight on a grid too small for its outer values."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(SHAPE, generator=generator)
-    size = () if qtype.ch_axis is None else (SHAPE[qtype.ch_axis],)
+def problem(qtype: QType, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, and a grid too small for its outer values."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    size = () if qtype.ch_axis is None else (shape[qtype.ch_axis],)
     scale = (1 + torch.rand(size, generator=generator)) * 2 / qtype.levels
     zero_point = torch.zeros(size)
     if not qtype.symmetric:
         zero_point = torch.randint(1, qtype.quant_max, size, generator=generator).float()
+    return weight, scale, zero_point
+
+
+def calibrated(kind: type[Rounding], qtype: QType) -> tuple[Rounding, Tensor]:
+    """A weight on a grid too small for its outer values."""
+    weight, scale, zero_point = problem(qtype)
     rounding = kind(qtype, weight.shape)
     rounding.calibrate(weight, scale, zero_point)
     return rounding, weight

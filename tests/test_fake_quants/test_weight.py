@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from small_grids import GRIDS, SHAPE
+from small_grids import GRIDS, SHAPE, problem
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -15,18 +15,6 @@ from mmbrecq.qtype import QType
 from mmbrecq.registry import FAKE_QUANTS
 
 ZETA, GAMMA = 1.1, -0.1
-
-
-def problem(qtype: QType, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight, and a grid too small for its outer values."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    size = () if qtype.ch_axis is None else (shape[qtype.ch_axis],)
-    scale = (1 + torch.rand(size, generator=generator)) * 2 / qtype.levels
-    zero_point = torch.zeros(size)
-    if not qtype.symmetric:
-        zero_point = torch.randint(1, qtype.quant_max, size, generator=generator).float()
-    return weight, scale, zero_point
 
 
 def as_numpy(qtype: QType, *values: Tensor, dim: int = 4) -> list[np.ndarray]:
